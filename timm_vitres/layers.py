@@ -1,0 +1,115 @@
+"""Blocks that the families share; this module knows no config and no registry.
+
+`ResNetEmbed`: image (B, C, H, W) -> ResNet -> map -> patches -> tokens (B, H', W', D). It is timm's `HybridEmbed`
+without its forward pass in the constructor, so that it can be built on any device ('meta' too) and takes any size.
+"""
+
+from typing import Optional, Tuple, Union
+
+import torch
+import torch.nn.functional as F
+from timm.layers import HybridEmbed, is_exporting, to_2tuple
+from torch import nn
+
+Size = Union[int, Tuple[int, int]]
+
+
+class ResNetEmbed(HybridEmbed):
+    """A ResNet as the patch embedding of a ViT.
+
+    The map is padded at its right and lower edge to a multiple of `patch_size`, so every height and width from one
+    token up has a grid: ceil(H / stride) x ceil(W / stride), where stride is the ResNet's times the patch's.
+
+    Args:
+        backbone: A ResNet trunk that returns a map; its `feature_info` lists {num_chs, reduction, module} level by
+            level, the last entry being what it returns. `nn.Identity()` for none: the ViT's own patch embedding.
+        img_size: Height and width, in pixels, that `grid_size` (and so the position table) is made for.
+        patch_size: Height and width of a patch, in the ResNet's pixels.
+        proj: False leaves the map as it is (the ResNet alone); `embed_dim` must then be the ResNet's width.
+
+    Raises:
+        ValueError: in the forward pass, for an input of another shape than (B, in_chans, H, W), or one that is
+            smaller than one token.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        img_size: Size = 224,
+        patch_size: Size = 1,
+        in_chans: int = 3,
+        embed_dim: int = 768,
+        bias: bool = True,
+        proj: bool = True,
+        output_fmt: Optional[str] = 'NHWC',
+        strict_img_size: bool = False,
+        dynamic_img_pad: bool = True,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__(
+            backbone=backbone,
+            img_size=img_size,
+            patch_size=patch_size,
+            in_chans=in_chans,
+            embed_dim=embed_dim,
+            bias=bias,
+            proj=proj,
+            output_fmt=output_fmt,
+            strict_img_size=False,
+            dynamic_img_pad=True,
+            device=device,
+            dtype=dtype,
+        )
+        # `nn.Identity` keeps no in_channels to check against, and a single pixel is a token of the ResNet alone
+        self.min_size = self.feat_ratio(as_scalar=False) if proj else (1, 1)
+
+    def _init_backbone(self, img_size: Size = 224, patch_size: Size = 1, **kwargs):
+        # timm runs the backbone here to see what comes out; a ResNet's feature_info says it
+        img_size = to_2tuple(img_size)
+        patch_size = to_2tuple(patch_size)
+        info = getattr(self.backbone, 'feature_info', None)
+        feature_dim = info[-1]['num_chs'] if info else self.in_chans
+        feature_ratio = to_2tuple(info[-1]['reduction'] if info else 1)
+        feature_size = tuple(-(-size // ratio) for size, ratio in zip(img_size, feature_ratio))
+        grid_size = tuple(-(-size // patch) for size, patch in zip(feature_size, patch_size))
+        return (
+            img_size,
+            patch_size,
+            feature_size,
+            feature_ratio,
+            feature_dim,
+            grid_size,
+            grid_size[0] * grid_size[1],
+        )
+
+    def dynamic_feat_size(self, img_size: Tuple[int, int]) -> Tuple[int, int]:
+        """Return the token grid (H', W') of an image of height and width `img_size`, in pixels."""
+        stride_h = self.feature_ratio[0] * self.patch_size[0]
+        stride_w = self.feature_ratio[1] * self.patch_size[1]
+        return (img_size[0] + stride_h - 1) // stride_h, (img_size[1] + stride_w - 1) // stride_w
+
+    def check_input(self, shape: torch.Size) -> None:
+        """Raise ValueError unless `shape` is (B, in_chans, H, W) with H and W of at least one token."""
+        if len(shape) != 4 or shape[1] != self.in_chans:
+            raise ValueError(f'input: got shape {tuple(shape)}, expected (B, {self.in_chans}, H, W).')
+        if shape[2] < self.min_size[0] or shape[3] < self.min_size[1]:
+            raise ValueError(
+                f'input: got an image of {shape[2]}x{shape[3]} pixels, which is smaller than one token; '
+                f'height and width must be at least {self.min_size[0]}x{self.min_size[1]}.'
+            )
+
+    def patchify(self, x: torch.Tensor) -> torch.Tensor:
+        """Project the ResNet's map to tokens. x: (B, C, h, w) -> (B, H', W', D)."""
+        pad_h = -x.shape[-2] % self.patch_size[0]
+        pad_w = -x.shape[-1] % self.patch_size[1]
+        if self.patch_size != (1, 1) and (is_exporting() or pad_h > 0 or pad_w > 0):
+            x = F.pad(x, (0, pad_w, 0, pad_h))
+        return self.proj(x).permute(0, 2, 3, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x: (B, C, H, W) -> tokens (B, H', W', D)."""
+        # a compiled or exported graph has its shapes checked where it is captured
+        if not torch.jit.is_scripting() and not torch.compiler.is_compiling():
+            self.check_input(x.shape)
+        return self.patchify(self.backbone(x))
