@@ -61,9 +61,7 @@ CANDIDATES = {
     ),
     # the two ends, for comparison
     'resnet_r222_w48-96-128': dict(layers=(2, 2, 2), channels=(48, 96, 128), stem_stride=2, depth=0),
-    'vit_d128_6': dict(
-        backbone='', stem_type=None, stem_width=None, patch_size=4, embed_dim=128, depth=6, num_heads=4
-    ),
+    'vit_d128_6': dict(backbone='', stem_type=None, stem_width=None, patch_size=4, embed_dim=128, depth=6, num_heads=4),
 }
 BATCH_SIZE, EPOCHS, LR, WEIGHT_DECAY = 128, 2, 2e-3, 0.05
 

@@ -4,7 +4,7 @@ A state dict passes `checkpoint_filter_fn` on its way into a model: unwrapped, p
 model's grid, and its keys compared, so that weights are never silently left out.
 """
 
-from typing import Dict, Optional, Tuple
+from typing import Any, Dict, Optional, Tuple
 
 import torch
 from timm.layers import resample_abs_pos_embed, resample_patch_embed, to_2tuple
@@ -12,7 +12,7 @@ from timm.layers import resample_abs_pos_embed, resample_patch_embed, to_2tuple
 StateDict = Dict[str, torch.Tensor]
 
 
-def checkpoint_filter_fn(state_dict: StateDict, model: torch.nn.Module) -> StateDict:
+def checkpoint_filter_fn(state_dict: Dict[str, Any], model: torch.nn.Module) -> StateDict:
     """Return a state dict in timm's R+ViT layout, ready for `model`.
 
     Position embeddings are resampled from the checkpoint's grid to the model's, and the patch projection to its
@@ -22,8 +22,8 @@ def checkpoint_filter_fn(state_dict: StateDict, model: torch.nn.Module) -> State
         RuntimeError: for missing or unexpected keys, the head and the first convolution excepted where the model
             has another number of classes or channels (timm adapts them).
     """
-    state_dict = state_dict.get('state_dict', state_dict)  # type: ignore[assignment]
-    state_dict = state_dict.get('model', state_dict)  # type: ignore[assignment]
+    state_dict = state_dict.get('state_dict', state_dict)
+    state_dict = state_dict.get('model', state_dict)
     # the representation layer before the head, which timm's converted in21k files may still hold
     state_dict = {key: value for key, value in state_dict.items() if not key.startswith('pre_logits.')}
     _check_keys(state_dict, model)

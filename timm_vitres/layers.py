@@ -4,7 +4,8 @@
 without its forward pass in the constructor, so that it can be built on any device ('meta' too) and takes any size.
 """
 
-from typing import Optional, Tuple, Union
+import math
+from typing import Optional, Tuple, Union, cast
 
 import torch
 import torch.nn.functional as F
@@ -61,42 +62,37 @@ class ResNetEmbed(HybridEmbed):
             device=device,
             dtype=dtype,
         )
-        # `nn.Identity` keeps no in_channels to check against, and a single pixel is a token of the ResNet alone
-        self.min_size = self.feat_ratio(as_scalar=False) if proj else (1, 1)
 
     def _init_backbone(self, img_size: Size = 224, patch_size: Size = 1, **kwargs):
         # timm runs the backbone here to see what comes out; a ResNet's feature_info says it
-        img_size = to_2tuple(img_size)
-        patch_size = to_2tuple(patch_size)
+        height, width = cast(Tuple[int, int], to_2tuple(img_size))
+        patch_h, patch_w = cast(Tuple[int, int], to_2tuple(patch_size))
         info = getattr(self.backbone, 'feature_info', None)
         feature_dim = info[-1]['num_chs'] if info else self.in_chans
-        feature_ratio = to_2tuple(info[-1]['reduction'] if info else 1)
-        feature_size = tuple(-(-size // ratio) for size, ratio in zip(img_size, feature_ratio))
-        grid_size = tuple(-(-size // patch) for size, patch in zip(feature_size, patch_size))
-        return (
-            img_size,
-            patch_size,
-            feature_size,
-            feature_ratio,
-            feature_dim,
-            grid_size,
-            grid_size[0] * grid_size[1],
-        )
+        ratio = info[-1]['reduction'] if info else 1
+        feature_size = (math.ceil(height / ratio), math.ceil(width / ratio))
+        grid_size = (math.ceil(feature_size[0] / patch_h), math.ceil(feature_size[1] / patch_w))
+        num_patches = grid_size[0] * grid_size[1]
+        return (height, width), (patch_h, patch_w), feature_size, (ratio, ratio), feature_dim, grid_size, num_patches
 
     def dynamic_feat_size(self, img_size: Tuple[int, int]) -> Tuple[int, int]:
         """Return the token grid (H', W') of an image of height and width `img_size`, in pixels."""
-        stride_h = self.feature_ratio[0] * self.patch_size[0]
-        stride_w = self.feature_ratio[1] * self.patch_size[1]
+        (ratio_h, ratio_w), (patch_h, patch_w) = self.feature_ratio, self.patch_size  # pyright: ignore
+        stride_h, stride_w = ratio_h * patch_h, ratio_w * patch_w
         return (img_size[0] + stride_h - 1) // stride_h, (img_size[1] + stride_w - 1) // stride_w
 
     def check_input(self, shape: torch.Size) -> None:
         """Raise ValueError unless `shape` is (B, in_chans, H, W) with H and W of at least one token."""
         if len(shape) != 4 or shape[1] != self.in_chans:
             raise ValueError(f'input: got shape {tuple(shape)}, expected (B, {self.in_chans}, H, W).')
-        if shape[2] < self.min_size[0] or shape[3] < self.min_size[1]:
+        # the ResNet alone takes a single pixel
+        min_h, min_w = cast(Tuple[int, int], self.feat_ratio(as_scalar=False))
+        if not isinstance(self.proj, nn.Conv2d):
+            min_h = min_w = 1
+        if shape[2] < min_h or shape[3] < min_w:
             raise ValueError(
                 f'input: got an image of {shape[2]}x{shape[3]} pixels, which is smaller than one token; '
-                f'height and width must be at least {self.min_size[0]}x{self.min_size[1]}.'
+                f'height and width must be at least {min_h}x{min_w}.'
             )
 
     def patchify(self, x: torch.Tensor) -> torch.Tensor:

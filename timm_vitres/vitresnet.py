@@ -40,6 +40,7 @@ from .layers import ResNetEmbed
 __all__ = ['VitResNet', 'VitResNetCfg']
 
 GLOBAL_POOLS = ('', 'avg', 'avgmax', 'max', 'token', 'map', 'prr')
+NO_CLASS_TOKEN = "global_pool: got 'token', but the model has no class token; use 'avg', 'max' or 'avgmax'."
 MLP_LAYERS = {'mlp': Mlp, 'glu': GluMlp, 'swiglu': SwiGLU, 'swiglupacked': SwiGLUPacked}
 
 
@@ -137,7 +138,9 @@ def _check_named(name: str, value: Optional[str], find) -> None:
     try:
         find(value)
     except (KeyError, AssertionError):
-        raise ValueError(f'{name}: got {value!r}, which is not a name that timm.layers.{find.__name__} knows.') from None
+        raise ValueError(
+            f'{name}: got {value!r}, which is not a name that timm.layers.{find.__name__} knows.'
+        ) from None
 
 
 # The config's fields that are arguments of timm's ResNets, and their names there
@@ -298,15 +301,15 @@ class VitResNet(VisionTransformer):
             raise ValueError(f'num_classes: got {num_classes}, expected 0 (no head) or more.')
         backbone = create_backbone(cfg, in_chans=in_chans, device=device, dtype=dtype)
         has_vit = cfg.depth > 0
-        embed_dim, class_token, global_pool = _resolve_vit(cfg, backbone)
+        cfg = _resolve_vit(cfg, backbone)
 
         super().__init__(
             img_size=img_size,
-            patch_size=cfg.patch_size or (1 if cfg.backbone else 16),
+            patch_size=cfg.patch_size,
             in_chans=in_chans,
             num_classes=num_classes,
-            global_pool=global_pool,  # type: ignore[arg-type]
-            embed_dim=embed_dim,
+            global_pool=cfg.global_pool,
+            embed_dim=cfg.embed_dim,
             depth=cfg.depth,
             num_heads=cfg.num_heads,
             mlp_ratio=cfg.mlp_ratio,
@@ -314,7 +317,7 @@ class VitResNet(VisionTransformer):
             qk_norm=cfg.qk_norm,
             proj_bias=cfg.proj_bias,
             init_values=cfg.init_values,
-            class_token=class_token,
+            class_token=cfg.class_token,
             pos_embed='learn' if has_vit else 'none',
             no_embed_class=cfg.no_embed_class,
             reg_tokens=cfg.reg_tokens,
@@ -329,7 +332,7 @@ class VitResNet(VisionTransformer):
             proj_drop_rate=proj_drop_rate,
             attn_drop_rate=attn_drop_rate,
             drop_path_rate=drop_path_rate,
-            weight_init=weight_init,  # type: ignore[arg-type]
+            weight_init=weight_init,
             fix_init=fix_init,
             embed_layer=partial(ResNetEmbed, backbone=backbone, proj=has_vit),
             norm_layer=cfg.norm_layer,
@@ -338,6 +341,7 @@ class VitResNet(VisionTransformer):
             device=device,
             dtype=dtype,
         )
+        self.patch_embed.check_input(torch.Size((1, in_chans, *self.patch_embed.img_size)))
         self.cfg = cfg
         # which convolution sees the image depends on the backbone, so it is a trait of the instance, not of the cfg
         first_conv = next(name for name, module in self.named_modules() if isinstance(module, nn.Conv2d))
@@ -353,24 +357,26 @@ class VitResNet(VisionTransformer):
             raise ValueError(f'num_classes: got {num_classes}, expected 0 (no head) or more.')
         _check_choice('global_pool', global_pool, (None, *GLOBAL_POOLS))
         if global_pool == 'token' and not self.has_class_token:
-            raise ValueError("global_pool: got 'token', but the model has no class token; use 'avg', 'max' or 'avgmax'.")
+            raise ValueError(NO_CLASS_TOKEN)
         super().reset_classifier(num_classes, global_pool)
 
 
-def _resolve_vit(cfg: VitResNetCfg, backbone: nn.Module) -> Tuple[int, bool, str]:
-    """Return embed_dim, class_token and global_pool, where the config leaves them open or contradicts itself."""
+def _resolve_vit(cfg: VitResNetCfg, backbone: nn.Module) -> VitResNetCfg:
+    """Fill in what the config leaves open, now that the ResNet's width is known, and check that it fits together."""
+    class_token = cfg.class_token if cfg.class_token is not None else cfg.depth > 0
+    global_pool = cfg.global_pool if cfg.global_pool is not None else ('token' if class_token else 'avg')
+    if global_pool == 'token' and not class_token:
+        raise ValueError(NO_CLASS_TOKEN)
     if cfg.depth > 0:
         embed_dim = cfg.embed_dim or 384
-        class_token = cfg.class_token is not False
         if embed_dim % cfg.num_heads:
             raise ValueError(
                 f'num_heads: got {cfg.num_heads}, which does not divide embed_dim ({embed_dim}); '
                 f'embed_dim must be a multiple of num_heads.'
             )
     else:
-        width = backbone.feature_info[-1]['num_chs']  # type: ignore[index]
+        width = int(backbone.feature_info[-1]['num_chs'])
         embed_dim = cfg.embed_dim or width
-        class_token = bool(cfg.class_token)
         alone = 'with depth=0 the model is the ResNet alone'
         if embed_dim != width:
             raise ValueError(f"embed_dim: got {embed_dim}; {alone}, so it must be the ResNet's width, {width}.")
@@ -378,10 +384,9 @@ def _resolve_vit(cfg: VitResNetCfg, backbone: nn.Module) -> Tuple[int, bool, str
             raise ValueError(f'class_token, reg_tokens, pre_norm: {alone}, which has none of them.')
         if cfg.patch_size not in (None, 1, (1, 1)):
             raise ValueError(f'patch_size: got {cfg.patch_size}; {alone}, so it must be 1.')
-    global_pool = cfg.global_pool if cfg.global_pool is not None else ('token' if class_token else 'avg')
-    if global_pool == 'token' and not class_token:
-        raise ValueError("global_pool: got 'token', but the model has no class token; use 'avg', 'max' or 'avgmax'.")
-    return embed_dim, class_token, global_pool
+    patch_size = cfg.patch_size or (1 if cfg.backbone else 16)
+    resolved = dict(embed_dim=embed_dim, class_token=class_token, global_pool=global_pool, patch_size=patch_size)
+    return dataclasses.replace(cfg, **resolved)
 
 
 def _create_vitresnet(variant: str, pretrained: bool, cfg: VitResNetCfg, **kwargs) -> VitResNet:
@@ -478,6 +483,24 @@ def vitresnet_large(pretrained: bool = False, **kwargs) -> VitResNet:
     """R50 + ViT-L, tokens at stride 32; 329M parameters."""
     cfg = VitResNetCfg(backbone='resnetv2', layers=(3, 4, 6, 3), embed_dim=1024, depth=24, num_heads=16)
     return _create_vitresnet('vitresnet_large', pretrained, cfg, **kwargs)
+
+
+@register_model
+def vitresnet_nano(pretrained: bool = False, **kwargs) -> VitResNet:
+    """Thin ResNet + ViT for small images (28 to 128 pixels), tokens at stride 8; 1.2M parameters."""
+    cfg = VitResNetCfg(
+        backbone='resnet18',
+        layers=(2, 2),
+        channels=(64, 128),
+        stem_type='deep',
+        stem_width=16,
+        embed_dim=128,
+        depth=2,
+        num_heads=4,
+        init_values=0.1,
+        class_token=False,
+    )
+    return _create_vitresnet('vitresnet_nano', pretrained, cfg, **kwargs)
 
 
 @register_model

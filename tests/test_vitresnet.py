@@ -1,0 +1,271 @@
+import dataclasses
+
+import pytest
+import timm
+import torch
+from conftest import randomise_, relative_difference
+
+from timm_vitres import VitResNet, VitResNetCfg
+
+NAMES = timm.list_models('*vitresnet*')
+SMALL = [name for name in NAMES if name not in ('vitresnet_base', 'vitresnet_large')]
+# ours, timm's, image size
+PAIRS = [
+    ('vitresnet_tiny', 'vit_tiny_r_s16_p8_224', 224),
+    ('vitresnet_small', 'vit_small_r26_s32_224', 224),
+    ('vitresnet_small', 'vit_small_r26_s32_384', 384),
+    ('vitresnet_base', 'vit_base_r50_s16_384', 384),
+    ('vitresnet_large', 'vit_large_r50_s32_224', 224),
+]
+PARAMETERS = dict(vitresnet_tiny=6.3, vitresnet_small=36.4, vitresnet_base=99.0, vitresnet_large=329.0)
+
+
+def test_family_is_registered():
+    assert NAMES == [
+        'test_vitresnet',
+        'vitresnet',
+        'vitresnet_base',
+        'vitresnet_large',
+        'vitresnet_nano',
+        'vitresnet_small',
+        'vitresnet_tiny',
+    ]
+    assert 'vitresnet_small.augreg_in21k_ft_in1k_384' in timm.list_models('vitresnet*', pretrained=True)
+    assert timm.list_models(module='vitresnet') == NAMES
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_every_parameter_has_a_gradient(name):
+    if name == 'vitresnet_large':  # shapes only; its numbers are compared with timm's below
+        model = timm.create_model(name, device='meta', img_size=64)
+    else:
+        model = timm.create_model(name, img_size=64)
+    device = next(model.parameters()).device
+    # the ResNets begin with zero_init_last, which would hide a convolution that nothing reaches
+    if device.type != 'meta':
+        randomise_(model)
+    model.train()
+    logits = model(torch.randn(2, 3, 64, 64, device=device))
+    assert logits.shape == (2, 1000)
+    logits.square().mean().backward()
+    missing = [key for key, parameter in model.named_parameters() if parameter.grad is None]
+    assert not missing
+    if device.type != 'meta':
+        assert torch.isfinite(logits).all()
+        assert not [key for key, p in model.named_parameters() if not p.grad.abs().sum() > 0]
+
+
+@pytest.mark.parametrize('name, millions', PARAMETERS.items())
+def test_parameter_counts(name, millions):
+    model = timm.create_model(name, device='meta')
+    assert round(sum(parameter.numel() for parameter in model.parameters()) / 1e6, 1) == pytest.approx(
+        millions, abs=0.06
+    )
+
+
+def test_sizes_of_the_small_ones():
+    def count(name):
+        return sum(parameter.numel() for parameter in timm.create_model(name, device='meta').parameters())
+
+    assert 0.5e6 <= count('vitresnet_nano') <= 1.5e6
+    assert count('test_vitresnet') < 0.5e6
+
+
+@pytest.mark.parametrize('ours, theirs, size', PAIRS)
+def test_state_dicts_are_exchanged_with_timm(ours, theirs, size):
+    reference = randomise_(timm.create_model(theirs))
+    with torch.device('meta'):
+        model = timm.create_model(ours, img_size=size)
+    assert sum(p.numel() for p in model.parameters()) == sum(p.numel() for p in reference.parameters())
+    model.load_state_dict(reference.state_dict(), strict=True, assign=True)
+    x = torch.randn(1, 3, size, size)
+    with torch.inference_mode():
+        expected = reference(x)
+        assert relative_difference(model.eval()(x), expected) < 1e-6
+        # and back: ours, changed, into timm's
+        randomise_(model, seed=1)
+        reference.load_state_dict({key: value.clone() for key, value in model.state_dict().items()}, strict=True)
+        actual = reference(x)
+    assert relative_difference(actual, expected) > 1e-2
+    assert relative_difference(model(x), actual) < 1e-6
+
+
+@pytest.mark.parametrize('name', ['resnet18', 'resnet50', 'resnet26d', 'resnetv2_50', 'seresnet50'])
+def test_without_blocks_it_is_the_resnet(name):
+    resnet = randomise_(timm.create_model(name))
+    model = timm.create_model('vitresnet', backbone=name, depth=0).eval()
+    head = 'head.fc.' if name.startswith('resnetv2') else 'fc.'
+    weights = {
+        key.replace(head, 'head.') if key.startswith(head) else f'patch_embed.backbone.{key}': value
+        for key, value in resnet.state_dict().items()
+    }
+    weights['head.weight'] = weights['head.weight'].flatten(1)  # a 1x1 convolution in ResNetV2
+    model.load_state_dict(weights, strict=True)
+    x = torch.randn(2, 3, 97, 161)
+    with torch.inference_mode():
+        assert relative_difference(model(x), resnet(x)) < 1e-6
+
+
+def test_without_a_backbone_it_is_the_vit():
+    vit = randomise_(timm.create_model('vit_tiny_patch16_224'))
+    model = timm.create_model('vitresnet', backbone='', patch_size=16, embed_dim=192, depth=12, num_heads=3).eval()
+    model.load_state_dict(vit.state_dict(), strict=True)
+    x = torch.randn(2, 3, 224, 224)
+    with torch.inference_mode():
+        assert relative_difference(model(x), vit(x)) < 1e-6
+
+
+def test_vit_options_are_timms():
+    options = dict(embed_dim=96, depth=2, num_heads=3, reg_tokens=4, init_values=0.1, qk_norm=True, qkv_bias=False)
+    options.update(pre_norm=True, no_embed_class=True, class_token=False, global_pool='avg', mlp_ratio=2)
+    named = dict(norm_layer='rmsnorm', act_layer='silu', mlp_layer='swiglu')
+    vit = timm.models.VisionTransformer(
+        img_size=64, **options, norm_layer=timm.layers.RmsNorm, act_layer=torch.nn.SiLU, mlp_layer=timm.layers.SwiGLU
+    )
+    model = timm.create_model('vitresnet', backbone='', patch_size=16, img_size=64, **options, **named).eval()
+    model.load_state_dict(randomise_(vit).state_dict(), strict=True)
+    x = torch.randn(2, 3, 64, 64)
+    with torch.inference_mode():
+        assert relative_difference(model(x), vit(x)) < 1e-6
+
+
+def test_a_stage_is_the_resnets_own_map():
+    resnet = randomise_(timm.create_model('resnet26d', features_only=True, out_indices=(3,)))
+    model = timm.create_model('vitresnet', backbone='resnet26d', stage=3, depth=1).eval()
+    backbone = model.patch_embed.backbone
+    backbone.load_state_dict(resnet.state_dict(), strict=True)
+    x = torch.randn(1, 3, 96, 64)
+    with torch.inference_mode():
+        assert relative_difference(backbone(x), resnet(x)[0]) < 1e-6
+    assert model.patch_embed.grid_size == (14, 14)
+
+
+def test_thin_resnets_need_no_new_code():
+    thin = dict(layers=(1, 2), channels=(16, 24), block='bottleneck', stem_type='deep', stem_width=8, avg_down=True)
+    model = timm.create_model('vitresnet', backbone='resnet18', stem_stride=2, img_size=32, **thin)
+    assert [level['reduction'] for level in model.patch_embed.backbone.feature_info] == [2, 2, 4]
+    assert model.patch_embed.grid_size == (8, 8)
+    assert model.patch_embed.proj.in_channels == 24 * 4
+    assert model(torch.randn(1, 3, 32, 32)).shape == (1, 1000)
+    v2 = dict(layers=(1, 1), channels=(32, 64), block='basic', stem_chs=16, backbone_norm_layer='batchnorm2d')
+    model = timm.create_model('vitresnet', backbone='resnetv2_50', stem_stride=1, img_size=32, **v2)
+    assert model.patch_embed.grid_size == (16, 16)
+    assert model(torch.randn(1, 3, 32, 32)).shape == (1, 1000)
+
+
+@pytest.mark.parametrize('name', SMALL)
+@pytest.mark.parametrize('size', [(224, 224), (225, 250), (97, 161), (33, 70)])
+def test_any_size_and_each_image_by_itself(name, size):
+    model = randomise_(timm.create_model(name, num_classes=10))
+    x = torch.randn(2, 3, *size)
+    with torch.inference_mode():
+        logits = model(x)
+        single = torch.cat([model(image[None]) for image in x])
+    assert torch.isfinite(logits).all()
+    torch.testing.assert_close(logits, single, rtol=1e-4, atol=1e-4)
+
+
+def test_another_size_is_timms_model_made_for_it():
+    reference = randomise_(timm.create_model('vit_small_r26_s32_224'))
+    weights = reference.state_dict()
+    model = timm.create_model('vitresnet_small').eval()
+    model.load_state_dict(weights)
+    reference.set_input_size(img_size=(384, 384))
+    x = torch.randn(1, 3, 384, 384)
+    with torch.inference_mode():
+        assert relative_difference(model(x), reference(x)) < 1e-5
+
+
+def test_set_input_size_changes_nothing_but_the_table():
+    model = randomise_(timm.create_model('test_vitresnet'))
+    x = torch.randn(1, 3, 128, 64)
+    with torch.inference_mode():
+        before = model(x)
+        model.set_input_size(img_size=(128, 64))
+        assert model.patch_embed.grid_size == (4, 2)
+        torch.testing.assert_close(model(x), before, rtol=1e-5, atol=1e-5)
+
+
+def test_timms_size_flags_are_taken():
+    flags = dict(dynamic_img_size=True, dynamic_img_pad=True, strict_img_size=False)
+    assert isinstance(timm.create_model('test_vitresnet', **flags), VitResNet)
+
+
+@pytest.mark.parametrize('pool', ['', 'avg', 'avgmax', 'max', 'token', 'map', 'prr'])
+def test_global_pools(pool):
+    model = timm.create_model('test_vitresnet', global_pool=pool, num_classes=5)
+    shape = (1, 10, 5) if pool == '' else (1, 5)
+    assert model(torch.randn(1, 3, 96, 96)).shape == shape
+
+
+def test_reset_classifier():
+    model = timm.create_model('test_vitresnet')
+    model.reset_classifier(7, 'avg')
+    assert model(torch.randn(1, 3, 96, 96)).shape == (1, 7)
+    model.reset_classifier(0)
+    assert model(torch.randn(1, 3, 96, 96)).shape == (1, model.num_features)
+    with pytest.raises(ValueError, match='global_pool'):
+        model.reset_classifier(7, 'mean')
+
+
+@pytest.mark.parametrize(
+    'kwargs, message',
+    [
+        (dict(backbone='resnet19'), "backbone: got 'resnet19'"),
+        (dict(backbone='vit_tiny_patch16_224'), 'backbone: got'),
+        (dict(backbone='resnet50.a1_in1k'), r'without a tag'),
+        (dict(stage=5), 'stage: got 5'),
+        (dict(stage=-1), 'stage: got -1'),
+        (dict(embed_dim=100, num_heads=3), 'num_heads: got 3, which does not divide embed_dim'),
+        (dict(embed_dim=0), 'embed_dim: got 0'),
+        (dict(num_heads=0), 'num_heads: got 0'),
+        (dict(depth=-1), 'depth: got -1'),
+        (dict(img_size=0), 'img_size: got 0'),
+        (dict(img_size=(224, -32)), 'img_size'),
+        (dict(img_size=16), 'smaller than one token'),
+        (dict(patch_size=0), 'patch_size: got 0'),
+        (dict(in_chans=0), 'in_chans: got 0'),
+        (dict(num_classes=-2), 'num_classes: got -2'),
+        (dict(mlp_ratio=-1.0), 'mlp_ratio'),
+        (dict(layers=(1, 1, 1, 1, 1)), 'layers'),
+        (dict(layers=(1, 0)), 'layers'),
+        (dict(layers=(1, 1), channels=(8, 8, 8)), 'channels'),
+        (dict(block='wide'), "block: got 'wide'"),
+        (dict(stem_stride=3), 'stem_stride: got 3'),
+        (dict(stem_chs=32), 'stem_chs: got 32'),
+        (dict(backbone='resnetv2_50', stem_width=32), 'stem_width: got 32'),
+        (dict(norm_layer='norm'), "norm_layer: got 'norm'"),
+        (dict(act_layer='bent'), "act_layer: got 'bent'"),
+        (dict(mlp_layer='mlpx'), 'mlp_layer'),
+        (dict(global_pool='mean'), 'global_pool'),
+        (dict(class_token=False, global_pool='token'), 'no class token'),
+        (dict(depth=0, embed_dim=64), 'embed_dim: got 64'),
+        (dict(depth=0, class_token=True), 'ResNet alone'),
+        (dict(depth=0, patch_size=2), 'patch_size'),
+        (dict(depth=0, backbone=''), 'depth: got 0'),
+        (dict(backbone='', layers=(1, 1)), "backbone: got ''"),
+    ],
+)
+def test_mistakes_are_named(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        timm.create_model('vitresnet', **{'depth': 1, 'device': 'meta', **kwargs})
+
+
+def test_unknown_arguments_are_type_errors():
+    with pytest.raises(TypeError, match='embed_dims'):
+        timm.create_model('vitresnet_small', embed_dims=12, device='meta')
+
+
+@pytest.mark.parametrize('shape', [(1, 1, 96, 96), (3, 96, 96), (1, 3, 31, 96), (1, 3, 96, 16)])
+def test_impossible_inputs_are_named(shape):
+    with pytest.raises(ValueError, match='input: got'):
+        timm.create_model('test_vitresnet')(torch.randn(shape))
+
+
+def test_config_is_plain_frozen_data():
+    cfg = VitResNetCfg(layers=[1, 2], channels=[8, 16])
+    assert cfg.layers == (1, 2)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        cfg.depth = 3
+    for field in dataclasses.fields(VitResNetCfg):
+        assert isinstance(getattr(cfg, field.name), (int, float, str, tuple, type(None)))

@@ -1,0 +1,123 @@
+"""`timm-vitres`: one function per subcommand; what a mistake needs is one sentence, not a stack trace."""
+
+import argparse
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Sequence
+
+import timm
+from timm.utils import ParseKwargs
+
+from . import __version__
+
+
+def add_finetune(subparsers) -> None:
+    """`timm-vitres finetune`: every field of `FinetuneCfg` is a flag."""
+    from .finetune import FinetuneCfg
+
+    parser = subparsers.add_parser(
+        'finetune', help='fine-tune a model on an image folder or dataset', formatter_class=_Formatter
+    )
+    parser.add_argument('data', nargs='?', metavar='DIR', help='the same as --data-dir')
+    short = {'batch_size': ['-b'], 'workers': ['-j']}
+    for field in dataclasses.fields(FinetuneCfg):
+        metadata: Dict[str, Any] = dict(field.metadata)
+        flags = [*short.get(field.name, []), '--' + field.name.replace('_', '-')]
+        if field.name == 'resume':
+            metadata.update(nargs='?', const=True, metavar='PATH')
+        elif field.name == 'model_kwargs':
+            metadata.update(action=ParseKwargs)
+        elif isinstance(field.default, bool):
+            metadata.update(action='store_true')
+        elif 'type' not in metadata and isinstance(field.default, (int, float)):
+            metadata.update(type=type(field.default))
+        elif field.name == 'img_size':
+            metadata.update(type=int)
+        parser.add_argument(*flags, default=field.default, dest=field.name, **metadata)
+    parser.set_defaults(run=run_finetune)
+
+
+def run_finetune(args: argparse.Namespace) -> int:
+    """Fine-tune, and say where the model is and how it is loaded."""
+    from .finetune import FinetuneCfg, finetune
+
+    values = {field.name: getattr(args, field.name) for field in dataclasses.fields(FinetuneCfg)}
+    values['data_dir'] = values['data_dir'] or args.data
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    folder = finetune(FinetuneCfg(**values))
+    print(f"The best epoch is in {folder}; timm.create_model('local-dir:{folder}', pretrained=True) loads it.")
+    return 0
+
+
+def add_predict(subparsers) -> None:
+    """`timm-vitres predict`."""
+    parser = subparsers.add_parser('predict', help='classify images', formatter_class=_Formatter)
+    parser.add_argument('images', nargs='+', type=Path, metavar='IMAGE', help='image files')
+    parser.add_argument('--model', required=True, help="a timm model's name.tag, local-dir:<folder>, hf-hub:<id>")
+    parser.add_argument('--topk', type=int, default=5, metavar='K', help='how many classes to name')
+    parser.add_argument('--json', action='store_true', help='print JSON instead of a table')
+    parser.add_argument('--plot', type=Path, metavar='PNG', help='draw the images with their predictions')
+    parser.add_argument('--device', default='cpu', help='torch device')
+    parser.set_defaults(run=run_predict)
+
+
+def run_predict(args: argparse.Namespace) -> int:
+    """Print names and probabilities of the likeliest classes of every image; 1 if an image could not be read."""
+    from .predict import plot_predictions, predict
+
+    if args.topk < 1:
+        raise ValueError(f'topk: got {args.topk}, expected a number from 1 up.')
+    model = timm.create_model(args.model, pretrained=True).to(args.device).eval()
+    predictions, unreadable = predict(model, args.images, topk=args.topk)
+    if args.json:
+        print(json.dumps([prediction._asdict() for prediction in predictions], indent=2))
+    else:
+        _print_table(predictions)
+    for sentence in unreadable:
+        print(f'timm-vitres: {sentence}', file=sys.stderr)
+    if args.plot and predictions:
+        plot_predictions(predictions, args.plot)
+        print(f'{args.plot} shows them.', file=sys.stderr)
+    return 1 if unreadable else 0
+
+
+def _print_table(predictions: Sequence) -> None:
+    width = max((len(prediction.image) for prediction in predictions), default=0)
+    for prediction in predictions:
+        for rank, (label, probability) in enumerate(zip(prediction.labels, prediction.probabilities)):
+            print(f'{prediction.image if rank == 0 else "":{width}}  {100 * probability:6.2f}%  {label}')
+
+
+class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action: argparse.Action) -> Optional[str]:
+        # a default of None or False says nothing
+        return super()._get_help_string(action) if action.default not in (None, False, '') else action.help
+
+
+def create_parser() -> argparse.ArgumentParser:
+    """Return the parser of the whole command."""
+    parser = argparse.ArgumentParser(prog='timm-vitres', description='Hybrids of ResNet and ViT for timm.')
+    parser.add_argument('--version', action='version', version=f'timm-vitres {__version__}')
+    subparsers = parser.add_subparsers(required=True, metavar='COMMAND')
+    add_finetune(subparsers)
+    add_predict(subparsers)
+    return parser
+
+
+def main(argv: Optional[List[str]] = None) -> int:
+    """Run a command line and return its exit status."""
+    args = create_parser().parse_args(argv)
+    try:
+        return args.run(args)
+    except (ValueError, TypeError, OSError, RuntimeError) as error:
+        # the user's mistakes and the world's: torch and timm raise RuntimeError for unknown or weightless models
+        print(f'timm-vitres: {error}', file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == '__main__':
+    sys.exit(main())

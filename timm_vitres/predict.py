@@ -1,0 +1,85 @@
+"""Classes of images: names, probabilities, and a picture of both."""
+
+import math
+from pathlib import Path
+from typing import List, NamedTuple, Sequence, Tuple, Union
+
+import torch
+from timm.data import ImageNetInfo, infer_imagenet_subset
+from torch import nn
+from tqdm import tqdm
+
+from .data import open_image, preprocess
+from .hub import replacing
+
+
+class Prediction(NamedTuple):
+    """The likeliest classes of an image, best first."""
+
+    image: str
+    labels: List[str]
+    probabilities: List[float]
+
+
+def label_names(model: nn.Module) -> List[str]:
+    """Return the names of a model's classes: those of its config, ImageNet's where it has ImageNet's number of
+    classes, else 'class 0' and so on."""
+    cfg = getattr(model, 'pretrained_cfg', {})
+    names = cfg.get('label_names')
+    num_classes = int(model.num_classes)
+    if names:
+        names = [names[key] for key in sorted(names, key=int)] if isinstance(names, dict) else list(names)
+        if len(names) == num_classes:
+            return [str(name) for name in names]
+    subset = infer_imagenet_subset(model)
+    if subset:
+        info = ImageNetInfo(subset)
+        return [info.index_to_description(index) for index in range(num_classes)]
+    return [f'class {index}' for index in range(num_classes)]
+
+
+def predict(model: nn.Module, images: Sequence[Union[str, Path]], topk: int = 5) -> Tuple[List[Prediction], List[str]]:
+    """Classify image files.
+
+    Args:
+        model: A timm model with a head, in evaluation mode.
+        images: Paths.
+        topk: How many classes to return; all of them where there are fewer.
+
+    Returns:
+        Predictions, and a sentence for each image that could not be read.
+    """
+    if not model.num_classes:
+        raise ValueError('model: it has no classes (num_classes=0), so it predicts none; load one with a head.')
+    names = label_names(model)
+    predictions, unreadable = [], []
+    for path in tqdm(images, desc='predicting', leave=False, disable=len(images) < 10):
+        try:
+            x = preprocess(path, model)
+        except (OSError, ValueError) as error:
+            unreadable.append(str(error))
+            continue
+        with torch.inference_mode():
+            best = model(x)[0].float().softmax(-1).topk(min(topk, len(names)))
+        labels = [names[index] for index in best.indices.tolist()]
+        predictions.append(Prediction(str(path), labels, best.values.tolist()))
+    return predictions, unreadable
+
+
+def plot_predictions(predictions: Sequence[Prediction], path: Path, titles: Sequence[str] = ()) -> None:
+    """Draw images with their predicted classes as a PNG; `titles` are further lines above each."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ValueError('plot: needs matplotlib, pip install "timm-vitres[plot]".') from None
+    columns = min(len(predictions), 4)
+    rows = math.ceil(len(predictions) / columns)
+    figure = Figure(figsize=(3 * columns, 3.4 * rows), layout='constrained')
+    for index, prediction in enumerate(predictions):
+        axes = figure.add_subplot(rows, columns, index + 1)
+        axes.imshow(open_image(prediction.image))
+        axes.set_axis_off()
+        best = f'{prediction.labels[0]}  {100 * prediction.probabilities[0]:.0f}%'
+        axes.set_title('\n'.join([*titles[index : index + 1], best]), fontsize=10)
+    with replacing(path) as beside:
+        figure.savefig(beside, dpi=100, format='png')
