@@ -101,7 +101,7 @@ def test_a_run_is_never_overwritten_or_mixed_up(image_folder, tmp_path):
     folder = finetune(settings(image_folder, tmp_path / 'run', epochs=1))
     with pytest.raises(ValueError, match='holds a run already'):
         finetune(settings(image_folder, folder))
-    with pytest.raises(ValueError, match='resume: .* its arch is test_vitresnet, not vitresnet_nano'):
+    with pytest.raises(ValueError, match=r'resume: .* its arch is test_vitresnet, not vitresnet_nano'):
         finetune(settings(image_folder, folder, model='vitresnet_nano', resume=True))
     with pytest.raises(ValueError, match='its shapes is other weights'):
         finetune(settings(image_folder, folder, model_kwargs=dict(depth=1), resume=True))
@@ -170,7 +170,7 @@ def test_named_datasets(tmp_path):
     assert config['label_names'][:2] == ['T-shirt/top', 'Trouser']
     data = load_data(settings(tmp_path, tmp_path, val_split='', val_frac=0.4, **options), 'L')
     assert (len(data.train), len(data.val)) == (20, 10)
-    with pytest.raises(ValueError, match='dataset: .*torch/fashion'):
+    with pytest.raises(ValueError, match=r'dataset: .*torch/fashion'):
         load_data(settings(tmp_path, tmp_path, **{**options, 'dataset': 'torch/fashion'}), 'L')
     with pytest.raises(ValueError, match='cannot be opened'):
         load_data(settings(tmp_path / 'no', tmp_path, **options), 'L')

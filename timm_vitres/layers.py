@@ -62,6 +62,8 @@ class ResNetEmbed(HybridEmbed):
             device=device,
             dtype=dtype,
         )
+        # anti-aliasing by average pooling (timm's resnetaa*) rounds down where everything else rounds up
+        self.whole_strides = any(isinstance(m, nn.AvgPool2d) and not m.ceil_mode for m in backbone.modules())
 
     def _init_backbone(self, img_size: Size = 224, patch_size: Size = 1, **kwargs):
         # timm runs the backbone here to see what comes out; a ResNet's feature_info says it
@@ -93,6 +95,12 @@ class ResNetEmbed(HybridEmbed):
             raise ValueError(
                 f'input: got an image of {shape[2]}x{shape[3]} pixels, which is smaller than one token; '
                 f'height and width must be at least {min_h}x{min_w}.'
+            )
+        stride = self.backbone.feature_info[-1]['reduction'] if self.whole_strides else 1
+        if shape[2] % stride or shape[3] % stride:
+            raise ValueError(
+                f'input: got an image of {shape[2]}x{shape[3]} pixels, but the anti-aliased pooling of this backbone '
+                f'takes only multiples of {stride}.'
             )
 
     def patchify(self, x: torch.Tensor) -> torch.Tensor:

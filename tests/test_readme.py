@@ -1,0 +1,53 @@
+"""What the README prints works, and its figures are those of the recorded rows."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+from conftest import stripes, write_folder
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / 'README.md').read_text()
+# names of weights and repositories that need the network: what stands in for them here
+OFFLINE = [
+    (r"'vitresnet_small\.augreg_in21k_ft_in1k', pretrained=True", "'vitresnet_small'"),
+]
+
+
+def snippets(language: str):
+    return re.findall(rf'```{language}\n(.*?)```', README, re.DOTALL)
+
+
+def test_python_snippets_run(tmp_path):
+    """All of them, top to bottom, in one process: a reader does that, too."""
+    assert len(snippets('python')) >= 4
+    write_folder(tmp_path / 'images', per_class=8)
+    stripes(64, True, np.random.default_rng(0)).save(tmp_path / 'cat.jpg')
+    code = '\n'.join(snippets('python'))
+    for pattern, stand_in in OFFLINE:
+        code, count = re.subn(pattern, stand_in, code)
+        assert count, f'the README has no {pattern} any more'
+    result = subprocess.run([sys.executable, '-c', code], cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+def test_commands_are_known(tmp_path):
+    """Every `timm-vitres` line of the README parses."""
+    from timm_vitres.cli import create_parser
+
+    commands = [line for block in snippets('sh') for line in block.replace('\\\n', ' ').splitlines()]
+    ours = [line.split('#')[0].split()[1:] for line in commands if line.startswith('timm-vitres ')]
+    assert len(ours) >= 2
+    for arguments in ours:
+        create_parser().parse_args(arguments)
+    makefile = (ROOT / 'Makefile').read_text()
+    targets = re.findall(r'\bmake ([a-z-]+)', README)
+    assert targets and all(f'\n{target}:' in makefile for target in targets)
+
+
+def test_tables_are_those_of_the_recorded_rows():
+    command = [sys.executable, str(ROOT / 'benchmarks' / 'report.py'), '--check']
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
