@@ -172,7 +172,9 @@ def create_backbone(cfg: VitResNetCfg, in_chans: int = 3, device=None, dtype=Non
         if given or cfg.stage is not None or cfg.stem_stride is not None:
             raise ValueError(f"backbone: got '' (none), but measures of a ResNet were given: {', '.join(given)}.")
         return nn.Identity()
-    if name != 'resnetv2' and not (is_model(name) and is_model_in_modules(name, ('resnet', 'resnetv2'))):
+    if name != 'resnetv2' and (
+        '.' in name or not is_model(name) or not is_model_in_modules(name, ('resnet', 'resnetv2'))
+    ):
         raise ValueError(
             f"backbone: got {name!r}, expected the name (without a tag) of one of timm's ResNets, see "
             f"timm.list_models(module='resnet') and timm.list_models(module='resnetv2'), or 'resnetv2', or ''."
