@@ -234,6 +234,7 @@ def test_reset_classifier():
         (dict(stem_stride=3), 'stem_stride: got 3'),
         (dict(stem_chs=32), 'stem_chs: got 32'),
         (dict(backbone='resnetv2_50', stem_width=32), 'stem_width: got 32'),
+        (dict(backbone='resnet18', stem_width=32), 'only a deep stem has one'),
         (dict(norm_layer='norm'), "norm_layer: got 'norm'"),
         (dict(act_layer='bent'), "act_layer: got 'bent'"),
         (dict(mlp_layer='mlpx'), 'mlp_layer'),

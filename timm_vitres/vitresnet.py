@@ -213,6 +213,8 @@ def create_backbone(cfg: VitResNetCfg, in_chans: int = 3, device=None, dtype=Non
             if 'channels' in kwargs:
                 kwargs['channels'] += kwargs['channels'][-1:] * missing
         backbone = model_entrypoint(name)(pretrained=False, **kwargs)
+        if 'stem_width' in given and not isinstance(backbone.conv1, nn.Sequential):  # timm would pass over it
+            raise ValueError(f"stem_width: got {cfg.stem_width}, but only a deep stem has one; give stem_type='deep'.")
     return (_trim_resnetv2 if is_v2 else _trim_resnet)(backbone, stage, cfg.stem_stride or 4)
 
 
@@ -431,7 +433,7 @@ def _cfg_384(**kwargs) -> Dict[str, Any]:
 
 _IMAGENET = dict(mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD)
 
-# Published accuracies and licences: CHECKPOINTS in hub_cards/
+# The first tag with weights is a name's default
 default_cfgs = generate_default_cfgs(
     {
         'vitresnet_tiny.augreg_in21k_ft_in1k': _cfg(hf_hub_id='timm/vit_tiny_r_s16_p8_224.augreg_in21k_ft_in1k'),
