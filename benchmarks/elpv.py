@@ -62,10 +62,11 @@ def write_folders(root: Path) -> Path:
     groups = [f'{row["probability"]:.2f} {row["type"].decode()}' for row in table]
     numbers = {group: index for index, group in enumerate(sorted(set(groups)))}
     _, test = stratified_split([numbers[group] for group in groups], 0.25, seed=0)
+    held_out = set(test)
     beside = root.with_name(root.name + '.tmp')
     shutil.rmtree(beside, ignore_errors=True)
     for index, row in enumerate(table):
-        part = 'test' if index in set(test) else 'train'
+        part = 'test' if index in held_out else 'train'
         folder = beside / part / CLASSES[int(row['probability'] > 0.5)]
         folder.mkdir(parents=True, exist_ok=True)
         shutil.copy(source / row['path'].decode(), folder)

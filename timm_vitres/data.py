@@ -163,7 +163,7 @@ class ImageFolder(ImageDataset):
     @property
     def classes(self) -> List[str]:
         """The class names, by index."""
-        return sorted(self.reader.class_to_idx, key=self.reader.class_to_idx.__getitem__)
+        return class_names(self)
 
     def __getitem__(self, index: int):
         path, target = self.reader.samples[index]
@@ -199,6 +199,12 @@ class ImageFolder(ImageDataset):
             raise ValueError(f'data_dir: none of the images of class {self.classes[min(missing)]!r} can be read.')
         self.reader.samples = kept
         return [sample[0] for sample, text in zip(samples, problems) if text]
+
+
+def class_names(dataset: Dataset) -> List[str]:
+    """Return the class names of a dataset with one of timm's readers, by index; none where it names none."""
+    class_to_idx = getattr(getattr(dataset, 'reader', None), 'class_to_idx', None) or {}
+    return sorted(class_to_idx, key=class_to_idx.__getitem__)
 
 
 class Subset(Dataset):

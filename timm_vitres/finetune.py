@@ -30,7 +30,7 @@ from torch.utils.data import Dataset, IterableDataset
 from tqdm import tqdm
 
 from . import hub
-from .data import ImageFolder, Subset, data_config, image_mode, stratified_split
+from .data import ImageFolder, Subset, class_names, data_config, image_mode, stratified_split
 
 _logger = logging.getLogger(__name__)
 
@@ -160,8 +160,8 @@ def load_data(cfg: FinetuneCfg, mode: str) -> Data:
         skipped = train.skipped
     if len(train.classes) < 2:
         raise ValueError(f'data_dir: {root} has the one class {train.classes[0]!r}; at least two are needed.')
-    targets = [train.targets[index] for index in train_indices]
-    counts = _class_counts(targets, len(train.classes))
+    targets = train.targets  # a list made anew at every call
+    counts = _class_counts([targets[index] for index in train_indices], len(train.classes))
     description = f'{len(train)} images of {len(train.classes)} classes in {root.name}; {how}'
     train_set, val_set = Subset(train, train_indices, mode), Subset(val, val_indices, mode)
     return Data(train_set, val_set, train.classes, counts, description, skipped)
@@ -184,7 +184,7 @@ def _load_named(cfg: FinetuneCfg, mode: str) -> Data:
             raise ValueError(f'dataset: {cfg.dataset!r}, split {split!r}, cannot be opened ({error}).') from error
 
     train = create(cfg.train_split, True)
-    names = [str(name) for name in getattr(train, 'classes', None) or _reader_classes(train)]
+    names = [str(name) for name in getattr(train, 'classes', None) or class_names(train)]
     if isinstance(train, IterableDataset):
         if not names or not cfg.val_split:
             raise ValueError(f'dataset: {cfg.dataset!r} is a stream; it needs class names and a val_split.')
@@ -216,11 +216,6 @@ def _load_named(cfg: FinetuneCfg, mode: str) -> Data:
 def _class_counts(targets: List[int], num_classes: int) -> List[int]:
     counter = Counter(targets)
     return [counter[index] for index in range(num_classes)]
-
-
-def _reader_classes(dataset: Dataset) -> List[str]:
-    class_to_idx = getattr(getattr(dataset, 'reader', None), 'class_to_idx', None) or {}
-    return sorted(class_to_idx, key=class_to_idx.__getitem__)
 
 
 class BalancedEvaluator(ClassificationEvaluator):
