@@ -5,14 +5,34 @@ without its forward pass in the constructor, so that it can be built on any devi
 """
 
 import math
-from typing import Optional, Tuple, Union, cast
+from typing import List, Optional, Tuple, Union, cast
 
 import torch
 import torch.nn.functional as F
 from timm.layers import HybridEmbed, is_exporting, to_2tuple
+from timm.models import checkpoint_seq
+
+# every model of timm's resolves feature indices by it, but it is not among timm.models' public names
+from timm.models._features import feature_take_indices
 from torch import nn
 
+__all__ = ['ResNetEmbed', 'feature_take_indices', 'unflatten_tokens']
+
 Size = Union[int, Tuple[int, int]]
+
+
+def unflatten_tokens(x: torch.Tensor, grid: Tuple[int, int]) -> torch.Tensor:
+    """Lay patch tokens out as the map that they were. x: (B, H' * W', D), grid: (H', W') -> (B, D, H', W').
+
+    Raises:
+        ValueError: where there are more or fewer tokens than that, as while training with patch_drop_rate.
+    """
+    if not torch.jit.is_scripting() and not torch.compiler.is_compiling() and x.shape[1] != grid[0] * grid[1]:
+        raise ValueError(
+            f'patch_drop_rate: {x.shape[1]} tokens are left of {grid[0]}x{grid[1]}, which are no map any more; use '
+            f"output_fmt='NLC', or no patch_drop_rate."
+        )
+    return x.transpose(1, 2).reshape(x.shape[0], x.shape[2], grid[0], grid[1])
 
 
 class ResNetEmbed(HybridEmbed):
@@ -62,6 +82,7 @@ class ResNetEmbed(HybridEmbed):
             device=device,
             dtype=dtype,
         )
+        self.num_levels = len(getattr(backbone, 'feature_info', []))
         # anti-aliasing by average pooling (timm's resnetaa*) rounds down where everything else rounds up
         self.whole_strides = any(isinstance(m, nn.AvgPool2d) and not m.ceil_mode for m in backbone.modules())
 
@@ -117,3 +138,73 @@ class ResNetEmbed(HybridEmbed):
         if not torch.jit.is_scripting() and not torch.compiler.is_compiling():
             self.check_input(x.shape)
         return self.patchify(self.backbone(x))
+
+    def forward_levels(self, x: torch.Tensor, num_levels: int) -> List[torch.Tensor]:
+        """Return the maps of the first levels of the ResNet's `feature_info`; the last one is what it returns.
+
+        x: (B, C, H, W) -> `num_levels` of (B, num_chs, H / reduction, W / reduction). A script computes them all.
+        """
+        if not torch.jit.is_scripting() and not torch.compiler.is_compiling():
+            self.check_input(x.shape)
+        levels: List[torch.Tensor] = []
+        if hasattr(self.backbone, 'layer1'):  # ResNet
+            x = self.backbone.act1(self.backbone.bn1(self.backbone.conv1(x)))
+            levels.append(x)
+            x = self.backbone.maxpool(x)
+            if torch.jit.is_scripting():  # which can't choose a module by name
+                levels.append(self.backbone.layer1(x))
+                levels.append(self.backbone.layer2(levels[-1]))
+                levels.append(self.backbone.layer3(levels[-1]))
+                levels.append(self.backbone.layer4(levels[-1]))
+            else:
+                for i in range(1, num_levels):
+                    layer = getattr(self.backbone, f'layer{i}')
+                    x = checkpoint_seq(layer, x) if self.backbone.grad_checkpointing and len(layer) else layer(x)
+                    levels.append(x)
+        elif hasattr(self.backbone, 'stages'):  # ResNetV2
+            for i, module in enumerate(self.backbone.stem):
+                x = module(x)
+                if i == self.backbone.stem_feat_idx:
+                    levels.append(x)
+            for stage in self.backbone.stages:
+                if len(levels) < num_levels:
+                    x = stage(x)
+                    levels.append(x)
+            if len(levels) == len(self.backbone.stages) + 1:
+                levels[-1] = self.backbone.norm(levels[-1])
+        elif hasattr(self.backbone, 'stem_feat_idx'):  # the stem of a ResNetV2
+            for i, module in enumerate(self.backbone):
+                x = module(x)
+                if i == self.backbone.stem_feat_idx:
+                    levels.append(x)
+            levels.append(x)
+        return levels
+
+    def enlarge(self, x: torch.Tensor, size: Tuple[int, int], factor: int) -> torch.Tensor:
+        """Resize a map of tokens bilinearly. x: (B, D, H', W') -> (B, D, H' * factor, W' * factor).
+
+        What lies beyond the image, whose height and width is `size`, is cut off: patches may reach over its edge.
+        """
+        if factor == 1:
+            return x
+        x = F.interpolate(x, size=(x.shape[-2] * factor, x.shape[-1] * factor), mode='bilinear', align_corners=False)
+        stride_h = self.feature_ratio[0] * self.patch_size[0] // factor
+        stride_w = self.feature_ratio[1] * self.patch_size[1] // factor
+        return x[:, :, : (size[0] + stride_h - 1) // stride_h, : (size[1] + stride_w - 1) // stride_w]
+
+    def prune(self, level: int) -> None:
+        """Cut off what comes after a level of the ResNet: its map, unprojected, is then what the tokens are."""
+        info = self.backbone.feature_info[: level + 1]
+        if level + 1 < len(self.backbone.feature_info):
+            if isinstance(self.backbone, nn.Sequential):
+                stem_feat_idx = self.backbone.stem_feat_idx
+                self.backbone = self.backbone[: stem_feat_idx + 1]
+                self.backbone.stem_feat_idx = stem_feat_idx
+            else:
+                self.backbone.prune_intermediate_layers([level])
+            self.backbone.feature_info = info
+        self.num_levels = level + 1
+        self.proj = nn.Identity()
+        values = self._init_backbone(self.img_size, 1)
+        self.img_size, self.patch_size, self.feature_size, self.feature_ratio = values[:4]
+        self.feature_dim, self.grid_size, self.num_patches = values[4:]

@@ -7,9 +7,10 @@ ends are the parents themselves: `depth=0` is the ResNet alone, `backbone=''` th
 """
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Dict, Optional, Tuple, Union
+from typing import Any, Dict, List, Optional, Tuple, Union
 
 import torch
 from timm.data import (
@@ -18,24 +19,31 @@ from timm.data import (
     IMAGENET_INCEPTION_MEAN,
     IMAGENET_INCEPTION_STD,
 )
-from timm.layers import GluMlp, Mlp, StdConv2dSame, SwiGLU, SwiGLUPacked, get_act_layer, get_norm_layer
+from timm.layers import (
+    DropPath,
+    GluMlp,
+    Mlp,
+    SwiGLU,
+    SwiGLUPacked,
+    calculate_drop_path_rates,
+    get_act_layer,
+    get_norm_layer,
+    to_2tuple,
+)
 from timm.models import (
-    ResNet,
-    ResNetV2,
     VisionTransformer,
     build_model_with_cfg,
+    checkpoint,
     generate_default_cfgs,
-    is_model,
-    is_model_in_modules,
-    model_entrypoint,
+    get_model_input_config,
     register_model,
     resolve_pretrained_cfg,
 )
-from timm.models.resnet import BasicBlock, Bottleneck
 from torch import nn
 
+from .backbone import backbone_blocks, create_backbone
 from .checkpoints import checkpoint_filter_fn
-from .layers import ResNetEmbed
+from .layers import ResNetEmbed, feature_take_indices, unflatten_tokens
 
 __all__ = ['VitResNet', 'VitResNetCfg']
 
@@ -72,7 +80,7 @@ class VitResNetCfg:
     width_factor: Optional[int] = None  # ResNetV2: factor on all widths
     bottle_ratio: Optional[float] = None  # ResNetV2: bottleneck width / block width
     preact: Optional[bool] = None  # ResNetV2: norm and activation before the convolutions
-    output_stride: Optional[int] = None  # 32, 16 or 8: dilation instead of stride beyond it
+    output_stride: Optional[int] = None  # of the tokens: 32, 16 or 8, kept by dilation in place of strides
     backbone_norm_layer: Optional[str] = None
     backbone_act_layer: Optional[str] = None
     # The ViT
@@ -143,121 +151,19 @@ def _check_named(name: str, value: Optional[str], find) -> None:
         ) from None
 
 
-# The config's fields that are arguments of timm's ResNets, and their names there
+# The config's fields that are measures of a ResNet, and their names in timm's classes
 _RESNET_ARGS = {
     **{
         name: name
         for name in (
             *('layers', 'channels', 'block', 'stem_type', 'stem_width', 'stem_chs', 'replace_stem_pool', 'avg_down'),
             *('cardinality', 'base_width', 'block_reduce_first', 'down_kernel_size', 'width_factor', 'bottle_ratio'),
-            *('preact', 'output_stride'),
+            'preact',
         )
     },
     'backbone_norm_layer': 'norm_layer',
     'backbone_act_layer': 'act_layer',
 }
-
-
-def create_backbone(cfg: VitResNetCfg, in_chans: int = 3, device=None, dtype=None) -> nn.Module:
-    """Build the ResNet of a config, up to its stage: image (B, in_chans, H, W) -> map (B, C, H / r, W / r).
-
-    Its `feature_info` lists num_chs, reduction and module of every level, the last being what it returns.
-
-    Raises:
-        ValueError: for an unknown backbone or stage, or a measure that this backbone does not take.
-    """
-    name = cfg.backbone
-    given = {arg: getattr(cfg, field) for field, arg in _RESNET_ARGS.items() if getattr(cfg, field) is not None}
-    if not name:
-        if given or cfg.stage is not None or cfg.stem_stride is not None:
-            raise ValueError(f"backbone: got '' (none), but measures of a ResNet were given: {', '.join(given)}.")
-        return nn.Identity()
-    if name != 'resnetv2' and (
-        '.' in name or not is_model(name) or not is_model_in_modules(name, ('resnet', 'resnetv2'))
-    ):
-        raise ValueError(
-            f"backbone: got {name!r}, expected the name (without a tag) of one of timm's ResNets, see "
-            f"timm.list_models(module='resnet') and timm.list_models(module='resnetv2'), or 'resnetv2', or ''."
-        )
-    is_v2 = name == 'resnetv2' or is_model_in_modules(name, ('resnetv2',))
-
-    # arguments in the words of the class
-    foreign = {'stem_width', 'replace_stem_pool', 'cardinality', 'base_width', 'block_reduce_first', 'down_kernel_size'}
-    if not is_v2:
-        foreign = {'stem_chs', 'width_factor', 'bottle_ratio', 'preact'}
-    for arg in given:
-        if arg in foreign:
-            raise ValueError(f"{arg}: got {given[arg]!r}, but timm's {'ResNetV2' if is_v2 else 'ResNet'} has no {arg}.")
-    if 'block' in given:
-        is_basic = given.pop('block') == 'basic'
-        given.update({'basic': is_basic} if is_v2 else {'block': BasicBlock if is_basic else Bottleneck})
-    num_stages = len(given['layers']) if 'layers' in given else 4
-    if not 1 <= num_stages <= 4 or len(given.get('channels', range(num_stages))) != num_stages:
-        raise ValueError(
-            f'layers: got {cfg.layers}, channels: got {cfg.channels}; expected one number of blocks and one width '
-            f'for each of 1 to 4 stages.'
-        )
-    stage = num_stages if cfg.stage is None else cfg.stage
-    if not isinstance(stage, int) or not 0 <= stage <= num_stages:
-        raise ValueError(f'stage: got {stage!r}, expected a whole number from 0 (the stem) to {num_stages}.')
-
-    kwargs: Dict[str, Any] = dict(given, in_chans=in_chans, num_classes=0, global_pool='', device=device, dtype=dtype)
-    if name == 'resnetv2':
-        kwargs['layers'] = kwargs.get('layers', (3, 4, 6, 3))[: max(stage, 1)]
-        defaults = dict(preact=False, stem_type='same', conv_layer=partial(StdConv2dSame, eps=1e-8))
-        backbone = ResNetV2(**{**defaults, **kwargs})
-    else:
-        if not is_v2 and 'layers' in kwargs:  # timm's ResNet always has four
-            missing = 4 - num_stages
-            kwargs['layers'] += (1,) * missing
-            if 'channels' in kwargs:
-                kwargs['channels'] += kwargs['channels'][-1:] * missing
-        backbone = model_entrypoint(name)(pretrained=False, **kwargs)
-        if 'stem_width' in given and not isinstance(backbone.conv1, nn.Sequential):  # timm would pass over it
-            raise ValueError(f"stem_width: got {cfg.stem_width}, but only a deep stem has one; give stem_type='deep'.")
-    return (_trim_resnetv2 if is_v2 else _trim_resnet)(backbone, stage, cfg.stem_stride or 4)
-
-
-def _trim_resnet(backbone: ResNet, stage: int, stem_stride: int) -> nn.Module:
-    """Keep the stages up to `stage` of timm's ResNet, whose forward pass wants four."""
-    for i in range(stage + 1, 5):
-        setattr(backbone, f'layer{i}', nn.Sequential())
-    if stem_stride < 4:
-        backbone.maxpool = nn.Identity()
-    _finish_backbone(backbone, stage, stem_stride, backbone.conv1, pool='maxpool')
-    backbone.num_features = backbone.head_hidden_size = backbone.feature_info[-1]['num_chs']
-    return backbone
-
-
-def _trim_resnetv2(backbone: ResNetV2, stage: int, stem_stride: int) -> nn.Module:
-    """Keep the stages up to `stage` of timm's ResNetV2; at 0 it is the stem itself, as in vit_tiny_r_s16_p8_224."""
-    if stage < len(backbone.stages):
-        backbone.norm = nn.Identity()  # made for the last stage
-    backbone.stages = backbone.stages[:stage]
-    if stem_stride < 4:
-        for name in ('pad', 'pool'):
-            if hasattr(backbone.stem, name):
-                setattr(backbone.stem, name, nn.Identity())
-    _finish_backbone(backbone, stage, stem_stride, backbone.stem, pool='stem.pool')
-    backbone.num_features = backbone.head_hidden_size = backbone.feature_info[-1]['num_chs']
-    if stage > 0:
-        return backbone
-    stem = backbone.stem
-    stem.feature_info = [dict(info, module=info['module'].removeprefix('stem.')) for info in backbone.feature_info]
-    return stem
-
-
-def _finish_backbone(backbone: nn.Module, stage: int, stem_stride: int, stem: nn.Module, pool: str) -> None:
-    """Set the stem's stride, and make `feature_info` end with what the trimmed backbone returns."""
-    if stem_stride == 1:
-        first = next(module for module in stem.modules() if isinstance(module, nn.Conv2d))
-        first.stride = (1, 1)
-    info = backbone.feature_info[: stage + 1]
-    info = [dict(level, reduction=level['reduction'] * stem_stride // 4) for level in info]
-    info[0]['reduction'] = min(stem_stride, 2)
-    if stage == 0 and stem_stride == 4:
-        info.append(dict(info[0], reduction=4, module=pool))
-    backbone.feature_info = info
 
 
 class VitResNet(VisionTransformer):
@@ -278,6 +184,10 @@ class VitResNet(VisionTransformer):
         ValueError: for an impossible architecture or size (which argument, what it was, what is allowed).
         TypeError: for an unknown argument.
     """
+
+    # TorchScript can't tell what an empty list holds
+    resnet_maps: List[int]
+    token_maps: List[Tuple[int, int]]
 
     def __init__(
         self,
@@ -303,7 +213,12 @@ class VitResNet(VisionTransformer):
         _check_positive('in_chans', in_chans)
         if num_classes < 0:
             raise ValueError(f'num_classes: got {num_classes}, expected 0 (no head) or more.')
-        backbone = create_backbone(cfg, in_chans=in_chans, device=device, dtype=dtype)
+        rates = dict(drop_rate=drop_rate, pos_drop_rate=pos_drop_rate, patch_drop_rate=patch_drop_rate)
+        rates.update(proj_drop_rate=proj_drop_rate, attn_drop_rate=attn_drop_rate)
+        for name, rate in {**rates, 'drop_path_rate': drop_path_rate}.items():
+            if not 0 <= rate < 1:
+                raise ValueError(f'{name}: got {rate}, expected a number from 0 up to, but not including, 1.')
+        backbone = _create_backbone(cfg, in_chans=in_chans, device=device, dtype=dtype)
         has_vit = cfg.depth > 0
         cfg = _resolve_vit(cfg, backbone)
 
@@ -330,12 +245,7 @@ class VitResNet(VisionTransformer):
             fc_norm=cfg.fc_norm,
             dynamic_img_size=True,
             dynamic_img_pad=True,
-            drop_rate=drop_rate,
-            pos_drop_rate=pos_drop_rate,
-            patch_drop_rate=patch_drop_rate,
-            proj_drop_rate=proj_drop_rate,
-            attn_drop_rate=attn_drop_rate,
-            drop_path_rate=drop_path_rate,
+            **rates,
             weight_init=weight_init,
             fix_init=fix_init,
             embed_layer=partial(ResNetEmbed, backbone=backbone, proj=has_vit),
@@ -350,6 +260,256 @@ class VitResNet(VisionTransformer):
         # which convolution sees the image depends on the backbone, so it is a trait of the instance, not of the cfg
         first_conv = next(name for name, module in self.named_modules() if isinstance(module, nn.Conv2d))
         self._traits = dict(first_conv=first_conv)
+        self._init_drop_path(drop_path_rate)
+        self._init_feature_info()
+
+    def _init_drop_path(self, drop_path_rate: float) -> None:
+        """Let the rate grow linearly from the first block of the ResNet to the last of the ViT."""
+        if drop_path_rate == 0:
+            return
+        resnet_blocks = backbone_blocks(self.patch_embed.backbone)
+        rates = calculate_drop_path_rates(drop_path_rate, len(resnet_blocks) + len(self.blocks))
+        for block, rate in zip((*resnet_blocks, *self.blocks), rates):
+            for name in ('drop_path', 'drop_path1', 'drop_path2'):
+                if hasattr(block, name) and rate > 0:
+                    setattr(block, name, DropPath(rate))
+
+    def _init_feature_info(self) -> None:
+        """List the maps: those of the pyramid, then the tokens of every block (the last one's end the pyramid)."""
+        embed = self.patch_embed
+        info = list(getattr(embed.backbone, 'feature_info', []))
+        num_levels, depth = len(info), len(self.blocks)
+        first = 0
+        tokens: List[Tuple[int, int]] = []  # (block, by how much its map is enlarged)
+        if depth > 0:
+            stride = embed.feat_ratio()
+            if info and embed.patch_size == (1, 1):
+                num_levels -= 1  # the tokens take the place of the map that they are made of
+            elif info and embed.patch_size[0] == embed.patch_size[1]:
+                # strides that a patch leaps over are served by blocks at even distances
+                missing = int(math.log2(embed.patch_size[0])) - 1
+                if embed.patch_size[0] == 2 ** (missing + 1) and missing < depth:
+                    tokens += [
+                        (round(depth * i / (missing + 1)) - 1, 2 ** (missing + 1 - i)) for i in range(1, missing + 1)
+                    ]
+            resized = {block for block, _ in tokens}
+            tokens += [(depth - 1, 1)]
+            num_pyramid = num_levels + len(tokens)
+            tokens += [(block, 1) for block in range(depth - 1)]
+            info = info[:num_levels]
+            for i, (block, factor) in enumerate(tokens):
+                module = dict(module=f'blocks.{block}')
+                if block in resized and num_levels + i >= num_pyramid:
+                    # no two entries may have one name (transformers): what a block returns is what the next one takes
+                    module = dict(module=f'blocks.{block + 1}.norm1', hook_type='forward_pre')
+                info.append(dict(module, num_chs=self.embed_dim, reduction=stride // factor))
+        else:
+            num_pyramid = num_levels
+        if num_pyramid > 1 and info[0]['reduction'] == info[1]['reduction']:  # a stem that leaves strides to stages
+            info, first = info[1:], 1
+        self.num_pyramid = num_pyramid - first
+        self.resnet_maps = list(range(first, num_levels))
+        self.token_maps = tokens
+        prefix = 'patch_embed.backbone.'
+        self.feature_info = [
+            dict(level, module=prefix + level['module']) if i < len(self.resnet_maps) else level
+            for i, level in enumerate(info)
+        ]
+
+    def forward_intermediates(
+        self,
+        x: torch.Tensor,
+        indices: Optional[Union[int, List[int]]] = None,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = 'NCHW',
+        intermediates_only: bool = False,
+        output_dict: bool = False,
+        attn_mask: Optional[torch.Tensor] = None,
+        is_causal: bool = False,
+    ) -> Union[List[torch.Tensor], Tuple[torch.Tensor, List[torch.Tensor]], Dict[str, Any]]:
+        """Return the features, and the maps that `feature_info` lists.
+
+        Args:
+            x: (B, C, H, W).
+            indices: Of `feature_info`, in the order wanted: None for all, a number for the last so many.
+            return_prefix_tokens: Return (map, prefix tokens (B, P, D)) in place of each map; None for the ResNet's.
+            norm: Apply the final norm to the maps that are tokens.
+            stop_early: Leave out what no map needs; the features are then those of the last part that ran.
+            output_fmt: 'NCHW': maps (B, C, H / reduction, W / reduction); 'NLC': tokens (B, N, C).
+            intermediates_only: Return the maps alone.
+            output_dict: Return {'image_intermediates', 'image_intermediates_prefix', 'image_features'}.
+            attn_mask, is_causal: As in `forward`.
+
+        Returns:
+            (features (B, N, D), maps), or as the arguments say.
+        """
+        assert output_fmt in ('NCHW', 'NLC'), 'Output format must be one of NCHW or NLC.'
+        take_indices, _ = feature_take_indices(len(self.resnet_maps) + len(self.token_maps), indices)
+        num_resnet = len(self.resnet_maps)
+        last_level, last_block = -1, -1
+        wanted: List[int] = []
+        for i in take_indices:
+            if i < num_resnet:
+                last_level = max(last_level, self.resnet_maps[i])
+            else:
+                block = self.token_maps[i - num_resnet][0]
+                wanted.append(block)
+                last_block = max(last_block, block)
+        whole = not stop_early or last_block >= 0  # past the ResNet
+        if not stop_early:
+            last_block = len(self.blocks) - 1
+
+        grid = self.patch_embed.dynamic_feat_size((x.shape[-2], x.shape[-1]))
+        size = (x.shape[-2], x.shape[-1])
+        levels = self.patch_embed.forward_levels(x, self.patch_embed.num_levels if whole else last_level + 1)
+        outputs: Dict[int, torch.Tensor] = {}
+        if len(levels) > 0:
+            x = levels[-1]
+        if whole:
+            x = self._pos_embed(self.patch_embed.patchify(x))
+            x = self.norm_pre(self.patch_drop(x))
+            for i, block in enumerate(self.blocks):
+                if i <= last_block:
+                    if attn_mask is not None or is_causal:
+                        x = block(x, attn_mask=attn_mask, is_causal=is_causal)
+                    elif self.grad_checkpointing and not torch.jit.is_scripting():
+                        x = checkpoint(block, x)
+                    else:
+                        x = block(x)
+                    if i in wanted:
+                        outputs[i] = self.norm(x) if norm else x
+        else:
+            x = x.flatten(2).transpose(1, 2)
+
+        maps: List[torch.Tensor] = []
+        for i in take_indices:
+            if i < num_resnet:
+                y = levels[self.resnet_maps[i]]
+            else:
+                block_index, factor = self.token_maps[i - num_resnet]
+                y = outputs[block_index][:, self.num_prefix_tokens :]
+                if output_fmt == 'NLC' and factor == 1:
+                    maps.append(y)
+                    continue
+                y = self.patch_embed.enlarge(unflatten_tokens(y, grid), size, factor)
+            maps.append(y.flatten(2).transpose(1, 2) if output_fmt == 'NLC' else y)
+
+        if not torch.jit.is_scripting():  # whose types neither of the two fits
+            prefixes: List[Optional[torch.Tensor]] = []
+            if return_prefix_tokens and self.num_prefix_tokens:
+                for i in take_indices:
+                    block_index = self.token_maps[i - num_resnet][0] if i >= num_resnet else -1
+                    prefixes.append(outputs[block_index][:, : self.num_prefix_tokens] if block_index >= 0 else None)
+            if output_dict:
+                result: Dict[str, Any] = {'image_intermediates': maps}
+                if prefixes:
+                    result['image_intermediates_prefix'] = prefixes
+                if not intermediates_only:
+                    result['image_features'] = self.norm(x) if whole else x
+                return result
+            if prefixes:
+                maps = list(zip(maps, prefixes))
+        if intermediates_only:
+            return maps
+        return self.norm(x) if whole else x, maps
+
+    def get_intermediate_layers(
+        self,
+        x: torch.Tensor,
+        n: Union[int, List[int], Tuple[int, ...]] = 1,
+        reshape: bool = False,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        attn_mask: Optional[torch.Tensor] = None,
+    ) -> List[torch.Tensor]:
+        """Return the tokens after blocks (DINO's interface): the last `n` blocks, or those numbered in `n`."""
+        blocks, _ = feature_take_indices(len(self.blocks), list(n) if isinstance(n, tuple) else n)
+        return self.forward_intermediates(
+            x,
+            [len(self.resnet_maps) + self.token_maps.index((block, 1)) for block in blocks],
+            return_prefix_tokens=return_prefix_tokens,
+            norm=norm,
+            output_fmt='NCHW' if reshape else 'NLC',
+            intermediates_only=True,
+            attn_mask=attn_mask,
+        )
+
+    def prune_intermediate_layers(
+        self,
+        indices: Union[int, List[int]] = 1,
+        prune_norm: bool = False,
+        prune_head: bool = True,
+    ) -> List[int]:
+        """Remove what the maps at `indices` of `feature_info` do not need; what the head needs stays with the head.
+
+        Without a block the model becomes its ResNet up to the deepest level asked for, as with depth=0.
+
+        Returns:
+            The indices, counted from 0.
+        """
+        take_indices, _ = feature_take_indices(len(self.feature_info), indices)
+        num_resnet = len(self.resnet_maps)
+        if prune_head:
+            blocks = [self.token_maps[i - num_resnet][0] for i in take_indices if i >= num_resnet]
+            if blocks:
+                self.blocks = self.blocks[: max(blocks) + 1]
+            else:
+                self._prune_to_resnet(max(self.resnet_maps[i] for i in take_indices))
+        if prune_norm:
+            self.norm = nn.Identity()
+        if prune_head:
+            self.fc_norm = nn.Identity()
+            self.reset_classifier(0, '')
+        return take_indices
+
+    def _prune_to_resnet(self, level: int) -> None:
+        self.patch_embed.prune(level)
+        self.cls_token = self.reg_token = self.pos_embed = None
+        self.num_prefix_tokens = self.num_reg_tokens = 0
+        self.has_class_token = False
+        self.patch_drop, self.norm_pre, self.blocks, self.norm = (
+            nn.Identity(),
+            nn.Identity(),
+            nn.Sequential(),
+            nn.Identity(),
+        )
+        self.num_features = self.head_hidden_size = self.embed_dim = self.patch_embed.feature_dim
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> Dict[str, Any]:
+        """Group parameters from the image on: stem, every ResNet stage, the embedding, every block (with the head)."""
+        stem = r'^patch_embed\.backbone\.'
+        if not isinstance(self.patch_embed.backbone, nn.Sequential):  # which is a stem itself
+            stem += r'(?!layer\d|stages\.|norm\.)'
+        return dict(
+            stem=stem,
+            stages=[(r'^patch_embed\.backbone\.(?:layer|stages\.)(\d+)', None)],
+            embed=r'^(?:patch_embed|cls_token|reg_token|pos_embed|norm_pre)',
+            blocks=[(r'^blocks\.(\d+)', None), (r'^norm', (99999,))],
+        )
+
+    def set_input_size(
+        self,
+        img_size: Optional[Union[int, Tuple[int, int]]] = None,
+        patch_size: Optional[Union[int, Tuple[int, int]]] = None,
+    ) -> None:
+        """Make the position table for another size, and the projection for other patches; timm's resampling for both.
+
+        Args:
+            img_size: Height and width, in pixels; the present ones by default.
+            patch_size: Height and width of a patch in the ResNet's pixels; the present ones by default.
+
+        Raises:
+            ValueError: for an impossible size.
+        """
+        for name, value in (('img_size', img_size), ('patch_size', patch_size)):
+            _check_positive(name, tuple(value) if isinstance(value, (tuple, list)) else value)
+        if patch_size is not None and not isinstance(self.patch_embed.proj, nn.Conv2d):
+            raise ValueError(f'patch_size: got {patch_size}, but with depth=0 the model is the ResNet alone.')
+        super().set_input_size(img_size=img_size, patch_size=patch_size)
+        self._init_feature_info()
 
     def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
         """Replace the head by a new one of `num_classes` (0: none), and the pooling if one is given.
@@ -362,7 +522,25 @@ class VitResNet(VisionTransformer):
         _check_choice('global_pool', global_pool, (None, *GLOBAL_POOLS))
         if global_pool == 'token' and not self.has_class_token:
             raise ValueError(NO_CLASS_TOKEN)
+        if global_pool in ('map', 'prr') and global_pool != self.global_pool:
+            raise ValueError(f'global_pool: got {global_pool!r}, whose weights are made only with the model.')
         super().reset_classifier(num_classes, global_pool)
+
+
+def _create_backbone(cfg: VitResNetCfg, **kwargs) -> nn.Module:
+    """Build the config's ResNet, and check that its strides suit `output_stride`."""
+    measures = {arg: getattr(cfg, field) for field, arg in _RESNET_ARGS.items() if getattr(cfg, field) is not None}
+    patch_stride = max(to_2tuple(cfg.patch_size or (1 if cfg.backbone else 16)))
+    output_stride = cfg.output_stride // patch_stride if cfg.output_stride else None
+    stem_stride = cfg.stem_stride
+    backbone = create_backbone(cfg.backbone, cfg.stage, stem_stride, output_stride, **measures, **kwargs)
+    stride = patch_stride * (backbone.feature_info[-1]['reduction'] if cfg.backbone else 1)
+    if cfg.output_stride and stride > cfg.output_stride:
+        raise ValueError(
+            f'output_stride: got {cfg.output_stride}, but the tokens of this model cannot be closer than {stride} '
+            f'pixels: dilation replaces the strides of ResNet stages 2 to 4, not those of the stem or of the patches.'
+        )
+    return backbone
 
 
 def _resolve_vit(cfg: VitResNetCfg, backbone: nn.Module) -> VitResNetCfg:
@@ -400,15 +578,20 @@ def _create_vitresnet(variant: str, pretrained: bool, cfg: VitResNetCfg, **kwarg
     # The position table must have the checkpoint's own grid; timm passes img_size on only where sizes are fixed.
     source = resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay'))
     kwargs.setdefault('img_size', source.input_size[-2:])
-    return build_model_with_cfg(
+    feature_cfg = dict(feature_cls='getter')
+    if kwargs.get('features_only') and 'out_indices' not in kwargs:  # the pyramid alone
+        feature_cfg['out_indices'] = tuple(range(VitResNet(cfg, device='meta').num_pyramid))
+    model = build_model_with_cfg(
         VitResNet,
         variant,
         pretrained,
         model_cfg=cfg,
         pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg=dict(out_indices=3, feature_cls='getter'),
+        feature_cfg=feature_cfg,
         **kwargs,
     )
+    model.pretrained_cfg['first_conv'] = get_model_input_config(model)['first_conv']
+    return model
 
 
 def _cfg(**kwargs) -> Dict[str, Any]:

@@ -1,0 +1,144 @@
+"""The ResNet of a serial hybrid: any of timm's, by name and measures, up to any stage.
+
+image (B, in_chans, H, W) -> `create_backbone(...)` -> map (B, C, H / r, W / r)
+"""
+
+import inspect
+from functools import partial
+from typing import Any, Dict, Optional
+
+from timm.layers import StdConv2dSame
+from timm.models import ResNet, ResNetV2, is_model, is_model_in_modules, model_entrypoint
+from timm.models.resnet import BasicBlock, Bottleneck
+from torch import nn
+
+
+def create_backbone(
+    name: str,
+    stage: Optional[int] = None,
+    stem_stride: Optional[int] = None,
+    output_stride: Optional[int] = None,
+    in_chans: int = 3,
+    device=None,
+    dtype=None,
+    **measures: Any,
+) -> nn.Module:
+    """Build a ResNet of timm's up to a stage; its `feature_info` lists {num_chs, reduction, module} of every level.
+
+    Args:
+        name: A timm ResNet's name, 'resnetv2' (that of the R+ViT checkpoints), or '' for none (`nn.Identity`).
+        stage: The last stage kept; 0 keeps the stem alone. All of them by default.
+        stem_stride: 4; 2 leaves out the pooling; 1 makes the first convolution's stride 1, too.
+        output_stride: Stride of the map that dilation is to keep to, as far as the stages allow it.
+        measures: Arguments of timm's `ResNet` or `ResNetV2`, and `block`: 'basic' or 'bottleneck'.
+
+    Raises:
+        ValueError: for an unknown backbone or stage, or a measure that this backbone does not take.
+    """
+    if not name:
+        given = [*measures, *(['stage'] if stage is not None else []), *(['stem_stride'] if stem_stride else [])]
+        if given:
+            raise ValueError(f"backbone: got '' (none), but measures of a ResNet were given: {', '.join(given)}.")
+        return nn.Identity()
+    if name != 'resnetv2' and (
+        '.' in name or not is_model(name) or not is_model_in_modules(name, ('resnet', 'resnetv2'))
+    ):
+        raise ValueError(
+            f"backbone: got {name!r}, expected the name (without a tag) of one of timm's ResNets, see "
+            f"timm.list_models(module='resnet') and timm.list_models(module='resnetv2'), or 'resnetv2', or ''."
+        )
+    is_v2 = name == 'resnetv2' or is_model_in_modules(name, ('resnetv2',))
+    resnet = ResNetV2 if is_v2 else ResNet
+    known = {*inspect.signature(resnet.__init__).parameters, 'block'}
+    for measure, value in measures.items():
+        if measure not in known:
+            raise ValueError(f"{measure}: got {value!r}, but timm's {resnet.__name__} has no {measure}.")
+
+    layers, channels = measures.get('layers'), measures.get('channels')
+    num_stages = len(layers) if layers else 4
+    if not 1 <= num_stages <= 4 or (channels and len(channels) != num_stages):
+        raise ValueError(
+            f'layers: got {layers}, channels: got {channels}; expected one number of blocks and one width for each '
+            f'of 1 to 4 stages.'
+        )
+    stage = num_stages if stage is None else stage
+    if not isinstance(stage, int) or not 0 <= stage <= num_stages:
+        raise ValueError(f'stage: got {stage!r}, expected a whole number from 0 (the stem) to {num_stages}.')
+
+    kwargs: Dict[str, Any] = dict(
+        measures, in_chans=in_chans, num_classes=0, global_pool='', device=device, dtype=dtype
+    )
+    stem_stride = stem_stride or 4
+    if output_stride is not None:  # timm counts from a stem of stride 4, and knows these three
+        kwargs['output_stride'] = min(max(output_stride * 4 // stem_stride, 8), 32)
+    if 'block' in kwargs:
+        is_basic = kwargs.pop('block') == 'basic'
+        kwargs.update({'basic': is_basic} if is_v2 else {'block': BasicBlock if is_basic else Bottleneck})
+    if name == 'resnetv2':
+        kwargs['layers'] = (layers or (3, 4, 6, 3))[: max(stage, 1)]
+        defaults = dict(preact=False, stem_type='same', conv_layer=partial(StdConv2dSame, eps=1e-8))
+        backbone = ResNetV2(**{**defaults, **kwargs})
+    else:
+        if not is_v2 and layers:  # timm's ResNet always has four
+            missing = 4 - num_stages
+            kwargs['layers'] = (*layers, *(1,) * missing)
+            if channels:
+                kwargs['channels'] = (*channels, *channels[-1:] * missing)
+        backbone = model_entrypoint(name)(pretrained=False, **kwargs)
+        if 'stem_width' in measures and not isinstance(backbone.conv1, nn.Sequential):  # timm would pass over it
+            width = measures['stem_width']
+            raise ValueError(f"stem_width: got {width}, but only a deep stem has one; give stem_type='deep'.")
+    return (_trim_resnetv2 if is_v2 else _trim_resnet)(backbone, stage, stem_stride)
+
+
+def _trim_resnet(backbone: ResNet, stage: int, stem_stride: int) -> nn.Module:
+    """Keep the stages up to `stage` of timm's ResNet, whose forward pass wants four."""
+    for i in range(stage + 1, 5):
+        setattr(backbone, f'layer{i}', nn.Sequential())
+    if stem_stride < 4:
+        backbone.maxpool = nn.Identity()
+    _finish_backbone(backbone, stage, stem_stride, backbone.conv1, pool='maxpool')
+    return backbone
+
+
+def _trim_resnetv2(backbone: ResNetV2, stage: int, stem_stride: int) -> nn.Module:
+    """Keep the stages up to `stage` of timm's ResNetV2; at 0 it is the stem itself, as in vit_tiny_r_s16_p8_224."""
+    if stage < len(backbone.stages):
+        backbone.norm = nn.Identity()  # made for the last stage
+    backbone.stages = backbone.stages[:stage]
+    if stem_stride < 4:
+        for name in ('pad', 'pool'):
+            if hasattr(backbone.stem, name):
+                setattr(backbone.stem, name, nn.Identity())
+    _finish_backbone(backbone, stage, stem_stride, backbone.stem, pool='stem.pool')
+    if stage > 0:
+        if not isinstance(backbone.norm, nn.Identity):
+            backbone.feature_info[-1]['module'] = 'norm'
+        return backbone
+    stem = backbone.stem
+    stem.stem_feat_idx = backbone.stem_feat_idx
+    stem.feature_info = [dict(info, module=info['module'].removeprefix('stem.')) for info in backbone.feature_info]
+    return stem
+
+
+def _finish_backbone(backbone: nn.Module, stage: int, stem_stride: int, stem: nn.Module, pool: str) -> None:
+    """Set the stem's stride, and make `feature_info` end with what the trimmed backbone returns."""
+    if stem_stride == 1:
+        first = next(module for module in stem.modules() if isinstance(module, nn.Conv2d))
+        first.stride = (1, 1)
+    info = backbone.feature_info[: stage + 1]
+    info = [dict(level, reduction=level['reduction'] * stem_stride // 4) for level in info]
+    info[0]['reduction'] = min(stem_stride, 2)
+    if stage == 0 and stem_stride == 4:
+        info.append(dict(info[0], reduction=4, module=pool))
+    backbone.feature_info = info
+    backbone.num_features = backbone.head_hidden_size = info[-1]['num_chs']
+
+
+def backbone_blocks(backbone: nn.Module) -> list:
+    """Return the residual blocks of a ResNet that `create_backbone` made, from the first to the last."""
+    if isinstance(backbone, ResNetV2):
+        return [block for stage in backbone.stages for block in stage.blocks]
+    if isinstance(backbone, ResNet):
+        return [block for i in range(1, 5) for block in getattr(backbone, f'layer{i}')]
+    return []
