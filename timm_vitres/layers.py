@@ -9,7 +9,7 @@ from typing import List, Optional, Tuple, Union, cast
 
 import torch
 import torch.nn.functional as F
-from timm.layers import HybridEmbed, is_exporting, to_2tuple
+from timm.layers import HybridEmbed, is_exporting, register_notrace_module, to_2tuple
 from timm.models import checkpoint_seq
 
 # every model of timm's resolves feature indices by it, but it is not among timm.models' public names
@@ -35,6 +35,7 @@ def unflatten_tokens(x: torch.Tensor, grid: Tuple[int, int]) -> torch.Tensor:
     return x.transpose(1, 2).reshape(x.shape[0], x.shape[2], grid[0], grid[1])
 
 
+@register_notrace_module  # its padding depends on the size, which torch.fx can't follow
 class ResNetEmbed(HybridEmbed):
     """A ResNet as the patch embedding of a ViT.
 
