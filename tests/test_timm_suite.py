@@ -15,7 +15,7 @@ OURS = ['test_vitresnet', 'vitresnet', 'vitresnet_nano', 'vitresnet_small', 'vit
 # timm's lists of models by name, and how they change to know ours: tokens come out of forward_features and pool_size is
 # None, as in its ViTs, but the pyramid's test is kept on; forward_intermediates is tested by module.
 PATCHES = [
-    ("NON_STD_FILTERS = [\n", "NON_STD_FILTERS = [\n    'vitresnet*',\n"),
+    ('NON_STD_FILTERS = [\n', "NON_STD_FILTERS = [\n    'vitresnet*',\n"),
     ('FEAT_INTER_FILTERS = [\n', "FEAT_INTER_FILTERS = [\n    'vitresnet',\n"),
     (
         'EXCLUDE_FEAT_FILTERS = NON_STD_FILTERS[:]\n',
@@ -53,7 +53,12 @@ def test_timms_suite(suite):
     passed = re.findall(r'::(test_\w+)\[(?:\d+-)?([\w.]+?)(?:-\d+)?\] PASSED', result.stdout)
     # every one of timm's tests that is run for all models, on every one of ours
     for test in (
-        *('test_model_forward', 'test_model_backward', 'test_model_default_cfgs_non_std', 'test_model_forward_features'),
+        *(
+            'test_model_forward',
+            'test_model_backward',
+            'test_model_default_cfgs_non_std',
+            'test_model_forward_features',
+        ),
         *('test_model_forward_torchscript', 'test_model_forward_fx', 'test_model_backward_fx'),
         *('test_model_forward_intermediates', 'test_model_forward_intermediates_features'),
         'test_prune_intermediate_layers_contract',

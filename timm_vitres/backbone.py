@@ -7,10 +7,11 @@ import inspect
 from functools import partial
 from typing import Any, Dict, Optional
 
-from timm.layers import StdConv2dSame
 from timm.models import ResNet, ResNetV2, is_model, is_model_in_modules, model_entrypoint
 from timm.models.resnet import BasicBlock, Bottleneck
 from torch import nn
+
+from .layers import MaxPool2dSame, StdConv2dSame
 
 
 def create_backbone(
@@ -78,6 +79,8 @@ def create_backbone(
         kwargs['layers'] = (layers or (3, 4, 6, 3))[: max(stage, 1)]
         defaults = dict(preact=False, stem_type='same', conv_layer=partial(StdConv2dSame, eps=1e-8))
         backbone = ResNetV2(**{**defaults, **kwargs})
+        if 'same' in kwargs.get('stem_type', 'same'):
+            backbone.stem.pool = MaxPool2dSame((3, 3), (2, 2), dilation=(1, 1))
     else:
         if not is_v2 and layers:  # timm's ResNet always has four
             missing = 4 - num_stages

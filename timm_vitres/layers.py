@@ -9,6 +9,7 @@ from typing import List, Optional, Tuple, Union, cast
 
 import torch
 import torch.nn.functional as F
+from timm import layers
 from timm.layers import HybridEmbed, is_exporting, register_notrace_module, to_2tuple
 from timm.models import checkpoint_seq
 
@@ -16,9 +17,62 @@ from timm.models import checkpoint_seq
 from timm.models._features import feature_take_indices
 from torch import nn
 
-__all__ = ['ResNetEmbed', 'feature_take_indices', 'unflatten_tokens']
+__all__ = ['MaxPool2dSame', 'ResNetEmbed', 'StdConv2dSame', 'feature_take_indices', 'unflatten_tokens']
 
 Size = Union[int, Tuple[int, int]]
+
+
+def same_padding(size: int, kernel_size: int, stride: int, dilation: int = 1) -> int:
+    """Return the zeros that TensorFlow's 'SAME' adds to `size` pixels, both ends together: timm's `get_same_padding`.
+
+    It is negative for pixels at the end that a 1x1 kernel with a stride never sees; timm leaves those where they are.
+    It is written so that the padded size does not contain `size` but by whole-number division: a captured graph then
+    knows sizes that stay short from layer to layer, where timm's formula (by way of floats) keeps `torch.export` busy
+    for hours.
+    """
+    reach = (kernel_size - 1) * dilation + 1
+    padding = ((size + stride - 1) // stride - 1) * stride + reach - size
+    return padding if reach >= stride or reach == 1 else max(padding, 0)
+
+
+def pad_same(
+    x: torch.Tensor,
+    kernel_size: Tuple[int, int],
+    stride: Tuple[int, int],
+    dilation: Tuple[int, int],
+    value: float = 0.0,
+) -> torch.Tensor:
+    """Pad as TensorFlow's 'SAME' does, the odd pixel to the right and below. x: (B, C, H, W)."""
+    pad_h = same_padding(x.shape[-2], kernel_size[0], stride[0], dilation[0])
+    pad_w = same_padding(x.shape[-1], kernel_size[1], stride[1], dilation[1])
+    left, top = (pad_w // 2, pad_h // 2) if kernel_size[0] > 1 else (0, 0)
+    return F.pad(x, (left, pad_w - left, top, pad_h - top), value=value)
+
+
+class StdConv2dSame(layers.StdConv2dSame):
+    """timm's weight-standardised convolution with 'SAME' padding, padded by `pad_same`."""
+
+    standardized_conv = layers.StdConv2dSame.forward
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.pads = self.same_pad  # that which timm calls dynamic
+        self.same_pad = False
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x: (B, C, H, W) -> (B, C', ceil(H / stride), ceil(W / stride))."""
+        if self.pads and (self.kernel_size != (1, 1) or is_exporting()):
+            x = pad_same(x, self.kernel_size, self.stride, self.dilation)
+        return self.standardized_conv(x)
+
+
+class MaxPool2dSame(nn.MaxPool2d):
+    """Max pooling with 'SAME' padding by `pad_same`. Kernel size, stride and dilation are pairs."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x: (B, C, H, W) -> (B, C, ceil(H / stride), ceil(W / stride))."""
+        x = pad_same(x, self.kernel_size, self.stride, self.dilation, value=-float('inf'))
+        return F.max_pool2d(x, self.kernel_size, self.stride, 0, self.dilation)
 
 
 def unflatten_tokens(x: torch.Tensor, grid: Tuple[int, int]) -> torch.Tensor:
@@ -127,8 +181,8 @@ class ResNetEmbed(HybridEmbed):
 
     def patchify(self, x: torch.Tensor) -> torch.Tensor:
         """Project the ResNet's map to tokens. x: (B, C, h, w) -> (B, H', W', D)."""
-        pad_h = -x.shape[-2] % self.patch_size[0]
-        pad_w = -x.shape[-1] % self.patch_size[1]
+        pad_h = same_padding(x.shape[-2], self.patch_size[0], self.patch_size[0])
+        pad_w = same_padding(x.shape[-1], self.patch_size[1], self.patch_size[1])
         if self.patch_size != (1, 1) and (is_exporting() or pad_h > 0 or pad_w > 0):
             x = F.pad(x, (0, pad_w, 0, pad_h))
         return self.proj(x).permute(0, 2, 3, 1)
@@ -191,7 +245,9 @@ class ResNetEmbed(HybridEmbed):
         x = F.interpolate(x, size=(x.shape[-2] * factor, x.shape[-1] * factor), mode='bilinear', align_corners=False)
         stride_h = self.feature_ratio[0] * self.patch_size[0] // factor
         stride_w = self.feature_ratio[1] * self.patch_size[1] // factor
-        return x[:, :, : (size[0] + stride_h - 1) // stride_h, : (size[1] + stride_w - 1) // stride_w]
+        height, width = (size[0] + stride_h - 1) // stride_h, (size[1] + stride_w - 1) // stride_w
+        # negative padding: of a slice, an exported graph would have to prove that it is smaller
+        return F.pad(x, (0, width - x.shape[-1], 0, height - x.shape[-2]))
 
     def prune(self, level: int) -> None:
         """Cut off what comes after a level of the ResNet: its map, unprojected, is then what the tokens are."""

@@ -361,14 +361,16 @@ class VitResNet(VisionTransformer):
         if not stop_early:
             last_block = len(self.blocks) - 1
 
-        grid = self.patch_embed.dynamic_feat_size((x.shape[-2], x.shape[-1]))
         size = (x.shape[-2], x.shape[-1])
+        grid = (0, 0)
         levels = self.patch_embed.forward_levels(x, self.patch_embed.num_levels if whole else last_level + 1)
         outputs: Dict[int, torch.Tensor] = {}
         if len(levels) > 0:
             x = levels[-1]
         if whole:
-            x = self._pos_embed(self.patch_embed.patchify(x))
+            x = self.patch_embed.patchify(x)
+            grid = (x.shape[1], x.shape[2])
+            x = self._pos_embed(x)
             x = self.norm_pre(self.patch_drop(x))
             for i, block in enumerate(self.blocks):
                 if i <= last_block:
