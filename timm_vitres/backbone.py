@@ -5,7 +5,7 @@ image (B, in_chans, H, W) -> `create_backbone(...)` -> map (B, C, H / r, W / r)
 
 import inspect
 from functools import partial
-from typing import Any, Dict, Optional
+from typing import Any, Dict, List, Optional
 
 from timm.models import ResNet, ResNetV2, is_model, is_model_in_modules, model_entrypoint
 from timm.models.resnet import BasicBlock, Bottleneck
@@ -138,10 +138,10 @@ def _finish_backbone(backbone: nn.Module, stage: int, stem_stride: int, stem: nn
     backbone.num_features = backbone.head_hidden_size = info[-1]['num_chs']
 
 
-def backbone_blocks(backbone: nn.Module) -> list:
+def backbone_blocks(backbone: nn.Module) -> List[nn.Module]:
     """Return the residual blocks of a ResNet that `create_backbone` made, from the first to the last."""
     if isinstance(backbone, ResNetV2):
-        return [block for stage in backbone.stages for block in stage.blocks]
+        return [block for stage in backbone.stages.children() for block in stage.get_submodule('blocks').children()]
     if isinstance(backbone, ResNet):
         return [block for i in range(1, 5) for block in getattr(backbone, f'layer{i}')]
     return []

@@ -10,14 +10,28 @@ from typing import List, Optional, Tuple, Union, cast
 import torch
 import torch.nn.functional as F
 from timm import layers
-from timm.layers import HybridEmbed, is_exporting, register_notrace_module, to_2tuple
+from timm.layers import (
+    HybridEmbed,
+    is_exporting,
+    register_notrace_function,
+    register_notrace_module,
+    resample_abs_pos_embed,
+    to_2tuple,
+)
 from timm.models import checkpoint_seq
 
 # every model of timm's resolves feature indices by it, but it is not among timm.models' public names
 from timm.models._features import feature_take_indices
 from torch import nn
 
-__all__ = ['MaxPool2dSame', 'ResNetEmbed', 'StdConv2dSame', 'feature_take_indices', 'unflatten_tokens']
+__all__ = [
+    'MaxPool2dSame',
+    'ResNetEmbed',
+    'StdConv2dSame',
+    'feature_take_indices',
+    'resample_pos_embed',
+    'unflatten_tokens',
+]
 
 Size = Union[int, Tuple[int, int]]
 
@@ -52,8 +66,6 @@ def pad_same(
 class StdConv2dSame(layers.StdConv2dSame):
     """timm's weight-standardised convolution with 'SAME' padding, padded by `pad_same`."""
 
-    standardized_conv = layers.StdConv2dSame.forward
-
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.pads = self.same_pad  # that which timm calls dynamic
@@ -63,7 +75,12 @@ class StdConv2dSame(layers.StdConv2dSame):
         """x: (B, C, H, W) -> (B, C', ceil(H / stride), ceil(W / stride))."""
         if self.pads and (self.kernel_size != (1, 1) or is_exporting()):
             x = pad_same(x, self.kernel_size, self.stride, self.dilation)
-        return self.standardized_conv(x)
+        return F.conv2d(x, self.standardized_weight(), self.bias, self.stride, self.padding, self.dilation, self.groups)
+
+    def standardized_weight(self) -> torch.Tensor:
+        """Return the weight with mean 0 and variance 1 in every output channel (arXiv:1903.10520)."""
+        weight = self.weight.reshape(1, self.out_channels, -1)
+        return F.batch_norm(weight, None, None, training=True, momentum=0.0, eps=self.eps).reshape_as(self.weight)
 
 
 class MaxPool2dSame(nn.MaxPool2d):
@@ -73,6 +90,34 @@ class MaxPool2dSame(nn.MaxPool2d):
         """x: (B, C, H, W) -> (B, C, ceil(H / stride), ceil(W / stride))."""
         x = pad_same(x, self.kernel_size, self.stride, self.dilation, value=-float('inf'))
         return F.max_pool2d(x, self.kernel_size, self.stride, 0, self.dilation)
+
+
+@register_notrace_function
+def resample_pos_embed(
+    pos_embed: torch.Tensor, grid: Tuple[int, int], old_grid: Tuple[int, int], num_prefix_tokens: int
+) -> torch.Tensor:
+    """Resample position embeddings as timm does (bicubic, antialiased). (1, P + h * w, D) -> (1, P + H' * W', D).
+
+    PyTorch (2.14) has no backward of that resize for the symbolic sizes that a compiled training step has, so there it
+    is written as what it is, a product with a matrix along each side.
+    """
+    if not torch.jit.is_scripting():  # noqa: SIM102 (a script leaves out no more than this)
+        if torch.compiler.is_compiling() and not is_exporting() and pos_embed.requires_grad:
+            prefix, table = pos_embed[:, :num_prefix_tokens], pos_embed[:, num_prefix_tokens:]
+            table = table.float().reshape(old_grid[0], old_grid[1], -1)
+            rows = _resize_matrix(old_grid[0], grid[0], pos_embed.device)
+            columns = _resize_matrix(old_grid[1], grid[1], pos_embed.device)
+            table = torch.einsum('ih,hwd,jw->ijd', rows, table, columns).reshape(1, grid[0] * grid[1], -1)
+            return torch.cat([prefix, table.to(pos_embed.dtype)], dim=1)
+    return resample_abs_pos_embed(
+        pos_embed, [grid[0], grid[1]], [old_grid[0], old_grid[1]], num_prefix_tokens=num_prefix_tokens
+    )
+
+
+def _resize_matrix(old: int, new: int, device: torch.device) -> torch.Tensor:
+    with torch.no_grad():
+        points = torch.eye(old, device=device)[None, None]
+        return F.interpolate(points, size=(new, old), mode='bicubic', antialias=True)[0, 0]
 
 
 def unflatten_tokens(x: torch.Tensor, grid: Tuple[int, int]) -> torch.Tensor:
@@ -221,7 +266,7 @@ class ResNetEmbed(HybridEmbed):
                 x = module(x)
                 if i == self.backbone.stem_feat_idx:
                     levels.append(x)
-            for stage in self.backbone.stages:
+            for stage in self.backbone.stages:  # pyright: ignore[reportGeneralTypeIssues]
                 if len(levels) < num_levels:
                     x = stage(x)
                     levels.append(x)

@@ -43,7 +43,7 @@ from torch import nn
 
 from .backbone import backbone_blocks, create_backbone
 from .checkpoints import checkpoint_filter_fn
-from .layers import ResNetEmbed, feature_take_indices, unflatten_tokens
+from .layers import ResNetEmbed, feature_take_indices, resample_pos_embed, unflatten_tokens
 
 __all__ = ['VitResNet', 'VitResNetCfg']
 
@@ -316,6 +316,25 @@ class VitResNet(VisionTransformer):
             for i, level in enumerate(info)
         ]
 
+    def _pos_embed(self, x: torch.Tensor) -> torch.Tensor:
+        """Prepend class and register tokens, and add positions of x's own grid. x: (B, H', W', D) -> (B, N, D)."""
+        batch, height, width, dim = x.shape
+        x = x.reshape(batch, height * width, dim)
+        prefix: List[torch.Tensor] = []
+        if self.cls_token is not None:
+            prefix.append(self.cls_token.expand(batch, -1, -1))
+        if self.reg_token is not None:
+            prefix.append(self.reg_token.expand(batch, -1, -1))
+        if self.no_embed_class and self.pos_embed is not None:
+            x = x + resample_pos_embed(self.pos_embed, (height, width), self.patch_embed.grid_size, 0)
+        if len(prefix) > 0:
+            prefix.append(x)
+            x = torch.cat(prefix, dim=1)
+        if not self.no_embed_class and self.pos_embed is not None:
+            grid = self.patch_embed.grid_size
+            x = x + resample_pos_embed(self.pos_embed, (height, width), grid, self.num_prefix_tokens)
+        return self.pos_drop(x)
+
     def forward_intermediates(
         self,
         x: torch.Tensor,
@@ -412,7 +431,7 @@ class VitResNet(VisionTransformer):
                     result['image_features'] = self.norm(x) if whole else x
                 return result
             if prefixes:
-                maps = list(zip(maps, prefixes))
+                maps = list(zip(maps, prefixes))  # pyright: ignore[reportAssignmentType]
         if intermediates_only:
             return maps
         return self.norm(x) if whole else x, maps
@@ -428,7 +447,7 @@ class VitResNet(VisionTransformer):
     ) -> List[torch.Tensor]:
         """Return the tokens after blocks (DINO's interface): the last `n` blocks, or those numbered in `n`."""
         blocks, _ = feature_take_indices(len(self.blocks), list(n) if isinstance(n, tuple) else n)
-        return self.forward_intermediates(
+        return self.forward_intermediates(  # pyright: ignore[reportReturnType]
             x,
             [len(self.resnet_maps) + self.token_maps.index((block, 1)) for block in blocks],
             return_prefix_tokens=return_prefix_tokens,
