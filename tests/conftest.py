@@ -17,7 +17,10 @@ def randomise_(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
         for parameter in model.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.02)
         for name, buffer in model.named_buffers():
-            if 'running_' in name:
+            # means about 0: others would leave nothing behind the ReLUs but zeros, which are all equal
+            if 'running_mean' in name:
+                buffer.copy_(torch.randn(buffer.shape, generator=generator) * 0.2)
+            if 'running_var' in name:
                 buffer.copy_(torch.rand(buffer.shape, generator=generator) + 0.5)
     return model.eval()
 

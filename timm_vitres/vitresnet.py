@@ -364,7 +364,8 @@ class VitResNet(VisionTransformer):
         Returns:
             (features (B, N, D), maps), or as the arguments say.
         """
-        assert output_fmt in ('NCHW', 'NLC'), 'Output format must be one of NCHW or NLC.'
+        if output_fmt not in ('NCHW', 'NLC'):
+            raise ValueError(f"output_fmt: got '{output_fmt}', expected 'NCHW' or 'NLC'.")
         take_indices, _ = feature_take_indices(len(self.resnet_maps) + len(self.token_maps), indices)
         num_resnet = len(self.resnet_maps)
         last_level, last_block = -1, -1
