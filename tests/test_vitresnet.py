@@ -1,10 +1,15 @@
 import dataclasses
 
 import pytest
+import safetensors.torch
 import timm
 import torch
 from conftest import randomise_, relative_difference
+from timm.layers import DropPath
+from timm.models import group_parameters
+from timm.optim import param_groups_layer_decay
 
+import timm_vitres
 from timm_vitres import VitResNet, VitResNetCfg
 
 NAMES = timm.list_models('*vitresnet*')
@@ -153,29 +158,6 @@ def test_thin_resnets_need_no_new_code():
     assert model(torch.randn(1, 3, 32, 32)).shape == (1, 1000)
 
 
-@pytest.mark.parametrize('name', SMALL)
-@pytest.mark.parametrize('size', [(224, 224), (225, 250), (97, 161), (33, 70)])
-def test_any_size_and_each_image_by_itself(name, size):
-    model = randomise_(timm.create_model(name, num_classes=10))
-    x = torch.randn(2, 3, *size)
-    with torch.inference_mode():
-        logits = model(x)
-        single = torch.cat([model(image[None]) for image in x])
-    assert torch.isfinite(logits).all()
-    torch.testing.assert_close(logits, single, rtol=1e-4, atol=1e-4)
-
-
-def test_another_size_is_timms_model_made_for_it():
-    reference = randomise_(timm.create_model('vit_small_r26_s32_224'))
-    weights = reference.state_dict()
-    model = timm.create_model('vitresnet_small').eval()
-    model.load_state_dict(weights)
-    reference.set_input_size(img_size=(384, 384))
-    x = torch.randn(1, 3, 384, 384)
-    with torch.inference_mode():
-        assert relative_difference(model(x), reference(x)) < 1e-5
-
-
 def test_set_input_size_changes_nothing_but_the_table():
     model = randomise_(timm.create_model('test_vitresnet'))
     x = torch.randn(1, 3, 128, 64)
@@ -270,3 +252,174 @@ def test_config_is_plain_frozen_data():
         cfg.depth = 3
     for field in dataclasses.fields(VitResNetCfg):
         assert isinstance(getattr(cfg, field.name), (int, float, str, tuple, type(None)))
+
+
+@pytest.mark.parametrize('ours, theirs', [(ours, theirs) for ours, theirs, size in PAIRS if size == 224][:2])
+def test_another_size_is_timms_model_created_for_it(ours, theirs, tmp_path):
+    """At 384 on the 224 weights: timm's class with img_size=384, loaded from the same checkpoint."""
+    checkpoint = tmp_path / 'model.safetensors'
+    safetensors.torch.save_model(randomise_(timm.create_model(theirs)), str(checkpoint))
+    options = dict(pretrained=True, pretrained_cfg_overlay=dict(file=str(checkpoint)))
+    reference = timm.create_model(theirs, img_size=384, **options).eval()
+    x = torch.randn(1, 3, 384, 384)
+    with torch.inference_mode():
+        expected = reference(x)
+        # on the 224 table, with the table resized afterwards, and on a 384 table
+        model = timm.create_model(ours, **options).eval()
+        assert model.patch_embed.grid_size == (7, 7)
+        assert relative_difference(model(x), expected) < 1e-5
+        model.set_input_size(img_size=(384, 384))
+        assert relative_difference(model(x), expected) < 1e-5
+        model = timm.create_model(ours, img_size=384, **options).eval()
+        assert model.patch_embed.grid_size == (12, 12)
+        assert relative_difference(model(x), expected) < 1e-5
+
+
+def test_set_input_size_of_patches_survives_saving(tmp_path):
+    model = randomise_(timm.create_model('vitresnet_tiny', num_classes=5))
+    model.set_input_size(img_size=(96, 128), patch_size=4)
+    assert model.patch_embed.grid_size == (6, 8)
+    assert [info['reduction'] for info in model.feature_info[: model.num_pyramid]] == [2, 4, 8, 16]
+    reloaded = timm.create_model(f'local-dir:{timm_vitres.save(model, tmp_path)}', pretrained=True).eval()
+    x = torch.randn(1, 3, 100, 130)
+    with torch.inference_mode():
+        assert torch.equal(reloaded(x), model(x))
+        assert reloaded.patch_embed.grid_size == (6, 8)
+    for kwargs in (dict(img_size=(0, 32)), dict(patch_size=-1)):
+        with pytest.raises(ValueError, match=next(iter(kwargs))):
+            model.set_input_size(**kwargs)
+
+
+@pytest.mark.parametrize('name', ['vitresnet_small', 'vitresnet', 'vitresnet_tiny', 'vitresnet_nano'])
+def test_layer_decay_reaches_into_the_resnet(name):
+    """stem < stages < embedding < blocks < head, each a group of its own."""
+    model = timm.create_model(name)
+    layers = group_parameters(model, model.group_matcher(), reverse=True)
+
+    def layer(prefix):
+        found = {layers[key] for key in layers if key.startswith(prefix)}
+        assert len(found) == 1, (prefix, found)
+        return found.pop()
+
+    backbone = 'patch_embed.backbone.'
+    v2 = name != 'vitresnet' and name != 'vitresnet_nano'
+    stem = [backbone + ('stem' if v2 else 'conv1')] if name != 'vitresnet_tiny' else [backbone]
+    number = {'vitresnet_tiny': 0, 'vitresnet_nano': 2}.get(name, 4)
+    stages = [backbone + (f'stages.{i}.' if v2 else f'layer{i + 1}.') for i in range(number)]
+    order = [*stem, *stages, 'patch_embed.proj', *(f'blocks.{i}.' for i in range(len(model.blocks))), 'head']
+    groups = [layer(prefix) for prefix in order]
+    assert groups == list(range(len(order)))
+    assert layers['pos_embed'] == layers['patch_embed.proj.weight']
+    scales = {group['lr_scale'] for group in param_groups_layer_decay(model, layer_decay=0.8)}
+    assert len(scales) == len(order)
+
+
+def test_no_weight_decay_of_tables_and_tokens():
+    model = timm.create_model('test_vitresnet', reg_tokens=2)
+    spared = {
+        key for group in param_groups_layer_decay(model) if not group['weight_decay'] for key in group['param_names']
+    }
+    assert {'pos_embed', 'cls_token', 'reg_token'} <= spared
+
+
+def test_drop_path_grows_over_both_parts():
+    for name in ('vitresnet_small', 'vitresnet'):
+        model = timm.create_model(name, drop_path_rate=0.38)
+        rates = [module.drop_prob for module in model.modules() if isinstance(module, DropPath)]
+        # 8 residual blocks, whose first drops nothing, then 12 blocks of two paths
+        expected = [0.02 * i for i in range(1, 8)] + [0.02 * i for i in range(8, 20) for _ in range(2)]
+        assert rates == pytest.approx(expected)
+        assert not [m for m in timm.create_model(name).modules() if isinstance(m, DropPath)]
+
+
+def test_drop_path_drops_paths():
+    torch.manual_seed(0)
+    model = randomise_(timm.create_model('test_vitresnet', drop_path_rate=0.5))
+    x = torch.randn(1, 3, 96, 96)
+    with torch.no_grad():
+        expected = model(x)
+        model.train()
+        assert len({tuple(model(x)[0, :3].tolist()) for _ in range(12)}) > 4
+        assert torch.equal(model.eval()(x), expected)
+
+
+@pytest.mark.parametrize('name', ['vitresnet_tiny', 'vitresnet_nano', 'test_vitresnet'])
+def test_gradient_checkpointing_changes_no_gradient(name):
+    model = randomise_(timm.create_model(name, num_classes=3)).train()
+    x = torch.randn(2, 3, 64, 96)
+    gradients = []
+    for enable in (False, True):
+        model.set_grad_checkpointing(enable)
+        model.zero_grad()
+        model(x).square().mean().backward()
+        gradients.append([parameter.grad.clone() for parameter in model.parameters()])
+    for one, other in zip(*gradients):
+        torch.testing.assert_close(one, other)
+
+
+def test_gradient_checkpointing_reaches_both_parts():
+    for name in ('vitresnet_nano', 'test_vitresnet'):
+        model = timm.create_model(name)
+        model.set_grad_checkpointing()
+        assert model.grad_checkpointing
+        backbone = model.patch_embed.backbone
+        stages = [backbone] if name == 'vitresnet_nano' else list(backbone.stages)
+        assert all(stage.grad_checkpointing for stage in stages)
+
+
+def test_frozen_stays_frozen():
+    model = timm.create_model('test_vitresnet', global_pool='avg')
+    model.requires_grad_(False)
+    model.set_input_size(img_size=(128, 64), patch_size=2)
+    model.reset_classifier(5)
+    assert {key for key, value in model.named_parameters() if value.requires_grad} == {'head.weight', 'head.bias'}
+
+
+@pytest.mark.parametrize('name', SMALL)
+def test_device_and_dtype(name):
+    model = timm.create_model(name, device='meta', dtype=torch.bfloat16)
+    for tensor in (*model.parameters(), *model.buffers()):
+        assert tensor.device.type == 'meta'
+        assert tensor.dtype == torch.bfloat16 or not tensor.is_floating_point()
+    model = randomise_(timm.create_model(name, num_classes=4))
+    x = torch.randn(1, 3, 97, 161)
+    with torch.inference_mode():
+        expected = model(x)
+        # after a forward pass at the same size: nothing of it is kept in the old dtype
+        assert relative_difference(model.double()(x.double()), expected.double()) < 1e-5
+        half = model.bfloat16()(x.bfloat16())
+        assert half.dtype == torch.bfloat16
+        assert relative_difference(half.float(), expected) < 0.1
+
+
+def test_buffers_that_are_not_saved_come_back():
+    """As transformers does it: built on meta, given memory, then every module's `init_non_persistent_buffers`."""
+    options = dict(backbone='resnetblur18', depth=1, embed_dim=48)
+    reference = randomise_(timm.create_model('vitresnet', **options))
+    model = timm.create_model('vitresnet', device='meta', **options).to_empty(device='cpu').eval()
+    model.load_state_dict(reference.state_dict())
+    count = 0
+    for module in model.modules():
+        if hasattr(module, 'init_non_persistent_buffers'):
+            module.init_non_persistent_buffers()
+            count += 1
+    assert count
+    x = torch.randn(1, 3, 64, 64)
+    with torch.inference_mode():
+        torch.testing.assert_close(model(x), reference(x))
+
+
+@pytest.mark.parametrize('name', ['drop_rate', 'drop_path_rate', 'attn_drop_rate', 'patch_drop_rate'])
+def test_impossible_rates_are_named(name):
+    for rate in (-0.1, 1.0):
+        with pytest.raises(ValueError, match=f'{name}: got {rate}'):
+            timm.create_model('test_vitresnet', device='meta', **{name: rate})
+
+
+def test_pooling_with_weights_comes_only_with_the_model():
+    model = timm.create_model('test_vitresnet')
+    with pytest.raises(ValueError, match="global_pool: got 'map'"):
+        model.reset_classifier(5, 'map')
+    model = timm.create_model('test_vitresnet', global_pool='map')
+    model.reset_classifier(5, 'map')
+    assert model(torch.randn(1, 3, 96, 96)).shape == (1, 5)
