@@ -316,10 +316,9 @@ def test_layer_decay_reaches_into_the_resnet(name):
 
 def test_no_weight_decay_of_tables_and_tokens():
     model = timm.create_model('test_vitresnet', reg_tokens=2)
-    spared = {
-        key for group in param_groups_layer_decay(model) if not group['weight_decay'] for key in group['param_names']
-    }
-    assert {'pos_embed', 'cls_token', 'reg_token'} <= spared
+    groups = param_groups_layer_decay(model)
+    spared = {id(value) for group in groups if not group['weight_decay'] for value in group['params']}
+    assert {id(model.pos_embed), id(model.cls_token), id(model.reg_token)} <= spared
 
 
 def test_drop_path_grows_over_both_parts():
