@@ -7,7 +7,7 @@ import torch
 from conftest import randomise_, relative_difference
 from timm.layers import DropPath
 from timm.models import group_parameters
-from timm.optim import param_groups_layer_decay
+from timm.optim import create_optimizer_v2, param_groups_layer_decay
 
 import timm_vitres
 from timm_vitres import VitResNet, VitResNetCfg
@@ -316,7 +316,7 @@ def test_layer_decay_reaches_into_the_resnet(name):
 
 def test_no_weight_decay_of_tables_and_tokens():
     model = timm.create_model('test_vitresnet', reg_tokens=2)
-    groups = param_groups_layer_decay(model)
+    groups = create_optimizer_v2(model, 'adamw', weight_decay=0.05, layer_decay=0.8).param_groups
     spared = {id(value) for group in groups if not group['weight_decay'] for value in group['params']}
     assert {id(model.pos_embed), id(model.cls_token), id(model.reg_token)} <= spared
 
