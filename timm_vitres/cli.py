@@ -83,6 +83,30 @@ def run_predict(args: argparse.Namespace) -> int:
     return 1 if unreadable else 0
 
 
+def add_explain(subparsers) -> None:
+    """`timm-vitres explain`."""
+    parser = subparsers.add_parser('explain', help='draw where a model looks', formatter_class=_Formatter)
+    parser.add_argument('image', type=Path, metavar='IMAGE', help='image file, of any size')
+    parser.add_argument('--model', required=True, help='a hybrid: name.tag, local-dir:<folder>, hf-hub:<id>')
+    parser.add_argument('--target', metavar='CLASS', help='class to explain, by name or index; else the likeliest one')
+    parser.add_argument('--size', type=int, metavar='PIXELS', help="shorter side; else the model's own size")
+    parser.add_argument('--output', type=Path, default=Path('explain.png'), metavar='PNG', help='where to draw')
+    parser.add_argument('--device', default='cpu', help='torch device')
+    parser.set_defaults(run=run_explain)
+
+
+def run_explain(args: argparse.Namespace) -> int:
+    """Draw an image, what the ResNet sees of it, and what the ViT sees of it."""
+    from .explain import explain, plot_explanation
+
+    model = timm.create_model(args.model, pretrained=True).to(args.device).eval()
+    target = int(args.target) if args.target and args.target.isdecimal() else args.target
+    explanation = explain(model, args.image, target=target, size=args.size)
+    plot_explanation(explanation, args.output)
+    print(f'{explanation.label} ({100 * explanation.probability:.1f}%): {args.output} shows where the model looks.')
+    return 0
+
+
 def _print_table(predictions: Sequence) -> None:
     width = max((len(prediction.image) for prediction in predictions), default=0)
     for prediction in predictions:
@@ -103,6 +127,7 @@ def create_parser() -> argparse.ArgumentParser:
     subparsers = parser.add_subparsers(required=True, metavar='COMMAND')
     add_finetune(subparsers)
     add_predict(subparsers)
+    add_explain(subparsers)
     return parser
 
 

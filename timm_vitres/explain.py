@@ -1,0 +1,186 @@
+"""Pictures of where a model looks: what its ResNet sees by Grad-CAM, what its ViT sees by attention rollout.
+
+Papers: `Grad-CAM` (Selvaraju et al. 2017, arXiv:1610.02391), `Quantifying Attention Flow in Transformers` (Abnar and
+Zuidema 2020, arXiv:2005.00928). image -> (1, C, H, W) of its whole -> maps (1, H, W) -> one PNG.
+"""
+
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Iterator, List, NamedTuple, Optional, Tuple, Union
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from timm.data import create_transform
+from torch import nn
+
+from .data import ImageLike, data_config, image_mode, open_image
+from .hub import replacing
+from .predict import label_names
+from .vitresnet import VitResNet
+
+RESNET_TITLE = 'ResNet: Grad-CAM of its last stage'
+VIT_TITLE = 'ViT: attention rollout'
+
+
+class Explanation(NamedTuple):
+    """An image as the model saw it, the class explained, and a map from 0 to 1 (H, W) for either part it has."""
+
+    image: Image.Image
+    label: str
+    probability: float
+    resnet: Optional[np.ndarray]
+    vit: Optional[np.ndarray]
+
+
+def explain(
+    model: nn.Module, image: ImageLike, target: Union[None, int, str] = None, size: Optional[int] = None
+) -> Explanation:
+    """Explain a prediction: the whole image, uncropped, in its own proportions.
+
+    Args:
+        model: A hybrid of this package with a head, in evaluation mode.
+        image: A path, a PIL image, or an array (H, W) or (H, W, C) of 8-bit values.
+        target: The class to explain, by index or name; by default the likeliest one.
+        size: Pixels of the image's shorter side; by default the model's own input size.
+
+    Raises:
+        ValueError: for another model, one without a head, an unknown class, or an impossible size.
+        FileNotFoundError, TypeError: as `open_image`.
+    """
+    if not isinstance(model, VitResNet):
+        raise ValueError(f'model: got {type(model).__name__}, expected a hybrid of this package (VitResNet).')
+    if model.num_classes == 0 or model.global_pool == '':
+        raise ValueError('model: it has no head, or does not pool, so there is no prediction to explain.')
+    if size is not None and size < 1:
+        raise ValueError(f'size: got {size}, expected pixels from 1 up.')
+    names = label_names(model)
+    if isinstance(target, str):
+        if target not in names:
+            shown = ', '.join(names[:10]) + (', ...' if len(names) > 10 else '')
+            raise ValueError(f'target: got {target!r}, expected one of the classes: {shown}')
+        target = names.index(target)
+    if target is not None and not 0 <= target < len(names):
+        raise ValueError(f'target: got {target}, expected a class index from 0 to {len(names) - 1}.')
+
+    x, seen = _whole(image, model, size)
+    with torch.inference_mode():
+        probabilities = model(x)[0].float().softmax(-1)
+    index = int(probabilities.argmax()) if target is None else target
+    resnet = grad_cam(model, x, index)[0].cpu().numpy() if model.cfg.backbone else None
+    vit = attention_rollout(model, x)[0].cpu().numpy() if len(model.blocks) else None
+    return Explanation(seen, names[index], float(probabilities[index]), resnet, vit)
+
+
+def _whole(image: ImageLike, model: nn.Module, size: Optional[int]) -> Tuple[torch.Tensor, Image.Image]:
+    """Return an image resized, as a normalised batch of one, and as it then looks."""
+    config = data_config(model)
+    channels, *own_size = config['input_size']
+    opened = open_image(image, image_mode(channels))
+    scale = (size or min(own_size)) / min(opened.size)
+    width, height = (max(1, round(side * scale)) for side in opened.size)
+    config.update(input_size=(channels, height, width), crop_pct=1.0, crop_mode='squash')
+    x = create_transform(**config, is_training=False)(opened)[None]
+    parameter = next(model.parameters())
+    return x.to(parameter.device, parameter.dtype), opened.convert('RGB').resize((width, height))
+
+
+def grad_cam(model: VitResNet, x: torch.Tensor, target: int) -> torch.Tensor:
+    """Return what the last stage of the ResNet sees of a class, from 0 to 1. x: (B, C, H, W) -> (B, H, W).
+
+    The channels of its map, each weighted by the mean gradient of the class's logit, summed, negative values cut off.
+    """
+    if not model.cfg.backbone:
+        raise ValueError("model: with backbone='' there is no ResNet to look into.")
+    maps: List[torch.Tensor] = []
+    hook = model.patch_embed.backbone.register_forward_hook(lambda module, args, output: maps.append(output))
+    try:
+        with torch.enable_grad():
+            # of the image, so that frozen weights make no difference
+            logits = model(x.detach().clone().requires_grad_())
+            (gradient,) = torch.autograd.grad(logits[:, target].sum(), maps[0])
+    finally:
+        hook.remove()
+    cam = (gradient.mean((2, 3), keepdim=True) * maps[0].detach()).sum(1).relu()
+    return _to_pixels(cam, x, model.patch_embed.feature_ratio)
+
+
+def attention_rollout(model: VitResNet, x: torch.Tensor) -> torch.Tensor:
+    """Return how much of each patch reaches the class token, from 0 to 1. x: (B, C, H, W) -> (B, H, W).
+
+    Attention, averaged over the heads and mixed half and half with what the residual connection passes on, multiplied
+    from the first block to the last. Without a class token: what reaches all patches together.
+    """
+    if not len(model.blocks):
+        raise ValueError('model: with depth=0 there is no ViT to look into.')
+    rollout: List[torch.Tensor] = []
+
+    def multiply(module, args, attention):  # (B, heads, N, N), one block at a time: all of them are too large to keep
+        attention = attention.float().mean(1)
+        attention = 0.5 * attention + 0.5 * torch.eye(attention.shape[-1], device=attention.device)
+        rollout[:] = [attention @ rollout[0] if rollout else attention]
+
+    with torch.inference_mode(), _unfused(model):
+        hooks = [block.attn.attn_drop.register_forward_hook(multiply) for block in model.blocks]
+        try:
+            model.forward_features(x)
+        finally:
+            for hook in hooks:
+                hook.remove()
+    prefix = model.num_prefix_tokens
+    row = rollout[0][:, 0] if model.has_class_token else rollout[0][:, prefix:].mean(1)
+    embed = model.patch_embed
+    height, width = embed.dynamic_feat_size((x.shape[-2], x.shape[-1]))
+    return _to_pixels(row[:, prefix:].unflatten(1, (height, width)), x, embed.feat_ratio(as_scalar=False))
+
+
+@contextmanager
+def _unfused(model: VitResNet) -> Iterator[None]:
+    """Let attention be computed step by step, since a fused kernel shows none."""
+    fused = [block.attn.fused_attn for block in model.blocks]
+    try:
+        for block in model.blocks:
+            block.attn.fused_attn = False
+        yield
+    finally:
+        for block, value in zip(model.blocks, fused):
+            block.attn.fused_attn = value
+
+
+def _to_pixels(values: torch.Tensor, x: torch.Tensor, stride: Tuple[int, int]) -> torch.Tensor:
+    """Enlarge (B, h, w) by the stride, cut off what lies beyond the image, and stretch it over 0 to 1."""
+    size = (values.shape[1] * stride[0], values.shape[2] * stride[1])
+    values = F.interpolate(values[:, None].float(), size, mode='bilinear')[:, 0, : x.shape[-2], : x.shape[-1]]
+    low, high = values.amin((1, 2), keepdim=True), values.amax((1, 2), keepdim=True)
+    even = high - low <= 1e-5 * high.abs()  # of which stretching would make a pattern of rounding errors
+    return ((values - low) / (high - low).masked_fill(even, 1)).masked_fill(even, 0)
+
+
+def plot_explanation(explanation: Explanation, path: Path) -> None:
+    """Draw the image and its maps as one PNG, beside each other, or, where they are wide, one below the other."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ValueError('explain: needs matplotlib, pip install "timm-vitres[plot]".') from None
+    image = explanation.image
+    panels = [(f'{explanation.label}  {100 * explanation.probability:.0f}%', None)]
+    panels += [
+        (title, values)
+        for title, values in ((RESNET_TITLE, explanation.resnet), (VIT_TITLE, explanation.vit))
+        if values is not None
+    ]
+    aspect = image.height / image.width
+    wide = aspect < 0.6
+    rows, columns = (len(panels), 1) if wide else (1, len(panels))
+    side = 8.0 if wide else 4.0  # inches
+    figure = Figure(figsize=(side * columns, (min(max(side * aspect, 0.8), 12.0) + 0.4) * rows), layout='constrained')
+    for index, (title, values) in enumerate(panels):
+        axes = figure.add_subplot(rows, columns, index + 1)
+        axes.set_title(title, fontsize=11)
+        axes.set_axis_off()
+        axes.imshow(image if values is None else image.convert('L'), cmap='gray')
+        if values is not None:
+            axes.imshow(values, cmap='inferno', alpha=0.6, vmin=0, vmax=1)
+    with replacing(path) as beside:
+        figure.savefig(beside, dpi=100, format='png')
