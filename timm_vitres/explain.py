@@ -181,6 +181,7 @@ def plot_explanation(explanation: Explanation, path: Path) -> None:
         axes.set_axis_off()
         axes.imshow(image if values is None else image.convert('L'), cmap='gray')
         if values is not None:
-            axes.imshow(values, cmap='inferno', alpha=0.6, vmin=0, vmax=1)
+            # the brightest hundredth is saturated, or a single patch would darken all others
+            axes.imshow(values, cmap='inferno', alpha=0.6, vmin=0, vmax=max(float(np.quantile(values, 0.99)), 1e-6))
     with replacing(path) as beside:
         figure.savefig(beside, dpi=100, format='png')
