@@ -341,3 +341,14 @@ def test_an_embedding_of_no_token_is_named():
     assert isinstance(model.model.patch_embed, ResNetEmbed)
     with pytest.raises(ValueError, match='smaller than one token'):
         model(torch.randn(1, 3, 31, 64))
+
+
+def test_a_pruned_model_takes_another_size():
+    model = timm.create_model('vitresnet_tiny', features_only=True, out_indices=(1, 3)).eval()
+    randomise_(model.model)
+    x = torch.randn(1, 3, 96, 128)
+    with torch.inference_mode():
+        expected = model(x)
+        model.model.set_input_size(img_size=(96, 128))
+        for one, other in zip(model(x), expected, strict=True):
+            assert relative_difference(one, other) < 1e-5

@@ -7,7 +7,6 @@ ends are the parents themselves: `depth=0` is the ResNet alone, `backbone=''` th
 """
 
 import dataclasses
-import math
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Dict, List, Optional, Tuple, Union
@@ -275,46 +274,33 @@ class VitResNet(VisionTransformer):
                     setattr(block, name, DropPath(rate))
 
     def _init_feature_info(self) -> None:
-        """List the maps: those of the pyramid, then the tokens of every block (the last one's end the pyramid)."""
-        embed = self.patch_embed
-        info = list(getattr(embed.backbone, 'feature_info', []))
-        num_levels, depth = len(info), len(self.blocks)
-        first = 0
-        tokens: List[Tuple[int, int]] = []  # (block, by how much its map is enlarged)
-        if depth > 0:
-            stride = embed.feat_ratio()
-            if info and embed.patch_size == (1, 1):
-                num_levels -= 1  # the tokens take the place of the map that they are made of
-            elif info and embed.patch_size[0] == embed.patch_size[1]:
-                # strides that a patch leaps over are served by blocks at even distances
-                missing = int(math.log2(embed.patch_size[0])) - 1
-                if embed.patch_size[0] == 2 ** (missing + 1) and missing < depth:
-                    tokens += [
-                        (round(depth * i / (missing + 1)) - 1, 2 ** (missing + 1 - i)) for i in range(1, missing + 1)
-                    ]
-            resized = {block for block, _ in tokens}
-            tokens += [(depth - 1, 1)]
-            num_pyramid = num_levels + len(tokens)
-            tokens += [(block, 1) for block in range(depth - 1)]
-            info = info[:num_levels]
-            for i, (block, factor) in enumerate(tokens):
-                module = dict(module=f'blocks.{block}')
-                if block in resized and num_levels + i >= num_pyramid:
-                    # no two entries may have one name (transformers): what a block returns is what the next one takes
-                    module = dict(module=f'blocks.{block + 1}.norm1', hook_type='forward_pre')
-                info.append(dict(module, num_chs=self.embed_dim, reduction=stride // factor))
-        else:
-            num_pyramid = num_levels
-        if num_pyramid > 1 and info[0]['reduction'] == info[1]['reduction']:  # a stem that leaves strides to stages
-            info, first = info[1:], 1
+        """List the maps: those of the pyramid, then the tokens of every block but the last, which ends the pyramid."""
+        embed, depth = self.patch_embed, len(self.blocks)
+        levels = list(getattr(embed.backbone, 'feature_info', []))
+        resized: List[Tuple[int, int]] = []
+        if depth and levels and embed.patch_size == (1, 1):
+            levels = levels[:-1]  # the tokens take the place of the map that they are made of
+        elif depth and levels:
+            resized = _blocks_between(depth, embed.patch_size)
+        # (block, by how much its map is enlarged)
+        self.token_maps = [*resized, (depth - 1, 1), *((block, 1) for block in range(depth - 1))] if depth else []
+        num_pyramid = len(levels) + (len(resized) + 1 if depth else 0)
+
+        info = [dict(level, module='patch_embed.backbone.' + level['module']) for level in levels]
+        stride = embed.feat_ratio()
+        modules = set()
+        for block, factor in self.token_maps:
+            module = dict(module=f'blocks.{block}')
+            if block in modules:
+                # no two entries may have one name (transformers): what a block returns is what the next one takes
+                module = dict(module=f'blocks.{block + 1}.norm1', hook_type='forward_pre')
+            modules.add(block)
+            info.append(dict(module, num_chs=self.embed_dim, reduction=stride // factor))
+        # a stem that leaves its strides to the stages has the reduction of the first of them
+        first = int(num_pyramid > 1 and info[0]['reduction'] == info[1]['reduction'])
+        self.feature_info = info[first:]
         self.num_pyramid = num_pyramid - first
-        self.resnet_maps = list(range(first, num_levels))
-        self.token_maps = tokens
-        prefix = 'patch_embed.backbone.'
-        self.feature_info = [
-            dict(level, module=prefix + level['module']) if i < len(self.resnet_maps) else level
-            for i, level in enumerate(info)
-        ]
+        self.resnet_maps = list(range(first, len(levels)))
 
     def _pos_embed(self, x: torch.Tensor) -> torch.Tensor:
         """Prepend class and register tokens, and add positions of x's own grid. x: (B, H', W', D) -> (B, N, D)."""
@@ -531,7 +517,8 @@ class VitResNet(VisionTransformer):
         if patch_size is not None and not isinstance(self.patch_embed.proj, nn.Conv2d):
             raise ValueError(f'patch_size: got {patch_size}, but with depth=0 the model is the ResNet alone.')
         super().set_input_size(img_size=img_size, patch_size=patch_size)
-        self._init_feature_info()
+        if patch_size is not None:
+            self._init_feature_info()
 
     def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
         """Replace the head by a new one of `num_classes` (0: none), and the pooling if one is given.
@@ -547,6 +534,15 @@ class VitResNet(VisionTransformer):
         if global_pool in ('map', 'prr') and global_pool != self.global_pool:
             raise ValueError(f'global_pool: got {global_pool!r}, whose weights are made only with the model.')
         super().reset_classifier(num_classes, global_pool)
+
+
+def _blocks_between(depth: int, patch_size: Tuple[int, int]) -> List[Tuple[int, int]]:
+    """Return blocks, at even distances, for the strides that a patch leaps over, and how much to enlarge their maps."""
+    side = patch_size[0]
+    missing = side.bit_length() - 2
+    if patch_size[1] != side or side != 2 ** (missing + 1) or missing >= depth:
+        return []
+    return [(round(depth * i / (missing + 1)) - 1, 2 ** (missing + 1 - i)) for i in range(1, missing + 1)]
 
 
 def _create_backbone(cfg: VitResNetCfg, **kwargs) -> nn.Module:
@@ -602,7 +598,7 @@ def _create_vitresnet(variant: str, pretrained: bool, cfg: VitResNetCfg, **kwarg
     kwargs.setdefault('img_size', source.input_size[-2:])
     feature_cfg = dict(feature_cls='getter')
     if kwargs.get('features_only') and 'out_indices' not in kwargs:  # the pyramid alone
-        feature_cfg['out_indices'] = tuple(range(VitResNet(cfg, device='meta').num_pyramid))
+        feature_cfg['out_indices'] = tuple(range(VitResNet(cfg, kwargs['img_size'], device='meta').num_pyramid))
     model = build_model_with_cfg(
         VitResNet,
         variant,
