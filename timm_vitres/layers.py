@@ -326,11 +326,16 @@ class FeatureNet(FeatureGetterNet):
 
     def forward(self, x: torch.Tensor) -> List[torch.Tensor]:
         """x: (B, C, H, W) -> one map (B, C, H / reduction, W / reduction) for each of `out_indices`."""
-        if not torch.jit.is_scripting() and len(self.return_layers) == len(self.feature_info.info):
-            left = self.model.feature_indices()
-            maps = self.model.forward_intermediates(x, left, norm=self.norm, intermediates_only=True)
-            found = dict(zip(left, maps))
-            return [found.get(i) for i in range(len(self.return_layers))]  # pyright: ignore[reportReturnType]
+        if not torch.jit.is_scripting():  # noqa: SIM102 (a script leaves out no more than this)
+            if len(self.return_layers) == len(self.feature_info.info):
+                return self._all_maps(x)
         return self.model.forward_intermediates(
             x, indices=self.out_indices, norm=self.norm, output_fmt=self.output_fmt, intermediates_only=True
         )
+
+    @torch.jit.unused
+    def _all_maps(self, x: torch.Tensor) -> List[torch.Tensor]:
+        left = self.model.feature_indices()
+        maps = self.model.forward_intermediates(x, left, norm=self.norm, intermediates_only=True)
+        found = dict(zip(left, maps))
+        return [found.get(i) for i in range(len(self.return_layers))]  # pyright: ignore[reportReturnType]
