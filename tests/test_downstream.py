@@ -170,24 +170,6 @@ def test_transformers_backbone_of_the_others(name):
     assert [feature.shape[1] for feature in maps] == [level['num_chs'] for level in model.feature_info]
 
 
-def test_transformers_hidden_states():
-    """All of feature_info, the tokens of every block with it, whatever features were asked for."""
-    from transformers import TimmBackbone, TimmBackboneConfig
-
-    x = torch.randn(1, 3, 64, 96)
-    for out_indices in ((0, 1, 2, 3, 4), (4,), (1, 9), (0, 2)):
-        backbone = TimmBackbone(TimmBackboneConfig(backbone=NAME, out_indices=out_indices)).eval()
-        with torch.inference_mode():
-            maps = backbone(x).feature_maps
-            output = backbone(x, output_hidden_states=True)
-        for one, other in zip(output.feature_maps, maps, strict=True):
-            assert torch.equal(one, other)
-        assert len(output.hidden_states) == 16
-        left = [i for i, state in enumerate(output.hidden_states) if state is not None]
-        expected = {(0, 2): [0, 1, 2], (1, 9): [0, 1, 2, 3, 5, 6, 7, 8, 9]}.get(out_indices, list(range(16)))
-        assert left == expected
-
-
 def test_a_saved_config_names_its_classes_once(folder):
     path, _ = folder
     assert 'num_classes' not in json.loads((path / 'config.json').read_text())['model_args']

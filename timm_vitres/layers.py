@@ -21,11 +21,10 @@ from timm.layers import (
 from timm.models import checkpoint_seq
 
 # what every model of timm's offers features by is not among timm.models' public names
-from timm.models._features import FeatureGetterNet, feature_take_indices
+from timm.models._features import feature_take_indices
 from torch import nn
 
 __all__ = [
-    'FeatureNet',
     'MaxPool2dSame',
     'ResNetEmbed',
     'StdConv2dSame',
@@ -311,31 +310,3 @@ class ResNetEmbed(HybridEmbed):
         values = self._init_backbone(self.img_size, 1)
         self.img_size, self.patch_size, self.feature_size, self.feature_ratio = values[:4]
         self.feature_dim, self.grid_size, self.num_patches = values[4:]
-
-
-class FeatureNet(FeatureGetterNet):
-    """timm's wrapper for `features_only=True`, which also answers transformers' request for all hidden states.
-
-    transformers' TimmBackbone asks for them by naming every module in `return_layers`; they come in the order of
-    `feature_info`, None for those that were pruned away because the features asked for at creation do not need them.
-    """
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.return_layers = {}
-
-    def forward(self, x: torch.Tensor) -> List[torch.Tensor]:
-        """x: (B, C, H, W) -> one map (B, C, H / reduction, W / reduction) for each of `out_indices`."""
-        if not torch.jit.is_scripting():  # noqa: SIM102 (a script leaves out no more than this)
-            if len(self.return_layers) == len(self.feature_info.info):
-                return self._all_maps(x)
-        return self.model.forward_intermediates(
-            x, indices=self.out_indices, norm=self.norm, output_fmt=self.output_fmt, intermediates_only=True
-        )
-
-    @torch.jit.unused
-    def _all_maps(self, x: torch.Tensor) -> List[torch.Tensor]:
-        left = self.model.feature_indices()
-        maps = self.model.forward_intermediates(x, left, norm=self.norm, intermediates_only=True)
-        found = dict(zip(left, maps))
-        return [found.get(i) for i in range(len(self.return_layers))]  # pyright: ignore[reportReturnType]

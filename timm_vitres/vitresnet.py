@@ -42,7 +42,7 @@ from torch import nn
 
 from .backbone import backbone_blocks, create_backbone
 from .checkpoints import checkpoint_filter_fn
-from .layers import FeatureNet, ResNetEmbed, feature_take_indices, resample_pos_embed, unflatten_tokens
+from .layers import ResNetEmbed, feature_take_indices, resample_pos_embed, unflatten_tokens
 
 __all__ = ['VitResNet', 'VitResNetCfg']
 
@@ -472,12 +472,6 @@ class VitResNet(VisionTransformer):
             self.reset_classifier(0, '')
         return take_indices
 
-    def feature_indices(self) -> List[int]:
-        """Return the indices of `feature_info` that the model, pruned or not, can give."""
-        num_resnet = len(self.resnet_maps)
-        left = [i for i, level in enumerate(self.resnet_maps) if level < self.patch_embed.num_levels]
-        return left + [num_resnet + i for i, (block, _) in enumerate(self.token_maps) if block < len(self.blocks)]
-
     @torch.jit.ignore
     def init_non_persistent_buffers(self) -> None:
         """Fill in the buffers that no checkpoint holds, as after building on the meta device."""
@@ -609,7 +603,7 @@ def _create_vitresnet(variant: str, pretrained: bool, cfg: VitResNetCfg, **kwarg
     # The position table must have the checkpoint's own grid; timm passes img_size on only where sizes are fixed.
     source = resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay'))
     kwargs.setdefault('img_size', source.input_size[-2:])
-    feature_cfg: Dict[str, Any] = dict(feature_cls=FeatureNet)
+    feature_cfg: Dict[str, Any] = dict(feature_cls='getter')
     if kwargs.get('features_only') and 'out_indices' not in kwargs:  # the pyramid alone
         feature_cfg['out_indices'] = tuple(range(VitResNet(cfg, kwargs['img_size'], device='meta').num_pyramid))
     model = build_model_with_cfg(
