@@ -106,8 +106,12 @@ def preprocess(image: ImageLike, model: nn.Module) -> torch.Tensor:
         FileNotFoundError, ValueError, TypeError: as `open_image`.
     """
     config = data_config(model)
-    transform = create_transform(**config, is_training=False)
-    x = transform(open_image(image, image_mode(config['input_size'][0]))).unsqueeze(0)
+    return to_batch(open_image(image, image_mode(config['input_size'][0])), model, config)
+
+
+def to_batch(image: Image.Image, model: nn.Module, config: Dict[str, Any]) -> torch.Tensor:
+    """Turn an opened image into a batch of one, by a data config: (1, C, H, W), on the model's device, in its dtype."""
+    x = create_transform(**config, is_training=False)(image).unsqueeze(0)
     parameter = next(model.parameters(), None)
     return x if parameter is None or parameter.is_meta else x.to(parameter.device, parameter.dtype)
 

@@ -12,12 +12,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from timm.data import create_transform
 from torch import nn
 
-from .data import ImageLike, data_config, image_mode, open_image
+from .data import ImageLike, data_config, image_mode, open_image, to_batch
 from .hub import replacing
-from .predict import label_names
+from .predict import label_names, new_figure
 from .vitresnet import VitResNet
 
 RESNET_TITLE = 'ResNet: Grad-CAM of its last stage'
@@ -81,9 +80,7 @@ def _whole(image: ImageLike, model: nn.Module, size: Optional[int]) -> Tuple[tor
     scale = (size or min(own_size)) / min(opened.size)
     width, height = (max(1, round(side * scale)) for side in opened.size)
     config.update(input_size=(channels, height, width), crop_pct=1.0, crop_mode='squash')
-    x = create_transform(**config, is_training=False)(opened)[None]
-    parameter = next(model.parameters())
-    return x.to(parameter.device, parameter.dtype), opened.convert('RGB').resize((width, height))
+    return to_batch(opened, model, config), opened.convert('RGB').resize((width, height))
 
 
 def grad_cam(model: VitResNet, x: torch.Tensor, target: int) -> torch.Tensor:
@@ -159,10 +156,6 @@ def _to_pixels(values: torch.Tensor, x: torch.Tensor, stride: Tuple[int, int]) -
 
 def plot_explanation(explanation: Explanation, path: Path) -> None:
     """Draw the image and its maps as one PNG, beside each other, or, where they are wide, one below the other."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ValueError('explain: needs matplotlib, pip install "timm-vitres[plot]".') from None
     image = explanation.image
     panels = [(f'{explanation.label}  {100 * explanation.probability:.0f}%', None)]
     panels += [
@@ -174,7 +167,7 @@ def plot_explanation(explanation: Explanation, path: Path) -> None:
     wide = aspect < 0.6
     rows, columns = (len(panels), 1) if wide else (1, len(panels))
     side = 8.0 if wide else 4.0  # inches
-    figure = Figure(figsize=(side * columns, (min(max(side * aspect, 0.8), 12.0) + 0.4) * rows), layout='constrained')
+    figure = new_figure('explain', side * columns, (min(max(side * aspect, 0.8), 12.0) + 0.4) * rows)
     for index, (title, values) in enumerate(panels):
         axes = figure.add_subplot(rows, columns, index + 1)
         axes.set_title(title, fontsize=11)

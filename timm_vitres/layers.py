@@ -41,8 +41,7 @@ def same_padding(size: int, kernel_size: int, stride: int, dilation: int = 1) ->
 
     It is negative for pixels at the end that a 1x1 kernel with a stride never sees; timm leaves those where they are.
     It is written so that the padded size does not contain `size` but by whole-number division: a captured graph then
-    knows sizes that stay short from layer to layer, where timm's formula (by way of floats) keeps `torch.export` busy
-    for hours.
+    knows sizes that stay short, where those of timm's formula (by way of floats) grow with every layer.
     """
     reach = (kernel_size - 1) * dilation + 1
     padding = ((size + stride - 1) // stride - 1) * stride + reach - size

@@ -66,15 +66,20 @@ def predict(model: nn.Module, images: Sequence[Union[str, Path]], topk: int = 5)
     return predictions, unreadable
 
 
-def plot_predictions(predictions: Sequence[Prediction], path: Path, titles: Sequence[str] = ()) -> None:
-    """Draw images with their predicted classes as a PNG; `titles` are further lines above each."""
+def new_figure(purpose: str, width: float, height: float):
+    """Return an empty matplotlib figure, in inches; ValueError, naming what it is for, where there is no matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise ValueError('plot: needs matplotlib, pip install "timm-vitres[plot]".') from None
+        raise ValueError(f'{purpose}: needs matplotlib, pip install "timm-vitres[plot]".') from None
+    return Figure(figsize=(width, height), layout='constrained')
+
+
+def plot_predictions(predictions: Sequence[Prediction], path: Path, titles: Sequence[str] = ()) -> None:
+    """Draw images with their predicted classes as a PNG; `titles` are further lines above each."""
     columns = min(len(predictions), 4)
     rows = math.ceil(len(predictions) / columns)
-    figure = Figure(figsize=(3 * columns, 3.4 * rows), layout='constrained')
+    figure = new_figure('plot', 3 * columns, 3.4 * rows)
     for index, prediction in enumerate(predictions):
         axes = figure.add_subplot(rows, columns, index + 1)
         axes.imshow(open_image(prediction.image))

@@ -392,11 +392,14 @@ class VitResNet(VisionTransformer):
             x = x.flatten(2).transpose(1, 2)
 
         maps: List[torch.Tensor] = []
+        prefixes: List[Optional[torch.Tensor]] = []
         for i in take_indices:
             if i < num_resnet:
+                prefixes.append(None)
                 y = levels[self.resnet_maps[i]]
             else:
                 block_index, factor = self.token_maps[i - num_resnet]
+                prefixes.append(outputs[block_index][:, : self.num_prefix_tokens])
                 y = outputs[block_index][:, self.num_prefix_tokens :]
                 if output_fmt == 'NLC' and factor == 1:
                     maps.append(y)
@@ -405,19 +408,15 @@ class VitResNet(VisionTransformer):
             maps.append(y.flatten(2).transpose(1, 2) if output_fmt == 'NLC' else y)
 
         if not torch.jit.is_scripting():  # whose types neither of the two fits
-            prefixes: List[Optional[torch.Tensor]] = []
-            if return_prefix_tokens and self.num_prefix_tokens:
-                for i in take_indices:
-                    block_index = self.token_maps[i - num_resnet][0] if i >= num_resnet else -1
-                    prefixes.append(outputs[block_index][:, : self.num_prefix_tokens] if block_index >= 0 else None)
+            with_prefixes = return_prefix_tokens and self.num_prefix_tokens > 0
             if output_dict:
                 result: Dict[str, Any] = {'image_intermediates': maps}
-                if prefixes:
+                if with_prefixes:
                     result['image_intermediates_prefix'] = prefixes
                 if not intermediates_only:
                     result['image_features'] = self.norm(x) if whole else x
                 return result
-            if prefixes:
+            if with_prefixes:
                 maps = list(zip(maps, prefixes))  # pyright: ignore[reportAssignmentType]
         if intermediates_only:
             return maps
@@ -484,12 +483,9 @@ class VitResNet(VisionTransformer):
         self.cls_token = self.reg_token = self.pos_embed = None
         self.num_prefix_tokens = self.num_reg_tokens = 0
         self.has_class_token = False
-        self.patch_drop, self.norm_pre, self.blocks, self.norm = (
-            nn.Identity(),
-            nn.Identity(),
-            nn.Sequential(),
-            nn.Identity(),
-        )
+        for name in ('patch_drop', 'norm_pre', 'norm'):
+            setattr(self, name, nn.Identity())
+        self.blocks = nn.Sequential()
         self.num_features = self.head_hidden_size = self.embed_dim = self.patch_embed.feature_dim
 
     @torch.jit.ignore
