@@ -10,6 +10,7 @@ from conftest import randomise_
 from huggingface_hub import EvalResult, ModelCard
 
 from timm_vitres import hub
+from timm_vitres.files import replacing
 from timm_vitres.vitresnet import default_cfgs
 
 # every registered name that fits in memory, each with other classes, channels and size
@@ -129,7 +130,7 @@ def test_a_full_disk_leaves_the_last_good_file(tmp_path):
     try:
         with pytest.raises(OSError, match=r'model\.safetensors could not be written'):
             hub.save(randomise_(model, seed=1), tmp_path)
-        with pytest.raises(OSError, match=r'state\.pt could not be written'), hub.replacing(tmp_path / 'state.pt') as p:
+        with pytest.raises(OSError, match=r'state\.pt could not be written'), replacing(tmp_path / 'state.pt') as p:
             torch.save(model.state_dict(), p)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

@@ -1,82 +1,321 @@
-"""Foreign checkpoint layouts -> ours.
+"""Checkpoints of any container and layout -> timm's R+ViT state dict, ready for a model.
 
-A state dict passes `checkpoint_filter_fn` on its way into a model: unwrapped, position embeddings resampled to the
-model's grid, and its keys compared, so that weights are never silently left out.
+file -> `read_checkpoint` (safetensors, torch, npz; known by its first bytes) -> `convert_layout` (timm's, Google's,
+Hugging Face's ViTHybrid; known by its keys) -> `checkpoint_filter_fn` (compared with the model, tables resampled).
+Nothing in a checkpoint is run, and nothing in it is left out silently.
 """
 
-from typing import Any, Dict, Optional, Tuple
+import argparse
+import os
+import pickle
+import re
+import zipfile
+from pathlib import Path
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
+import numpy as np
+import safetensors.torch
 import torch
 from timm.layers import resample_abs_pos_embed, resample_patch_embed, to_2tuple
+from timm.models import clean_state_dict
+
+from .files import ALIGNMENT
 
 StateDict = Dict[str, torch.Tensor]
 
+CLASSIFIER = ('head.weight', 'head.bias')
+# what holds the weights in a training checkpoint, averaged ones first; then whatever is about them
+WRAPPERS = ('state_dict_ema', 'model_ema', 'state_dict', 'model')
 
-def checkpoint_filter_fn(state_dict: Dict[str, Any], model: torch.nn.Module) -> StateDict:
-    """Return a state dict in timm's R+ViT layout, ready for `model`.
 
-    Position embeddings are resampled from the checkpoint's grid to the model's, and the patch projection to its
-    patch size.
+def read_checkpoint(path: Path, use_ema: bool = True) -> Tuple[StateDict, Dict[str, Any]]:
+    """Return the state dict in a file, in the file's own layout, and what else a training checkpoint says.
+
+    Tensors of a safetensors file are mapped into memory: they are read when they are used, and never written back.
+
+    Args:
+        use_ema: Take the averaged weights of a training checkpoint, where it has them.
 
     Raises:
-        RuntimeError: for missing or unexpected keys, the head and the first convolution excepted where the model
-            has another number of classes or channels (timm adapts them).
+        OSError: for a damaged file.
+        ValueError: for a file that is no checkpoint, or one that holds more than weights and plain values, which
+            could run code.
     """
-    state_dict = state_dict.get('state_dict', state_dict)
-    state_dict = state_dict.get('model', state_dict)
-    # the representation layer before the head, which timm's converted in21k files may still hold
-    state_dict = {key: value for key, value in state_dict.items() if not key.startswith('pre_logits.')}
-    _check_keys(state_dict, model)
+    with path.open('rb') as file:
+        start = file.read(9)
+    try:
+        if start[8:] == b'{':
+            return _read_safetensors(path), {}
+        if start.startswith(b'PK'):
+            with zipfile.ZipFile(path) as archive:
+                is_npz = any(name.endswith('.npy') for name in archive.namelist())
+            if is_npz:
+                with np.load(path, allow_pickle=False) as arrays:
+                    return {name: torch.from_numpy(arrays[name]) for name in arrays.files}, {}
+        if start.startswith((b'PK', b'\x80')):
+            return _unwrap(_read_torch(path), use_ema, path)
+    except (safetensors.SafetensorError, zipfile.BadZipFile, EOFError, RuntimeError, OSError) as error:
+        raise OSError(f'{path} is damaged or incomplete ({error}).') from error
+    hint = ': it is a pointer of Git LFS, run `git lfs pull`' if start.startswith(b'version h') else ''
+    raise ValueError(f'{path} is no safetensors, torch or npz file{hint}. It begins with {start!r}.')
 
-    if 'pos_embed' in state_dict:
-        state_dict['pos_embed'] = _resample_pos_embed(state_dict['pos_embed'], model)
+
+def _read_safetensors(path: Path) -> StateDict:
+    if os.name == 'nt':  # where a file that is mapped can't be replaced
+        return safetensors.torch.load(path.read_bytes())
+    tensors = safetensors.torch.load_file(path)
+    # see `write_safetensors`
+    return {key: value.clone() if value.nbytes % ALIGNMENT else value for key, value in tensors.items()}
+
+
+def _read_torch(path: Path) -> Any:
+    # not mapped: torch.save writes into the file itself, under a live model's feet
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):  # the settings in timm's training checkpoints
+            return torch.load(path, map_location='cpu', weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f'{path} was not opened: it holds Python objects besides weights and plain values, which could run code '
+            f'({_first_line(error)}). Save its state dict alone, with safetensors.'
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    found = re.search(r'(GLOBAL [\w.]+|Unsupported \w+ [\w.]+|Unsupported operand \d+)', str(error))
+    return found.group(1) if found else str(error).partition('\n')[0][:200]
+
+
+def _unwrap(checkpoint: Any, use_ema: bool, path: Path) -> Tuple[StateDict, Dict[str, Any]]:
+    about: Dict[str, Any] = {}
+    while isinstance(checkpoint, dict):
+        wrappers = [key for key in WRAPPERS if isinstance(checkpoint.get(key), dict)]
+        wrappers = [key for key in wrappers if use_ema or not key.endswith('_ema')]
+        if not wrappers:
+            break
+        about = {**checkpoint, **about}
+        checkpoint = checkpoint[wrappers[0]]
+    if not isinstance(checkpoint, dict) or not all(isinstance(value, torch.Tensor) for value in checkpoint.values()):
+        raise ValueError(f'{path} holds no state dict (names with tensors), alone or as {" or ".join(WRAPPERS)}.')
+    return checkpoint, {key: value for key, value in about.items() if key not in WRAPPERS}
+
+
+class Layout(NamedTuple):
+    """Who writes state dicts like this, and how they become timm's."""
+
+    name: str
+    key: str  # a regular expression for a key that no other layout has
+    convert: Callable[[StateDict], StateDict]
+
+
+def convert_layout(state_dict: Dict[str, Any]) -> StateDict:
+    """Return a state dict, unwrapped and in timm's layout, whichever of `LAYOUTS` it has."""
+    for wrapper in WRAPPERS:
+        if isinstance(state_dict.get(wrapper), dict):
+            return convert_layout(state_dict[wrapper])
+    state_dict = clean_state_dict(state_dict)
+    return find_layout(state_dict).convert(state_dict)
+
+
+def find_layout(state_dict: StateDict) -> Layout:
+    """Return the layout whose mark the keys bear; timm's where they bear none."""
+    for layout in LAYOUTS:
+        if any(re.search(layout.key, key) for key in state_dict):
+            return layout
+    return TIMM
+
+
+def from_timm(state_dict: StateDict) -> StateDict:
+    """Leave out the representation layer before the head, which old files of timm's may still hold."""
+    return {key: value for key, value in state_dict.items() if not key.startswith('pre_logits.')}
+
+
+def from_google(arrays: StateDict) -> StateDict:
+    """Convert the arrays of a JAX R+ViT checkpoint (github:google-research/vision_transformer).
+
+    Kernels are (height, width, in, out) or (in, out); attention is (width, heads, width / heads).
+    """
+    for prefix in ('opt/target/', 'params/'):
+        if any(key.startswith(prefix) for key in arrays):  # beside the optimizer's
+            arrays = {key.removeprefix(prefix): value for key, value in arrays.items() if key.startswith(prefix)}
+    backbone = 'patch_embed.backbone.'
+    stem = backbone + ('stem.' if any(key.startswith('block') for key in arrays) else '')
+    encoder = r'Transformer/encoderblock_(\d+)/'
+    attention, mlp = r'MultiHeadDotProductAttention_\d/', r'MlpBlock_\d/'
+    result: StateDict = {}
+    heads: Dict[str, Dict[str, torch.Tensor]] = {}
+    for key, value in arrays.items():
+        if key.startswith('pre_logits/'):
+            continue
+        new = _renamed(
+            key.replace('/kernel', '.weight').replace('/scale', '.weight').replace('/bias', '.bias'),
+            (r'^conv_root', stem + 'conv'),
+            (r'^gn_root', stem + 'norm'),
+            (r'^block(\d+)/unit(\d+)/', lambda m: f'{backbone}stages.{int(m[1]) - 1}.blocks.{int(m[2]) - 1}.'),
+            (r'\bgn(\d)', r'norm\1'),
+            (r'\bconv_proj', 'downsample.conv'),
+            (r'\bgn_proj', 'downsample.norm'),
+            (r'^embedding', 'patch_embed.proj'),
+            (r'^cls$', 'cls_token'),
+            (r'^Transformer/posembed_input/pos_embedding$', 'pos_embed'),
+            (r'^Transformer/encoder_norm', 'norm'),
+            (encoder, r'blocks.\1.'),
+            (r'LayerNorm_0', 'norm1'),
+            (r'LayerNorm_[12]', 'norm2'),
+            (mlp + r'Dense_(\d)', lambda m: f'mlp.fc{int(m[1]) + 1}'),
+            (attention + 'out', 'attn.proj'),
+            (attention, 'attn.'),
+        )
+        if key.endswith('/kernel'):
+            if '/out/' in key:
+                value = value.flatten(0, 1)
+            elif 'MultiHead' in key:
+                value = value.flatten(1)
+            value = value.permute(3, 2, 0, 1) if value.ndim == 4 else value.T
+        elif re.search(r'/(bias|scale)$', key):
+            value = value.flatten()
+        part = re.fullmatch(r'(.*\.attn\.)(query|key|value)(\..*)', new)
+        if part:
+            heads.setdefault(part[1] + 'qkv' + part[3], {})[part[2]] = value
+        else:
+            result[new] = value.contiguous()
+    return {**result, **_joined(heads)}
+
+
+def from_vit_hybrid(state_dict: StateDict) -> StateDict:
+    """Convert transformers' ViTHybridForImageClassification, or its ViTHybridModel (gone since transformers 5)."""
+    result: StateDict = {}
+    heads: Dict[str, Dict[str, torch.Tensor]] = {}
+    for key, value in state_dict.items():
+        new = _renamed(
+            key.removeprefix('vit.'),
+            (r'^embeddings\.cls_token', 'cls_token'),
+            (r'^embeddings\.position_embeddings', 'pos_embed'),
+            (r'^embeddings\.patch_embeddings\.projection', 'patch_embed.proj'),
+            (r'^embeddings\.patch_embeddings\.backbone\.bit\.', 'patch_embed.backbone.'),
+            (r'\bembedder\.convolution', 'stem.conv'),
+            (r'\bembedder\.norm', 'stem.norm'),
+            (r'\bencoder\.stages\.(\d+)\.layers\.', r'stages.\1.blocks.'),
+            (r'^encoder\.layer\.', 'blocks.'),
+            (r'attention\.attention\.', 'attn.'),
+            (r'attention\.output\.dense', 'attn.proj'),
+            (r'intermediate\.dense', 'mlp.fc1'),
+            (r'(?<=\d\.)output\.dense', 'mlp.fc2'),
+            (r'layernorm_before', 'norm1'),
+            (r'layernorm_after', 'norm2'),
+            (r'^layernorm', 'norm'),
+            (r'^classifier', 'head'),
+        )
+        part = re.fullmatch(r'(.*\.attn\.)(query|key|value)(\..*)', new)
+        if part:
+            heads.setdefault(part[1] + 'qkv' + part[3], {})[part[2]] = value
+        elif not new.startswith('pooler.'):  # of ViTHybridModel, unused by its classifier
+            result[new] = value
+    return {**result, **_joined(heads)}
+
+
+def _renamed(key: str, *rules: Tuple[str, Any]) -> str:
+    for pattern, replacement in rules:
+        key = re.sub(pattern, replacement, key)
+    return key
+
+
+def _joined(heads: Dict[str, Dict[str, torch.Tensor]]) -> StateDict:
+    """Join query, key and value; one that is missing leaves its name to the comparison with the model."""
+    result: StateDict = {}
+    for key, parts in heads.items():
+        if parts.keys() == {'query', 'key', 'value'}:
+            result[key] = torch.cat([parts[name] for name in ('query', 'key', 'value')])
+        else:
+            result.update({key.replace('qkv', name): value for name, value in parts.items()})
+    return result
+
+
+TIMM = Layout('timm', r'^$', from_timm)
+LAYOUTS: List[Layout] = [
+    Layout('Google JAX', r'(^|/)(conv_root|embedding)/kernel$', from_google),
+    Layout('transformers ViTHybrid', r'^(vit\.)?embeddings\.patch_embeddings\.', from_vit_hybrid),
+]
+
+
+def checkpoint_filter_fn(
+    state_dict: Dict[str, Any], model: torch.nn.Module, img_size: Optional[Sequence[int]] = None
+) -> StateDict:
+    """Return a state dict of any layout in timm's, resampled and compared: ready for `model`.
+
+    Position embeddings are resampled from the checkpoint's grid to the model's, and the patch projection to its
+    patch size, both as timm does.
+
+    Args:
+        img_size: Height and width that the checkpoint was made for, where they are known and not square.
+
+    Raises:
+        RuntimeError: for missing or unexpected keys and wrong shapes, all of which it lists; the head and the first
+            convolution excepted, which are the caller's to compare.
+    """
+    state_dict = resample(convert_layout(state_dict), model, img_size)
+    adaptable = {*CLASSIFIER, f'{model._traits["first_conv"]}.weight'}
+    check_keys(state_dict, model, adaptable)
+    return state_dict
+
+
+def resample(state_dict: StateDict, model: torch.nn.Module, img_size: Optional[Sequence[int]] = None) -> StateDict:
+    """Return a state dict of timm's layout with the model's position table and patch size."""
+    state_dict = dict(state_dict)
+    table = state_dict.get('pos_embed')
+    if table is not None and getattr(model, 'pos_embed', None) is not None:
+        if table.ndim != 3:
+            raise RuntimeError(
+                f'pos_embed: the checkpoint has shape {tuple(table.shape)}, expected (1, tokens, width).'
+            )
+        state_dict['pos_embed'] = _resample_pos_embed(table, model, img_size)
     weight = state_dict.get('patch_embed.proj.weight')
-    patch_size = model.patch_embed.patch_size
-    if weight is not None and tuple(weight.shape[-2:]) != tuple(patch_size):
+    patch_size = tuple(model.patch_embed.patch_size)
+    if weight is not None and weight.ndim == 4 and tuple(weight.shape[-2:]) != patch_size:
         state_dict['patch_embed.proj.weight'] = resample_patch_embed(weight, list(patch_size))
     return state_dict
 
 
-def _check_keys(state_dict: StateDict, model: torch.nn.Module) -> None:
-    classifier = ('head.weight', 'head.bias')
-    expected = model.state_dict().keys() - classifier
-    missing = sorted(expected - state_dict.keys())
-    unexpected = sorted(state_dict.keys() - expected - set(classifier))
-    if missing or unexpected:
-        architecture = model.pretrained_cfg.get('architecture', type(model).__name__)
+def check_keys(state_dict: StateDict, model: torch.nn.Module, adaptable=()) -> None:
+    """Raise RuntimeError that lists missing keys, unexpected keys and wrong shapes, those in `adaptable` excepted."""
+    expected = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    missing = sorted(expected.keys() - state_dict.keys() - set(adaptable))
+    unexpected = sorted(state_dict.keys() - expected.keys() - set(adaptable))
+    wrong = [
+        f'{key} {tuple(state_dict[key].shape)} for {shape}'
+        for key, shape in expected.items()
+        if key in state_dict and key not in adaptable and tuple(state_dict[key].shape) != shape
+    ]
+    if missing or unexpected or wrong:
+        architecture = model.pretrained_cfg.get('architecture') if hasattr(model, 'pretrained_cfg') else None
         raise RuntimeError(
-            f'The checkpoint is not one of {architecture}: missing keys: {_listed(missing)}; '
-            f'unexpected keys: {_listed(unexpected)}.'
+            f'The checkpoint is not one of {architecture or type(model).__name__} as it was asked for: '
+            f'missing keys: {_listed(missing)}; unexpected keys: {_listed(unexpected)}; '
+            f'wrong shapes: {_listed(wrong)}.'
         )
 
 
-def _listed(keys, limit: int = 20) -> str:
+def _listed(keys: Sequence[str], limit: int = 20) -> str:
     more = f' and {len(keys) - limit} more' if len(keys) > limit else ''
     return (', '.join(keys[:limit]) or 'none') + more
 
 
-def _source_grid(model: torch.nn.Module, num_tokens: int) -> Optional[Tuple[int, int]]:
-    """Return the token grid that the checkpoint's metadata says it was made for, if it has `num_tokens`."""
-    size = model.pretrained_model_args.get('img_size') or model.pretrained_cfg['input_size'][-2:]
-    grid = model.patch_embed.dynamic_feat_size(to_2tuple(size))
-    return grid if grid[0] * grid[1] == num_tokens else None
-
-
-def _resample_pos_embed(pos_embed: torch.Tensor, model: torch.nn.Module) -> torch.Tensor:
+def _resample_pos_embed(
+    pos_embed: torch.Tensor, model: torch.nn.Module, img_size: Optional[Sequence[int]]
+) -> torch.Tensor:
     num_prefix_tokens = 0 if model.no_embed_class else model.num_prefix_tokens
     num_tokens = pos_embed.shape[1] - num_prefix_tokens
-    old_size = _source_grid(model, num_tokens)
-    if old_size is None:
+    grid = tuple(model.patch_embed.grid_size)
+    old_grid = model.patch_embed.dynamic_feat_size(to_2tuple(img_size)) if img_size is not None else grid
+    if old_grid[0] * old_grid[1] != num_tokens:
         side = int(num_tokens**0.5)
         if side * side != num_tokens:
             raise RuntimeError(
                 f'pos_embed: the checkpoint has {num_tokens} position embeddings, which are no square grid, and its '
                 f'metadata names no image size that gives that many; say its input_size in the pretrained_cfg.'
             )
-        old_size = (side, side)
+        old_grid = (side, side)
+    if tuple(old_grid) == grid:
+        return pos_embed
     return resample_abs_pos_embed(
-        pos_embed,
-        new_size=list(model.patch_embed.grid_size),
-        old_size=list(old_size),
-        num_prefix_tokens=num_prefix_tokens,
+        pos_embed, new_size=list(grid), old_size=list(old_grid), num_prefix_tokens=num_prefix_tokens
     )

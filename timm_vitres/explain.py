@@ -15,7 +15,7 @@ from PIL import Image
 from torch import nn
 
 from .data import ImageLike, data_config, image_mode, open_image, to_batch
-from .hub import replacing
+from .files import replacing
 from .predict import label_names, new_figure
 from .vitresnet import VitResNet
 

@@ -31,6 +31,7 @@ from tqdm import tqdm
 
 from . import hub
 from .data import ImageFolder, Subset, class_names, data_config, image_mode, stratified_split
+from .files import WEIGHTS_NAME, replacing
 
 _logger = logging.getLogger(__name__)
 
@@ -311,7 +312,7 @@ def _find_checkpoint(cfg: FinetuneCfg, folder: Path) -> Optional[Path]:
     path = path / CHECKPOINT_NAME if path.is_dir() else path
     if path.exists():
         return path
-    if cfg.resume is True and not (folder / hub.WEIGHTS_NAME).exists():
+    if cfg.resume is True and not (folder / WEIGHTS_NAME).exists():
         return None  # killed before its first epoch was whole: begin
     raise FileNotFoundError(f'resume: there is no checkpoint {path}.')
 
@@ -486,7 +487,7 @@ class _Run:
         )
         if self.scaler is not None:
             state['scaler'] = self.scaler.state_dict()
-        with hub.replacing(self.folder / CHECKPOINT_NAME) as path:
+        with replacing(self.folder / CHECKPOINT_NAME) as path:
             torch.save(state, path)
 
     def restore(self, path: Path) -> None:
@@ -511,12 +512,12 @@ class _Run:
         self.history = state['history']
 
     def _write_summary(self) -> None:
-        with hub.replacing(self.folder / SUMMARY_NAME) as path, path.open('w', newline='') as file:
+        with replacing(self.folder / SUMMARY_NAME) as path, path.open('w', newline='') as file:
             writer = csv.DictWriter(file, fieldnames=list(self.history[0]), lineterminator='\n')
             writer.writeheader()
             writer.writerows(self.history)
         if importlib.util.find_spec('matplotlib') is not None:
-            with hub.replacing(self.folder / CURVES_NAME) as path:
+            with replacing(self.folder / CURVES_NAME) as path:
                 plot_curves(self.history, path)
 
     def _card(self) -> str:

@@ -4,12 +4,9 @@ model -> `save` -> folder/{model.safetensors, config.json, README.md} -> timm.cr
 """
 
 import json
-import os
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional, Sequence, Union
+from typing import Any, Dict, List, Optional, Sequence, Union
 
-import safetensors.torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 # timm's public `save_for_hf` writes straight into the folder, so that a kill in between leaves half a file; the
@@ -18,33 +15,7 @@ from timm.models._hub import save_config_for_hf
 from torch import nn
 
 from .data import data_config as model_data_config
-
-WEIGHTS_NAME = 'model.safetensors'
-CONFIG_NAME = 'config.json'
-CARD_NAME = 'README.md'
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Yield a path beside `path` to write to, which replaces it when the block ends, and only then.
-
-    Raises:
-        OSError: where writing fails (a full disk); what was at `path` stays as it was.
-    """
-    beside = path.with_name(f'.{path.name}.tmp')
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        yield beside
-        with beside.open('rb+') as file:
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    except (OSError, RuntimeError, safetensors.SafetensorError) as error:
-        # torch and safetensors report a full disk by errors of their own
-        beside.unlink(missing_ok=True)
-        raise OSError(f'{path} could not be written ({error}); its last version, if any, is untouched.') from error
-    except BaseException:
-        beside.unlink(missing_ok=True)
-        raise
+from .files import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME, replacing, write_safetensors
 
 
 def save(
@@ -75,10 +46,8 @@ def save(
         raise ValueError(f'model: got {type(model).__name__}, expected a model made by timm.create_model.')
     if label_names is not None and len(label_names) != model.num_classes:
         raise ValueError(f'label_names: got {len(label_names)}, but the model has {model.num_classes} classes.')
-    # safetensors wants each tensor contiguous, which channels-last weights are not
-    tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     with replacing(folder / WEIGHTS_NAME) as path:
-        safetensors.torch.save_file(tensors, path, metadata={'format': 'pt'})
+        write_safetensors(model.state_dict(), path)
     with replacing(folder / CONFIG_NAME) as path:
         save_config_for_hf(
             model,

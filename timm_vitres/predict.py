@@ -10,7 +10,7 @@ from torch import nn
 from tqdm import tqdm
 
 from .data import open_image, preprocess
-from .hub import replacing
+from .files import replacing
 
 
 class Prediction(NamedTuple):

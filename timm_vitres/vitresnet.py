@@ -7,9 +7,11 @@ ends are the parents themselves: `depth=0` is the ResNet alone, `backbone=''` th
 """
 
 import dataclasses
+from collections import OrderedDict
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Dict, List, Optional, Tuple, Union
+from pathlib import Path
+from typing import Any, Dict, List, Mapping, Optional, Tuple, Union
 
 import torch
 from timm.data import (
@@ -41,8 +43,9 @@ from timm.models import (
 from torch import nn
 
 from .backbone import backbone_blocks, create_backbone
-from .checkpoints import checkpoint_filter_fn
+from .checkpoints import checkpoint_filter_fn, convert_layout, read_checkpoint, resample
 from .layers import ResNetEmbed, feature_take_indices, resample_pos_embed, unflatten_tokens
+from .loading import create_pretrained
 
 __all__ = ['VitResNet', 'VitResNetCfg']
 
@@ -472,6 +475,21 @@ class VitResNet(VisionTransformer):
         return take_indices
 
     @torch.jit.ignore
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False):
+        """Load as torch does; other layouts (see `checkpoints`) are converted, tables of other sizes resampled."""
+        converted = OrderedDict(resample(convert_layout(dict(state_dict)), self))
+        if hasattr(state_dict, '_metadata'):  # torch's versions of modules
+            converted._metadata = state_dict._metadata  # pyright: ignore[reportAttributeAccessIssue]
+        return super().load_state_dict(converted, strict=strict, assign=assign)
+
+    @torch.jit.ignore
+    def load_pretrained(self, checkpoint_path: Union[str, Path], prefix: str = '') -> None:
+        """Load a checkpoint file of any layout, Google's npz too, which must have the model's classes and channels."""
+        state_dict, _ = read_checkpoint(Path(checkpoint_path))
+        state_dict = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
+        self.load_state_dict(checkpoint_filter_fn(state_dict, self))
+
+    @torch.jit.ignore
     def init_non_persistent_buffers(self) -> None:
         """Fill in the buffers that no checkpoint holds, as after building on the meta device."""
         for module in self.modules():
@@ -600,17 +618,15 @@ def _create_vitresnet(variant: str, pretrained: bool, cfg: VitResNetCfg, **kwarg
     source = resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay'))
     kwargs.setdefault('img_size', source.input_size[-2:])
     feature_cfg: Dict[str, Any] = dict(feature_cls='getter')
+    if kwargs.get('features_only'):
+        kwargs['num_classes'] = 0
     if kwargs.get('features_only') and 'out_indices' not in kwargs:  # the pyramid alone
         feature_cfg['out_indices'] = tuple(range(VitResNet(cfg, kwargs['img_size'], device='meta').num_pyramid))
-    model = build_model_with_cfg(
-        VitResNet,
-        variant,
-        pretrained,
-        model_cfg=cfg,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg=feature_cfg,
-        **kwargs,
-    )
+    model_cls = VitResNet
+    if pretrained:  # timm would initialise all of the model, and then copy
+        img_size = (kwargs.get('pretrained_model_args') or {}).get('img_size')
+        model_cls = partial(create_pretrained, VitResNet, source, kwargs.get('cache_dir'), img_size)
+    model = build_model_with_cfg(model_cls, variant, False, model_cfg=cfg, feature_cfg=feature_cfg, **kwargs)
     model.pretrained_cfg['first_conv'] = get_model_input_config(model)['first_conv']
     return model
 

@@ -1,0 +1,276 @@
+"""Files that can be trusted: written beside and renamed, downloaded with retries, checked against their sha256.
+
+Hub id, URL or folder -> `hub_file`, `url_file`, `weights_file` -> path -> `check_once` -> a file as it was published.
+"""
+
+import hashlib
+import json
+import os
+import re
+import struct
+import time
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, Callable, Dict, Iterator, Mapping, Optional, Sequence, TypeVar, Union
+from urllib.parse import urlparse
+
+import safetensors
+import torch
+from huggingface_hub import constants, hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
+
+WEIGHTS_NAME = 'model.safetensors'
+CONFIG_NAME = 'config.json'
+CARD_NAME = 'README.md'
+# a folder's weights, in timm's order of preference
+WEIGHTS_NAMES = (WEIGHTS_NAME, 'pytorch_model.bin', 'pytorch_model.pth', 'model.pth')
+WEIGHTS_SUFFIXES = ('.safetensors', '.pth', '.pth.tar', '.bin', '.npz')
+ALIGNMENT = 64  # bytes
+_DTYPES = {
+    **{torch.float32: 'F32', torch.float16: 'F16', torch.bfloat16: 'BF16', torch.float64: 'F64'},
+    **{torch.int64: 'I64', torch.int32: 'I32', torch.int16: 'I16', torch.int8: 'I8', torch.uint8: 'U8'},
+    torch.bool: 'BOOL',
+}
+CARD_SHA256 = 'model_sha256'  # field of a card's head
+
+Result = TypeVar('Result')
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a path beside `path` to write to, which replaces it when the block ends, and only then.
+
+    A file that is mapped into memory, as a loaded model's weights are, can be replaced so: the model keeps the old one.
+
+    Raises:
+        OSError: where writing fails (a full disk); what was at `path` stays as it was.
+    """
+    beside = path.with_name(f'.{path.name}.tmp')
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        beside.touch()
+        mode = beside.stat().st_mode  # safetensors makes files that no one else may read
+        yield beside
+        with beside.open('rb+') as file:
+            os.fsync(file.fileno())
+        beside.chmod(mode)
+        os.replace(beside, path)
+    except (OSError, RuntimeError, safetensors.SafetensorError) as error:
+        # torch and safetensors report a full disk by errors of their own
+        beside.unlink(missing_ok=True)
+        raise OSError(f'{path} could not be written ({error}); its last version, if any, is untouched.') from error
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
+
+
+def write_safetensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
+    """Write a safetensors file whose tensors begin at multiples of 64 bytes, as torch's own do in memory.
+
+    A matrix product may round differently where its operands do not, so this is what makes a model whose weights are
+    mapped from the file compute, bit for bit, what the saved one computed. The format does not allow gaps, so tensors
+    whose size is no multiple of 64 bytes come last; whoever maps the file copies those.
+
+    Raises:
+        ValueError: for a tensor that safetensors can not hold.
+    """
+    names = sorted(tensors, key=lambda name: (tensors[name].nbytes % ALIGNMENT != 0, name))
+    header: Dict[str, Any] = {'__metadata__': {'format': 'pt'}}
+    end = 0
+    for name in names:
+        tensor = tensors[name]
+        if tensor.dtype not in _DTYPES:
+            raise ValueError(f'{name}: has dtype {tensor.dtype}, expected one of {", ".join(map(str, _DTYPES))}.')
+        start, end = end, end + tensor.nbytes
+        header[name] = {'dtype': _DTYPES[tensor.dtype], 'shape': list(tensor.shape), 'data_offsets': [start, end]}
+    text = json.dumps(header, separators=(',', ':')).encode()
+    text += b' ' * (-(8 + len(text)) % ALIGNMENT)
+    with path.open('wb') as file:
+        file.write(struct.pack('<Q', len(text)) + text)
+        for name in names:
+            flat = tensors[name].detach().cpu().contiguous().reshape(-1)
+            file.write(memoryview(flat.view(torch.uint8).numpy()))
+
+
+def is_transient(error: BaseException) -> bool:
+    """Return whether trying again may help: a server's 5xx or 429, or a connection that broke."""
+    if isinstance(error, LocalEntryNotFoundError):  # the client has tried long enough
+        return False
+    if isinstance(error, HfHubHTTPError):
+        status = getattr(error.response, 'status_code', None)
+        return status is None or status == 429 or status >= 500
+    # huggingface_hub speaks through httpx, formerly through requests, whose errors are no ConnectionError
+    module = type(error).__module__.partition('.')[0]
+    return isinstance(error, (ConnectionError, TimeoutError)) or module in ('httpx', 'httpcore', 'requests', 'urllib3')
+
+
+def retrying(function: Callable[[], Result], tries: int = 4, wait: float = 1.0) -> Result:
+    """Call a function that speaks to the Hub, and again after `wait`, 2 * `wait`, ... seconds while that may help."""
+    for attempt in range(tries - 1):
+        try:
+            return function()
+        except Exception as error:
+            if not is_transient(error):
+                raise
+            time.sleep(wait * 2**attempt)
+    return function()
+
+
+def hub_file(
+    model_id: str,
+    filenames: Sequence[str] = WEIGHTS_NAMES,
+    cache_dir: Union[None, str, Path] = None,
+) -> Path:
+    """Return the first of `filenames` that a Hub repository has, downloaded into the cache.
+
+    Args:
+        model_id: 'owner/name' or 'owner/name@revision'.
+
+    Raises:
+        FileNotFoundError: where the repository has none of them, or the Hub can't be reached and the cache is empty.
+        huggingface_hub.errors.HfHubHTTPError: where the Hub refuses (no such repository, no right to read it).
+    """
+    repo_id, _, revision = model_id.partition('@')
+    for filename in filenames:
+        try:
+            options = dict(revision=revision or None, cache_dir=cache_dir, library_name='timm-vitres')
+            return Path(retrying(lambda: hf_hub_download(repo_id, filename, **options)))  # noqa: B023
+        except LocalEntryNotFoundError as error:
+            if filename == filenames[-1] or not constants.HF_HUB_OFFLINE:
+                raise FileNotFoundError(
+                    f'{model_id}: {" or ".join(filenames)} is not in the cache, and the Hub can not be reached '
+                    f'({error}).'
+                ) from error
+        except EntryNotFoundError:
+            pass
+    raise FileNotFoundError(f'{model_id}: the repository has no {" or ".join(filenames)}.')
+
+
+def url_file(url: str, cache_dir: Union[None, str, Path] = None) -> Path:
+    """Return a file that a URL names, downloaded into torch's cache of checkpoints (or `cache_dir`)."""
+    folder = Path(cache_dir or Path(torch.hub.get_dir()) / 'checkpoints')
+    path = folder / Path(urlparse(url).path).name
+    if not path.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(url, str(path), hash_prefix=_hash_in_name(path))
+    return path
+
+
+def weights_file(path: Union[str, Path]) -> Path:
+    """Return a file itself, or the weights in a folder, whatever they are called.
+
+    Raises:
+        FileNotFoundError: where there are none.
+        ValueError: where there are several of one kind and none has a usual name.
+    """
+    path = Path(path)
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        raise FileNotFoundError(f'{path}: there is no such file or folder.')
+    for name in WEIGHTS_NAMES:
+        if (path / name).is_file():
+            return path / name
+    for suffix in WEIGHTS_SUFFIXES:
+        found = sorted(path.glob(f'[!.]*{suffix}'))
+        if len(found) > 1:
+            raise ValueError(f'{path}: holds {", ".join(file.name for file in found)}; name the one that you mean.')
+        if found:
+            return found[0]
+    raise FileNotFoundError(f'{path}: holds no weights ({", ".join(WEIGHTS_NAMES)}).')
+
+
+def sha256(path: Path) -> str:
+    """Return a file's sha256, which is what the Hub calls a large file."""
+    return _digest(path, hashlib.sha256())
+
+
+def git_sha1(path: Path) -> str:
+    """Return the name that git, and so the Hub, gives to a small file."""
+    return _digest(path, hashlib.sha1(f'blob {path.stat().st_size}\0'.encode()))
+
+
+def _digest(path: Path, digest: Any) -> str:
+    with path.open('rb') as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _hash_in_name(path: Path) -> Optional[str]:
+    found = torch.hub.HASH_REGEX.search(path.name)
+    return found.group(1) if found else None
+
+
+def published_sha256(path: Path) -> Optional[str]:
+    """Return what a file's sha256 must be (or begin with), where something beside the file says it, else None.
+
+    In the Hub's cache a large file is called by it; a folder's card may name that of `model.safetensors`; a name like
+    'resnet18-5c106cde.pth' holds its beginning.
+    """
+    blob = Path(os.path.realpath(path))
+    if blob.parent.name == 'blobs' and re.fullmatch(r'[0-9a-f]{64}', blob.name):
+        return blob.name
+    card = path.with_name(CARD_NAME)
+    if path.name == WEIGHTS_NAME and card.is_file():
+        head = card.read_text(encoding='utf-8', errors='replace').partition('\n---\n')[0]
+        found = re.search(rf'^{CARD_SHA256}: *[\'"]?([0-9a-f]{{64}})\b', head, re.MULTILINE)
+        if found:
+            return found.group(1)
+    return _hash_in_name(path)
+
+
+def check(path: Path) -> str:
+    """Return a file's sha256.
+
+    Raises:
+        OSError: where it is not the published one.
+    """
+    actual, published = sha256(path), published_sha256(path)
+    if published and not actual.startswith(published):
+        raise OSError(
+            f'{path} is damaged, or was changed after it was published: its sha256 is {actual}, not {published}. '
+            f'Remove it and load again{_about_card(path)}.'
+        )
+    return actual
+
+
+def _about_card(path: Path) -> str:
+    is_cached = Path(os.path.realpath(path)).parent.name == 'blobs'
+    return '' if is_cached else f', or, if you changed it on purpose, take {CARD_SHA256} out of the {CARD_NAME} beside'
+
+
+def check_once(path: Path) -> None:
+    """`check` a file if something says what it must be, and remember that it was, until it changes.
+
+    Raises:
+        OSError: where its sha256 is not the published one.
+    """
+    published = published_sha256(path)
+    if published is None:
+        return
+    real = os.path.realpath(path)
+    stat = os.stat(real)
+    state = [published, stat.st_size, stat.st_mtime_ns, stat.st_ino]
+    if _checked().get(real) != state:
+        check(path)
+        _remember(real, state)
+
+
+def _memory() -> Path:
+    return Path(constants.HF_HOME) / 'timm-vitres' / 'checked.json'
+
+
+def _checked() -> Dict[str, Any]:
+    try:
+        memory = json.loads(_memory().read_text())
+    except (OSError, ValueError):  # none yet, or not ours
+        return {}
+    return memory if isinstance(memory, dict) else {}
+
+
+def _remember(real: str, state: Sequence[Any]) -> None:
+    memory = {path: known for path, known in _checked().items() if os.path.exists(path)}
+    memory[real] = list(state)
+    with suppress(OSError), replacing(_memory()) as beside:  # a home that can't be written to: checked again next time
+        beside.write_text(json.dumps(memory, indent=1))

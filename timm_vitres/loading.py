@@ -1,0 +1,128 @@
+"""A pretrained model without initialising it first: built on 'meta', its weights taken over from the file.
+
+pretrained_cfg -> `find_weights` -> file, checked -> state dict (mapped into memory) -> model on 'meta' -> assigned.
+
+timm initialises a model, reads the file beside it, and copies. Here parameters *are* what was read; only what the file
+does not give (a new head, buffers that no file holds) is initialised.
+"""
+
+import math
+from pathlib import Path
+from typing import Any, Dict, Optional, Type, TypeVar, Union
+
+import torch
+from timm.models import PretrainedCfg, adapt_input_conv
+from timm.models.vision_transformer import get_init_weights_vit
+from torch import nn
+
+from .checkpoints import CLASSIFIER, StateDict, check_keys, checkpoint_filter_fn, convert_layout, read_checkpoint
+from .files import check_once, hub_file, url_file, weights_file
+
+ModelT = TypeVar('ModelT', bound=nn.Module)
+
+
+def find_weights(cfg: PretrainedCfg, cache_dir: Union[None, str, Path] = None) -> Path:
+    """Return the file that a pretrained cfg names, downloaded if need be. The order of its sources is timm's.
+
+    Raises:
+        RuntimeError: where it names none.
+    """
+    if cfg.source == 'local-dir' or (cfg.file and cfg.source != 'hf-hub'):
+        return weights_file(cfg.file or '')
+    if cfg.hf_hub_id:
+        filenames = (cfg.hf_hub_filename,) if cfg.hf_hub_filename else None
+        return hub_file(cfg.hf_hub_id, **({'filenames': filenames} if filenames else {}), cache_dir=cache_dir)
+    if cfg.url:
+        return url_file(cfg.url, cache_dir)
+    raise RuntimeError(f'No pretrained weights exist for {cfg.architecture}. Use `pretrained=False` for random init.')
+
+
+def create_pretrained(
+    model_cls: Type[ModelT],
+    source: PretrainedCfg,
+    cache_dir: Union[None, str, Path] = None,
+    source_img_size: Any = None,
+    device: Union[None, str, torch.device] = None,
+    dtype: Optional[torch.dtype] = None,
+    **kwargs: Any,
+) -> ModelT:
+    """Build `model_cls(**kwargs)` with the weights that `source` names.
+
+    Args:
+        source: Where the weights are, and what they were made for.
+        source_img_size: Height and width that the checkpoint's position table was made for; by default, of `source`.
+        device: Where the model shall be.
+        dtype: Of its parameters, whatever the file's; torch's default dtype by default.
+
+    Raises:
+        RuntimeError: for a checkpoint that is not one of this model: missing and unexpected keys, wrong shapes.
+        OSError: for a file that is damaged, or is not the one that was published.
+    """
+    device = torch.empty(0, device=device).device  # the default one, too
+    if device.type == 'meta':
+        raise ValueError("device: got 'meta', where no weights can be; use pretrained=False.")
+    model = model_cls(device='meta', dtype=dtype, **kwargs)
+    if source.state_dict and not source.source:  # someone else's tensors: not to be shared
+        state_dict: Dict[str, Any] = {key: value.clone() for key, value in convert_layout(source.state_dict).items()}
+    else:
+        path = find_weights(source, cache_dir)
+        check_once(path)
+        state_dict, _ = read_checkpoint(path)
+    state_dict = checkpoint_filter_fn(state_dict, model, source_img_size or source.input_size[-2:])
+    _adapt_first_conv_(state_dict, model)
+    new_head = _drop_other_head_(state_dict, model, source)
+    check_keys(state_dict, model, CLASSIFIER if new_head else ())
+    assign_(model, state_dict, device)
+    if new_head:
+        _init_head_(model, device)
+    fill_buffers_(model, device)
+    return model
+
+
+def assign_(model: nn.Module, state_dict: StateDict, device: Union[str, torch.device] = 'cpu') -> None:
+    """Make the tensors of a state dict the model's own, in the model's dtype; nothing is copied that fits as it is."""
+    own = model.state_dict()
+    tensors = {key: value.to(device=device, dtype=own[key].dtype) for key, value in state_dict.items()}
+    nn.Module.load_state_dict(model, tensors, strict=False, assign=True)  # compared before
+
+
+def _adapt_first_conv_(state_dict: StateDict, model: nn.Module) -> None:
+    """Sum or repeat the image channels of the first convolution, as timm does."""
+    key = f'{model._traits["first_conv"]}.weight'
+    weight, expected = state_dict[key], model.state_dict()[key]
+    if weight.ndim == 4 and weight.shape[1] != expected.shape[1]:
+        state_dict[key] = adapt_input_conv(int(expected.shape[1]), weight, base_chans=int(weight.shape[1]))
+
+
+def _drop_other_head_(state_dict: StateDict, model: nn.Module, source: PretrainedCfg) -> bool:
+    """Take a head of other classes out of a state dict, and return whether the model needs a new one.
+
+    A head that fits is kept, whatever the cfg says of its classes: it was trained. One that does not fit is replaced
+    where the caller asked for other classes than the source's; where he did not, the comparison lists it.
+    """
+    own = {key: value.shape for key, value in model.state_dict().items() if key in CLASSIFIER}
+    fits = all(key in state_dict and state_dict[key].shape == shape for key, shape in own.items())
+    if own and (fits or source.num_classes == model.num_classes):
+        return False
+    for key in CLASSIFIER:
+        state_dict.pop(key, None)
+    return bool(own)
+
+
+def _init_head_(model: nn.Module, device: torch.device) -> None:
+    """Initialise the head as timm's constructor does."""
+    mode = model.weight_init_mode
+    head = model.get_classifier().to_empty(device=device)
+    get_init_weights_vit(mode, -math.log(model.num_classes) if 'nlhb' in mode else 0.0)(head, 'head')
+
+
+def fill_buffers_(model: nn.Module, device: Union[str, torch.device] = 'cpu') -> None:
+    """Compute the buffers that no checkpoint holds, of a model that was built on 'meta'."""
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if buffer.is_meta:
+                module._buffers[name] = torch.empty_like(buffer, device=device)
+    model.init_non_persistent_buffers()
+    left = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
+    if left:
+        raise RuntimeError(f'No weights were found for {", ".join(left)}.')
