@@ -1,13 +1,17 @@
+import argparse
 import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import safetensors.torch
 import timm
 import torch
 from conftest import randomise_, relative_difference
 
+import timm_vitres
+from timm_vitres.checkpoints import read_checkpoint
 from timm_vitres.vitresnet import default_cfgs
 
 TAGS = [
@@ -66,6 +70,228 @@ def test_timms_checkpoints_load_from_the_hubs_id(tmp_path):
     assert relative_difference(torch.load(tmp_path / 'logits.pt'), expected) < 1e-6
 
 
+def google_layout(model, prefix=''):
+    """Return a model's weights as Google's JAX files name and shape them: timm's `_load_weights` read backwards."""
+    arrays = {}
+
+    def put(name, tensor, kernel=False):
+        array = tensor.detach().numpy()
+        if kernel:
+            array = array.transpose(2, 3, 1, 0) if array.ndim == 4 else array.T
+        arrays[prefix + name] = array
+
+    def put_conv(name, norm_name, conv, norm):
+        put(f'{name}/kernel', conv.weight, kernel=True)
+        for theirs, tensor in (('scale', norm.weight), ('bias', norm.bias)):
+            put(f'{norm_name}/{theirs}', tensor.reshape(1, 1, 1, -1))
+
+    backbone = model.patch_embed.backbone
+    stem = getattr(backbone, 'stem', backbone)
+    put_conv('conv_root', 'gn_root', stem.conv, stem.norm)
+    for i, stage in enumerate(getattr(backbone, 'stages', [])):
+        for j, block in enumerate(stage.blocks):
+            unit = f'block{i + 1}/unit{j + 1}'
+            for r in (1, 2, 3):
+                put_conv(f'{unit}/conv{r}', f'{unit}/gn{r}', getattr(block, f'conv{r}'), getattr(block, f'norm{r}'))
+            if block.downsample is not None:
+                put_conv(f'{unit}/conv_proj', f'{unit}/gn_proj', block.downsample.conv, block.downsample.norm)
+
+    def put_linear(name, linear):
+        put(f'{name}/kernel', linear.weight, kernel=True)
+        put(f'{name}/bias', linear.bias)
+
+    def put_norm(name, norm):
+        put(f'{name}/scale', norm.weight)
+        put(f'{name}/bias', norm.bias)
+
+    put_linear('embedding', model.patch_embed.proj)
+    put('cls', model.cls_token)
+    put('Transformer/posembed_input/pos_embedding', model.pos_embed)
+    put_norm('Transformer/encoder_norm', model.norm)
+    put_linear('head', model.head)
+    width = model.embed_dim
+    put_linear('pre_logits', torch.nn.Linear(width, width))  # which in21k files have, and no model uses
+    for i, block in enumerate(model.blocks):
+        name = f'Transformer/encoderblock_{i}'
+        put_norm(f'{name}/LayerNorm_0', block.norm1)
+        put_norm(f'{name}/LayerNorm_2', block.norm2)
+        put_linear(f'{name}/MlpBlock_3/Dense_0', block.mlp.fc1)
+        put_linear(f'{name}/MlpBlock_3/Dense_1', block.mlp.fc2)
+        attention, heads = f'{name}/MultiHeadDotProductAttention_1', block.attn.num_heads
+        parts = zip(('query', 'key', 'value'), block.attn.qkv.weight.chunk(3), block.attn.qkv.bias.chunk(3))
+        for part, weight, bias in parts:
+            put(f'{attention}/{part}/kernel', weight.T.reshape(width, heads, -1))
+            put(f'{attention}/{part}/bias', bias.reshape(heads, -1))
+        put(f'{attention}/out/kernel', block.attn.proj.weight.T.reshape(heads, width // heads, width))
+        put(f'{attention}/out/bias', block.attn.proj.bias)
+    return arrays
+
+
+@pytest.mark.parametrize(
+    'name, theirs, classes, prefix',
+    [
+        ('vitresnet_tiny.augreg_in21k_ft_in1k', 'vit_tiny_r_s16_p8_224', 1000, ''),
+        ('vitresnet_tiny.augreg_in21k_ft_in1k', 'vit_tiny_r_s16_p8_224', 1000, 'opt/target/'),
+        ('vitresnet_small.augreg_in21k_ft_in1k', 'vit_small_r26_s32_224', 7, ''),
+        ('vitresnet_base.orig_in21k', 'vit_base_r50_s16_224', 11, ''),
+    ],
+)
+def test_googles_npz(name, theirs, classes, prefix, tmp_path):
+    """The same file through timm's own loader of such files, and through ours, by each of its ways."""
+    arrays = google_layout(randomise_(timm.create_model(theirs, num_classes=classes)), prefix)
+    if prefix:
+        arrays['opt/state/step'] = np.asarray(3)
+    path = tmp_path / 'R50+ViT-B_16.npz'
+    np.savez(path, **arrays)
+    reference = timm.create_model(theirs, num_classes=classes).eval()
+    reference.load_pretrained(str(path))
+    other = tmp_path / 'weights'  # not by its name
+    other.write_bytes(path.read_bytes())
+
+    overlay = dict(file=str(other), num_classes=classes)
+    loaded = timm.create_model(name, pretrained=True, num_classes=classes, pretrained_cfg_overlay=overlay).eval()
+    assert loaded.state_dict().keys() == reference.state_dict().keys()
+    for key, value in reference.state_dict().items():
+        assert torch.equal(loaded.state_dict()[key], value), key
+    if not prefix:
+        options = dict(num_classes=classes, img_size=224, checkpoint_path=str(path))
+        checkpoint = timm.create_model(name.split('.')[0], **options).eval()
+        x = torch.randn(1, 3, 224, 224)
+        with torch.inference_mode():
+            assert relative_difference(checkpoint(x), reference(x)) < 1e-6
+
+
+def hybrid_layout(model):
+    """Return a model's weights as transformers' ViTHybridForImageClassification names them."""
+    result = {}
+    for key, value in model.state_dict().items():
+        for ours, theirs in (
+            ('patch_embed.backbone.stages.', 'vit.embeddings.patch_embeddings.backbone.bit.encoder.stages.'),
+            ('patch_embed.backbone.stem.', 'vit.embeddings.patch_embeddings.backbone.bit.embedder.'),
+            ('embedder.conv', 'embedder.convolution'),
+            ('.blocks.', '.layers.'),
+            ('patch_embed.proj', 'vit.embeddings.patch_embeddings.projection'),
+            ('cls_token', 'vit.embeddings.cls_token'),
+            ('pos_embed', 'vit.embeddings.position_embeddings'),
+        ):
+            key = key.replace(ours, theirs)
+        if key.startswith('blocks.'):
+            key = 'vit.encoder.layer.' + key.removeprefix('blocks.')
+            key = key.replace('attn.proj', 'attention.output.dense').replace('mlp.fc1', 'intermediate.dense')
+            key = key.replace('mlp.fc2', 'output.dense').replace('norm1', 'layernorm_before')
+            key = key.replace('norm2', 'layernorm_after')
+        if 'attn.qkv' in key:
+            for part, chunk in zip(('query', 'key', 'value'), value.chunk(3)):
+                result[key.replace('attn.qkv', f'attention.attention.{part}')] = chunk.clone()
+            continue
+        if key.startswith('norm.'):
+            key = 'vit.layer' + key
+        result[key.replace('head.', 'classifier.')] = value
+    return result
+
+
+def test_transformers_vit_hybrid(tmp_path):
+    """The layout by its published keys; against transformers itself in tests/test_vithybrid.py."""
+    reference = randomise_(timm.create_model('vit_base_r50_s16_384'))
+    weights = hybrid_layout(reference)
+    assert len(weights) == len(reference.state_dict()) + 4 * 12  # two more for every qkv, weight and bias
+    torch.save(weights, tmp_path / 'pytorch_model.bin')
+    overlay = dict(file=str(tmp_path / 'pytorch_model.bin'))
+    name = 'vitresnet_base.hf_in21k_ft_in1k_384'
+    loaded = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay)
+    for key, value in reference.state_dict().items():
+        assert torch.equal(loaded.state_dict()[key], value), key
+    path = str(tmp_path / 'pytorch_model.bin')
+    at_224 = timm.create_model(
+        'vitresnet_base', img_size=224, checkpoint_path=path
+    ).eval()  # its position table resampled
+    reference.set_input_size(img_size=(224, 224))
+    x = torch.randn(1, 3, 224, 224)
+    with torch.inference_mode():
+        assert relative_difference(at_224(x), reference.eval()(x)) < 1e-6
+    weights.pop('vit.encoder.layer.3.attention.attention.key.bias')
+    message = r'missing keys: blocks\.3\.attn\.qkv\.bias; unexpected keys: blocks\.3\.attn\.query\.bias'
+    with pytest.raises(RuntimeError, match='not one of vitresnet_base as it was asked for: ' + message):
+        timm.create_model(name, pretrained=True, pretrained_cfg_overlay=dict(state_dict=weights))
+
+
+def training_checkpoint(model):
+    """Return what timm's train.py saves (`CheckpointSaver._save`)."""
+    args = argparse.Namespace(model='test_vitresnet', num_classes=3, mean=None, img_size=None)
+    state_dict = model.state_dict()
+    return dict(epoch=3, arch='test_vitresnet', state_dict=state_dict, version=2, args=args, metric=71.0)
+
+
+@pytest.mark.parametrize('wrapper', ['', 'module.', '_orig_mod.', 'module._orig_mod.'])
+def test_timms_training_checkpoints(wrapper, tmp_path):
+    model, averaged = (randomise_(timm.create_model('test_vitresnet', num_classes=3), seed=seed) for seed in (0, 1))
+    checkpoint = training_checkpoint(model)
+    checkpoint['state_dict'] = {wrapper + key: value for key, value in model.state_dict().items()}
+    for name, expected in (('last.pth.tar', model), ('model_best.pth.tar', averaged)):
+        if expected is averaged:
+            checkpoint['state_dict_ema'] = averaged.state_dict()
+        torch.save(checkpoint, tmp_path / name)
+        overlay = dict(file=str(tmp_path / name), num_classes=3)
+        loaded = [
+            timm.create_model('test_vitresnet', pretrained=True, num_classes=3, pretrained_cfg_overlay=overlay),
+            timm.create_model('test_vitresnet', num_classes=3, checkpoint_path=str(tmp_path / name)),
+        ]
+        for one in loaded:
+            for key, value in expected.state_dict().items():
+                assert torch.equal(one.state_dict()[key], value), key
+    weights, about = read_checkpoint(tmp_path / 'model_best.pth.tar', use_ema=False)
+    assert weights.keys() == checkpoint['state_dict'].keys() and about['epoch'] == 3 and about['args'].num_classes == 3
+    assert torch.equal(weights[wrapper + 'norm.weight'], model.norm.weight)
+
+
+@pytest.mark.parametrize(
+    'theirs, ours', [('vit_tiny_r_s16_p8_384', 'vitresnet_tiny'), ('vit_small_r26_s32_384', 'vitresnet_small')]
+)
+def test_users_checkpoints_at_another_size(theirs, ours, tmp_path):
+    """What was trained at 384 by timm's class, through checkpoint_path at 256."""
+    reference = randomise_(timm.create_model(theirs, num_classes=5))
+    safetensors.torch.save_file(reference.state_dict(), tmp_path / 'model.safetensors')
+    path = str(tmp_path / 'model.safetensors')
+    loaded = timm.create_model(ours, num_classes=5, img_size=256, checkpoint_path=path).eval()
+    reference.set_input_size(img_size=(256, 256))
+    x = torch.randn(1, 3, 256, 256)
+    with torch.inference_mode():
+        assert relative_difference(loaded(x), reference(x)) < 1e-6
+    with pytest.raises(RuntimeError, match=r'size mismatch for head\.weight'):
+        timm.create_model(ours, num_classes=6, checkpoint_path=path)
+
+
+class Evil:
+    def __reduce__(self):
+        return os.system, ('touch EVIL',)
+
+
+@pytest.mark.parametrize('zipped', [True, False])
+def test_a_pickle_with_code_is_never_run(zipped, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = timm.create_model('test_vitresnet', num_classes=3)
+    checkpoint = dict(state_dict=model.state_dict(), args=Evil())
+    torch.save(checkpoint, tmp_path / 'pytorch_model.bin', _use_new_zipfile_serialization=zipped)
+    timm_vitres.save(model, tmp_path)
+    (tmp_path / 'model.safetensors').unlink()
+    for options in (
+        dict(model_name=f'local-dir:{tmp_path}', pretrained=True),
+        dict(model_name='test_vitresnet', pretrained=True, pretrained_cfg_overlay=dict(file='pytorch_model.bin')),
+    ):
+        with pytest.raises(
+            ValueError, match=r'was not opened: it holds Python objects besides weights .*(posix|system)'
+        ):
+            timm.create_model(**options)
+    with pytest.raises(RuntimeError, match='weights_only'):  # timm's own sentence
+        timm.create_model('test_vitresnet', checkpoint_path=str(tmp_path / 'pytorch_model.bin'))
+    np.savez(tmp_path / 'evil.npz', evil=np.array([Evil()], dtype=object), allow_pickle=True)
+    with pytest.raises(ValueError, match='allow_pickle'):
+        read_checkpoint(tmp_path / 'evil.npz')
+    assert not (tmp_path / 'EVIL').exists()
+    torch.load(tmp_path / 'pytorch_model.bin', weights_only=False)  # the file is what it says
+    assert (tmp_path / 'EVIL').exists()
+
+
 def wrong(change):
     weights = timm.create_model('test_vitresnet', num_classes=3).state_dict()
     change(weights)
@@ -78,7 +304,10 @@ def wrong(change):
     [
         (lambda weights: weights.pop('blocks.1.attn.qkv.weight'), 'missing keys: blocks.1.attn.qkv.weight'),
         (lambda weights: weights.update(extra=torch.ones(1)), 'unexpected keys: extra'),
-        (lambda weights: weights.update({'norm.weight': torch.ones(3)}), 'norm.weight'),
+        (
+            lambda weights: weights.update({'norm.weight': torch.ones(3)}),
+            r'wrong shapes: norm\.weight \(3,\) for \(64,\)',
+        ),
         (lambda weights: weights.update(pos_embed=torch.ones(1, 8, 64)), 'no square grid'),
     ],
 )

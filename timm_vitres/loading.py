@@ -62,6 +62,7 @@ def create_pretrained(
     if device.type == 'meta':
         raise ValueError("device: got 'meta', where no weights can be; use pretrained=False.")
     model = model_cls(device='meta', dtype=dtype, **kwargs)
+    model.pretrained_cfg = source.to_dict()
     if source.state_dict and not source.source:  # someone else's tensors: not to be shared
         state_dict: Dict[str, Any] = {key: value.clone() for key, value in convert_layout(source.state_dict).items()}
     else:
