@@ -99,9 +99,9 @@ def is_transient(error: BaseException) -> bool:
     if isinstance(error, HfHubHTTPError):
         status = getattr(error.response, 'status_code', None)
         return status is None or status == 429 or status >= 500
-    # huggingface_hub speaks through httpx, formerly through requests, whose errors are no ConnectionError
-    module = type(error).__module__.partition('.')[0]
-    return isinstance(error, (ConnectionError, TimeoutError)) or module in ('httpx', 'httpcore', 'requests', 'urllib3')
+    # the errors of what huggingface_hub speaks through (httpx2, httpx, requests) are no ConnectionError
+    libraries = ('httpx', 'httpcore', 'requests', 'urllib3')
+    return isinstance(error, (ConnectionError, TimeoutError)) or type(error).__module__.startswith(libraries)
 
 
 def retrying(function: Callable[[], Result], tries: int = 4, wait: float = 1.0) -> Result:

@@ -30,6 +30,7 @@ from torch.utils.data import Dataset, IterableDataset
 from tqdm import tqdm
 
 from . import hub
+from .cards import render_card
 from .data import ImageFolder, Subset, class_names, data_config, image_mode, stratified_split
 from .files import WEIGHTS_NAME, replacing
 
@@ -554,7 +555,7 @@ class _Run:
                 'seed',
             )
         )
-        return hub.render_card(
+        return render_card(
             self.model,
             model_name=self.folder.resolve().name,
             description=f'`{cfg.model}` fine-tuned with timm-vitres from {start}.',

@@ -1,21 +1,36 @@
-"""A model as a folder: weights as safetensors, config.json, a card; every file written beside and renamed.
+"""A model as a folder and as a Hub repository: saved, pushed, verified.
 
-model -> `save` -> folder/{model.safetensors, config.json, README.md} -> timm.create_model('local-dir:folder').
+model -> `save` -> folder/{model.safetensors, config.json, README.md} -> timm.create_model('local-dir:folder')
+      -> `push` -> repository, one commit, its checksums compared     -> timm.create_model('hf-hub:me/name')
 """
 
 import json
+import tempfile
+import warnings
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence, Union
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple, TypeVar, Union
 
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+import timm
+import torch
+from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, RepoFile, constants
+from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
+from timm.models import PretrainedCfg, get_model_args, get_pretrained_cfg, parse_model_name
 
 # timm's public `save_for_hf` writes straight into the folder, so that a kill in between leaves half a file; the
 # function that makes its config.json is private.
 from timm.models._hub import save_config_for_hf
+from timm.utils import unwrap_model
 from torch import nn
 
+from . import files
+from .cards import merge_cards, render_card, set_field, set_source
 from .data import data_config as model_data_config
-from .files import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME, replacing, write_safetensors
+from .files import CARD_NAME, CARD_SHA256, CONFIG_NAME, WEIGHTS_NAME, replacing, retrying
+from .loading import find_weights
+
+# beside weights, config and card: how the training went
+EXTRA_NAMES = ('curves.png', 'summary.csv')
+Result = TypeVar('Result')
 
 
 def save(
@@ -27,27 +42,41 @@ def save(
 ) -> Path:
     """Save a timm model as a folder that `timm.create_model('local-dir:<folder>', pretrained=True)` loads.
 
+    The model may be mapped from the very file that is replaced.
+
     Args:
-        model: A model made by `timm.create_model`.
+        model: A model made by `timm.create_model`; wrappers (torch.compile, DDP, timm's ModelEma) are taken off.
         folder: Where; created if missing. Its files of the same names are replaced.
         label_names: Names of the classes, by index; kept from the model's cfg where it has them.
         data_config: Preprocessing that the weights were trained with; by default the model's own.
-        card: Text of README.md; by default no card is written.
+        card: Text of README.md; by default no card is written, and one that is there keeps its text. Its head is told
+            the sha256 of the weights.
 
     Returns:
         The folder.
 
     Raises:
-        ValueError: where label_names are not as many as the model's classes, or the model is no timm model.
+        ValueError: where label_names are not as many as the model's classes, the model is no timm model, or it was
+            changed (folded, quantised, pruned) so that `timm.create_model` would not build it.
         OSError: where writing fails; the folder's last good files stay.
     """
-    folder = Path(folder)
-    if not hasattr(model, 'pretrained_cfg'):
-        raise ValueError(f'model: got {type(model).__name__}, expected a model made by timm.create_model.')
+    folder, model = Path(folder), unwrap_model(model)
+    if not hasattr(model, 'pretrained_cfg') or not hasattr(model, 'num_classes'):
+        raise ValueError(
+            f'model: got {type(model).__name__}, expected a model made by timm.create_model without features_only.'
+        )
     if label_names is not None and len(label_names) != model.num_classes:
         raise ValueError(f'label_names: got {len(label_names)}, but the model has {model.num_classes} classes.')
+    check_unchanged(model)
+    card_path = folder / CARD_NAME
+    if card is None and card_path.is_file():
+        card = card_path.read_text(encoding='utf-8')
+        if CARD_SHA256 not in card:
+            card = None
+    if card is not None and card_path.is_file():  # between here and the end the old sha256 would be wrong
+        _write(card_path, set_field(card, CARD_SHA256, None))
     with replacing(folder / WEIGHTS_NAME) as path:
-        write_safetensors(model.state_dict(), path)
+        files.write_safetensors(model.state_dict(), path)
     with replacing(folder / CONFIG_NAME) as path:
         save_config_for_hf(
             model,
@@ -60,87 +89,285 @@ def save(
         config.get('model_args', {}).pop('num_classes', None)
         path.write_text(json.dumps(config, indent=2) + '\n')
     if card is not None:
-        with replacing(folder / CARD_NAME) as path:
-            path.write_text(card)
+        _write(card_path, set_field(card, CARD_SHA256, files.sha256(folder / WEIGHTS_NAME)))
     return folder
 
 
-CARD_TEMPLATE = """---
-{{ card_data }}
----
-# {{ model_name }}
-
-{{ description }}
-
-- Architecture: `{{ architecture }}`, {{ parameters }} parameters
-- Input: {{ input_size }} (channels, height, width), mean {{ mean }}, std {{ std }}
-- Classes ({{ num_classes }}): {{ classes }}
-
-## Result
-
-{{ result }}
-
-## Training
-
-{{ recipe }}
-
-## Use
-
-```python
-import timm_vitres
-import timm
-
-model = timm.create_model('{{ source }}', pretrained=True).eval()
-probabilities = model(timm_vitres.preprocess('image.jpg', model)).softmax(-1)
-```
-"""
+def _write(path: Path, text: str) -> None:
+    with replacing(path) as beside:
+        beside.write_text(text, encoding='utf-8')
 
 
-def render_card(
-    model: nn.Module,
-    model_name: str,
-    description: str,
-    recipe: str,
-    source: str,
-    label_names: Sequence[str] = (),
+def check_unchanged(model: nn.Module) -> None:
+    """Raise ValueError unless `timm.create_model`, with what config.json will say, builds these very tensors."""
+    architecture, args = model.pretrained_cfg['architecture'], get_model_args(model)
+    try:
+        with torch.device('meta'), warnings.catch_warnings():
+            warnings.simplefilter('ignore')
+            twin = timm.create_model(architecture, **args)
+    except (RuntimeError, NotImplementedError, ValueError):  # some of timm's models can't be built there
+        twin = timm.create_model(architecture, **args)
+    own, built = model.state_dict(), twin.state_dict()
+    changed = sorted(own.keys() ^ built.keys())
+    for key in own.keys() & built.keys():
+        same = type(own[key]) is torch.Tensor and own[key].shape == built[key].shape
+        if not same or own[key].is_floating_point() != built[key].is_floating_point():
+            changed.append(key)
+    modules = dict(model.named_modules())
+    for name, module in twin.named_modules():  # a folded layer may keep its names and shapes
+        if isinstance(module, (nn.Conv2d, nn.Linear)) and type(modules.get(name)) is not type(module):
+            changed.append(name)
+    if changed:
+        raise ValueError(
+            f"model: is not what timm.create_model('{architecture}', ...) builds, so it could not be loaded again: it "
+            f'was changed for inference (folded, quantised, pruned), or by hand, in {", ".join(changed[:5])}'
+            f'{" and more" if len(changed) > 5 else ""}. Save the model that was trained.'
+        )
+
+
+def check_folder(folder: Path) -> nn.Module:
+    """Return the model that a folder holds, loaded as a user will load it.
+
+    Raises:
+        ValueError: where it can't be; the message says why.
+    """
+    for name in (WEIGHTS_NAME, CONFIG_NAME):
+        if not (folder / name).is_file():
+            raise ValueError(
+                f'{folder}: has no {name}; `timm_vitres.save` or `timm-vitres convert` make a folder that is complete.'
+            )
+    try:
+        return timm.create_model(f'local-dir:{folder}', pretrained=True)
+    except Exception as error:  # whatever is wrong with it, it must not go to the Hub
+        raise ValueError(f'{folder}: is not pushed, since it does not load: {error}') from error
+
+
+def push_files(folder: Path) -> List[Path]:
+    """Return the files of a folder that `push` sends: weights, config, card, and how the training went."""
+    names = (WEIGHTS_NAME, CONFIG_NAME, CARD_NAME, *EXTRA_NAMES)
+    return [folder / name for name in names if (folder / name).is_file()]
+
+
+def push(
+    model: Union[nn.Module, str, Path],
+    repo_id: str,
+    revision: Optional[str] = None,
+    private: Optional[bool] = None,
+    token: Optional[str] = None,
+    commit_message: str = 'Upload model with timm-vitres',
+    label_names: Optional[Sequence[str]] = None,
     data_config: Optional[Dict[str, Any]] = None,
-    results: Sequence[EvalResult] = (),
-    result_note: str = '',
-    license: Optional[str] = None,
+    card: Optional[str] = None,
 ) -> str:
-    """Return a model card from facts.
+    """Push a model to the Hub, as safetensors, in one commit, so that nobody ever sees half of it.
+
+    The repository is created if it is missing; a card that is there is brought up to date, not replaced. What the Hub
+    then says it has is compared with what was sent. After a failure the same call completes what is missing.
 
     Args:
-        model_name: The card's title.
-        source: Name that `timm.create_model` takes ('local-dir:...' or 'hf-hub:...').
-        results: What was measured; without any the card says that nothing was.
-        result_note: On what, and how, it was measured.
+        model: A model made by `timm.create_model`, or a folder that holds one (`save`, `finetune`, `convert`).
+        repo_id: 'owner/name'.
+        revision: Branch to commit to, created if it is missing; 'main' by default.
+        private: Whether a new repository is private; by default what the owner's settings say.
+        token: By default the one that `hf auth login` stored, or HF_TOKEN.
+        label_names, data_config, card: Of a model, as in `save`; a folder has its own.
+
+    Returns:
+        The commit's address.
+
+    Raises:
+        ValueError: for a model or folder that would not load again.
+        RuntimeError: where the Hub refuses, can't be reached, or has got something else than was sent.
     """
-    config = data_config or model_data_config(model)
-    card_data = ModelCardData(
-        library_name='timm',
-        pipeline_tag='image-classification',
-        tags=['timm', 'timm-vitres', 'image-classification'],
-        license=license,
-        model_name=model_name,
-        eval_results=list(results) or None,
+    if isinstance(model, nn.Module):
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = save(model, temporary, label_names, data_config, card)
+            return push(folder, repo_id, revision, private, token, commit_message)
+    folder = Path(model)
+    if label_names is not None or data_config is not None or card is not None:
+        raise ValueError('label_names, data_config, card: go with a model; a folder has its own.')
+    loaded = check_folder(folder)
+    api = HfApi(token=token, library_name='timm-vitres')
+
+    def ask(what: str, function: Callable[[], Result]) -> Result:
+        return _ask(what, repo_id, function)
+
+    repo_id = ask('create the repository', lambda: api.create_repo(repo_id, private=private, exist_ok=True)).repo_id
+    if revision is not None:
+        branch = revision
+        ask('create the branch', lambda: api.create_branch(repo_id, branch=branch, exist_ok=True))
+    own = folder / CARD_NAME
+    text = own.read_text(encoding='utf-8') if own.is_file() else _plain_card(loaded, repo_id)
+    text = set_field(set_source(text, _name(repo_id, revision)), CARD_SHA256, files.sha256(folder / WEIGHTS_NAME))
+    for attempt in range(3):
+        try:
+            commit, sent = _commit(api, repo_id, revision, folder, text, commit_message)
+            break
+        except RuntimeError as error:
+            # someone else committed in between: what they wrote into the card is to be kept, too
+            if getattr(getattr(error.__cause__, 'response', None), 'status_code', None) != 412 or attempt == 2:
+                raise
+    ask('compare checksums', lambda: _compare(api, repo_id, commit.oid, sent))
+    return commit.commit_url
+
+
+def _commit(
+    api: HfApi, repo_id: str, revision: Optional[str], folder: Path, card: str, message: str
+) -> Tuple[CommitInfo, Dict[str, Union[Path, bytes]]]:
+    """Send a folder's files and a card, merged with the one that is there, in one commit; return what was sent, too."""
+    parent = _ask('look at the repository', repo_id, lambda: api.repo_info(repo_id, revision=revision)).sha
+    old = _ask('read its card', repo_id, lambda: _read_card(api, repo_id, parent))
+    sent: Dict[str, Union[Path, bytes]] = {path.name: path for path in push_files(folder)}
+    sent[CARD_NAME] = (merge_cards(old, card) if old else card).encode()
+
+    def commit() -> CommitInfo:
+        operations = [CommitOperationAdd(name, file) for name, file in sent.items()]  # each is used once
+        return api.create_commit(repo_id, operations, commit_message=message, revision=revision, parent_commit=parent)
+
+    return _ask('commit', repo_id, commit), sent
+
+
+def _name(repo_id: str, revision: Optional[str]) -> str:
+    return f'hf-hub:{repo_id}' + (f'@{revision}' if revision else '')
+
+
+def _plain_card(model: nn.Module, repo_id: str) -> str:
+    architecture = model.pretrained_cfg['architecture']
+    return render_card(
+        model,
+        model_name=repo_id.rpartition('/')[2],
+        description=f'A `{architecture}` for timm, pushed with timm-vitres.',
+        recipe='Not told.',
+        source=_name(repo_id, None),
+        label_names=model.pretrained_cfg.get('label_names') or (),
     )
-    lines: List[str] = [f'- {result.metric_name or result.metric_type}: {result.metric_value}' for result in results]
-    shown = [str(name) for name in label_names[:20]]
-    card = ModelCard.from_template(
-        card_data,
-        template_str=CARD_TEMPLATE,
-        model_name=model_name,
-        description=description,
-        architecture=model.pretrained_cfg['architecture'],
-        parameters=f'{sum(parameter.numel() for parameter in model.parameters()) / 1e6:.2f}M',
-        input_size=tuple(config['input_size']),
-        mean=tuple(config['mean']),
-        std=tuple(config['std']),
-        num_classes=model.num_classes,
-        classes=(', '.join(shown) + (', ...' if len(label_names) > len(shown) else '')) or 'not named',
-        result='\n'.join([*lines, '', result_note]) if lines else 'Not measured.',
-        recipe=recipe,
-        source=source,
-    )
-    return str(card)
+
+
+def _read_card(api: HfApi, repo_id: str, revision: Optional[str]) -> Optional[str]:
+    with tempfile.TemporaryDirectory() as temporary:
+        try:
+            path = api.hf_hub_download(repo_id, CARD_NAME, revision=revision, cache_dir=temporary)
+        except EntryNotFoundError:
+            return None
+        return Path(path).read_text(encoding='utf-8')
+
+
+def _compare(api: HfApi, repo_id: str, revision: str, sent: Dict[str, Union[Path, bytes]]) -> None:
+    """Raise RuntimeError unless the Hub has what was sent, by its own checksums."""
+    entries = api.get_paths_info(repo_id, list(sent), revision=revision)
+    remote = {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
+    with tempfile.TemporaryDirectory() as temporary:
+        for name, file in sent.items():
+            path = file if isinstance(file, Path) else Path(temporary) / name
+            if isinstance(file, bytes):
+                path.write_bytes(file)
+            entry = remote.get(name)
+            found = None if entry is None else entry.lfs.sha256 if entry.lfs else entry.blob_id
+            expected = files.sha256(path) if entry is not None and entry.lfs else files.git_sha1(path)
+            if found != expected:
+                raise RuntimeError(
+                    f'{repo_id}: {name} on the Hub has the checksum {found}, not {expected}: it is not what was sent. '
+                    f'Push it again.'
+                )
+
+
+def _ask(what: str, repo_id: str, function: Callable[[], Result]) -> Result:
+    """Call a function that speaks to the Hub, with retries, and turn what goes wrong into one sentence."""
+    try:
+        return retrying(function)
+    except Exception as error:
+        status = getattr(getattr(error, 'response', None), 'status_code', None)
+        if isinstance(error, RepositoryNotFoundError):
+            reason = 'there is no such repository, or the token may not see it (log in with `hf auth login`)'
+        elif status == 401:
+            reason = 'the Hub does not know the token; log in with `hf auth login`, or set HF_TOKEN'
+        elif status == 403:
+            reason = 'the token has no right to do so; it must be one with write access to that repository'
+        elif status == 412:
+            reason = 'someone else committed meanwhile; push again'
+        elif files.is_transient(error):
+            again = 'run the same again later: what has arrived is not sent twice, and nobody sees half of it'
+            reason = f'the Hub does not answer as it should ({_short(error)}); {again}'
+        elif isinstance(error, OSError):  # what else the Hub refuses, and a file that can't be read
+            reason = _short(error)
+        else:
+            raise
+        raise RuntimeError(f'{repo_id}: could not {what}: {reason}.') from error
+
+
+def _short(error: BaseException) -> str:
+    return (str(error).strip().partition('\n')[0] or type(error).__name__).rstrip('.')
+
+
+class Verification(NamedTuple):
+    """What `verify` found."""
+
+    file: Path
+    sha256: str
+    published_by: Optional[str]  # who says that this is right: 'the Hub', 'the cache', 'the card'; None: nobody
+
+
+def verify(
+    name: str,
+    repo_id: Optional[str] = None,
+    cache_dir: Union[None, str, Path] = None,
+    token: Optional[str] = None,
+) -> Verification:
+    """Hash a model's weights and compare them with what was published.
+
+    Args:
+        name: 'vitresnet_small.<tag>', 'hf-hub:owner/name', 'local-dir:<folder>', or the path of a file or folder.
+            Weights that are not in the cache are downloaded.
+        repo_id: Hub repository ('owner/name' or 'owner/name@revision') to compare a local file with.
+
+    Returns:
+        The file, its sha256 and who published it.
+
+    Raises:
+        OSError: where the file is not the one that was published, or damaged.
+        RuntimeError: where the name names no weights, or `repo_id` can't be asked.
+    """
+    cfg = _pretrained_cfg(name)
+    path = find_weights(cfg, cache_dir)
+    actual = files.check(path)
+    hub_id = repo_id or (cfg.hf_hub_id if cfg.source != 'local-dir' and not cfg.file else None)
+    if hub_id and not constants.HF_HUB_OFFLINE:
+        repository, _, revision = hub_id.partition('@')
+        if repo_id is None and path.parent.parent.name == 'snapshots':
+            revision = path.parent.name  # the commit that it was downloaded from
+        api = HfApi(token=token, library_name='timm-vitres')
+        try:
+            entries = _ask(
+                'ask for its checksums',
+                repository,
+                lambda: api.get_paths_info(repository, [path.name], revision=revision or None),
+            )
+        except RuntimeError:
+            if repo_id is not None:
+                raise
+            entries = None  # the cache knows, too
+        if entries is not None:
+            published = next((e.lfs.sha256 for e in entries if isinstance(e, RepoFile) and e.lfs), None)
+            if published != actual:
+                raise OSError(
+                    f'{path}: its sha256 is {actual}, but {hub_id} has {published or f"no {path.name}"} for '
+                    f'{path.name}: it is damaged, or another version.'
+                )
+            return Verification(path, actual, 'the Hub')
+    if files.published_sha256(path):
+        return Verification(path, actual, 'the cache' if path.is_symlink() else 'the card')
+    return Verification(path, actual, None)
+
+
+def _pretrained_cfg(name: str) -> PretrainedCfg:
+    if Path(name).exists():
+        return PretrainedCfg(file=name)
+    source, model_id = parse_model_name(name)
+    if source == 'hf-hub':
+        return PretrainedCfg(hf_hub_id=model_id, source=source)
+    if source == 'local-dir':
+        return PretrainedCfg(file=model_id, source=source)
+    cfg = get_pretrained_cfg(model_id, allow_unregistered=False)
+    if cfg is None:
+        raise RuntimeError(f"{name}: timm knows no such model; see timm.list_models('vitresnet*', pretrained=True).")
+    return cfg
