@@ -2,8 +2,8 @@
 
 from . import vitresnet as _vitresnet  # noqa: F401  (registers)
 from .data import preprocess
-from .hub import save
+from .hub import push, save, verify
 from .vitresnet import VitResNet, VitResNetCfg
 
 __version__ = '0.1.0'
-__all__ = ['VitResNet', 'VitResNetCfg', 'preprocess', 'save']
+__all__ = ['VitResNet', 'VitResNetCfg', 'preprocess', 'push', 'save', 'verify']

@@ -107,6 +107,96 @@ def run_explain(args: argparse.Namespace) -> int:
     return 0
 
 
+def add_convert(subparsers) -> None:
+    """`timm-vitres convert`."""
+    parser = subparsers.add_parser(
+        'convert', help='turn a checkpoint into a folder that timm loads', formatter_class=_Formatter
+    )
+    parser.add_argument('source', metavar='FILE', help='a checkpoint (torch, npz, safetensors), a folder, hf-hub:<id>')
+    parser.add_argument('--output', required=True, type=Path, metavar='FOLDER', help='where to')
+    parser.add_argument('--model', metavar='NAME', help='architecture; else what the checkpoint says or shows')
+    parser.add_argument('--img-size', type=int, nargs='+', metavar='PIXELS', help='height and width it was trained at')
+    parser.add_argument('--label-names', type=Path, metavar='TXT', help='names of the classes, one a line')
+    parser.add_argument('--no-ema', action='store_true', help='take the plain weights, not the averaged ones')
+    parser.add_argument(
+        '--model-kwargs', nargs='*', default={}, action=ParseKwargs, help="the model's other arguments, name=value"
+    )
+    parser.set_defaults(run=run_convert)
+
+
+def run_convert(args: argparse.Namespace) -> int:
+    """Convert, and say how the model is loaded."""
+    from .convert import convert
+
+    names = args.label_names.read_text(encoding='utf-8').splitlines() if args.label_names else None
+    size = args.img_size[0] if args.img_size and len(args.img_size) == 1 else args.img_size
+    folder = convert(args.source, args.output, args.model, names, size, not args.no_ema, args.model_kwargs)
+    print(f"{folder} holds the model; timm.create_model('local-dir:{folder}', pretrained=True) loads it.")
+    return 0
+
+
+def add_push(subparsers) -> None:
+    """`timm-vitres push`."""
+    parser = subparsers.add_parser('push', help='push a model to the Hugging Face Hub', formatter_class=_Formatter)
+    parser.add_argument('folder', type=Path, metavar='FOLDER', help='of finetune, convert or timm_vitres.save')
+    parser.add_argument('repo_id', metavar='OWNER/NAME', help='the repository; made if it is missing')
+    parser.add_argument('--revision', metavar='BRANCH', help='branch to commit to; made if it is missing')
+    parser.add_argument('--private', action='store_true', default=None, help='make a new repository private')
+    parser.add_argument('--message', default='Upload model with timm-vitres', help='of the commit')
+    parser.add_argument('--yes', action='store_true', help='do it; without, only say what would be done')
+    parser.set_defaults(run=run_push)
+
+
+def run_push(args: argparse.Namespace) -> int:
+    """Say what would be pushed, or push it."""
+    from .files import sha256
+    from .hub import check_folder, push, push_files
+
+    if args.yes:
+        address = push(args.folder, args.repo_id, args.revision, args.private, commit_message=args.message)
+        print(f"{address}\ntimm.create_model('hf-hub:{args.repo_id}', pretrained=True) loads it, anywhere.")
+        return 0
+    check_folder(args.folder)
+    print(f'Would push to {args.repo_id} (branch {args.revision or "main"}), in one commit:')
+    for path in push_files(args.folder):
+        print(f'  {path.name:20} {path.stat().st_size:>14,} bytes  sha256 {sha256(path)}')
+    if not (args.folder / 'README.md').is_file():
+        print('  README.md            a card that says nothing was measured')
+    print('Nothing was sent; repeat with --yes to do it.')
+    return 0
+
+
+def add_verify(subparsers) -> None:
+    """`timm-vitres verify`."""
+    parser = subparsers.add_parser(
+        'verify', help="compare a model's weights with what was published", formatter_class=_Formatter
+    )
+    parser.add_argument('name', nargs='+', help='name.tag, hf-hub:<id>, local-dir:<folder>, or a path')
+    parser.add_argument('--repo', metavar='OWNER/NAME', help='repository to compare a local file with')
+    parser.set_defaults(run=run_verify)
+
+
+def run_verify(args: argparse.Namespace) -> int:
+    """Print the sha256 of every model's weights; 1 if one is wrong, or nobody says what it should be."""
+    from .hub import verify
+
+    status = 0
+    for name in args.name:
+        try:
+            file, digest, published_by = verify(name, repo_id=args.repo)
+        except (ValueError, OSError, RuntimeError) as error:
+            print(f'timm-vitres: {error}', file=sys.stderr)
+            status = 1
+            continue
+        print(f'{name}: sha256 {digest} ({file})')
+        if published_by is None:
+            print(f'timm-vitres: {name}: nobody says what it should be; give --repo to ask the Hub.', file=sys.stderr)
+            status = 1
+        else:
+            print(f'{name}: is what was published, says {published_by}.')
+    return status
+
+
 def _print_table(predictions: Sequence) -> None:
     width = max((len(prediction.image) for prediction in predictions), default=0)
     for prediction in predictions:
@@ -128,6 +218,9 @@ def create_parser() -> argparse.ArgumentParser:
     add_finetune(subparsers)
     add_predict(subparsers)
     add_explain(subparsers)
+    add_convert(subparsers)
+    add_push(subparsers)
+    add_verify(subparsers)
     return parser
 
 

@@ -1,0 +1,208 @@
+"""A checkpoint file of any layout -> a folder that timm loads and `push` sends.
+
+last.pth.tar, R26_S_32.npz, pytorch_model.bin, hf-hub:me/name -> `convert` -> folder/{model.safetensors, config.json,
+README.md}. What the file and its neighbours say (architecture, classes, size, preprocessing) is used; the caller says
+the rest, and whatever he says counts.
+"""
+
+import json
+import re
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
+
+import timm
+from timm.data import resolve_data_config
+from timm.models import get_arch_pretrained_cfgs, get_model_input_config, split_model_name_tag
+from timm.utils import natural_key
+
+from .cards import render_card
+from .checkpoints import StateDict, check_keys, convert_layout, find_layout, read_checkpoint, resample
+from .files import CONFIG_NAME, check_once, hub_file, weights_file
+from .hub import save
+from .loading import assign_, fill_buffers_
+from .vitresnet import VitResNet
+
+PREPROCESSOR_NAME = 'preprocessor_config.json'  # of transformers
+# timm's R+ViT names, which load into ours and gain by it
+THEIR_NAMES = (
+    (r'vit_tiny_r_s16_p8_\d+', 'vitresnet_tiny'),
+    (r'vit_small_r26_s32_\d+', 'vitresnet_small'),
+    (r'vit_base_r50_s16_\d+', 'vitresnet_base'),
+    (r'vit_large_r50_s32_\d+', 'vitresnet_large'),
+)
+CANDIDATES = ('vitresnet_tiny', 'vitresnet_small', 'vitresnet_base', 'vitresnet_large', 'vitresnet_nano')
+RESAMPLING = {0: 'nearest', 1: 'lanczos', 2: 'bilinear', 3: 'bicubic'}  # PIL's numbers, which transformers writes
+
+
+def convert(
+    source: Union[str, Path],
+    folder: Union[str, Path],
+    model: Optional[str] = None,
+    label_names: Optional[Sequence[str]] = None,
+    img_size: Union[None, int, Tuple[int, int]] = None,
+    use_ema: bool = True,
+    model_kwargs: Optional[Dict[str, Any]] = None,
+) -> Path:
+    """Turn a checkpoint into a folder that `timm.create_model('local-dir:<folder>', pretrained=True)` loads.
+
+    Args:
+        source: A file, a folder with one, or 'hf-hub:owner/name': timm's training checkpoints, timm's, Google's
+            (npz) or Hugging Face's ViTHybrid weights.
+        folder: Where to.
+        model: Architecture; by default what the checkpoint says, else the hybrid whose tensors these are.
+        label_names: Names of the classes; by default those that stand beside the checkpoint, if any.
+        img_size: Height and width that it was trained at; by default what the checkpoint says or its table shows.
+        use_ema: Take averaged weights, where the checkpoint has them.
+        model_kwargs: Further arguments of the model, as for `timm.create_model`.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: where the architecture can't be told, or the file is no checkpoint.
+        RuntimeError: for missing or unexpected keys and wrong shapes.
+        OSError: for a damaged file.
+    """
+    path, config, preprocessor = _find(str(source))
+    check_once(path)
+    weights, about = read_checkpoint(path, use_ema)
+    layout = find_layout(weights)
+    state_dict = convert_layout(weights)
+    args = vars(about['args']) if 'args' in about else {}
+    name, kwargs = _architecture(model, args, about, config, state_dict)
+    kwargs.update(model_kwargs or {})
+    _add_shapes(name, kwargs, state_dict, img_size or _trained_size(args, config, preprocessor))
+
+    built = _on_meta(name, **kwargs)
+    state_dict = resample(state_dict, built, kwargs.get('img_size'))
+    check_keys(state_dict, built)
+    assign_(built, state_dict)
+    fill_buffers_(built)
+    if label_names is None:
+        label_names = _label_names(args, config, built.num_classes)
+    data = _data_config(built, args, config, preprocessor)
+    card = render_card(
+        built,
+        model_name=Path(folder).resolve().name,
+        description=f'Converted from `{path.name}` ({layout.name} layout) by `timm-vitres convert`.',
+        recipe=_recipe(args, about),
+        source=f'local-dir:{folder}',
+        label_names=label_names or (),
+        data_config=data,
+        license=built.pretrained_cfg.get('license') if layout.name != 'timm' else None,
+    )
+    return save(built, folder, label_names, data, card)
+
+
+def _find(source: str) -> Tuple[Path, Dict[str, Any], Dict[str, Any]]:
+    """Return the weights, and what config.json and preprocessor_config.json beside them say."""
+    texts: List[Dict[str, Any]] = []
+    hub_id = source.removeprefix('hf-hub:') if source.startswith('hf-hub:') else None
+    path = hub_file(hub_id) if hub_id else weights_file(source.removeprefix('local-dir:'))
+    for name in (CONFIG_NAME, PREPROCESSOR_NAME):
+        beside = path.with_name(name)
+        if hub_id:
+            with suppress(FileNotFoundError):  # not every repository has both
+                beside = hub_file(hub_id, (name,))
+        texts.append(json.loads(beside.read_text(encoding='utf-8')) if beside.is_file() else {})
+    return path, texts[0], texts[1]
+
+
+def _architecture(
+    model: Optional[str], args: Dict[str, Any], about: Dict[str, Any], config: Dict[str, Any], state_dict: StateDict
+) -> Tuple[str, Dict[str, Any]]:
+    """Return the architecture's name and the arguments that go with it."""
+    kwargs = dict(args.get('model_kwargs') or config.get('model_args') or {})
+    if args.get('gp'):
+        kwargs['global_pool'] = args['gp']
+    told = model or about.get('arch') or args.get('model') or config.get('architecture')
+    if told:
+        name = split_model_name_tag(str(told).rpartition(':')[2].rpartition('/')[2])[0]
+        for pattern, ours in THEIR_NAMES:
+            if re.fullmatch(pattern, name):
+                return ours, {}
+        if not timm.is_model(name):
+            raise ValueError(f'model: got {told!r}, which timm does not know; give one of timm.list_models().')
+        return name, kwargs
+    for name in CANDIDATES:
+        kwargs = {}
+        _add_shapes(name, kwargs, state_dict, None)
+        try:
+            check_keys(state_dict, _on_meta(name, **kwargs))
+        except RuntimeError:
+            continue
+        return name, kwargs
+    raise ValueError(
+        f'model: not given, and the checkpoint has the tensors of none of {", ".join(CANDIDATES)}; say which '
+        f'architecture it is, and give its further arguments as model_kwargs.'
+    )
+
+
+def _on_meta(name: str, **kwargs: Any) -> VitResNet:
+    model = timm.create_model(name, **kwargs, device='meta')
+    if not isinstance(model, VitResNet):
+        raise ValueError(f"model: got '{name}', which is none of timm-vitres; see timm.list_models('vitresnet*').")
+    return model
+
+
+def _add_shapes(name: str, kwargs: Dict[str, Any], state_dict: StateDict, img_size: Any) -> None:
+    """Add to a model's arguments what the shapes in a checkpoint say: classes, channels, image size."""
+    kwargs.setdefault('num_classes', len(state_dict['head.weight']) if 'head.weight' in state_dict else 0)
+    if img_size is not None:
+        kwargs['img_size'] = img_size
+    model = _on_meta(name, **kwargs)
+    first_conv = state_dict.get(f'{model._traits["first_conv"]}.weight')
+    if first_conv is not None and first_conv.ndim == 4:
+        kwargs.setdefault('in_chans', int(first_conv.shape[1]))
+    table = state_dict.get('pos_embed')
+    if table is not None and 'img_size' not in kwargs:
+        side = int((table.shape[1] - (0 if model.no_embed_class else model.num_prefix_tokens)) ** 0.5)
+        kwargs['img_size'] = side * int(model.patch_embed.feat_ratio())
+
+
+def _trained_size(args: Dict[str, Any], config: Dict[str, Any], preprocessor: Dict[str, Any]) -> Any:
+    size = args.get('img_size') or (args.get('input_size') or [None])[-2:]
+    size = size if size not in (None, [None]) else (config.get('model_args') or {}).get('img_size')
+    if size is None and config.get('image_size'):  # of transformers
+        size = config['image_size']
+    return tuple(size) if isinstance(size, list) else size
+
+
+def _label_names(args: Dict[str, Any], config: Dict[str, Any], num_classes: int) -> Optional[List[str]]:
+    """Return the names of the classes: of the config.json beside, or of the folders of images, if they are here."""
+    names = config.get('label_names') or (config.get('pretrained_cfg') or {}).get('label_names')
+    if not names and config.get('id2label'):
+        names = [name for _, name in sorted(config['id2label'].items(), key=lambda item: int(item[0]))]
+    folder = args.get('data_dir') or args.get('data')
+    if not names and folder and not args.get('class_map'):
+        split = Path(folder) / (args.get('train_split') or 'train')
+        root = split if split.is_dir() else Path(folder)
+        if root.is_dir():  # in timm's order
+            names = sorted((child.name for child in root.iterdir() if child.is_dir()), key=natural_key)
+    return list(names) if names and len(names) == num_classes else None
+
+
+def _data_config(
+    model: VitResNet, args: Dict[str, Any], config: Dict[str, Any], preprocessor: Dict[str, Any]
+) -> Dict[str, Any]:
+    """Return how images were prepared: as the checkpoint or its neighbours say, else as published weights want."""
+    input_size = get_model_input_config(model)['input_size']
+    cfgs = get_arch_pretrained_cfgs(model.pretrained_cfg['architecture']).values()
+    published = [cfg.to_dict() for cfg in cfgs if tuple(cfg.input_size[-2:]) == tuple(input_size[-2:])]
+    told: Dict[str, Any] = published[0] if published else dict(model.pretrained_cfg)
+    told.update(config.get('pretrained_cfg') or {}, input_size=input_size)
+    if preprocessor:
+        told.update(mean=tuple(preprocessor['image_mean']), std=tuple(preprocessor['image_std']), crop_pct=1.0)
+        told['interpolation'] = RESAMPLING.get(preprocessor.get('resample', 3), 'bicubic')
+    asked = {key: value for key, value in args.items() if key not in ('img_size', 'input_size', 'in_chans')}
+    return resolve_data_config(asked, pretrained_cfg=told)
+
+
+def _recipe(args: Dict[str, Any], about: Dict[str, Any]) -> str:
+    if not args:
+        return 'Not told by the checkpoint.'
+    told = ('model', 'epochs', 'batch_size', 'opt', 'lr', 'weight_decay', 'sched', 'layer_decay', 'drop_path', 'seed')
+    settings = ', '.join(f'{key}={args[key]}' for key in told if args.get(key) is not None)
+    metric = f'{args.get("eval_metric", "metric")} {about["metric"]:.2f}' if about.get('metric') else 'no metric'
+    return f"A run of timm's train.py ({settings}); it recorded epoch {about.get('epoch', 'unknown')}, {metric}."
