@@ -1,8 +1,10 @@
 """Pushing and pulling with the unmodified client, in fresh processes, against a Hub on the loopback address."""
 
 import json
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import timm
@@ -13,6 +15,8 @@ from huggingface_hub import EvalResult, ModelCard
 
 import timm_vitres
 from timm_vitres import cards, files
+from timm_vitres import hub as hub_module
+from timm_vitres.cli import main
 
 PUSH = """
 import json, sys, timm_vitres
@@ -25,6 +29,21 @@ x = torch.linspace(-1, 1, 2 * model.in_chans * 64 * 96).view(2, model.in_chans, 
 with torch.inference_mode():
     torch.save([model(x), model.state_dict()], sys.argv[2])
 """
+CALL_PUSH = 'import sys, timm_vitres\ntimm_vitres.push(sys.argv[1], sys.argv[2])'
+# runs one call after the other; our waits between tries are left out, the client's are not
+WORKER = """
+import contextlib, json, sys, time, types, timm, timm_vitres, torch
+from timm_vitres import files
+files.time = types.SimpleNamespace(sleep=lambda seconds: None, monotonic=time.monotonic)
+for line in sys.stdin:
+    code, sys.argv, error = *json.loads(line), None
+    with contextlib.redirect_stdout(sys.stderr):
+        try:
+            exec(code, {})
+        except BaseException as raised:
+            error = f'{type(raised).__name__}: {raised}'
+    print(json.dumps(error), flush=True)
+"""
 
 
 @pytest.fixture
@@ -35,7 +54,7 @@ def server(tmp_path):
 
 @pytest.fixture
 def run(server, tmp_path):
-    """Run a client in a fresh process with an empty cache; `fails`: a part of its last line, no stack trace checked."""
+    """Run a client in a fresh process with an empty cache; `fails`: a part of what it then says."""
     homes = iter(range(100))
 
     def run(code, *args, token=None, home=None, fails=None, **environment):
@@ -45,12 +64,52 @@ def run(server, tmp_path):
         if fails is None:
             assert result.returncode == 0, result.stderr
             return result.stdout
-        assert result.returncode == 1
-        last = result.stderr.strip().splitlines()[-1]
-        assert fails in last, result.stderr
-        return last
+        assert result.returncode == 1 and fails in result.stderr, result.stderr
+        if not isinstance(code, str):  # the command line
+            assert 'Traceback' not in result.stderr
+            assert result.stderr.strip().splitlines()[-1].startswith('timm-vitres: ')  # after the client's own warnings
+        return result.stderr
 
     return run
+
+
+@pytest.fixture(scope='module')
+def hub(tmp_path_factory):
+    """A server, and a process of the user 'me' that talks to it."""
+    root = tmp_path_factory.mktemp('hub')
+    with HubServer(root / 'hub') as server:
+        environment = server.environment(root / 'home', 'token-me')
+        with subprocess.Popen(
+            [sys.executable, '-c', WORKER],
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        ) as process:
+            yield server, process
+            process.stdin.close()
+
+
+@pytest.fixture
+def faulty(hub, request):
+    """A server for faults, the repository of this test, and a function that calls the process, returning its error."""
+    server, process = hub
+    server.faults.clear()
+
+    def call(code, *args):
+        process.stdin.write(json.dumps([code, ['', *map(str, args)]]) + '\n')
+        process.stdin.flush()
+        return json.loads(process.stdout.readline())
+
+    name = 'me/' + re.sub('[^a-z0-9]+', '-', request.node.name)[:60].strip('-')
+    return server, name, call
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+    """A saved model of 3 classes and its folder."""
+    return saved(tmp_path_factory.mktemp('saved'))
 
 
 def saved(tmp_path, name='test_vitresnet', seed=0, **options):
@@ -78,9 +137,8 @@ GENERIC = dict(backbone='resnet18', stage=2, embed_dim=48, num_heads=3, depth=2,
         ('vitresnet', GENERIC),
     ],
 )
-@pytest.mark.parametrize('redirect', [True, False])
-def test_what_is_pushed_is_pulled(name, options, redirect, server, run, tmp_path):
-    server.redirect_lfs = redirect  # as the real Hub does
+def test_what_is_pushed_is_pulled(name, options, server, run, tmp_path):
+    server.redirect_lfs = name != 'vitresnet_tiny'  # as the real Hub does
     model, folder = saved(tmp_path, name, **options)
     run(PUSH, folder, '{}', token='token-me')
     run(LOAD, 'hf-hub:me/name', 'out.pt')
@@ -113,21 +171,22 @@ def test_private_repositories(server, run, tmp_path):
     model, folder = saved(tmp_path)
     run(PUSH, folder, '{"private": true}', token='token-me')
     for token in (None, 'token-other'):
-        run(LOAD, 'hf-hub:me/name', 'out.pt', token=token, fails='epositor')
+        run(LOAD, 'hf-hub:me/name', 'out.pt', token=token, fails='RepositoryNotFoundError')
     run(LOAD, 'hf-hub:me/name', 'out.pt', token='token-me')
     check_equal(model, tmp_path / 'out.pt')
 
 
-def test_a_revision(server, run, tmp_path):
-    model, folder = saved(tmp_path)
-    run(PUSH, folder, '{}', token='token-me')
-    first = server.history('me/name')[0]
+def test_a_revision(faulty, folder, tmp_path):
+    server, name, call = faulty
+    model, folder = folder
+    assert call(CALL_PUSH, folder, name) is None
+    first = server.history(name)[0]
     other, folder = saved(tmp_path, seed=1)
-    run(PUSH, folder, '{"revision": "better"}', token='token-me')
-    for name, expected in (('', model), (f'@{first}', model), ('@better', other)):
-        run(LOAD, f'hf-hub:me/name{name}', 'out.pt')
+    assert call(CALL_PUSH.replace(')', ", revision='better')"), folder, name) is None
+    for revision, expected in (('', model), (f'@{first}', model), ('@better', other)):
+        assert call(LOAD, f'hf-hub:{name}{revision}', tmp_path / 'out.pt') is None
         check_equal(expected, tmp_path / 'out.pt')
-    assert 'hf-hub:me/name@better' in server.files('me/name', 'better')['README.md'].read_text()
+    assert f'hf-hub:{name}@better' in server.files(name, 'better')['README.md'].read_text()
 
 
 def test_published_names_from_the_hub_and_offline(server, run, tmp_path):
@@ -143,7 +202,8 @@ def test_published_names_from_the_hub_and_offline(server, run, tmp_path):
         "mine = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=dict(hf_hub_id='me/mine'))\n"
         'maps = timm.create_model(name, pretrained=True, features_only=True, in_chans=1, img_size=96)\n'
         'other = timm.create_model(name, pretrained=True, num_classes=5, img_size=96)\n'
-        'torch.save([model.state_dict(), mine.state_dict(), maps.model.state_dict(), other.state_dict()], sys.argv[1])\n'
+        'models = model, mine, maps.model, other\n'
+        'torch.save([one.state_dict() for one in models], sys.argv[1])\n'
     )
     for environment in ({}, {'HF_HUB_OFFLINE': '1'}):
         run(code, 'out.pt', home=tmp_path / 'home', **environment)
@@ -174,36 +234,54 @@ RECOVERED = [  # what our code, or the client, makes good by itself
 
 
 @pytest.mark.parametrize('kind, step, options', RECOVERED)
-def test_one_fault_while_pushing(kind, step, options, server, run, tmp_path):
-    model, folder = saved(tmp_path)
+def test_one_fault_while_pushing(kind, step, options, faulty, folder):
+    server, name, call = faulty
+    _, folder = folder
     server.fail(kind, step, **options)
-    run(PUSH, folder, '{}', token='token-me')
-    assert not server.faults and len(server.history('me/name')) == 2
-    assert server.files('me/name')['model.safetensors'].read_bytes() == (folder / 'model.safetensors').read_bytes()
+    assert call(CALL_PUSH, folder, name) is None
+    assert not server.faults and len(server.history(name)) == 2
+    assert server.files(name)['model.safetensors'].read_bytes() == (folder / 'model.safetensors').read_bytes()
 
 
 @pytest.mark.parametrize(
-    'kind, step, sentence',
+    'kind, step, what',
     [
-        ('status', 'commit', 'me/name: could not commit: the Hub does not answer as it should'),
-        ('drop', 'commit', 'me/name: could not commit: the Hub does not answer as it should'),
-        ('status', 'create', 'could not create the repository: the Hub does not answer'),
-        ('cut', 'lfs-put', 'could not commit'),
-        ('status', 'lfs-put', 'could not commit'),
+        ('status', 'create', 'create the repository'),
+        ('drop', 'info', 'look at the repository'),
+        ('status', 'commit', 'commit'),
+        ('drop', 'commit', 'commit'),
+        ('status', 'paths-info', 'compare checksums'),
     ],
 )
-def test_a_lasting_fault_and_the_run_after_it(kind, step, sentence, server, run, tmp_path):
-    """One clear sentence, nothing of a model on the Hub, and the same command again completes it."""
-    model, folder = saved(tmp_path)
-    server.fail(kind, step, times=100)
-    command = ['-m', 'timm_vitres.cli', 'push', folder, 'me/name', '--yes']
-    last = run(command, token='token-me', fails=sentence)
-    assert last.startswith('timm-vitres: me/name: could not ')
+def test_a_lasting_fault_and_the_run_after_it(kind, step, what, faulty, folder, tmp_path):
+    """One clear sentence, no half of a model on the Hub, and the same call again completes it."""
+    server, name, call = faulty
+    model, folder = folder
+    server.fail(kind, step, times=1000)
+    error = call(CALL_PUSH, folder, name)
+    assert error.startswith(f'RuntimeError: {name}: could not {what}: the Hub does not answer as it should ('), error
+    assert error.endswith('and nobody sees half of it.')
     server.faults.clear()
-    if step != 'create':
-        assert server.files('me/name').keys() == {'.gitattributes'}
-        run(LOAD, 'hf-hub:me/name', 'out.pt', fails='')
-    run(command, token='token-me')
+    if step not in ('create', 'paths-info'):
+        assert server.files(name).keys() == {'.gitattributes'}
+        assert call(LOAD, f'hf-hub:{name}', tmp_path / 'out.pt') is not None
+    assert call(CALL_PUSH, folder, name) is None
+    assert len(server.history(name)) == 2
+    assert call(LOAD, f'hf-hub:{name}', tmp_path / 'out.pt') is None
+    check_equal(model, tmp_path / 'out.pt')
+
+
+@pytest.mark.slow  # the client itself tries for half a minute
+def test_an_upload_that_is_cut(server, run, tmp_path):
+    """From the command line, which says one sentence."""
+    model, folder = saved(tmp_path)
+    server.fail('cut', 'lfs-put', times=1000)
+    command = ['-m', 'timm_vitres.cli', 'push', folder, 'me/name', '--yes']
+    said = run(command, token='token-me', fails='me/name: could not commit: the Hub does not answer as it should')
+    assert said.strip().splitlines()[-1].startswith('timm-vitres: me/name: could not commit')
+    server.faults.clear()
+    assert server.files('me/name').keys() == {'.gitattributes'}
+    assert "timm.create_model('hf-hub:me/name', pretrained=True)" in run(command, token='token-me')
     run(LOAD, 'hf-hub:me/name', 'out.pt')
     check_equal(model, tmp_path / 'out.pt')
 
@@ -214,21 +292,25 @@ def test_a_lasting_fault_and_the_run_after_it(kind, step, sentence, server, run,
         ('token-read', 'the token has no right to do so'),
         ('token-other', 'the token has no right to do so'),
         ('token-unknown', 'the Hub does not know the token'),
-        (None, 'token'),
     ],
 )
-def test_who_may_not_push(token, sentence, server, run, tmp_path):
-    _, folder = saved(tmp_path)
-    server.put('me/name', {'README.md': b'# mine\n'})
-    command = ['-m', 'timm_vitres.cli', 'push', folder, 'me/name', '--yes']
-    last = run(command, token=token, fails=sentence)
-    assert last.startswith('timm-vitres: me/name: could not ')
-    assert server.files('me/name').keys() == {'.gitattributes', 'README.md'}
+def test_who_may_not_push(token, sentence, faulty, folder):
+    server, name, call = faulty
+    server.put(name, {'README.md': b'# mine\n'})
+    error = call(CALL_PUSH.replace(')', f', token={token!r})'), folder[1], name)
+    assert error.startswith(f'RuntimeError: {name}: could not ') and sentence in error
+    assert server.files(name).keys() == {'.gitattributes', 'README.md'}
 
 
-def test_what_arrived_wrong_is_noticed(server, run, tmp_path):
+def test_who_has_no_token(server, run, tmp_path):
+    command = ['-m', 'timm_vitres.cli', 'push', saved(tmp_path)[1], 'me/name', '--yes']
+    run(command, fails='me/name: could not create the repository: ')
+    assert not (tmp_path / 'hub' / 'me').exists() or not server.repo('me/name').exists()
+
+
+def test_what_arrived_wrong_is_noticed(faulty, folder, tmp_path):
     """The Hub's checksums of the commit are compared with what was sent."""
-    _, folder = saved(tmp_path)
+    _, name, call = faulty
     code = (
         'import sys, timm_vitres\n'
         'from huggingface_hub import HfApi\n'
@@ -237,15 +319,18 @@ def test_what_arrived_wrong_is_noticed(server, run, tmp_path):
         "    operations = [op for op in operations if op.path_in_repo != 'config.json']\n"
         '    return original(self, repo_id, operations, **kwargs)\n'
         'HfApi.create_commit = lie\n'
-        "timm_vitres.push(sys.argv[1], 'me/name')\n"
+        'try:\n'
+        '    timm_vitres.push(sys.argv[1], sys.argv[2])\n'
+        'finally:\n'
+        '    HfApi.create_commit = original\n'
     )
-    run(code, folder, token='token-me', fails='me/name: config.json on the Hub has the checksum None, not ')
+    assert f'{name}: config.json on the Hub has the checksum None, not ' in call(code, folder[1], name)
 
 
-def test_someone_else_commits_meanwhile(server, run, tmp_path):
+def test_someone_else_commits_meanwhile(faulty, folder, tmp_path):
     """The stale parent is refused by the Hub; what the other wrote into the card is in ours."""
-    _, folder = saved(tmp_path)
-    server.put('me/name', {'README.md': b'---\nlicense: mit\n---\n# mine\n'})
+    server, name, call = faulty
+    server.put(name, {'README.md': b'---\nlicense: mit\n---\n# mine\n'})
     code = (
         'import os, sys, timm_vitres\n'
         'from huggingface_hub import CommitOperationAdd, HfApi\n'
@@ -257,32 +342,37 @@ def test_someone_else_commits_meanwhile(server, run, tmp_path):
         "        original(HfApi(), repo_id, [card], commit_message='meanwhile')\n"
         '    return original(self, repo_id, operations, **kwargs)\n'
         'HfApi.create_commit = slow\n'
-        "timm_vitres.push(sys.argv[1], 'me/name')\n"
+        'try:\n'
+        '    timm_vitres.push(sys.argv[1], sys.argv[2])\n'
+        'finally:\n'
+        '    HfApi.create_commit = original\n'
     )
-    run(code, folder, token='token-me')
-    card = ModelCard(server.files('me/name')['README.md'].read_text())
+    assert call(code, folder[1], name) is None
+    card = ModelCard(server.files(name)['README.md'].read_text())
     assert '# ours' in card.text and '# mine' not in card.text and card.data.license == 'mit'
 
 
-def test_a_card_that_is_there_is_brought_up_to_date(server, run, tmp_path):
-    model, _ = saved(tmp_path)
+def test_a_card_that_is_there_is_brought_up_to_date(faulty, folder, tmp_path):
+    server, name, call = faulty
+    model, _ = folder
     task = dict(task_type='image-classification', dataset_type='imagefolder')
+    cells = dict(dataset_name='cells', dataset_config='cells')
     old = ModelCard(
         '---\nlicense: mit\ntags: [solar]\nlanguage: en\nmodel_name: x\n---\n# Solar cells\n\nWritten by hand.\n'
     )
     old.data.model_name = 'x'
     old.data.eval_results = [
-        EvalResult(**task, dataset_name='cells', metric_type='accuracy', metric_value=1.0),
-        EvalResult(**task, dataset_name='roofs', metric_type='accuracy', metric_value=2.0),
+        EvalResult(**task, **cells, metric_type='accuracy', metric_value=1.0),
+        EvalResult(**task, dataset_name='roofs', dataset_config='roofs', metric_type='accuracy', metric_value=2.0),
     ]
-    server.put('me/name', {'README.md': str(old).encode()})
+    server.put(name, {'README.md': str(old).encode()})
     facts = dict(model_name='cells', description='A test.', recipe='One epoch.', source='local-dir:.')
-    results = [EvalResult(**task, dataset_name='cells', metric_type='accuracy', metric_value=3.0)]
+    results = [EvalResult(**task, **cells, metric_type='accuracy', metric_value=3.0)]
     card = cards.render_card(model, results=results, **facts)
     folder = timm_vitres.save(model, tmp_path / 'saved', card=card)
-    run(PUSH, folder, '{}', token='token-me')
-    run(PUSH, folder, '{}', token='token-me')
-    new = ModelCard(server.files('me/name')['README.md'].read_text())
+    assert call(CALL_PUSH, folder, name) is None
+    assert call(CALL_PUSH, folder, name) is None
+    new = ModelCard(server.files(name)['README.md'].read_text())
     assert new.data.license == 'mit' and new.data.language == 'en' and new.data.library_name == 'timm'
     assert new.data.tags == ['solar', 'timm', 'timm-vitres', 'image-classification']
     values = {result.dataset_name: result.metric_value for result in new.data.eval_results}
@@ -290,22 +380,24 @@ def test_a_card_that_is_there_is_brought_up_to_date(server, run, tmp_path):
     assert 'Written by hand.' in new.text and new.text.count('One epoch.') == 1 and new.text.count('# cells') == 1
 
 
-def test_a_dry_run_sends_nothing(server, run, tmp_path):
-    _, folder = saved(tmp_path)
-    out = run(['-m', 'timm_vitres.cli', 'push', folder, 'me/name'], token='token-me')
+def test_a_dry_run_sends_nothing(folder, capsys, monkeypatch):
+    _, folder = folder
+    monkeypatch.setattr(hub_module.HfApi, '__init__', None)
+    assert main(['push', str(folder), 'me/name']) == 0
+    out = capsys.readouterr().out
     assert 'Nothing was sent; repeat with --yes' in out and files.sha256(folder / 'model.safetensors') in out
-    assert server.requests == []
 
 
-def test_what_does_not_load_is_not_pushed(server, run, tmp_path):
-    model, folder = saved(tmp_path)
-    command = ['-m', 'timm_vitres.cli', 'push', folder, 'me/name', '--yes']
+def test_what_does_not_load_is_not_pushed(tmp_path, monkeypatch):
+    _, folder = saved(tmp_path)
+    monkeypatch.setattr(hub_module.HfApi, '__init__', None)  # nobody is asked
     data = (folder / 'model.safetensors').read_bytes()
     (folder / 'model.safetensors').write_bytes(data[:-5])
-    run(command, token='token-me', fails='is not pushed, since it does not load')
+    with pytest.raises(ValueError, match=r'is not pushed, since it does not load: .* is damaged or incomplete'):
+        timm_vitres.push(folder, 'me/name')
     (folder / 'model.safetensors').unlink()
-    run(command, token='token-me', fails='has no model.safetensors')
-    assert server.requests == []
+    with pytest.raises(ValueError, match=r'has no model\.safetensors'):
+        timm_vitres.push(folder, 'me/name')
 
 
 PULLED = [
@@ -318,51 +410,80 @@ PULLED = [
     ('flip', 'get', dict(match='model.safetensors'), 'is damaged, or was changed after it was published'),
     ('short', 'get', dict(match='model.safetensors', times=9), 'Consistency check failed'),
     ('status', 'get', dict(match='model.safetensors', times=99), '503'),
-    ('drop', 'head', dict(match='model.safetensors', times=99), ''),
+    ('drop', 'head', dict(match='model.safetensors', times=99), 'disconnected'),
 ]
 
 
 @pytest.mark.parametrize('kind, step, options, outcome', PULLED)
-def test_faults_while_pulling(kind, step, options, outcome, server, run, tmp_path):
+def test_faults_while_pulling(kind, step, options, outcome, faulty, folder, tmp_path):
     """After each, either the model is right, or there is none; and the next run gets it."""
-    model, folder = saved(tmp_path)
-    server.put('me/name', {name: folder / name for name in ('config.json', 'model.safetensors')})
+    server, name, call = faulty
+    model, folder = folder
+    server.put(name, {file: folder / file for file in ('config.json', 'model.safetensors')})
     server.fail(kind, step, **options)
-    home = tmp_path / 'home'
+    arguments = LOAD, f'hf-hub:{name}', tmp_path / 'out.pt'
+    error = call(*arguments)
     if outcome is not True:
-        run(LOAD, 'hf-hub:me/name', 'out.pt', home=home, fails=outcome)
+        assert outcome in error
         assert not (tmp_path / 'out.pt').exists()
         if kind == 'flip':  # which the client cached, so it has to be removed, as the message says
-            run(LOAD, 'hf-hub:me/name', 'out.pt', home=home, HF_HUB_OFFLINE='1', fails='Remove it and load again')
-            [blob] = (home / 'hub').glob(f'models--me--name/blobs/{files.sha256(folder / "model.safetensors")}')
+            assert 'Remove it and load again' in call(*arguments)
+            blob = Path(re.search(r'OSError: (\S*) is damaged', error)[1]).resolve()
+            assert blob.name == files.sha256(folder / 'model.safetensors')
             blob.unlink()
         server.faults.clear()
-    run(LOAD, 'hf-hub:me/name', 'out.pt', home=home)
-    assert not server.faults
+        error = call(*arguments)
+    assert error is None and not server.faults
     check_equal(model, tmp_path / 'out.pt')
 
 
-def test_verify(server, run, tmp_path):
-    model, folder = saved(tmp_path)
+VERIFY = """
+import sys, timm_vitres
+print(found := timm_vitres.verify(sys.argv[1], sys.argv[2] or None))
+assert found.published_by == (sys.argv[3] or None), found
+"""
+
+
+def test_verify(faulty, folder, tmp_path):
+    server, name, call = faulty
+    _, folder = folder
     names = ('config.json', 'model.safetensors')
-    server.put('me/name', {name: folder / name for name in names})
-    home, command = tmp_path / 'home', ['-m', 'timm_vitres.cli', 'verify']
-    digest = files.sha256(folder / 'model.safetensors')
-    assert f'sha256 {digest}' in (out := run(command, 'hf-hub:me/name', home=home)) and 'says the Hub.' in out
-    assert 'says the cache.' in run(command, 'hf-hub:me/name', home=home, HF_HUB_OFFLINE='1')
-    # a folder: nobody says what it should be, but for a repository, or its card
-    run(command, f'local-dir:{folder}', fails='nobody says what it should be')
-    assert 'says the Hub.' in run(command, f'local-dir:{folder}', '--repo', 'me/name')
+    server.put(name, {file: folder / file for file in names})
+    assert call(VERIFY, f'hf-hub:{name}', '', 'the Hub') is None
+    server.fail('status', 'paths-info', times=4)
+    assert call(VERIFY, f'hf-hub:{name}', '', 'the cache') is None
+    # a folder: nobody says what it should be, but for a repository
+    assert call(VERIFY, f'local-dir:{folder}', '', '') is None
+    assert call(VERIFY, f'local-dir:{folder}', name, 'the Hub') is None
     _, other = saved(tmp_path, seed=1)
-    run(command, other, '--repo', 'me/name', fails='it is damaged, or another version')
-    run(command, other, '--repo', 'me/none', fails='there is no such repository')
-    run(command, 'vitresnet_small.nonsense', fails='Invalid pretrained tag')
+    assert 'it is damaged, or another version' in call(VERIFY, other, name, '')
+    assert 'there is no such repository' in call(VERIFY, other, 'me/none', '')
+    assert 'Invalid pretrained tag' in call(VERIFY, 'vitresnet_small.nonsense', '', '')
     # a newer commit does not make the cached version wrong
-    server.put('me/name', {name: other / name for name in names})
-    assert 'says the Hub.' in run(command, f'hf-hub:me/name@{server.history("me/name")[1]}', home=home)
-    [blob] = (home / 'hub').glob(f'models--me--name/blobs/{digest}')
+    server.put(name, {file: other / file for file in names})
+    cached = f'hf-hub:{name}@{server.history(name)[1]}'
+    assert call(VERIFY, cached, '', 'the Hub') is None
+    blob = find_blob(call, cached, tmp_path)
     data = bytearray(blob.read_bytes())
     data[-100] ^= 1
     blob.write_bytes(data)
-    revision = server.history('me/name')[1]
-    run(command, f'hf-hub:me/name@{revision}', home=home, fails='is damaged')
+    assert 'is damaged' in call(VERIFY, cached, '', '')
+
+
+def find_blob(call, name, tmp_path):
+    code = 'import sys, timm_vitres\nopen(sys.argv[2], "w").write(str(timm_vitres.verify(sys.argv[1]).file.resolve()))'
+    assert call(code, name, tmp_path / 'file') is None
+    return Path((tmp_path / 'file').read_text())
+
+
+def test_verify_on_the_command_line(server, run, tmp_path):
+    """One name after the other; a card's sha256 counts, too."""
+    model, folder = saved(tmp_path)
+    server.put('me/name', {file: folder / file for file in ('config.json', 'model.safetensors')})
+    facts = dict(model_name='x', description='A test.', recipe='None.', source='local-dir:.')
+    carded = timm_vitres.save(model, tmp_path / 'carded', card=cards.render_card(model, **facts))
+    command = ['-m', 'timm_vitres.cli', 'verify']
+    out = run(command, 'hf-hub:me/name', f'local-dir:{carded}')
+    assert out.count(f'sha256 {files.sha256(folder / "model.safetensors")}') == 2
+    assert 'says the Hub.' in out and 'says the card.' in out
+    run(command, 'hf-hub:me/name', f'local-dir:{folder}', fails='nobody says what it should be')

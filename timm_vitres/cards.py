@@ -79,6 +79,8 @@ def merge_cards(old: str, new: str) -> str:
     Raises:
         ValueError: where the old card's head is not valid YAML.
     """
+    if not old.startswith('---'):
+        old = f'---\nlibrary_name: timm\n---\n{old}'
     theirs, ours = ModelCard(old), ModelCard(new)
     data = ours.data
     for key, value in theirs.data.to_dict().items():

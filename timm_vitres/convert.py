@@ -190,7 +190,7 @@ def _data_config(
     input_size = get_model_input_config(model)['input_size']
     cfgs = get_arch_pretrained_cfgs(model.pretrained_cfg['architecture']).values()
     published = [cfg.to_dict() for cfg in cfgs if tuple(cfg.input_size[-2:]) == tuple(input_size[-2:])]
-    told: Dict[str, Any] = published[0] if published else dict(model.pretrained_cfg)
+    told: Dict[str, Any] = dict(published[0] if published else model.pretrained_cfg)  # pyright: ignore
     told.update(config.get('pretrained_cfg') or {}, input_size=input_size)
     if preprocessor:
         told.update(mean=tuple(preprocessor['image_mean']), std=tuple(preprocessor['image_std']), crop_pct=1.0)

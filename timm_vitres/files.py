@@ -31,6 +31,7 @@ _DTYPES = {
     **{torch.int64: 'I64', torch.int32: 'I32', torch.int16: 'I16', torch.int8: 'I8', torch.uint8: 'U8'},
     torch.bool: 'BOOL',
 }
+PATIENCE = 10.0  # seconds
 CARD_SHA256 = 'model_sha256'  # field of a card's head
 
 Result = TypeVar('Result')
@@ -105,12 +106,16 @@ def is_transient(error: BaseException) -> bool:
 
 
 def retrying(function: Callable[[], Result], tries: int = 4, wait: float = 1.0) -> Result:
-    """Call a function that speaks to the Hub, and again after `wait`, 2 * `wait`, ... seconds while that may help."""
+    """Call a function that speaks to the Hub, and again after `wait`, 2 * `wait`, ... seconds while that may help.
+
+    Some calls the client repeats by itself, which takes it longer than `PATIENCE`; those are not repeated here.
+    """
     for attempt in range(tries - 1):
+        start = time.monotonic()
         try:
             return function()
         except Exception as error:
-            if not is_transient(error):
+            if not is_transient(error) or time.monotonic() - start > PATIENCE:
                 raise
             time.sleep(wait * 2**attempt)
     return function()

@@ -523,10 +523,13 @@ class _Run:
 
     def _card(self) -> str:
         cfg, best = self.cfg, self.best
+        data_name = cfg.dataset or Path(str(cfg.data_dir)).resolve().name
+        # huggingface_hub tells results apart by type and config of the data, not by its name
         task = dict(
             task_type='image-classification',
             dataset_type='imagefolder',
-            dataset_name=cfg.dataset or Path(str(cfg.data_dir)).resolve().name,
+            dataset_name=data_name,
+            dataset_config=data_name,
         )
         results = [
             EvalResult(
@@ -569,6 +572,7 @@ class _Run:
                 f'images, by which this epoch was chosen ({cfg.eval_metric}).'
             ),
             license=self.model.pretrained_cfg.get('license') if cfg.pretrained else None,
+            picture=CURVES_NAME if importlib.util.find_spec('matplotlib') is not None else None,
         )
 
 

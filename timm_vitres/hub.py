@@ -276,8 +276,10 @@ def _ask(what: str, repo_id: str, function: Callable[[], Result]) -> Result:
     try:
         return retrying(function)
     except Exception as error:
-        status = getattr(getattr(error, 'response', None), 'status_code', None)
-        if isinstance(error, RepositoryNotFoundError):
+        # of a file that could not be uploaded, the client's error is a RuntimeError, made of the true one
+        cause = error.__cause__ if type(error) is RuntimeError and error.__cause__ else error
+        status = getattr(getattr(cause, 'response', None), 'status_code', None)
+        if isinstance(cause, RepositoryNotFoundError):
             reason = 'there is no such repository, or the token may not see it (log in with `hf auth login`)'
         elif status == 401:
             reason = 'the Hub does not know the token; log in with `hf auth login`, or set HF_TOKEN'
@@ -285,11 +287,11 @@ def _ask(what: str, repo_id: str, function: Callable[[], Result]) -> Result:
             reason = 'the token has no right to do so; it must be one with write access to that repository'
         elif status == 412:
             reason = 'someone else committed meanwhile; push again'
-        elif files.is_transient(error):
+        elif files.is_transient(cause):
             again = 'run the same again later: what has arrived is not sent twice, and nobody sees half of it'
-            reason = f'the Hub does not answer as it should ({_short(error)}); {again}'
-        elif isinstance(error, OSError):  # what else the Hub refuses, and a file that can't be read
-            reason = _short(error)
+            reason = f'the Hub does not answer as it should ({_short(cause)}); {again}'
+        elif isinstance(cause, OSError):  # what else the Hub refuses, and a file that can't be read
+            reason = _short(cause)
         else:
             raise
         raise RuntimeError(f'{repo_id}: could not {what}: {reason}.') from error
