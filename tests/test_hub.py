@@ -7,10 +7,12 @@ import safetensors.torch
 import timm
 import torch
 from conftest import randomise_
-from huggingface_hub import EvalResult, ModelCard
+from huggingface_hub import ModelCard
+from timm.utils import ModelEmaV3
 
 from timm_vitres import hub
-from timm_vitres.files import replacing
+from timm_vitres.cards import render_card
+from timm_vitres.files import replacing, sha256
 from timm_vitres.vitresnet import default_cfgs
 
 # every registered name that fits in memory, each with other classes, channels and size
@@ -113,6 +115,84 @@ def test_config_says_what_the_weights_were_trained_with(tmp_path):
     assert loaded.patch_embed.img_size == (28, 28)
 
 
+FACTS = dict(model_name='x', description='A.', recipe='B.', source='local-dir:.')
+
+
+def test_the_card_knows_the_weights(tmp_path):
+    """Its sha256 follows what is saved, by whom ever; a file that is not the card's is refused."""
+    first, second = (randomise_(timm.create_model('test_vitresnet', num_classes=2), seed=seed) for seed in (0, 1))
+    hub.save(first, tmp_path, card=render_card(first, **FACTS))
+    card = ModelCard.load(tmp_path / 'README.md')
+    assert card.data['model_sha256'] == sha256(tmp_path / 'model.safetensors')
+    hub.save(second, tmp_path)
+    assert ModelCard.load(tmp_path / 'README.md').data['model_sha256'] == sha256(tmp_path / 'model.safetensors')
+    assert ModelCard.load(tmp_path / 'README.md').text == card.text
+    timm.create_model(f'local-dir:{tmp_path}', pretrained=True)
+    safetensors.torch.save_file(first.state_dict(), tmp_path / 'model.safetensors')
+    with pytest.raises(OSError, match=r'or, if you changed it on purpose, take model_sha256 out of the README\.md'):
+        timm.create_model(f'local-dir:{tmp_path}', pretrained=True)
+    (tmp_path / 'README.md').write_text('# mine\n')
+    timm.create_model(f'local-dir:{tmp_path}', pretrained=True)
+    hub.save(second, tmp_path)
+    assert (tmp_path / 'README.md').read_text() == '# mine\n'
+
+
+def fold_a_convolution(model):
+    conv = model.patch_embed.backbone.stem.conv
+    plain = torch.nn.Conv2d(3, conv.out_channels, 7, 2, bias=False)
+    plain.weight.data = conv.standardized_weight().detach()
+    model.patch_embed.backbone.stem.conv = plain
+
+
+def quantise_the_head(model):
+    model.head.weight = torch.nn.Parameter(model.head.weight.data.to(torch.int8), requires_grad=False)
+
+
+@pytest.mark.parametrize(
+    'change, where',
+    [
+        (fold_a_convolution, 'stem.conv'),
+        (lambda model: setattr(model, 'norm', torch.nn.Identity()), 'norm.bias, norm.weight'),
+        (lambda model: model.prune_intermediate_layers([1]), 'blocks.0.attn'),
+        (lambda model: setattr(model, 'head', torch.nn.Linear(64, 5)), 'head'),
+        (quantise_the_head, 'head.weight'),
+    ],
+)
+def test_what_was_changed_for_inference_is_refused(change, where, tmp_path):
+    model = timm.create_model('test_vitresnet', num_classes=3).eval()
+    change(model)
+    with pytest.raises(ValueError, match='it was changed for inference') as error:
+        hub.save(model, tmp_path)
+    assert where in str(error.value) and not list(tmp_path.iterdir())
+    with pytest.raises(ValueError, match='it was changed for inference'):
+        hub.push(model, 'me/name')
+    with pytest.raises(ValueError, match='without features_only'):
+        hub.save(timm.create_model('test_vitresnet', features_only=True), tmp_path)
+
+
+def test_wrappers_are_taken_off(tmp_path):
+    model = randomise_(timm.create_model('test_vitresnet', num_classes=3))
+    for wrapped in (torch.compile(model), ModelEmaV3(model), torch.nn.DataParallel(model)):
+        hub.save(wrapped, tmp_path)
+        saved = safetensors.torch.load_file(tmp_path / 'model.safetensors')
+        assert saved.keys() == model.state_dict().keys()
+
+
+def test_models_of_timm_are_saved_too(tmp_path):
+    model = randomise_(timm.create_model('resnet18', num_classes=3))
+    loaded = timm.create_model(f'local-dir:{hub.save(model, tmp_path)}', pretrained=True).eval()
+    x = torch.randn(1, 3, 64, 64)
+    with torch.inference_mode():
+        assert torch.equal(loaded(x), model(x))
+
+
+def test_others_may_read_what_is_saved(tmp_path):
+    hub.save(timm.create_model('test_vitresnet'), tmp_path)
+    (tmp_path / 'plain').touch()
+    modes = {path.stat().st_mode for path in tmp_path.iterdir()}
+    assert len(modes) == 1
+
+
 def test_save_refuses_mistakes(tmp_path):
     with pytest.raises(ValueError, match='label_names: got 1'):
         hub.save(timm.create_model('test_vitresnet', num_classes=2), tmp_path, label_names=['one'])
@@ -138,19 +218,6 @@ def test_a_full_disk_leaves_the_last_good_file(tmp_path):
     after = safetensors.torch.load_file(tmp_path / 'model.safetensors')
     assert all(torch.equal(after[key], before[key]) for key in before)
     assert sorted(path.name for path in tmp_path.iterdir()) == ['config.json', 'model.safetensors']
-
-
-def test_card(tmp_path):
-    model = timm.create_model('test_vitresnet', num_classes=2)
-    facts = dict(model_name='stripes', description='A test.', recipe='One epoch.', source='local-dir:.')
-    text = hub.render_card(model, label_names=['across', 'down'], **facts)
-    card = ModelCard(text)
-    assert 'Not measured.' in text and 'import timm_vitres' in text and card.data.library_name == 'timm'
-    task = dict(task_type='image-classification', dataset_type='imagefolder', dataset_name='stripes')
-    result = EvalResult(**task, metric_type='accuracy', metric_value=93.5)
-    card = ModelCard(hub.render_card(model, results=[result], result_note='On 4 images.', **facts))
-    assert card.data.eval_results[0].metric_value == 93.5
-    assert 'accuracy: 93.5' in card.text and 'On 4 images.' in card.text
 
 
 def test_tags_name_whole_hub_ids():

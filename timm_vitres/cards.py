@@ -7,10 +7,12 @@ import re
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence
 
+import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from torch import nn
 
 from .data import data_config as model_data_config
+from .files import CARD_NAME
 
 TEMPLATE = Path(__file__).with_name('card.md')
 NOT_MEASURED = 'Not measured.'
@@ -81,7 +83,13 @@ def merge_cards(old: str, new: str) -> str:
     """
     if not old.startswith('---'):
         old = f'---\nlibrary_name: timm\n---\n{old}'
-    theirs, ours = ModelCard(old), ModelCard(new)
+    try:
+        theirs = ModelCard(old)
+    except yaml.YAMLError as error:
+        raise ValueError(
+            f'{CARD_NAME}: the head of the card that is there is no valid YAML; mend it ({error}).'
+        ) from error
+    ours = ModelCard(new)
     data = ours.data
     for key, value in theirs.data.to_dict().items():
         if key in ('license', 'license_name', 'license_link') or (data.get(key) is None and key != 'model-index'):

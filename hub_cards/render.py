@@ -1,0 +1,156 @@
+"""Render the card of every published weight, and that of the family, from facts.
+
+    python hub_cards/render.py            # writes hub_cards/<arch>.<tag>.md and hub_cards/family.md
+    python hub_cards/render.py --check    # only says, by its exit status, whether they are up to date
+
+What a weight *is* (size, classes, normalisation, repository) comes from the package's `default_cfgs`; what was
+published about it stands in hub_cards/<arch>.<tag>.json; what the weights of one kind share stands in kinds.json.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any, Dict, Iterator, List, Tuple
+
+import timm
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from timm.models import PretrainedCfg
+
+import timm_vitres  # noqa: F401  (registers the models)
+from timm_vitres.vitresnet import default_cfgs
+
+FOLDER = Path(__file__).parent
+TOP1_SOURCE = 'results-imagenet.csv of timm'
+TOP1_URL = 'https://github.com/huggingface/pytorch-image-models/blob/main/results/results-imagenet.csv'
+
+
+def published_weights() -> Iterator[Tuple[str, PretrainedCfg]]:
+    """Yield the name.tag and the cfg of every weight that lives somewhere."""
+    for architecture, cfgs in default_cfgs.items():
+        for tag, cfg in cfgs.cfgs.items():
+            if cfg.has_weights:
+                yield f'{architecture}.{tag}', cfg
+
+
+def read(name: str) -> Dict[str, Any]:
+    """Return a weight's facts, with those of its kind and of its architecture."""
+    facts = json.loads((FOLDER / f'{name}.json').read_text(encoding='utf-8'))
+    kinds = json.loads((FOLDER / 'kinds.json').read_text(encoding='utf-8'))
+    return {**kinds['architectures'][name.partition('.')[0]], **kinds['weights'][facts['kind']], **facts}
+
+
+def render(name: str, cfg: PretrainedCfg) -> str:
+    """Return the card of one weight."""
+    facts, architecture = read(name), name.partition('.')[0]
+    model = timm.create_model(name, device='meta')
+    levels = [info['reduction'] for info in model.feature_info[: model.num_pyramid]]
+    results = []
+    result = 'Not measured, and nothing is published.'
+    if facts.get('top1') is not None:
+        results.append(
+            EvalResult(
+                task_type='image-classification',
+                dataset_type='imagenet-1k',
+                dataset_name='ImageNet-1k',
+                dataset_split='validation',
+                metric_type='accuracy',
+                metric_name='top-1 (%)',
+                metric_value=facts['top1'],
+                source_name=TOP1_SOURCE,
+                source_url=TOP1_URL,
+            )
+        )
+        result = (
+            f'Published, not measured by this project: {facts["top1"]:.2f}% top-1 on ImageNet-1k (validation), by '
+            f'[{TOP1_SOURCE}]({TOP1_URL}), for `{facts["their_name"]}`.'
+        )
+    elif facts.get('no_result'):
+        result = facts['no_result']
+    card_data = ModelCardData(
+        library_name='timm',
+        license=cfg.license,
+        pipeline_tag='image-classification' if cfg.num_classes else 'image-feature-extraction',
+        tags=['timm', 'timm-vitres', 'image-classification' if cfg.num_classes else 'image-feature-extraction'],
+        datasets=facts['datasets'],
+        base_model=cfg.hf_hub_id,
+        model_name=name,
+        eval_results=results or None,
+    )
+    card = ModelCard.from_template(
+        card_data,
+        template_path=str(FOLDER / 'template.md'),
+        name=name,
+        architecture=architecture,
+        parameters=f'{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M',
+        repo=cfg.hf_hub_id,
+        classes=str(cfg.num_classes) if cfg.num_classes else 'none: features only',
+        size=cfg.input_size[-1],
+        mean=cfg.mean[0],
+        std=cfg.std[0],
+        interpolation=cfg.interpolation,
+        crop_pct=cfg.crop_pct,
+        license=cfg.license,
+        strides=', '.join(map(str, levels)),
+        result=result,
+        **{key: facts.get(key, '') for key in ('description', 'architecture_line', 'layout', 'trained_on')},
+        **{key: facts.get(key, '') for key in ('pyramid_note', 'recipe')},
+        citation='\n'.join(facts['citation']),
+    )
+    return str(card)
+
+
+def render_family() -> str:
+    """Return the card of all of them."""
+    rows: List[str] = []
+    citations: List[str] = []
+    for name, cfg in published_weights():
+        facts = read(name)
+        model = timm.create_model(name, device='meta')
+        count = sum(p.numel() for p in model.parameters()) / 1e6
+        top1 = f'{facts["top1"]:.2f}' if facts.get('top1') is not None else '-'
+        repo = f'[{cfg.hf_hub_id}](https://huggingface.co/{cfg.hf_hub_id})'
+        rows.append(f'| `{name}` | {count:.1f}M | {cfg.input_size[-1]} | {cfg.num_classes or "-"} | {top1} | {repo} |')
+        citations += [line for line in ['\n'.join(facts['citation'])] if line not in citations]
+    kinds = json.loads((FOLDER / 'kinds.json').read_text(encoding='utf-8'))
+    card_data = ModelCardData(
+        library_name='timm',
+        license='apache-2.0',
+        pipeline_tag='image-classification',
+        tags=['timm', 'timm-vitres', 'image-classification'],
+    )
+    card = ModelCard.from_template(
+        card_data,
+        template_path=str(FOLDER / 'family_template.md'),
+        description=kinds['family'],
+        rows='\n'.join(rows),
+        source=f'[{TOP1_SOURCE}]({TOP1_URL})',
+        citation='\n'.join(citations),
+    )
+    return str(card)
+
+
+def render_all() -> Dict[Path, str]:
+    """Return the text of every card, by its file."""
+    cards = {FOLDER / f'{name}.md': render(name, cfg) for name, cfg in published_weights()}
+    cards[FOLDER / 'family.md'] = render_family()
+    return {path: text.rstrip() + '\n' for path, text in cards.items()}
+
+
+def main() -> int:
+    """Write the cards, or compare them."""
+    parser = argparse.ArgumentParser(description='Render the model cards.')
+    parser.add_argument('--check', action='store_true', help='write nothing; exit 1 where a card is out of date')
+    args = parser.parse_args()
+    status = 0
+    for path, text in render_all().items():
+        if not path.is_file() or path.read_text(encoding='utf-8') != text:
+            status = 1
+            print(f'{path.name} {"is out of date" if args.check else "written"}')
+            if not args.check:
+                path.write_text(text, encoding='utf-8')
+    return status if args.check else 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())
