@@ -44,6 +44,7 @@ def create_pretrained(
     source_img_size: Any = None,
     device: Union[None, str, torch.device] = None,
     dtype: Optional[torch.dtype] = None,
+    weight_init: str = '',
     **kwargs: Any,
 ) -> ModelT:
     """Build `model_cls(**kwargs)` with the weights that `source` names.
@@ -53,6 +54,7 @@ def create_pretrained(
         source_img_size: Height and width that the checkpoint's position table was made for; by default, of `source`.
         device: Where the model shall be.
         dtype: Of its parameters, whatever the file's; torch's default dtype by default.
+        weight_init: How a new head is initialised: timm's names for it.
 
     Raises:
         RuntimeError: for a checkpoint that is not one of this model: missing and unexpected keys, wrong shapes.
@@ -61,7 +63,8 @@ def create_pretrained(
     device = torch.empty(0, device=device).device  # the default one, too
     if device.type == 'meta':
         raise ValueError("device: got 'meta', where no weights can be; use pretrained=False.")
-    model = model_cls(device='meta', dtype=dtype, **kwargs)
+    model = model_cls(device='meta', dtype=dtype, weight_init='skip', **kwargs)
+    model.weight_init_mode = 'reset' if weight_init == 'skip' else weight_init
     model.pretrained_cfg = source.to_dict()
     if source.state_dict and not source.source:  # someone else's tensors: not to be shared
         state_dict: Dict[str, Any] = {key: value.clone() for key, value in convert_layout(source.state_dict).items()}
