@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-slow test-lowest lint format clean
+.PHONY: demo test test-slow test-vithybrid test-lowest lint format clean
 
 .venv/installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -15,8 +15,18 @@ demo: .venv/installed  ## fine-tune vitresnet_nano on photographs of solar cells
 test: .venv/installed lint  ## lint, types and the default suite
 	$(BIN)/python -m pytest -m 'not slow'
 
-test-slow: .venv/installed  ## what takes long
+# the last transformers with ViTHybrid that runs on this torch
+.venv-vithybrid/installed: Makefile
+	test -x .venv-vithybrid/bin/python || $(PYTHON) -m venv .venv-vithybrid
+	.venv-vithybrid/bin/python -m pip install --quiet --disable-pip-version-check torch==2.14.1 transformers==4.40.2 \
+		tokenizers==0.19.1 huggingface_hub==0.36.2 safetensors numpy pillow
+	touch $@
+
+test-slow: .venv/installed .venv-vithybrid/installed  ## what takes long
 	$(BIN)/python -m pytest -m slow
+
+test-vithybrid: .venv/installed .venv-vithybrid/installed  ## our loader against transformers 4.40.2 (downloads gigabytes)
+	$(BIN)/python -m pytest -m slow tests/test_vithybrid.py
 
 lint: .venv/installed
 	$(BIN)/ruff check .
@@ -33,4 +43,4 @@ test-lowest:  ## the suite on exactly the oldest versions that pyproject.toml al
 	.venv-lowest/bin/python -m pytest -m 'not slow' --ignore tests/test_downstream.py  # whose programs want newer ones
 
 clean:
-	rm -rf .venv .venv-lowest demo dist
+	rm -rf .venv .venv-lowest .venv-vithybrid demo dist

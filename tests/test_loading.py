@@ -172,6 +172,10 @@ def test_a_head_that_fits_is_kept(source):
     assert torch.equal(loaded.head.weight, model.head.weight)
     with pytest.raises(RuntimeError, match=r'wrong shapes: head\.weight \(3, 64\) for \(1000, 64\), head\.bias'):
         timm.create_model('test_vitresnet', pretrained=True, pretrained_cfg_overlay=overlay)
+    overlay.update(num_classes=-1)  # timm's train.py --pretrained-path
+    loaded = timm.create_model('test_vitresnet', pretrained=True, num_classes=3, pretrained_cfg_overlay=overlay)
+    assert not torch.equal(loaded.head.weight, model.head.weight)
+    assert torch.equal(loaded.norm.weight, model.norm.weight)
 
 
 class TestCheckedFiles:

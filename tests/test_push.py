@@ -428,7 +428,7 @@ def test_faults_while_pulling(kind, step, options, outcome, faulty, folder, tmp_
         assert not (tmp_path / 'out.pt').exists()
         if kind == 'flip':  # which the client cached, so it has to be removed, as the message says
             assert 'Remove it and load again' in call(*arguments)
-            blob = Path(re.search(r'OSError: (\S*) is damaged', error)[1]).resolve()
+            blob = Path(re.search(r'OSError: (\S*) is damaged', error)[1])
             assert blob.name == files.sha256(folder / 'model.safetensors')
             blob.unlink()
         server.faults.clear()

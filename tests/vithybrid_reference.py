@@ -1,11 +1,9 @@
 """Write a random-weight checkpoint of transformers' ViTHybridForImageClassification, and its logits, to test against.
 
-The class left transformers in 5.0, so this is not of the test suite's environment but runs in one of its own:
+The class left transformers in 5.0, so this is not of the test suite's environment but runs in one of its own, which
+`make test-vithybrid` makes (transformers 4.40.2, tokenizers 0.19.1, huggingface_hub 0.36.2, torch 2.14.1):
 
-    python -m venv ENV
-    ENV/bin/pip install torch==2.14.1 transformers==4.40.2 tokenizers==0.19.1 huggingface_hub==0.36.2 safetensors \\
-        numpy pillow
-    ENV/bin/python tests/vithybrid_reference.py OUTPUT_FOLDER [--seed 0]
+    python tests/vithybrid_reference.py OUTPUT_FOLDER [--seed 0]
 
 The model is google/vit-hybrid-base-bit-384 in its measures (R50+ViT-B/16 at 384, 1000 classes). OUTPUT_FOLDER gets
 config.json, model.safetensors, pytorch_model.bin (the same weights as a pickle), preprocessor_config.json, and

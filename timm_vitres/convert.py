@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
 
 import timm
-from timm.data import resolve_data_config
+from timm.data import resolve_input_data_config
 from timm.models import get_arch_pretrained_cfgs, get_model_input_config, split_model_name_tag
 from timm.utils import natural_key
 
@@ -195,8 +195,10 @@ def _data_config(
     if preprocessor:
         told.update(mean=tuple(preprocessor['image_mean']), std=tuple(preprocessor['image_std']), crop_pct=1.0)
         told['interpolation'] = RESAMPLING.get(preprocessor.get('resample', 3), 'bicubic')
-    asked = {key: value for key, value in args.items() if key not in ('img_size', 'input_size', 'in_chans')}
-    return resolve_data_config(asked, pretrained_cfg=told)
+    asked = {
+        key: value for key, value in args.items() if key not in ('img_size', 'input_size', 'in_chans', 'model_kwargs')
+    }
+    return resolve_input_data_config(model, args=asked, pretrained_cfg=told)
 
 
 def _recipe(args: Dict[str, Any], about: Dict[str, Any]) -> str:

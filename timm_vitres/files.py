@@ -233,16 +233,14 @@ def check(path: Path) -> str:
     """
     actual, published = sha256(path), published_sha256(path)
     if published and not actual.startswith(published):
+        blob = Path(os.path.realpath(path))
+        is_cached = blob.parent.name == 'blobs'
         raise OSError(
-            f'{path} is damaged, or was changed after it was published: its sha256 is {actual}, not {published}. '
-            f'Remove it and load again{_about_card(path)}.'
+            f'{blob if is_cached else path} is damaged, or was changed after it was published: its sha256 is {actual}, '
+            f'not {published}. Remove it and load again'
+            + ('.' if is_cached else f', or, if you changed it on purpose, take {CARD_SHA256} out of {CARD_NAME}.')
         )
     return actual
-
-
-def _about_card(path: Path) -> str:
-    is_cached = Path(os.path.realpath(path)).parent.name == 'blobs'
-    return '' if is_cached else f', or, if you changed it on purpose, take {CARD_SHA256} out of the {CARD_NAME} beside'
 
 
 def check_once(path: Path) -> None:

@@ -101,11 +101,14 @@ def _adapt_first_conv_(state_dict: StateDict, model: nn.Module) -> None:
 def _drop_other_head_(state_dict: StateDict, model: nn.Module, source: PretrainedCfg) -> bool:
     """Take a head of other classes out of a state dict, and return whether the model needs a new one.
 
-    A head that fits is kept, whatever the cfg says of its classes: it was trained. One that does not fit is replaced
-    where the caller asked for other classes than the source's; where he did not, the comparison lists it.
+    A head that fits is kept, whatever the cfg says of its classes: it was trained (but for -1, which timm's train.py
+    sets for --pretrained-path, to have a new one). One that does not fit is replaced where the caller asked for other
+    classes than the source's; where he did not, the comparison lists it.
     """
     own = {key: value.shape for key, value in model.state_dict().items() if key in CLASSIFIER}
-    fits = all(key in state_dict and state_dict[key].shape == shape for key, shape in own.items())
+    fits = source.num_classes >= 0 and all(
+        key in state_dict and state_dict[key].shape == shape for key, shape in own.items()
+    )
     if own and (fits or source.num_classes == model.num_classes):
         return False
     for key in CLASSIFIER:
