@@ -65,6 +65,16 @@ def nano_search() -> str:
     )
 
 
+def load() -> str:
+    """Loading against timm's class: ratios of medians."""
+    names = ('create_time_ratio', 'logits_time_ratio', 'create_memory_ratio', 'logits_memory_ratio')
+    newest = {(row['model'], row['side']): row for row in read('load')}
+    return table(
+        ['model', '', 'time to a model', 'time to first logits', 'extra peak memory, model', '..., first logits'],
+        [[f'`{model}`', side, *(row[name] for name in names)] for (model, side), row in newest.items()],
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--check', action='store_true')

@@ -7,7 +7,7 @@ import safetensors.torch
 import timm
 import torch
 from conftest import randomise_, relative_difference, write_folder
-from test_checkpoints import google_layout, hybrid_layout
+from layouts import google_layout, hybrid_layout
 
 from timm_vitres.cli import main
 from timm_vitres.convert import convert

@@ -6,7 +6,9 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import timm
 from conftest import stripes, write_folder
+from layouts import google_layout
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / 'README.md').read_text()
@@ -25,6 +27,7 @@ def test_python_snippets_run(tmp_path):
     assert len(snippets('python')) >= 4
     write_folder(tmp_path / 'images', per_class=8)
     stripes(64, True, np.random.default_rng(0)).save(tmp_path / 'cat.jpg')
+    np.savez(tmp_path / 'R26_S_32.npz', **google_layout(timm.create_model('vit_small_r26_s32_224')))
     code = '\n'.join(snippets('python'))
     for pattern, stand_in in OFFLINE:
         code, count = re.subn(pattern, stand_in, code)

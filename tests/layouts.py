@@ -1,0 +1,89 @@
+"""Weights of timm's hybrids as others name and shape them, for files to test against."""
+
+import torch
+
+
+def google_layout(model, prefix=''):
+    """Return a model's weights as Google's JAX files name and shape them: timm's `_load_weights` read backwards."""
+    arrays = {}
+
+    def put(name, tensor, kernel=False):
+        array = tensor.detach().numpy()
+        if kernel:
+            array = array.transpose(2, 3, 1, 0) if array.ndim == 4 else array.T
+        arrays[prefix + name] = array
+
+    def put_conv(name, norm_name, conv, norm):
+        put(f'{name}/kernel', conv.weight, kernel=True)
+        for theirs, tensor in (('scale', norm.weight), ('bias', norm.bias)):
+            put(f'{norm_name}/{theirs}', tensor.reshape(1, 1, 1, -1))
+
+    backbone = model.patch_embed.backbone
+    stem = getattr(backbone, 'stem', backbone)
+    put_conv('conv_root', 'gn_root', stem.conv, stem.norm)
+    for i, stage in enumerate(getattr(backbone, 'stages', [])):
+        for j, block in enumerate(stage.blocks):
+            unit = f'block{i + 1}/unit{j + 1}'
+            for r in (1, 2, 3):
+                put_conv(f'{unit}/conv{r}', f'{unit}/gn{r}', getattr(block, f'conv{r}'), getattr(block, f'norm{r}'))
+            if block.downsample is not None:
+                put_conv(f'{unit}/conv_proj', f'{unit}/gn_proj', block.downsample.conv, block.downsample.norm)
+
+    def put_linear(name, linear):
+        put(f'{name}/kernel', linear.weight, kernel=True)
+        put(f'{name}/bias', linear.bias)
+
+    def put_norm(name, norm):
+        put(f'{name}/scale', norm.weight)
+        put(f'{name}/bias', norm.bias)
+
+    put_linear('embedding', model.patch_embed.proj)
+    put('cls', model.cls_token)
+    put('Transformer/posembed_input/pos_embedding', model.pos_embed)
+    put_norm('Transformer/encoder_norm', model.norm)
+    put_linear('head', model.head)
+    width = model.embed_dim
+    put_linear('pre_logits', torch.nn.Linear(width, width))  # which in21k files have, and no model uses
+    for i, block in enumerate(model.blocks):
+        name = f'Transformer/encoderblock_{i}'
+        put_norm(f'{name}/LayerNorm_0', block.norm1)
+        put_norm(f'{name}/LayerNorm_2', block.norm2)
+        put_linear(f'{name}/MlpBlock_3/Dense_0', block.mlp.fc1)
+        put_linear(f'{name}/MlpBlock_3/Dense_1', block.mlp.fc2)
+        attention, heads = f'{name}/MultiHeadDotProductAttention_1', block.attn.num_heads
+        parts = zip(('query', 'key', 'value'), block.attn.qkv.weight.chunk(3), block.attn.qkv.bias.chunk(3))
+        for part, weight, bias in parts:
+            put(f'{attention}/{part}/kernel', weight.T.reshape(width, heads, -1))
+            put(f'{attention}/{part}/bias', bias.reshape(heads, -1))
+        put(f'{attention}/out/kernel', block.attn.proj.weight.T.reshape(heads, width // heads, width))
+        put(f'{attention}/out/bias', block.attn.proj.bias)
+    return arrays
+
+
+def hybrid_layout(model):
+    """Return a model's weights as transformers' ViTHybridForImageClassification names them."""
+    result = {}
+    for key, value in model.state_dict().items():
+        for ours, theirs in (
+            ('patch_embed.backbone.stages.', 'vit.embeddings.patch_embeddings.backbone.bit.encoder.stages.'),
+            ('patch_embed.backbone.stem.', 'vit.embeddings.patch_embeddings.backbone.bit.embedder.'),
+            ('embedder.conv', 'embedder.convolution'),
+            ('.blocks.', '.layers.'),
+            ('patch_embed.proj', 'vit.embeddings.patch_embeddings.projection'),
+            ('cls_token', 'vit.embeddings.cls_token'),
+            ('pos_embed', 'vit.embeddings.position_embeddings'),
+        ):
+            key = key.replace(ours, theirs)
+        if key.startswith('blocks.'):
+            key = 'vit.encoder.layer.' + key.removeprefix('blocks.')
+            key = key.replace('attn.proj', 'attention.output.dense').replace('mlp.fc1', 'intermediate.dense')
+            key = key.replace('mlp.fc2', 'output.dense').replace('norm1', 'layernorm_before')
+            key = key.replace('norm2', 'layernorm_after')
+        if 'attn.qkv' in key:
+            for part, chunk in zip(('query', 'key', 'value'), value.chunk(3)):
+                result[key.replace('attn.qkv', f'attention.attention.{part}')] = chunk.clone()
+            continue
+        if key.startswith('norm.'):
+            key = 'vit.layer' + key
+        result[key.replace('head.', 'classifier.')] = value
+    return result
