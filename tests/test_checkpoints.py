@@ -22,12 +22,18 @@ TAGS = [
     ('vitresnet_tiny.augreg_in21k', 'vit_tiny_r_s16_p8_224'),
     ('vitresnet_small.augreg_in21k_ft_in1k', 'vit_small_r26_s32_224'),
     ('vitresnet_small.augreg_in21k_ft_in1k_384', 'vit_small_r26_s32_384'),
+    ('vitresnet_small.augreg_in21k', 'vit_small_r26_s32_224'),
     ('vitresnet_base.orig_in21k', 'vit_base_r50_s16_224'),
+    pytest.param('vitresnet_base.orig_in21k_ft_in1k_384', 'vit_base_r50_s16_384', marks=pytest.mark.slow),
+    pytest.param('vitresnet_large.augreg_in21k_ft_in1k', 'vit_large_r50_s32_224', marks=pytest.mark.slow),
+    pytest.param('vitresnet_large.augreg_in21k_ft_in1k_384', 'vit_large_r50_s32_384', marks=pytest.mark.slow),
+    pytest.param('vitresnet_large.augreg_in21k', 'vit_large_r50_s32_224', marks=pytest.mark.slow),
 ]
 
 
 @pytest.mark.parametrize('name, theirs', TAGS)
 def test_timms_checkpoints_load_from_a_file(name, theirs, tmp_path):
+    """Every published weight of timm's layout: as it is, at another size, with other classes and channels, as maps."""
     architecture, tag = name.split('.')
     cfg = default_cfgs[architecture].cfgs[tag]
     reference = randomise_(timm.create_model(theirs, num_classes=cfg.num_classes))
@@ -46,6 +52,25 @@ def test_timms_checkpoints_load_from_a_file(name, theirs, tmp_path):
             reference.reset_classifier(0)
             x = torch.randn(1, 3, 256, 256)
             assert relative_difference(larger(x), reference(x)) < 1e-6
+
+
+@pytest.mark.parametrize('name, theirs', [('vitresnet_tiny.augreg_in21k_ft_in1k', 'vit_tiny_r_s16_p8_224'), *TAGS[3:5]])
+def test_changes_in_the_same_call(name, theirs, tmp_path):
+    """Other classes, channels and size at once, and maps: against timm's class, loaded from the same file by timm."""
+    file = str(tmp_path / 'weights.safetensors')
+    safetensors.torch.save_file(randomise_(timm.create_model(theirs)).state_dict(), file)
+    options = dict(pretrained=True, pretrained_cfg_overlay=dict(file=file), in_chans=1)
+    reference = timm.create_model(theirs, num_classes=0, **options).eval()
+    reference.set_input_size(img_size=(128, 128))
+    x = torch.randn(1, 1, 128, 128)
+    model = timm.create_model(name, num_classes=9, img_size=128, **options).eval()
+    maps = timm.create_model(name, features_only=True, img_size=128, **options).eval()
+    with torch.inference_mode():
+        expected = reference(x)
+        assert model(x).shape == (1, 9) and model.head.weight.std() < 0.03
+        assert relative_difference(model.forward_head(model.forward_features(x), pre_logits=True), expected) < 1e-6
+        last = reference.forward_intermediates(x, intermediates_only=True)[-1]
+        assert relative_difference(maps(x)[-1], last) < 1e-6
 
 
 def test_timms_checkpoints_load_from_the_hubs_id(tmp_path):

@@ -212,6 +212,20 @@ def test_published_names_from_the_hub_and_offline(server, run, tmp_path):
     run(code, 'out.pt', HF_HUB_OFFLINE='1', fails='is not in the cache, and the Hub can not be reached')
 
 
+@pytest.mark.slow  # the client asks for 23 seconds
+def test_a_server_that_is_gone(server, run, tmp_path):
+    """What is in the cache loads, also where it is not of the first name that is looked for."""
+    model = randomise_(timm.create_model('vit_tiny_r_s16_p8_224'))
+    torch.save(model.state_dict(), tmp_path / 'weights.bin')
+    server.put('timm/vit_tiny_r_s16_p8_224.augreg_in21k_ft_in1k', {'pytorch_model.bin': tmp_path / 'weights.bin'})
+    code = LOAD.replace('sys.argv[1]', "'vitresnet_tiny'").replace('2]', '1]')
+    run(code, 'out.pt', home=tmp_path / 'home')
+    expected = torch.load(tmp_path / 'out.pt')[0]
+    (tmp_path / 'out.pt').unlink()
+    run(code, 'out.pt', home=tmp_path / 'home', HF_ENDPOINT='http://127.0.0.1:9')
+    assert torch.equal(torch.load(tmp_path / 'out.pt')[0], expected)
+
+
 RECOVERED = [  # what our code, or the client, makes good by itself
     ('status', 'create', {}),
     ('drop', 'create', {}),

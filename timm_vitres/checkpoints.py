@@ -10,6 +10,7 @@ import os
 import pickle
 import re
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
@@ -54,7 +55,7 @@ def read_checkpoint(path: Path, use_ema: bool = True) -> Tuple[StateDict, Dict[s
                     return {name: torch.from_numpy(arrays[name]) for name in arrays.files}, {}
         if start.startswith((b'PK', b'\x80')):
             return _unwrap(_read_torch(path), use_ema, path)
-    except (safetensors.SafetensorError, zipfile.BadZipFile, EOFError, RuntimeError, OSError) as error:
+    except (safetensors.SafetensorError, zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, OSError) as error:
         raise OSError(f'{path} is damaged or incomplete ({error}).') from error
     hint = ': it is a pointer of Git LFS, run `git lfs pull`' if start.startswith(b'version h') else ''
     raise ValueError(f'{path} is no safetensors, torch or npz file{hint}. It begins with {start!r}.')

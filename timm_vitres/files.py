@@ -136,19 +136,22 @@ def hub_file(
         huggingface_hub.errors.HfHubHTTPError: where the Hub refuses (no such repository, no right to read it).
     """
     repo_id, _, revision = model_id.partition('@')
+    options: Dict[str, Any] = dict(revision=revision or None, cache_dir=cache_dir, library_name='timm-vitres')
+    unreachable: Optional[LocalEntryNotFoundError] = None
     for filename in filenames:
         try:
-            options = dict(revision=revision or None, cache_dir=cache_dir, library_name='timm-vitres')
             return Path(retrying(lambda: hf_hub_download(repo_id, filename, **options)))  # noqa: B023
         except LocalEntryNotFoundError as error:
-            if filename == filenames[-1] or not constants.HF_HUB_OFFLINE:
-                raise FileNotFoundError(
-                    f'{model_id}: {" or ".join(filenames)} is not in the cache, and the Hub can not be reached '
-                    f'({error}).'
-                ) from error
+            unreachable = unreachable or error
+            options['local_files_only'] = True  # nobody is asked, and waited for, again
         except EntryNotFoundError:
             pass
-    raise FileNotFoundError(f'{model_id}: the repository has no {" or ".join(filenames)}.')
+    names = ' or '.join(filenames)
+    if unreachable is not None:
+        raise FileNotFoundError(
+            f'{model_id}: {names} is not in the cache, and the Hub can not be reached ({unreachable}).'
+        ) from unreachable
+    raise FileNotFoundError(f'{model_id}: the repository has no {names}.')
 
 
 def url_file(url: str, cache_dir: Union[None, str, Path] = None) -> Path:
