@@ -244,6 +244,7 @@ def wrong(change):
     [
         (lambda weights: weights.pop('blocks.1.attn.qkv.weight'), 'missing keys: blocks.1.attn.qkv.weight'),
         (lambda weights: weights.update(extra=torch.ones(1)), 'unexpected keys: extra'),
+        (lambda weights: weights.pop('patch_embed.backbone.stem.conv.weight'), 'missing keys: patch_embed.backbone.st'),
         (
             lambda weights: weights.update({'norm.weight': torch.ones(3)}),
             r'wrong shapes: norm\.weight \(3,\) for \(64,\)',

@@ -283,16 +283,29 @@ def test_a_url_is_downloaded_once(tmp_path):
     model = randomise_(timm.create_model('test_vitresnet', num_classes=3))
     torch.save(model.state_dict(), tmp_path / 'weights.pth')
     digest = files.sha256(tmp_path / 'weights.pth')
-    (tmp_path / 'weights.pth').rename(tmp_path / f'weights-{digest[:8]}.pth')
-    overlay = dict(url=f'file://{tmp_path}/weights-{digest[:8]}.pth', num_classes=3)
+    (tmp_path / 'weights.pth').rename(tmp_path / f'weights-{digest}.pth')
+    overlay = dict(url=f'file://{tmp_path}/weights-{digest}.pth', num_classes=3)
     options = dict(pretrained=True, num_classes=3, pretrained_cfg_overlay=overlay, cache_dir=tmp_path / 'cache')
     loaded = timm.create_model('test_vitresnet', **options)
     assert torch.equal(loaded.head.weight, model.head.weight)
-    (tmp_path / f'weights-{digest[:8]}.pth').unlink()
+    (tmp_path / f'weights-{digest}.pth').unlink()
     timm.create_model('test_vitresnet', **options)
-    flip(tmp_path / 'cache' / f'weights-{digest[:8]}.pth', offset=5000)
+    flip(tmp_path / 'cache' / f'weights-{digest}.pth', offset=5000)
     with pytest.raises(OSError, match='its sha256 is'):
         timm.create_model('test_vitresnet', **options)
+
+
+def test_names_are_no_hashes(tmp_path):
+    """timm's train.py writes checkpoint-12.pth.tar, users write dates and commits into names."""
+    model = randomise_(timm.create_model('test_vitresnet', num_classes=3))
+    for name in ('checkpoint-12.pth.tar', 'model-20261124.pth', 'model-3f2a9b1c.pth'):
+        torch.save(dict(state_dict=model.state_dict()), tmp_path / name)
+        overlay = dict(file=str(tmp_path / name), num_classes=3)
+        loaded = timm.create_model('test_vitresnet', pretrained=True, num_classes=3, pretrained_cfg_overlay=overlay)
+        assert torch.equal(loaded.head.weight, model.head.weight)
+    overlay = dict(url=f'file://{tmp_path}/model-20261124.pth', num_classes=3)
+    options = dict(pretrained=True, num_classes=3, cache_dir=tmp_path / 'cache', pretrained_cfg_overlay=overlay)
+    timm.create_model('test_vitresnet', **options)
 
 
 def test_assigning_keeps_the_models_dtype():

@@ -155,12 +155,19 @@ def hub_file(
 
 
 def url_file(url: str, cache_dir: Union[None, str, Path] = None) -> Path:
-    """Return a file that a URL names, downloaded into torch's cache of checkpoints (or `cache_dir`)."""
+    """Return a file that a URL names, downloaded into torch's cache of checkpoints (or `cache_dir`).
+
+    Raises:
+        OSError: where a name like 'resnet18-5c106cde.pth' holds the beginning of another sha256 than the file's.
+    """
     folder = Path(cache_dir or Path(torch.hub.get_dir()) / 'checkpoints')
     path = folder / Path(urlparse(url).path).name
     if not path.is_file():
         folder.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(url, str(path), hash_prefix=_hash_in_name(path))
+        torch.hub.download_url_to_file(url, str(path))
+    found = re.search(r'-(?=\d*[a-f])([0-9a-f]{8,64})\.', path.name)  # with a letter: a date is no hash
+    if found:
+        check_once(path, found.group(1))
     return path
 
 
@@ -205,16 +212,10 @@ def _digest(path: Path, digest: Any) -> str:
     return digest.hexdigest()
 
 
-def _hash_in_name(path: Path) -> Optional[str]:
-    found = torch.hub.HASH_REGEX.search(path.name)
-    return found.group(1) if found else None
-
-
 def published_sha256(path: Path) -> Optional[str]:
-    """Return what a file's sha256 must be (or begin with), where something beside the file says it, else None.
+    """Return what a file's sha256 must be, where something beside the file says it, else None.
 
-    In the Hub's cache a large file is called by it; a folder's card may name that of `model.safetensors`; a name like
-    'resnet18-5c106cde.pth' holds its beginning.
+    In the Hub's cache a large file is called by it; a folder's card may name that of `model.safetensors`.
     """
     blob = Path(os.path.realpath(path))
     if blob.parent.name == 'blobs' and re.fullmatch(r'[0-9a-f]{64}', blob.name):
@@ -225,41 +226,46 @@ def published_sha256(path: Path) -> Optional[str]:
         found = re.search(rf'^{CARD_SHA256}: *[\'"]?([0-9a-f]{{64}})\b', head, re.MULTILINE)
         if found:
             return found.group(1)
-    return _hash_in_name(path)
+    return None
 
 
-def check(path: Path) -> str:
+def check(path: Path, published: Optional[str] = None) -> str:
     """Return a file's sha256.
+
+    Args:
+        published: What it must be, or begin with; by default `published_sha256`.
 
     Raises:
         OSError: where it is not the published one.
     """
-    actual, published = sha256(path), published_sha256(path)
+    actual, published = sha256(path), published or published_sha256(path)
     if published and not actual.startswith(published):
-        blob = Path(os.path.realpath(path))
-        is_cached = blob.parent.name == 'blobs'
+        remedy = 'Remove it and load again'
+        if Path(os.path.realpath(path)).parent.name == 'blobs':  # removing the link to it would not be enough
+            path = Path(os.path.realpath(path))
+        elif path.name == WEIGHTS_NAME:
+            remedy += f', or, if you changed it on purpose, take {CARD_SHA256} out of {CARD_NAME} beside it'
         raise OSError(
-            f'{blob if is_cached else path} is damaged, or was changed after it was published: its sha256 is {actual}, '
-            f'not {published}. Remove it and load again'
-            + ('.' if is_cached else f', or, if you changed it on purpose, take {CARD_SHA256} out of {CARD_NAME}.')
+            f'{path} is damaged, or was changed after it was published: its sha256 is {actual}, not {published}. '
+            f'{remedy}.'
         )
     return actual
 
 
-def check_once(path: Path) -> None:
+def check_once(path: Path, published: Optional[str] = None) -> None:
     """`check` a file if something says what it must be, and remember that it was, until it changes.
 
     Raises:
         OSError: where its sha256 is not the published one.
     """
-    published = published_sha256(path)
+    published = published or published_sha256(path)
     if published is None:
         return
     real = os.path.realpath(path)
     stat = os.stat(real)
     state = [published, stat.st_size, stat.st_mtime_ns, stat.st_ino]
     if _checked().get(real) != state:
-        check(path)
+        check(path, published)
         _remember(real, state)
 
 

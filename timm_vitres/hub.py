@@ -261,14 +261,19 @@ def _compare(api: HfApi, repo_id: str, revision: str, sent: Dict[str, Union[Path
             path = file if isinstance(file, Path) else Path(temporary) / name
             if isinstance(file, bytes):
                 path.write_bytes(file)
-            entry = remote.get(name)
-            found = None if entry is None else entry.lfs.sha256 if entry.lfs else entry.blob_id
-            expected = files.sha256(path) if entry is not None and entry.lfs else files.git_sha1(path)
-            if found != expected:
+            found, own = _checksums(remote.get(name), path)
+            if found != own:
                 raise RuntimeError(
-                    f'{repo_id}: {name} on the Hub has the checksum {found}, not {expected}: it is not what was sent. '
+                    f'{repo_id}: {name} on the Hub has the checksum {found}, not {own}: it is not what was sent. '
                     f'Push it again.'
                 )
+
+
+def _checksums(entry: Optional[RepoFile], path: Path) -> Tuple[Optional[str], str]:
+    """Return the checksum that the Hub has of a file (None: no such file), and the same of a local one."""
+    if entry is None or entry.lfs is None:
+        return (entry.blob_id if entry else None), files.git_sha1(path)
+    return entry.lfs.sha256, files.sha256(path)
 
 
 def _ask(what: str, repo_id: str, function: Callable[[], Result]) -> Result:
@@ -349,11 +354,11 @@ def verify(
                 raise
             entries = None  # the cache knows, too
         if entries is not None:
-            published = next((e.lfs.sha256 for e in entries if isinstance(e, RepoFile) and e.lfs), None)
-            if published != actual:
+            found, own = _checksums(next((e for e in entries if isinstance(e, RepoFile)), None), path)
+            if found != own:
                 raise OSError(
-                    f'{path}: its sha256 is {actual}, but {hub_id} has {published or f"no {path.name}"} for '
-                    f'{path.name}: it is damaged, or another version.'
+                    f'{path}: its checksum is {own}, but that of {path.name} in {hub_id} is {found}: it is damaged, '
+                    f'or another version.'
                 )
             return Verification(path, actual, 'the Hub')
     if files.published_sha256(path):

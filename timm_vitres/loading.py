@@ -16,7 +16,7 @@ from timm.models.vision_transformer import get_init_weights_vit
 from torch import nn
 
 from .checkpoints import CLASSIFIER, StateDict, check_keys, checkpoint_filter_fn, convert_layout, read_checkpoint
-from .files import check_once, hub_file, url_file, weights_file
+from .files import WEIGHTS_NAMES, check_once, hub_file, url_file, weights_file
 
 ModelT = TypeVar('ModelT', bound=nn.Module)
 
@@ -30,8 +30,7 @@ def find_weights(cfg: PretrainedCfg, cache_dir: Union[None, str, Path] = None) -
     if cfg.source == 'local-dir' or (cfg.file and cfg.source != 'hf-hub'):
         return weights_file(cfg.file or '')
     if cfg.hf_hub_id:
-        filenames = (cfg.hf_hub_filename,) if cfg.hf_hub_filename else None
-        return hub_file(cfg.hf_hub_id, **({'filenames': filenames} if filenames else {}), cache_dir=cache_dir)
+        return hub_file(cfg.hf_hub_id, [cfg.hf_hub_filename] if cfg.hf_hub_filename else WEIGHTS_NAMES, cache_dir)
     if cfg.url:
         return url_file(cfg.url, cache_dir)
     raise RuntimeError(f'No pretrained weights exist for {cfg.architecture}. Use `pretrained=False` for random init.')
@@ -93,9 +92,9 @@ def assign_(model: nn.Module, state_dict: StateDict, device: Union[str, torch.de
 def _adapt_first_conv_(state_dict: StateDict, model: nn.Module) -> None:
     """Sum or repeat the image channels of the first convolution, as timm does."""
     key = f'{model._traits["first_conv"]}.weight'
-    weight, expected = state_dict[key], model.state_dict()[key]
-    if weight.ndim == 4 and weight.shape[1] != expected.shape[1]:
-        state_dict[key] = adapt_input_conv(int(expected.shape[1]), weight, base_chans=int(weight.shape[1]))
+    weight, in_chans = state_dict.get(key), model.state_dict()[key].shape[1]
+    if weight is not None and weight.ndim == 4 and weight.shape[1] != in_chans:
+        state_dict[key] = adapt_input_conv(in_chans, weight, base_chans=weight.shape[1])
 
 
 def _drop_other_head_(state_dict: StateDict, model: nn.Module, source: PretrainedCfg) -> bool:
