@@ -414,6 +414,24 @@ def test_what_does_not_load_is_not_pushed(tmp_path, monkeypatch):
         timm_vitres.push(folder, 'me/name')
 
 
+def test_the_command_line_when_connections_break(faulty, folder):
+    """Also where timm asks, for config.json."""
+    server, name, call = faulty
+    server.put(name, {file: folder[1] / file for file in ('config.json', 'model.safetensors')})
+    code = (
+        'import contextlib, io, sys\n'
+        'from timm_vitres.cli import main\n'
+        'with contextlib.redirect_stderr(io.StringIO()) as said:\n'
+        "    status = main([*sys.argv[1:3], *(['--model', sys.argv[2]] if sys.argv[1] == 'predict' else [])])\n"
+        'raise SystemExit(f"{status} {said.getvalue()}")\n'
+    )
+    for command in ('verify', 'predict'):
+        server.fail('drop', 'head', times=100)
+        error = call(code, command, f'hf-hub:{name}')
+        server.faults.clear()
+        assert error.startswith('SystemExit: 1 timm-vitres: ') and 'the Hub does not answer as it should (' in error
+
+
 PULLED = [
     # a fault of HUB.md, and whether it is made good
     ('status', 'get', dict(match='model.safetensors'), True),

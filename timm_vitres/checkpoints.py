@@ -287,8 +287,9 @@ def check_keys(state_dict: StateDict, model: torch.nn.Module, adaptable=()) -> N
         if key in state_dict and key not in adaptable and tuple(state_dict[key].shape) != shape
     ]
     if missing or unexpected or wrong:
+        architecture = getattr(model, 'pretrained_cfg', {}).get('architecture', type(model).__name__)
         raise RuntimeError(
-            f'The checkpoint is not one of {model.pretrained_cfg["architecture"]} as it was asked for: '
+            f'The checkpoint is not one of {architecture} as it was asked for: '
             f'missing keys: {_listed(missing)}; unexpected keys: {_listed(unexpected)}; '
             f'wrong shapes: {_listed(wrong)}.'
         )

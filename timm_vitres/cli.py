@@ -11,6 +11,7 @@ import timm
 from timm.utils import ParseKwargs
 
 from . import __version__
+from .files import is_transient
 
 
 def add_finetune(subparsers) -> None:
@@ -235,6 +236,11 @@ def main(argv: Optional[List[str]] = None) -> int:
         return 1
     except KeyboardInterrupt:
         return 130
+    except Exception as error:
+        if not is_transient(error):
+            raise
+        print(f'timm-vitres: the Hub does not answer as it should ({error}); try again.', file=sys.stderr)
+        return 1
 
 
 if __name__ == '__main__':

@@ -133,6 +133,7 @@ def hub_file(
 
     Raises:
         FileNotFoundError: where the repository has none of them, or the Hub can't be reached and the cache is empty.
+        ConnectionError: where the connection breaks again and again.
         huggingface_hub.errors.HfHubHTTPError: where the Hub refuses (no such repository, no right to read it).
     """
     repo_id, _, revision = model_id.partition('@')
@@ -146,6 +147,10 @@ def hub_file(
             options['local_files_only'] = True  # nobody is asked, and waited for, again
         except EntryNotFoundError:
             pass
+        except Exception as error:
+            if isinstance(error, OSError) or not is_transient(error):
+                raise
+            raise ConnectionError(f'{model_id}: the Hub does not answer as it should ({error}); try again.') from error
     names = ' or '.join(filenames)
     if unreachable is not None:
         raise FileNotFoundError(
