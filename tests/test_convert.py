@@ -45,9 +45,22 @@ def test_timms_training_checkpoint(tmp_path, capsys):
         assert 'epochs=7' in card and 'epoch 5, top1 71.50' in card and 'Not measured.' in card
 
 
+def test_a_table_stays_what_it_was(tmp_path):
+    """train.py --img-size 64 leaves the table of 96 pixels: it is kept, and the images' size is in the data config."""
+    model = randomise_(timm.create_model('test_vitresnet', num_classes=2))
+    args = argparse.Namespace(model='test_vitresnet', img_size=64)
+    torch.save(dict(arch='test_vitresnet', state_dict=model.state_dict(), args=args), tmp_path / 'last.pth.tar')
+    loaded = timm.create_model(f'local-dir:{convert(tmp_path / "last.pth.tar", tmp_path / "out")}', pretrained=True)
+    assert torch.equal(loaded.pos_embed, model.pos_embed) and loaded.patch_embed.img_size == (96, 96)
+    assert tuple(timm.data.resolve_model_data_config(loaded)['input_size']) == (3, 64, 64)
+    assert torch.equal(logits(loaded, 64), logits(model, 64)) and torch.equal(logits(loaded, 128), logits(model, 128))
+
+
 def test_timms_hybrids_become_ours(tmp_path):
-    model = randomise_(timm.create_model('vit_tiny_r_s16_p8_384', num_classes=4, in_chans=1))
-    torch.save(dict(state_dict=model.state_dict(), arch='vit_tiny_r_s16_p8_384'), tmp_path / 'last.pth.tar')
+    model = randomise_(timm.create_model('vit_tiny_r_s16_p8_384', num_classes=4, in_chans=1, global_pool='avg'))
+    args = argparse.Namespace(gp='avg', model_kwargs={})
+    checkpoint = dict(state_dict=model.state_dict(), arch='vit_tiny_r_s16_p8_384', args=args)
+    torch.save(checkpoint, tmp_path / 'last.pth.tar')
     folder = convert(tmp_path / 'last.pth.tar', tmp_path / 'out', label_names=list('abcd'))
     loaded = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
     x = torch.randn(1, 1, 384, 384)
@@ -113,5 +126,10 @@ def test_what_is_refused(tmp_path, capsys):
     torch.save([1, 2], tmp_path / 'd.pth')
     with pytest.raises(ValueError, match='holds no state dict'):
         convert(tmp_path / 'd.pth', tmp_path / 'out')
+    weights = model.state_dict()
+    weights['pos_embed'] = torch.zeros(1, 7, 64)
+    torch.save(dict(arch='test_vitresnet', state_dict=weights), tmp_path / 'e.pth')
+    with pytest.raises(ValueError, match='img_size: not given, and the 6 position embeddings'):
+        convert(tmp_path / 'e.pth', tmp_path / 'out')
     with pytest.raises(FileNotFoundError, match='there is no such file or folder'):
         convert(tmp_path / 'none.pth', tmp_path / 'out')

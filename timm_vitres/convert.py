@@ -6,6 +6,7 @@ the rest, and whatever he says counts.
 """
 
 import json
+import math
 import re
 from contextlib import suppress
 from pathlib import Path
@@ -13,11 +14,12 @@ from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
 
 import timm
 from timm.data import resolve_input_data_config
+from timm.layers import to_2tuple
 from timm.models import get_arch_pretrained_cfgs, get_model_input_config, split_model_name_tag
 from timm.utils import natural_key
 
 from .cards import render_card
-from .checkpoints import StateDict, check_keys, convert_layout, find_layout, read_checkpoint, resample
+from .checkpoints import StateDict, check_keys, convert_layout, find_layout, read_checkpoint
 from .files import CONFIG_NAME, check_once, hub_file, weights_file
 from .hub import save
 from .loading import assign_, fill_buffers_
@@ -72,16 +74,16 @@ def convert(
     args = vars(about['args']) if 'args' in about else {}
     name, kwargs = _architecture(model, args, about, config, state_dict)
     kwargs.update(model_kwargs or {})
-    _add_shapes(name, kwargs, state_dict, img_size or _trained_size(args, config, preprocessor))
+    trained_size = img_size or _trained_size(args, config)
+    _add_shapes(name, kwargs, state_dict, trained_size)
 
     built = _on_meta(name, **kwargs)
-    state_dict = resample(state_dict, built, kwargs.get('img_size'))
     check_keys(state_dict, built)
     assign_(built, state_dict)
     fill_buffers_(built)
     if label_names is None:
         label_names = _label_names(args, config, built.num_classes)
-    data = _data_config(built, args, config, preprocessor)
+    data = _data_config(built, trained_size, args, config, preprocessor)
     card = render_card(
         built,
         model_name=Path(folder).resolve().name,
@@ -121,16 +123,16 @@ def _architecture(
         name = split_model_name_tag(str(told).rpartition(':')[2].rpartition('/')[2])[0]
         for pattern, ours in THEIR_NAMES:
             if re.fullmatch(pattern, name):
-                return ours, {}
+                return ours, kwargs
         if not timm.is_model(name):
             raise ValueError(f'model: got {told!r}, which timm does not know; give one of timm.list_models().')
         return name, kwargs
     for name in CANDIDATES:
         kwargs = {}
-        _add_shapes(name, kwargs, state_dict, None)
         try:
+            _add_shapes(name, kwargs, state_dict, None)
             check_keys(state_dict, _on_meta(name, **kwargs))
-        except RuntimeError:
+        except (RuntimeError, ValueError):
             continue
         return name, kwargs
     raise ValueError(
@@ -146,26 +148,38 @@ def _on_meta(name: str, **kwargs: Any) -> VitResNet:
     return model
 
 
-def _add_shapes(name: str, kwargs: Dict[str, Any], state_dict: StateDict, img_size: Any) -> None:
-    """Add to a model's arguments what the shapes in a checkpoint say: classes, channels, image size."""
+def _add_shapes(name: str, kwargs: Dict[str, Any], state_dict: StateDict, trained_size: Any) -> None:
+    """Add to a model's arguments what the shapes in a checkpoint say: classes, channels, and the size of its table.
+
+    That need not be the size it was trained at: timm's train.py has images of another size with --img-size, while the
+    table stays what it was. A table is never resampled here.
+    """
     kwargs.setdefault('num_classes', len(state_dict['head.weight']) if 'head.weight' in state_dict else 0)
-    if img_size is not None:
-        kwargs['img_size'] = img_size
     model = _on_meta(name, **kwargs)
     first_conv = state_dict.get(f'{model._traits["first_conv"]}.weight')
     if first_conv is not None and first_conv.ndim == 4:
-        kwargs.setdefault('in_chans', int(first_conv.shape[1]))
+        kwargs['in_chans'] = int(first_conv.shape[1])
     table = state_dict.get('pos_embed')
-    if table is not None and 'img_size' not in kwargs:
-        side = int((table.shape[1] - (0 if model.no_embed_class else model.num_prefix_tokens)) ** 0.5)
-        kwargs['img_size'] = side * int(model.patch_embed.feat_ratio())
+    if table is None or table.ndim != 3:
+        return
+    num_tokens = table.shape[1] - (0 if model.no_embed_class else model.num_prefix_tokens)
+    for size in (trained_size, kwargs.get('img_size')):
+        if size is not None and math.prod(model.patch_embed.dynamic_feat_size(to_2tuple(size))) == num_tokens:
+            kwargs['img_size'] = size
+            return
+    side = math.isqrt(max(num_tokens, 0))
+    if side == 0 or side * side != num_tokens:
+        raise ValueError(
+            f'img_size: not given, and the {num_tokens} position embeddings of the checkpoint are no square grid; say '
+            f'which height and width they are for.'
+        )
+    kwargs['img_size'] = side * int(model.patch_embed.feat_ratio())
 
 
-def _trained_size(args: Dict[str, Any], config: Dict[str, Any], preprocessor: Dict[str, Any]) -> Any:
-    size = args.get('img_size') or (args.get('input_size') or [None])[-2:]
-    size = size if size not in (None, [None]) else (config.get('model_args') or {}).get('img_size')
-    if size is None and config.get('image_size'):  # of transformers
-        size = config['image_size']
+def _trained_size(args: Dict[str, Any], config: Dict[str, Any]) -> Any:
+    """Return the size that timm's train.py, timm's config.json or that of transformers names, if one does."""
+    size = args.get('img_size') or (args['input_size'][-2:] if args.get('input_size') else None)
+    size = size or (config.get('model_args') or {}).get('img_size') or config.get('image_size')
     return tuple(size) if isinstance(size, list) else size
 
 
@@ -184,10 +198,11 @@ def _label_names(args: Dict[str, Any], config: Dict[str, Any], num_classes: int)
 
 
 def _data_config(
-    model: VitResNet, args: Dict[str, Any], config: Dict[str, Any], preprocessor: Dict[str, Any]
+    model: VitResNet, trained_size: Any, args: Dict[str, Any], config: Dict[str, Any], preprocessor: Dict[str, Any]
 ) -> Dict[str, Any]:
     """Return how images were prepared: as the checkpoint or its neighbours say, else as published weights want."""
-    input_size = get_model_input_config(model)['input_size']
+    channels, *size = get_model_input_config(model)['input_size']
+    input_size = (channels, *(to_2tuple(trained_size) if trained_size else size))
     cfgs = get_arch_pretrained_cfgs(model.pretrained_cfg['architecture']).values()
     published = [cfg.to_dict() for cfg in cfgs if tuple(cfg.input_size[-2:]) == tuple(input_size[-2:])]
     told: Dict[str, Any] = dict(published[0] if published else model.pretrained_cfg)  # pyright: ignore
