@@ -224,7 +224,8 @@ def test_settings_can_be_replaced():
     assert dataclasses.replace(FinetuneCfg(data_dir='x'), lr=1.0).lr == 1.0
 
 
-def test_killed_twenty_times_it_goes_on(image_folder, tmp_path):
+@pytest.mark.parametrize('times', [5, pytest.param(20, marks=pytest.mark.slow)])
+def test_killed_again_and_again_it_goes_on(times, image_folder, tmp_path):
     """kill -9 at random moments around the saves; what is on disk is whole each time, and the run finishes."""
     folder = tmp_path / 'run'
     epochs = 400
@@ -237,7 +238,7 @@ def test_killed_twenty_times_it_goes_on(image_folder, tmp_path):
     )
     chance = random.Random(0)
     done = 0
-    for _ in range(20):
+    for _ in range(times):
         with subprocess.Popen([sys.executable, '-c', code, str(epochs)], stdout=subprocess.PIPE, text=True) as process:
             assert process.stdout.readline().startswith(f'epoch {done}'), 'it did not go on where it was'
             time.sleep(chance.uniform(0, 0.3))
