@@ -10,12 +10,14 @@ published about it stands in hub_cards/<arch>.<tag>.json; what the weights of on
 import argparse
 import json
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Tuple
 
 import timm
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from timm.models import PretrainedCfg
+from torch import nn
 
 import timm_vitres  # noqa: F401  (registers the models)
 from timm_vitres.vitresnet import default_cfgs
@@ -40,10 +42,21 @@ def read(name: str) -> Dict[str, Any]:
     return {**kinds['architectures'][name.partition('.')[0]], **kinds['weights'][facts['kind']], **facts}
 
 
+@cache
+def build(name: str) -> nn.Module:
+    """Return a weight's model, without memory for its parameters."""
+    return timm.create_model(name, device='meta')
+
+
+def count_parameters(name: str) -> str:
+    """Return '36.4M', or what it is."""
+    return f'{sum(parameter.numel() for parameter in build(name).parameters()) / 1e6:.1f}M'
+
+
 def render(name: str, cfg: PretrainedCfg) -> str:
     """Return the card of one weight."""
     facts, architecture = read(name), name.partition('.')[0]
-    model = timm.create_model(name, device='meta')
+    model = build(name)
     levels = [info['reduction'] for info in model.feature_info[: model.num_pyramid]]
     results = []
     result = 'Not measured, and nothing is published.'
@@ -82,7 +95,7 @@ def render(name: str, cfg: PretrainedCfg) -> str:
         template_path=str(FOLDER / 'template.md'),
         name=name,
         architecture=architecture,
-        parameters=f'{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M',
+        parameters=count_parameters(name),
         repo=cfg.hf_hub_id,
         classes=str(cfg.num_classes) if cfg.num_classes else 'none: features only',
         size=cfg.input_size[-1],
@@ -106,12 +119,13 @@ def render_family() -> str:
     citations: List[str] = []
     for name, cfg in published_weights():
         facts = read(name)
-        model = timm.create_model(name, device='meta')
-        count = sum(p.numel() for p in model.parameters()) / 1e6
         top1 = f'{facts["top1"]:.2f}' if facts.get('top1') is not None else '-'
         repo = f'[{cfg.hf_hub_id}](https://huggingface.co/{cfg.hf_hub_id})'
-        rows.append(f'| `{name}` | {count:.1f}M | {cfg.input_size[-1]} | {cfg.num_classes or "-"} | {top1} | {repo} |')
-        citations += [line for line in ['\n'.join(facts['citation'])] if line not in citations]
+        cells = [f'`{name}`', count_parameters(name), cfg.input_size[-1], cfg.num_classes or '-', top1, repo]
+        rows.append('| ' + ' | '.join(map(str, cells)) + ' |')
+        citation = '\n'.join(facts['citation'])
+        if citation not in citations:
+            citations.append(citation)
     kinds = json.loads((FOLDER / 'kinds.json').read_text(encoding='utf-8'))
     card_data = ModelCardData(
         library_name='timm',

@@ -15,7 +15,6 @@ from .data import data_config as model_data_config
 from .files import CARD_NAME
 
 TEMPLATE = Path(__file__).with_name('card.md')
-NOT_MEASURED = 'Not measured.'
 # what this package writes into a card, and replaces when it writes again
 _OURS = re.compile(r'<!-- timm-vitres:.*?<!-- end of timm-vitres -->', re.DOTALL)
 
@@ -65,7 +64,7 @@ def render_card(
         std=tuple(config['std']),
         num_classes=model.num_classes,
         classes=(', '.join(shown) + (', ...' if len(label_names) > len(shown) else '')) or 'not named',
-        result='\n'.join([*lines, '', result_note]) if lines else NOT_MEASURED,
+        result='\n'.join([*lines, '', result_note]) if lines else 'Not measured.',
         recipe=recipe + (f'\n\n![Loss and accuracy by epoch]({picture})' if picture else ''),
         source=source,
     )

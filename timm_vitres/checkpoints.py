@@ -143,7 +143,6 @@ def from_google(arrays: StateDict) -> StateDict:
     encoder = r'Transformer/encoderblock_(\d+)/'
     attention, mlp = r'MultiHeadDotProductAttention_\d/', r'MlpBlock_\d/'
     result: StateDict = {}
-    heads: Dict[str, Dict[str, torch.Tensor]] = {}
     for key, value in arrays.items():
         if key.startswith('pre_logits/'):
             continue
@@ -174,18 +173,13 @@ def from_google(arrays: StateDict) -> StateDict:
             value = value.permute(3, 2, 0, 1) if value.ndim == 4 else value.T
         elif re.search(r'/(bias|scale)$', key):
             value = value.flatten()
-        part = re.fullmatch(r'(.*\.attn\.)(query|key|value)(\..*)', new)
-        if part:
-            heads.setdefault(part[1] + 'qkv' + part[3], {})[part[2]] = value
-        else:
-            result[new] = value.contiguous()
-    return {**result, **_joined(heads)}
+        result[new] = value.contiguous()
+    return _join_qkv(result)
 
 
 def from_vit_hybrid(state_dict: StateDict) -> StateDict:
     """Convert transformers' ViTHybridForImageClassification, or its ViTHybridModel (gone since transformers 5)."""
     result: StateDict = {}
-    heads: Dict[str, Dict[str, torch.Tensor]] = {}
     for key, value in state_dict.items():
         new = _renamed(
             key.removeprefix('vit.'),
@@ -206,12 +200,9 @@ def from_vit_hybrid(state_dict: StateDict) -> StateDict:
             (r'^layernorm', 'norm'),
             (r'^classifier', 'head'),
         )
-        part = re.fullmatch(r'(.*\.attn\.)(query|key|value)(\..*)', new)
-        if part:
-            heads.setdefault(part[1] + 'qkv' + part[3], {})[part[2]] = value
-        elif not new.startswith('pooler.'):  # of ViTHybridModel, unused by its classifier
+        if not new.startswith('pooler.'):  # of ViTHybridModel, unused by its classifier
             result[new] = value
-    return {**result, **_joined(heads)}
+    return _join_qkv(result)
 
 
 def _renamed(key: str, *rules: Tuple[str, Any]) -> str:
@@ -220,14 +211,16 @@ def _renamed(key: str, *rules: Tuple[str, Any]) -> str:
     return key
 
 
-def _joined(heads: Dict[str, Dict[str, torch.Tensor]]) -> StateDict:
-    """Join query, key and value; one that is missing leaves its name to the comparison with the model."""
+def _join_qkv(state_dict: StateDict) -> StateDict:
+    """Join query, key and value; where one is missing, the others keep their names, and the comparison lists them."""
     result: StateDict = {}
-    for key, parts in heads.items():
-        if parts.keys() == {'query', 'key', 'value'}:
-            result[key] = torch.cat([parts[name] for name in ('query', 'key', 'value')])
-        else:
-            result.update({key.replace('qkv', name): value for name, value in parts.items()})
+    for key, value in state_dict.items():
+        part = re.fullmatch(r'(.*\.attn\.)(query|key|value)(\..*)', key)
+        names = [f'{part[1]}{name}{part[3]}' for name in ('query', 'key', 'value')] if part else []
+        if not part or not all(name in state_dict for name in names):
+            result[key] = value
+        elif part[2] == 'query':
+            result[f'{part[1]}qkv{part[3]}'] = torch.cat([state_dict[name] for name in names])
     return result
 
 

@@ -269,11 +269,14 @@ def _compare(api: HfApi, repo_id: str, revision: str, sent: Dict[str, Union[Path
                 )
 
 
-def _checksums(entry: Optional[RepoFile], path: Path) -> Tuple[Optional[str], str]:
-    """Return the checksum that the Hub has of a file (None: no such file), and the same of a local one."""
+def _checksums(entry: Optional[RepoFile], path: Path, sha256: Optional[str] = None) -> Tuple[Optional[str], str]:
+    """Return the checksum that the Hub has of a file (None: no such file), and the same of a local one.
+
+    `sha256` is that of the local file, where it is known.
+    """
     if entry is None or entry.lfs is None:
         return (entry.blob_id if entry else None), files.git_sha1(path)
-    return entry.lfs.sha256, files.sha256(path)
+    return entry.lfs.sha256, sha256 or files.sha256(path)
 
 
 def _ask(what: str, repo_id: str, function: Callable[[], Result]) -> Result:
@@ -354,7 +357,7 @@ def verify(
                 raise
             entries = None  # the cache knows, too
         if entries is not None:
-            found, own = _checksums(next((e for e in entries if isinstance(e, RepoFile)), None), path)
+            found, own = _checksums(next((e for e in entries if isinstance(e, RepoFile)), None), path, actual)
             if found != own:
                 raise OSError(
                     f'{path}: its checksum is {own}, but that of {path.name} in {hub_id} is {found}: it is damaged, '

@@ -43,7 +43,7 @@ from timm.models import (
 from torch import nn
 
 from .backbone import backbone_blocks, create_backbone
-from .checkpoints import checkpoint_filter_fn, convert_layout, read_checkpoint, resample
+from .checkpoints import convert_layout, read_checkpoint, resample
 from .layers import ResNetEmbed, feature_take_indices, resample_pos_embed, unflatten_tokens
 from .loading import create_pretrained
 
@@ -487,7 +487,7 @@ class VitResNet(VisionTransformer):
         """Load a checkpoint file of any layout, Google's npz too, which must have the model's classes and channels."""
         state_dict, _ = read_checkpoint(Path(checkpoint_path))
         state_dict = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
-        self.load_state_dict(checkpoint_filter_fn(state_dict, self))
+        self.load_state_dict(state_dict)
 
     @torch.jit.ignore
     def init_non_persistent_buffers(self) -> None:
