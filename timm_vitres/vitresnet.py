@@ -8,7 +8,6 @@ ends are the parents themselves: `depth=0` is the ResNet alone, `backbone=''` th
 
 import dataclasses
 from collections import OrderedDict
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional, Tuple, Union
@@ -22,13 +21,7 @@ from timm.data import (
 )
 from timm.layers import (
     DropPath,
-    GluMlp,
-    Mlp,
-    SwiGLU,
-    SwiGLUPacked,
     calculate_drop_path_rates,
-    get_act_layer,
-    get_norm_layer,
     to_2tuple,
 )
 from timm.models import (
@@ -44,114 +37,11 @@ from torch import nn
 
 from .backbone import backbone_blocks, create_backbone
 from .checkpoints import convert_layout, read_checkpoint, resample
+from .config import GLOBAL_POOLS, MLP_LAYERS, NO_CLASS_TOKEN, VitResNetCfg, check_choice, check_positive
 from .layers import ResNetEmbed, feature_take_indices, resample_pos_embed, unflatten_tokens
 from .loading import create_pretrained
 
 __all__ = ['VitResNet', 'VitResNetCfg']
-
-GLOBAL_POOLS = ('', 'avg', 'avgmax', 'max', 'token', 'map', 'prr')
-NO_CLASS_TOKEN = "global_pool: got 'token', but the model has no class token; use 'avg', 'max' or 'avgmax'."
-MLP_LAYERS = {'mlp': Mlp, 'glu': GluMlp, 'swiglu': SwiGLU, 'swiglupacked': SwiGLUPacked}
-
-
-@dataclass(frozen=True)
-class VitResNetCfg:
-    """A serial hybrid in plain values. None: what the backbone, or timm's ViT, has by itself.
-
-    Raises:
-        ValueError: for a value that no model has; the message names the field, the value and what is allowed.
-    """
-
-    # The ResNet
-    backbone: str = 'resnet26d'  # a timm ResNet's name, 'resnetv2' (that of the R+ViT checkpoints), '' for none
-    stage: Optional[int] = None  # the last stage kept; 0 keeps the stem alone
-    # Its measures, in timm's words for `ResNet` and `ResNetV2`
-    layers: Optional[Tuple[int, ...]] = None  # blocks of each stage
-    channels: Optional[Tuple[int, ...]] = None  # width of each stage (of timm's ResNet: before the block's expansion)
-    block: Optional[str] = None  # 'basic' or 'bottleneck'
-    stem_stride: Optional[int] = None  # 4; 2 leaves out the pooling; 1 makes the first convolution's stride 1, too
-    stem_type: Optional[str] = None  # '', 'deep', 'deep_tiered'; ResNetV2 also: 'same', 'fixed', 'deep_same', ...
-    stem_width: Optional[int] = None  # ResNet: width of a deep stem's first convolutions, half that of its last
-    stem_chs: Optional[int] = None  # ResNetV2: width of the stem
-    replace_stem_pool: Optional[bool] = None  # ResNet: a convolution instead of the stem's max-pooling
-    avg_down: Optional[bool] = None  # average pooling in the shortcuts
-    cardinality: Optional[int] = None  # ResNet: groups of the 3x3 convolutions
-    base_width: Optional[int] = None  # ResNet: bottleneck width factor
-    block_reduce_first: Optional[int] = None  # ResNet: divisor of a block's first width
-    down_kernel_size: Optional[int] = None  # ResNet: kernel size in the shortcuts
-    width_factor: Optional[int] = None  # ResNetV2: factor on all widths
-    bottle_ratio: Optional[float] = None  # ResNetV2: bottleneck width / block width
-    preact: Optional[bool] = None  # ResNetV2: norm and activation before the convolutions
-    output_stride: Optional[int] = None  # of the tokens: 32, 16 or 8, kept by dilation in place of strides
-    backbone_norm_layer: Optional[str] = None
-    backbone_act_layer: Optional[str] = None
-    # The ViT
-    patch_size: Union[None, int, Tuple[int, int]] = None  # in pixels of the ResNet's map; 1, without a backbone 16
-    embed_dim: Optional[int] = None  # 384; with depth=0 it is the ResNet's width
-    depth: int = 12  # blocks; 0 is the ResNet alone
-    num_heads: int = 6
-    mlp_ratio: float = 4.0
-    class_token: Optional[bool] = None  # yes, but not with depth=0
-    reg_tokens: int = 0  # register tokens
-    global_pool: Optional[str] = None  # 'token' with a class token, else 'avg'
-    qkv_bias: bool = True
-    qk_norm: bool = False
-    proj_bias: bool = True
-    init_values: Optional[float] = None  # LayerScale's initial value; None leaves LayerScale out
-    pre_norm: bool = False  # norm before the blocks (CLIP)
-    final_norm: bool = True  # norm after the blocks
-    fc_norm: Optional[bool] = None  # the final norm comes after pooling; None: where pooling is 'avg', 'max', 'avgmax'
-    no_embed_class: bool = False  # prefix tokens have no position embedding
-    norm_layer: Optional[str] = None
-    act_layer: Optional[str] = None
-    mlp_layer: Optional[str] = None
-
-    def __post_init__(self):
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, list):  # from JSON
-                object.__setattr__(self, field.name, tuple(value))
-        for name in ('layers', 'channels', 'patch_size'):
-            _check_positive(name, getattr(self, name))
-        for name in ('embed_dim', 'num_heads', 'mlp_ratio', 'stem_width', 'stem_chs', 'width_factor', 'bottle_ratio'):
-            _check_positive(name, getattr(self, name))
-        for name in ('depth', 'reg_tokens'):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 0:
-                raise ValueError(f'{name}: got {value!r}, expected a whole number from 0 up.')
-        _check_choice('block', self.block, (None, 'basic', 'bottleneck'))
-        _check_choice('stem_stride', self.stem_stride, (None, 1, 2, 4))
-        _check_choice('output_stride', self.output_stride, (None, 8, 16, 32))
-        _check_choice('global_pool', self.global_pool, (None, *GLOBAL_POOLS))
-        _check_choice('mlp_layer', self.mlp_layer, (None, *MLP_LAYERS))
-        for name in ('norm_layer', 'backbone_norm_layer'):
-            _check_named(name, getattr(self, name), get_norm_layer)
-        for name in ('act_layer', 'backbone_act_layer'):
-            _check_named(name, getattr(self, name), get_act_layer)
-        if self.depth == 0 and not self.backbone:
-            raise ValueError("depth: got 0 with backbone='', which leaves nothing; give a backbone or a depth above 0.")
-
-
-def _check_positive(name: str, value: Any) -> None:
-    for number in value if isinstance(value, tuple) else (value,):
-        if number is not None and (isinstance(number, (str, bool)) or not number > 0):
-            raise ValueError(f'{name}: got {value!r}, expected numbers above 0.')
-
-
-def _check_choice(name: str, value: Any, choices: Tuple[Any, ...]) -> None:
-    if value not in choices:
-        allowed = ', '.join(repr(choice) for choice in choices if choice is not None)
-        raise ValueError(f'{name}: got {value!r}, expected one of {allowed}.')
-
-
-def _check_named(name: str, value: Optional[str], find) -> None:
-    try:
-        find(value)
-    except (KeyError, AssertionError):
-        raise ValueError(
-            f'{name}: got {value!r}, which is not a name that timm.layers.{find.__name__} knows.'
-        ) from None
-
 
 # The config's fields that are measures of a ResNet, and their names in timm's classes
 _RESNET_ARGS = {
@@ -211,8 +101,8 @@ class VitResNet(VisionTransformer):
         device=None,
         dtype=None,
     ):
-        _check_positive('img_size', tuple(img_size) if isinstance(img_size, (tuple, list)) else img_size)
-        _check_positive('in_chans', in_chans)
+        check_positive('img_size', tuple(img_size) if isinstance(img_size, (tuple, list)) else img_size)
+        check_positive('in_chans', in_chans)
         if num_classes < 0:
             raise ValueError(f'num_classes: got {num_classes}, expected 0 (no head) or more.')
         rates = dict(drop_rate=drop_rate, pos_drop_rate=pos_drop_rate, patch_drop_rate=patch_drop_rate)
@@ -534,7 +424,7 @@ class VitResNet(VisionTransformer):
             ValueError: for an impossible size.
         """
         for name, value in (('img_size', img_size), ('patch_size', patch_size)):
-            _check_positive(name, tuple(value) if isinstance(value, (tuple, list)) else value)
+            check_positive(name, tuple(value) if isinstance(value, (tuple, list)) else value)
         if patch_size is not None and not isinstance(self.patch_embed.proj, nn.Conv2d):
             raise ValueError(f'patch_size: got {patch_size}, but with depth=0 the model is the ResNet alone.')
         super().set_input_size(img_size=img_size, patch_size=patch_size)
@@ -549,7 +439,7 @@ class VitResNet(VisionTransformer):
         """
         if num_classes < 0:
             raise ValueError(f'num_classes: got {num_classes}, expected 0 (no head) or more.')
-        _check_choice('global_pool', global_pool, (None, *GLOBAL_POOLS))
+        check_choice('global_pool', global_pool, (None, *GLOBAL_POOLS))
         if global_pool == 'token' and not self.has_class_token:
             raise ValueError(NO_CLASS_TOKEN)
         if global_pool in ('map', 'prr') and global_pool != self.global_pool:
