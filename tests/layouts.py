@@ -1,5 +1,7 @@
 """Weights of timm's hybrids as others name and shape them, for files to test against."""
 
+import re
+
 import torch
 
 
@@ -86,4 +88,43 @@ def hybrid_layout(model):
         if key.startswith('norm.'):
             key = 'vit.layer' + key
         result[key.replace('head.', 'classifier.')] = value
+    return result
+
+
+def conformer_layout(state_dict):
+    """Return a parallel hybrid's weights as Conformer's authors name them."""
+    rules = (
+        (r'^head_resnet\.', 'conv_cls_head.'),
+        (r'^head_vit\.', 'trans_cls_head.'),
+        (r'^norm\.', 'trans_norm.'),
+        (r'^stem\.', ''),
+        (r'^units\.0\.conv_block\.', 'conv_1.'),
+        (r'^units\.0\.patch_embed\.', 'trans_patch_conv.'),
+        (r'^units\.0\.block\.', 'trans_1.'),
+        (r'^units\.(\d+)\.', lambda match: f'conv_trans_{int(match[1]) + 1}.'),
+        (r'\.conv_block\.', '.cnn_block.'),
+        (r'\.block\.', '.trans_block.'),
+        (r'\.down\.proj\.', '.squeeze_block.conv_project.'),
+        (r'\.down\.norm\.', '.squeeze_block.ln.'),
+        (r'\.up\.proj\.', '.expand_block.conv_project.'),
+        (r'\.up\.norm\.', '.expand_block.bn.'),
+        (r'\.downsample\.0\.', '.residual_conv.'),
+        (r'\.downsample\.1\.', '.residual_bn.'),
+    )
+    result = {}
+    for key, value in state_dict.items():
+        for pattern, replacement in rules:
+            key = re.sub(pattern, replacement, key)
+        result[key] = value
+    return result
+
+
+def mmpretrain_layout(state_dict):
+    """Return a parallel hybrid's weights as mmpretrain names them."""
+    result = {}
+    for key, value in conformer_layout(state_dict).items():
+        if re.match(r'trans_1|conv_trans_\d+\.trans_block', key):
+            key = re.sub(r'\.norm([12])\.', r'.ln\1.', key)
+            key = key.replace('.mlp.fc1.', '.ffn.layers.0.0.').replace('.mlp.fc2.', '.ffn.layers.1.')
+        result[('head.' if 'cls_head' in key else 'backbone.') + key] = value
     return result

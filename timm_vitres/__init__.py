@@ -1,9 +1,10 @@
 """Hybrids of ResNet and Vision Transformer for timm: importing this registers the models."""
 
-from . import vitresnet as _vitresnet  # noqa: F401  (registers)
+from .config import VitResNetCfg, VitResNetDualCfg
 from .data import preprocess
 from .hub import push, save, verify
-from .vitresnet import VitResNet, VitResNetCfg
+from .vitresnet import VitResNet
+from .vitresnet_dual import VitResNetDual
 
 __version__ = '0.1.0'
-__all__ = ['VitResNet', 'VitResNetCfg', 'preprocess', 'push', 'save', 'verify']
+__all__ = ['VitResNet', 'VitResNetCfg', 'VitResNetDual', 'VitResNetDualCfg', 'preprocess', 'push', 'save', 'verify']

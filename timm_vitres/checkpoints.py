@@ -24,7 +24,6 @@ from .files import ALIGNMENT
 
 StateDict = Dict[str, torch.Tensor]
 
-CLASSIFIER = ('head.weight', 'head.bias')
 # what holds the weights in a training checkpoint, averaged ones first; then whatever is about them
 WRAPPERS = ('state_dict_ema', 'model_ema', 'state_dict', 'model')
 
@@ -205,6 +204,37 @@ def from_vit_hybrid(state_dict: StateDict) -> StateDict:
     return _join_qkv(result)
 
 
+def from_conformer(state_dict: StateDict) -> StateDict:
+    """Convert a Conformer of its authors (github:pengzhiliang/Conformer), or, keys below `backbone.`, of mmpretrain."""
+    return {
+        _renamed(
+            key,
+            (r'^backbone\.', ''),
+            (r'^head\.', ''),
+            (r'^conv_cls_head\.', 'head_resnet.'),
+            (r'^trans_cls_head\.', 'head_vit.'),
+            (r'^trans_norm\.', 'norm.'),
+            (r'^(conv1|bn1)\.', r'stem.\1.'),
+            (r'^conv_1\.', 'units.0.conv_block.'),
+            (r'^trans_patch_conv\.', 'units.0.patch_embed.'),
+            (r'^trans_1\.', 'units.0.block.'),
+            (r'^conv_trans_(\d+)\.', lambda m: f'units.{int(m[1]) - 1}.'),
+            (r'\bcnn_block\.', 'conv_block.'),
+            (r'\btrans_block\.', 'block.'),
+            (r'\bsqueeze_block\.conv_project\.', 'down.proj.'),
+            (r'\bsqueeze_block\.ln\.', 'down.norm.'),
+            (r'\bexpand_block\.conv_project\.', 'up.proj.'),
+            (r'\bexpand_block\.bn\.', 'up.norm.'),
+            (r'\bresidual_conv\.', 'downsample.0.'),
+            (r'\bresidual_bn\.', 'downsample.1.'),
+            (r'\bln([12])\.', r'norm\1.'),
+            (r'\bffn\.layers\.0\.0\.', 'mlp.fc1.'),
+            (r'\bffn\.layers\.1\.', 'mlp.fc2.'),
+        ): value
+        for key, value in state_dict.items()
+    }
+
+
 def _renamed(key: str, *rules: Tuple[str, Any]) -> str:
     for pattern, replacement in rules:
         key = re.sub(pattern, replacement, key)
@@ -228,6 +258,8 @@ TIMM = Layout('timm', r'^$', from_timm)
 LAYOUTS: List[Layout] = [
     Layout('Google JAX', r'(^|/)(conv_root|embedding)/kernel$', from_google),
     Layout('transformers ViTHybrid', r'^(vit\.)?embeddings\.patch_embeddings\.', from_vit_hybrid),
+    Layout('Conformer', r'^trans_patch_conv\.', from_conformer),
+    Layout('mmpretrain Conformer', r'^backbone\.trans_patch_conv\.', from_conformer),
 ]
 
 
@@ -247,7 +279,7 @@ def checkpoint_filter_fn(
             convolution excepted, which are the caller's to compare.
     """
     state_dict = resample(convert_layout(state_dict), model, img_size)
-    adaptable = {*CLASSIFIER, f'{model._traits["first_conv"]}.weight'}
+    adaptable = {*classifier_keys(model), f'{model._traits["first_conv"]}.weight'}
     check_keys(state_dict, model, adaptable)
     return state_dict
 
@@ -255,6 +287,8 @@ def checkpoint_filter_fn(
 def resample(state_dict: StateDict, model: torch.nn.Module, img_size: Optional[Sequence[int]] = None) -> StateDict:
     """Return a state dict of timm's layout with the model's position table and patch size."""
     state_dict = dict(state_dict)
+    if not hasattr(model, 'patch_embed'):  # the parallel family has neither
+        return state_dict
     table = state_dict.get('pos_embed')
     if table is not None and getattr(model, 'pos_embed', None) is not None:
         if table.ndim != 3:
@@ -267,6 +301,11 @@ def resample(state_dict: StateDict, model: torch.nn.Module, img_size: Optional[S
     if weight is not None and weight.ndim == 4 and tuple(weight.shape[-2:]) != patch_size:
         state_dict['patch_embed.proj.weight'] = resample_patch_embed(weight, list(patch_size))
     return state_dict
+
+
+def classifier_keys(model: torch.nn.Module) -> List[str]:
+    """Return the names of the tensors of a model's head, or of its heads."""
+    return [f'{head}.{tensor}' for head in model._traits['classifier'] for tensor in ('weight', 'bias')]
 
 
 def check_keys(state_dict: StateDict, model: torch.nn.Module, adaptable=()) -> None:

@@ -116,6 +116,9 @@ class VitResNetDualCfg:
             object.__setattr__(self, 'channels', tuple(self.channels))
         for name in ('patch_size', 'channels', 'stem_width', 'embed_dim', 'depth', 'num_heads', 'mlp_ratio'):
             check_positive(name, getattr(self, name))
+        for name in ('patch_size', 'stem_width', 'embed_dim', 'depth', 'num_heads'):
+            if not isinstance(getattr(self, name), int):
+                raise ValueError(f'{name}: got {getattr(self, name)!r}, expected a whole number.')
         if self.patch_size % 16:
             raise ValueError(f'patch_size: got {self.patch_size}, expected a multiple of 16, the stride of stage 3.')
         if len(self.channels) != 3 or any(width % 4 for width in self.channels):
@@ -152,3 +155,10 @@ def check_named(name: str, value: Optional[str], find) -> None:
         raise ValueError(
             f'{name}: got {value!r}, which is not a name that timm.layers.{find.__name__} knows.'
         ) from None
+
+
+def check_rates(**rates: float) -> None:
+    """Raise ValueError unless every rate is from 0 up to, but not including, 1."""
+    for name, rate in rates.items():
+        if not 0 <= rate < 1:
+            raise ValueError(f'{name}: got {rate}, expected a number from 0 up to, but not including, 1.')

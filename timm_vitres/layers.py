@@ -23,12 +23,16 @@ from timm.models import checkpoint_seq
 # what every model of timm's offers features by is not among timm.models' public names
 from timm.models._features import feature_take_indices
 from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 __all__ = [
     'MaxPool2dSame',
     'ResNetEmbed',
     'StdConv2dSame',
+    'check_shape',
     'feature_take_indices',
+    'merge_batch_norm_',
+    'pad_to',
     'resample_pos_embed',
     'unflatten_tokens',
 ]
@@ -133,6 +137,36 @@ def unflatten_tokens(x: torch.Tensor, grid: Tuple[int, int]) -> torch.Tensor:
     return x.transpose(1, 2).reshape(x.shape[0], x.shape[2], grid[0], grid[1])
 
 
+@register_notrace_function
+def pad_to(x: torch.Tensor, size: Tuple[int, int]) -> torch.Tensor:
+    """Repeat the last pixels to the right and below until a map has `size`. (B, C, h, w) -> (B, C, *size)."""
+    pad_h, pad_w = size[0] - x.shape[-2], size[1] - x.shape[-1]
+    if is_exporting() or pad_h > 0 or pad_w > 0:  # a captured graph is to know the size by what it is padded to
+        x = F.pad(x, (0, pad_w, 0, pad_h), mode='replicate')
+    return x
+
+
+def check_shape(shape: torch.Size, in_chans: int) -> None:
+    """Raise ValueError unless `shape` is (B, in_chans, H, W)."""
+    if len(shape) != 4 or shape[1] != in_chans:
+        raise ValueError(f'input: got shape {tuple(shape)}, expected (B, {in_chans}, H, W).')
+
+
+def merge_batch_norm_(module: nn.Module, conv: str, norm: str) -> None:
+    """Merge a BatchNorm of a module into the convolution before it; where that is done already, nothing happens.
+
+    Raises:
+        ValueError: while the module trains, when the BatchNorm's statistics are those of each batch.
+    """
+    batch_norm = module.get_submodule(norm)
+    if isinstance(batch_norm, nn.Identity):
+        return
+    if module.training:
+        raise ValueError('model: it is in training mode; call model.eval() before its BatchNorms are folded.')
+    setattr(module, conv, fuse_conv_bn_eval(module.get_submodule(conv), batch_norm))
+    setattr(module, norm, nn.Identity())
+
+
 @register_notrace_module  # its padding depends on the size, which torch.fx can't follow
 class ResNetEmbed(HybridEmbed):
     """A ResNet as the patch embedding of a ViT.
@@ -205,8 +239,7 @@ class ResNetEmbed(HybridEmbed):
 
     def check_input(self, shape: torch.Size) -> None:
         """Raise ValueError unless `shape` is (B, in_chans, H, W) with H and W of at least one token."""
-        if len(shape) != 4 or shape[1] != self.in_chans:
-            raise ValueError(f'input: got shape {tuple(shape)}, expected (B, {self.in_chans}, H, W).')
+        check_shape(shape, self.in_chans)
         # the ResNet alone takes a single pixel
         min_h, min_w = cast(Tuple[int, int], self.feat_ratio(as_scalar=False))
         if not isinstance(self.proj, nn.Conv2d):

@@ -6,19 +6,80 @@ timm initialises a model, reads the file beside it, and copies. Here parameters 
 does not give (a new head, buffers that no file holds) is initialised.
 """
 
+import dataclasses
 import math
+from collections import OrderedDict
+from functools import partial
 from pathlib import Path
-from typing import Any, Dict, Optional, Type, TypeVar, Union
+from typing import Any, Dict, Mapping, Optional, Type, TypeVar, Union
 
 import torch
-from timm.models import PretrainedCfg, adapt_input_conv
+from timm.models import PretrainedCfg, adapt_input_conv, build_model_with_cfg, resolve_pretrained_cfg
 from timm.models.vision_transformer import get_init_weights_vit
 from torch import nn
 
-from .checkpoints import CLASSIFIER, StateDict, check_keys, checkpoint_filter_fn, convert_layout, read_checkpoint
+from .checkpoints import (
+    StateDict,
+    check_keys,
+    checkpoint_filter_fn,
+    classifier_keys,
+    convert_layout,
+    read_checkpoint,
+    resample,
+)
 from .files import WEIGHTS_NAMES, check_once, hub_file, url_file, weights_file
 
 ModelT = TypeVar('ModelT', bound=nn.Module)
+
+
+class Loadable(nn.Module):
+    """How a hybrid takes weights in: any layout, tables of any size, nothing silently left out."""
+
+    @torch.jit.ignore
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False):
+        """Load as torch does; other layouts (see `checkpoints`) are converted, tables of other sizes resampled."""
+        converted = OrderedDict(resample(convert_layout(dict(state_dict)), self))
+        if hasattr(state_dict, '_metadata'):  # torch's versions of modules
+            converted._metadata = state_dict._metadata  # pyright: ignore[reportAttributeAccessIssue]
+        return super().load_state_dict(converted, strict=strict, assign=assign)
+
+    @torch.jit.ignore
+    def load_pretrained(self, checkpoint_path: Union[str, Path], prefix: str = '') -> None:
+        """Load a checkpoint file of any layout, Google's npz too, which must have the model's classes and channels."""
+        state_dict, _ = read_checkpoint(Path(checkpoint_path))
+        state_dict = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
+        self.load_state_dict(state_dict)
+
+    @torch.jit.ignore
+    def init_non_persistent_buffers(self) -> None:
+        """Fill in the buffers that no checkpoint holds, as after building on the meta device."""
+        for module in self.modules():
+            if module is not self and hasattr(module, 'init_non_persistent_buffers'):
+                module.init_non_persistent_buffers()
+
+
+def build_hybrid(model_cls: Type[ModelT], variant: str, pretrained: bool, cfg: Any, **kwargs: Any) -> ModelT:
+    """Build a variant of a family; keyword arguments named like the config's fields override them.
+
+    Args:
+        model_cls: Takes the config as `cfg`, and says with `num_pyramid` how many maps its pyramid has.
+        cfg: The family's dataclass.
+        kwargs: As `timm.create_model` passes them.
+    """
+    fields = {field.name for field in dataclasses.fields(cfg)}
+    cfg = dataclasses.replace(cfg, **{name: kwargs.pop(name) for name in fields & kwargs.keys()})
+    feature_cfg: Dict[str, Any] = dict(feature_cls='getter')
+    if kwargs.get('features_only'):
+        kwargs['num_classes'] = 0
+    if kwargs.get('features_only') and 'out_indices' not in kwargs:  # the pyramid alone
+        twin = model_cls(cfg, img_size=kwargs.get('img_size'), device='meta')
+        feature_cfg['out_indices'] = tuple(range(twin.num_pyramid))
+    create: Any = model_cls
+    if pretrained:  # timm would initialise all of the model, and then copy
+        source = resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay'))
+        img_size = (kwargs.get('pretrained_model_args') or {}).get('img_size')
+        create = partial(create_pretrained, model_cls, source, kwargs.get('cache_dir'), img_size)
+    return build_model_with_cfg(create, variant, False, model_cfg=cfg, feature_cfg=feature_cfg, **kwargs)
 
 
 def find_weights(cfg: PretrainedCfg, cache_dir: Union[None, str, Path] = None) -> Path:
@@ -74,7 +135,7 @@ def create_pretrained(
     state_dict = checkpoint_filter_fn(state_dict, model, source_img_size or source.input_size[-2:])
     _adapt_first_conv_(state_dict, model)
     new_head = _drop_other_head_(state_dict, model, source)
-    check_keys(state_dict, model, CLASSIFIER if new_head else ())
+    check_keys(state_dict, model, classifier_keys(model) if new_head else ())
     assign_(model, state_dict, device)
     if new_head:
         _init_head_(model, device)
@@ -104,22 +165,24 @@ def _drop_other_head_(state_dict: StateDict, model: nn.Module, source: Pretraine
     sets for --pretrained-path, to have a new one). One that does not fit is replaced where the caller asked for other
     classes than the source's; where he did not, the comparison lists it.
     """
-    own = {key: value.shape for key, value in model.state_dict().items() if key in CLASSIFIER}
+    keys = classifier_keys(model)
+    own = {key: value.shape for key, value in model.state_dict().items() if key in keys}
     fits = source.num_classes >= 0 and all(
         key in state_dict and state_dict[key].shape == shape for key, shape in own.items()
     )
     if own and (fits or source.num_classes == model.num_classes):
         return False
-    for key in CLASSIFIER:
+    for key in keys:
         state_dict.pop(key, None)
     return bool(own)
 
 
 def _init_head_(model: nn.Module, device: torch.device) -> None:
-    """Initialise the head as timm's constructor does."""
+    """Initialise the head, or both heads, as timm's constructor does."""
     mode = model.weight_init_mode
-    head = model.get_classifier().to_empty(device=device)
-    get_init_weights_vit(mode, -math.log(model.num_classes) if 'nlhb' in mode else 0.0)(head, 'head')
+    init = get_init_weights_vit(mode, -math.log(model.num_classes) if 'nlhb' in mode else 0.0)
+    for name in model._traits['classifier']:
+        init(model.get_submodule(name).to_empty(device=device), name)
 
 
 def fill_buffers_(model: nn.Module, device: Union[str, torch.device] = 'cpu') -> None:

@@ -7,10 +7,8 @@ ends are the parents themselves: `depth=0` is the ResNet alone, `backbone=''` th
 """
 
 import dataclasses
-from collections import OrderedDict
 from functools import partial
-from pathlib import Path
-from typing import Any, Dict, List, Mapping, Optional, Tuple, Union
+from typing import Any, Dict, List, Optional, Tuple, Union
 
 import torch
 from timm.data import (
@@ -26,7 +24,6 @@ from timm.layers import (
 )
 from timm.models import (
     VisionTransformer,
-    build_model_with_cfg,
     checkpoint,
     generate_default_cfgs,
     get_model_input_config,
@@ -36,10 +33,9 @@ from timm.models import (
 from torch import nn
 
 from .backbone import backbone_blocks, create_backbone
-from .checkpoints import convert_layout, read_checkpoint, resample
-from .config import GLOBAL_POOLS, MLP_LAYERS, NO_CLASS_TOKEN, VitResNetCfg, check_choice, check_positive
+from .config import GLOBAL_POOLS, MLP_LAYERS, NO_CLASS_TOKEN, VitResNetCfg, check_choice, check_positive, check_rates
 from .layers import ResNetEmbed, feature_take_indices, resample_pos_embed, unflatten_tokens
-from .loading import create_pretrained
+from .loading import Loadable, build_hybrid
 
 __all__ = ['VitResNet', 'VitResNetCfg']
 
@@ -58,7 +54,7 @@ _RESNET_ARGS = {
 }
 
 
-class VitResNet(VisionTransformer):
+class VitResNet(Loadable, VisionTransformer):
     """A ResNet whose map is the patches of a Vision Transformer; one class for the family.
 
     It is timm's `VisionTransformer`, and keeps its interface: `forward_features` returns tokens (B, N, D), the prefix
@@ -107,9 +103,7 @@ class VitResNet(VisionTransformer):
             raise ValueError(f'num_classes: got {num_classes}, expected 0 (no head) or more.')
         rates = dict(drop_rate=drop_rate, pos_drop_rate=pos_drop_rate, patch_drop_rate=patch_drop_rate)
         rates.update(proj_drop_rate=proj_drop_rate, attn_drop_rate=attn_drop_rate)
-        for name, rate in {**rates, 'drop_path_rate': drop_path_rate}.items():
-            if not 0 <= rate < 1:
-                raise ValueError(f'{name}: got {rate}, expected a number from 0 up to, but not including, 1.')
+        check_rates(**rates, drop_path_rate=drop_path_rate)
         backbone = _create_backbone(cfg, in_chans=in_chans, device=device, dtype=dtype)
         has_vit = cfg.depth > 0
         cfg = _resolve_vit(cfg, backbone)
@@ -151,7 +145,7 @@ class VitResNet(VisionTransformer):
         self.cfg = cfg
         # which convolution sees the image depends on the backbone, so it is a trait of the instance, not of the cfg
         first_conv = next(name for name, module in self.named_modules() if isinstance(module, nn.Conv2d))
-        self._traits = dict(first_conv=first_conv)
+        self._traits = dict(first_conv=first_conv, classifier=('head',))
         self._init_drop_path(drop_path_rate)
         self._init_feature_info()
 
@@ -364,28 +358,6 @@ class VitResNet(VisionTransformer):
             self.reset_classifier(0, '')
         return take_indices
 
-    @torch.jit.ignore
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False):
-        """Load as torch does; other layouts (see `checkpoints`) are converted, tables of other sizes resampled."""
-        converted = OrderedDict(resample(convert_layout(dict(state_dict)), self))
-        if hasattr(state_dict, '_metadata'):  # torch's versions of modules
-            converted._metadata = state_dict._metadata  # pyright: ignore[reportAttributeAccessIssue]
-        return super().load_state_dict(converted, strict=strict, assign=assign)
-
-    @torch.jit.ignore
-    def load_pretrained(self, checkpoint_path: Union[str, Path], prefix: str = '') -> None:
-        """Load a checkpoint file of any layout, Google's npz too, which must have the model's classes and channels."""
-        state_dict, _ = read_checkpoint(Path(checkpoint_path))
-        state_dict = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
-        self.load_state_dict(state_dict)
-
-    @torch.jit.ignore
-    def init_non_persistent_buffers(self) -> None:
-        """Fill in the buffers that no checkpoint holds, as after building on the meta device."""
-        for module in self.modules():
-            if module is not self and hasattr(module, 'init_non_persistent_buffers'):
-                module.init_non_persistent_buffers()
-
     def _prune_to_resnet(self, level: int) -> None:
         self.patch_embed.prune(level)
         self.cls_token = self.reg_token = self.pos_embed = None
@@ -502,21 +474,10 @@ def _resolve_vit(cfg: VitResNetCfg, backbone: nn.Module) -> VitResNetCfg:
 
 def _create_vitresnet(variant: str, pretrained: bool, cfg: VitResNetCfg, **kwargs) -> VitResNet:
     """Build a variant; keyword arguments named like the config's fields override them."""
-    fields = {field.name for field in dataclasses.fields(VitResNetCfg)}
-    cfg = dataclasses.replace(cfg, **{name: kwargs.pop(name) for name in fields & kwargs.keys()})
     # The position table must have the checkpoint's own grid; timm passes img_size on only where sizes are fixed.
     source = resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay'))
     kwargs.setdefault('img_size', source.input_size[-2:])
-    feature_cfg: Dict[str, Any] = dict(feature_cls='getter')
-    if kwargs.get('features_only'):
-        kwargs['num_classes'] = 0
-    if kwargs.get('features_only') and 'out_indices' not in kwargs:  # the pyramid alone
-        feature_cfg['out_indices'] = tuple(range(VitResNet(cfg, kwargs['img_size'], device='meta').num_pyramid))
-    model_cls = VitResNet
-    if pretrained:  # timm would initialise all of the model, and then copy
-        img_size = (kwargs.get('pretrained_model_args') or {}).get('img_size')
-        model_cls = partial(create_pretrained, VitResNet, source, kwargs.get('cache_dir'), img_size)
-    model = build_model_with_cfg(model_cls, variant, False, model_cfg=cfg, feature_cfg=feature_cfg, **kwargs)
+    model = build_hybrid(VitResNet, variant, pretrained, cfg, **kwargs)
     model.pretrained_cfg['first_conv'] = get_model_input_config(model)['first_conv']
     return model
 
