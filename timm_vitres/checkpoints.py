@@ -1,7 +1,8 @@
-"""Checkpoints of any container and layout -> timm's R+ViT state dict, ready for a model.
+"""Checkpoints of any container and layout -> a state dict of ours (the serial family's is timm's), ready for a model.
 
 file -> `read_checkpoint` (safetensors, torch, npz; known by its first bytes) -> `convert_layout` (timm's, Google's,
-Hugging Face's ViTHybrid; known by its keys) -> `checkpoint_filter_fn` (compared with the model, tables resampled).
+Hugging Face's ViTHybrid, Conformer's; known by its keys) -> `checkpoint_filter_fn` (compared with the model, tables
+resampled).
 Nothing in a checkpoint is run, and nothing in it is left out silently.
 """
 
@@ -108,7 +109,7 @@ class Layout(NamedTuple):
 
 
 def convert_layout(state_dict: Dict[str, Any]) -> StateDict:
-    """Return a state dict, unwrapped and in timm's layout, whichever of `LAYOUTS` it has."""
+    """Return a state dict, unwrapped and in our layout, whichever of `LAYOUTS` it has."""
     for wrapper in WRAPPERS:
         if isinstance(state_dict.get(wrapper), dict):
             return convert_layout(state_dict[wrapper])

@@ -19,21 +19,24 @@ from timm.models import get_arch_pretrained_cfgs, get_model_input_config, split_
 from timm.utils import natural_key
 
 from .cards import render_card
-from .checkpoints import StateDict, check_keys, convert_layout, find_layout, read_checkpoint
+from .checkpoints import StateDict, check_keys, classifier_keys, convert_layout, find_layout, read_checkpoint
 from .files import CONFIG_NAME, check_once, hub_file, weights_file
 from .hub import save
-from .loading import assign_, fill_buffers_
-from .vitresnet import VitResNet
+from .loading import Loadable, assign_, fill_buffers_
 
 PREPROCESSOR_NAME = 'preprocessor_config.json'  # of transformers
-# timm's R+ViT names, which load into ours and gain by it
+# names of timm's R+ViT models and of Conformer's authors, which load into ours and gain by it
 THEIR_NAMES = (
     (r'vit_tiny_r_s16_p8_\d+', 'vitresnet_tiny'),
     (r'vit_small_r26_s32_\d+', 'vitresnet_small'),
     (r'vit_base_r50_s16_\d+', 'vitresnet_base'),
     (r'vit_large_r50_s32_\d+', 'vitresnet_large'),
+    (r'Conformer_tiny_patch16', 'vitresnet_dual_tiny'),
+    (r'Conformer_small_patch16', 'vitresnet_dual_small'),
+    (r'Conformer_small_patch32', 'vitresnet_dual_small_p32'),
+    (r'Conformer_base_patch16', 'vitresnet_dual_base'),
 )
-CANDIDATES = ('vitresnet_tiny', 'vitresnet_small', 'vitresnet_base', 'vitresnet_large', 'vitresnet_nano')
+CANDIDATES = ('vitresnet_nano', *dict.fromkeys(ours for _, ours in THEIR_NAMES))
 RESAMPLING = {0: 'nearest', 1: 'lanczos', 2: 'bilinear', 3: 'bicubic'}  # PIL's numbers, which transformers writes
 
 
@@ -50,7 +53,7 @@ def convert(
 
     Args:
         source: A file, a folder with one, or 'hf-hub:owner/name': timm's training checkpoints, timm's, Google's
-            (npz) or Hugging Face's ViTHybrid weights.
+            (npz), Hugging Face's ViTHybrid weights, Conformer's of its authors or of mmpretrain.
         folder: Where to.
         model: Architecture; by default what the checkpoint says, else the hybrid whose tensors these are.
         label_names: Names of the classes; by default those that stand beside the checkpoint, if any.
@@ -141,9 +144,9 @@ def _architecture(
     )
 
 
-def _on_meta(name: str, **kwargs: Any) -> VitResNet:
+def _on_meta(name: str, **kwargs: Any) -> Loadable:
     model = timm.create_model(name, **kwargs, device='meta')
-    if not isinstance(model, VitResNet):
+    if not isinstance(model, Loadable):
         raise ValueError(f"model: got '{name}', which is none of timm-vitres; see timm.list_models('vitresnet*').")
     return model
 
@@ -154,8 +157,9 @@ def _add_shapes(name: str, kwargs: Dict[str, Any], state_dict: StateDict, traine
     That need not be the size it was trained at: timm's train.py has images of another size with --img-size, while the
     table stays what it was. A table is never resampled here.
     """
-    kwargs.setdefault('num_classes', len(state_dict['head.weight']) if 'head.weight' in state_dict else 0)
     model = _on_meta(name, **kwargs)
+    head = state_dict.get(classifier_keys(model)[0])
+    kwargs.setdefault('num_classes', 0 if head is None else len(head))
     first_conv = state_dict.get(f'{model._traits["first_conv"]}.weight')
     if first_conv is not None and first_conv.ndim == 4:
         kwargs['in_chans'] = int(first_conv.shape[1])
@@ -198,7 +202,7 @@ def _label_names(args: Dict[str, Any], config: Dict[str, Any], num_classes: int)
 
 
 def _data_config(
-    model: VitResNet, trained_size: Any, args: Dict[str, Any], config: Dict[str, Any], preprocessor: Dict[str, Any]
+    model: Loadable, trained_size: Any, args: Dict[str, Any], config: Dict[str, Any], preprocessor: Dict[str, Any]
 ) -> Dict[str, Any]:
     """Return how images were prepared: as the checkpoint or its neighbours say, else as published weights want."""
     channels, *size = get_model_input_config(model)['input_size']

@@ -18,9 +18,13 @@ from .data import ImageLike, data_config, image_mode, open_image, to_batch
 from .files import replacing
 from .predict import label_names, new_figure
 from .vitresnet import VitResNet
+from .vitresnet_dual import VitResNetDual
 
 RESNET_TITLE = 'ResNet: Grad-CAM of its last stage'
 VIT_TITLE = 'ViT: attention rollout'
+
+
+Hybrid = Union[VitResNet, VitResNetDual]
 
 
 class Explanation(NamedTuple):
@@ -31,6 +35,33 @@ class Explanation(NamedTuple):
     probability: float
     resnet: Optional[np.ndarray]
     vit: Optional[np.ndarray]
+
+
+class _Parts(NamedTuple):
+    """Where the two parts of a hybrid are looked into."""
+
+    resnet: Optional[nn.Module]  # returns a map, maybe with more
+    resnet_stride: Tuple[int, int]
+    blocks: List[nn.Module]
+    num_prefix_tokens: int
+    class_token: bool  # which the head sees
+    token_stride: Tuple[int, int]
+
+
+def _parts(model: Hybrid) -> _Parts:
+    if isinstance(model, VitResNetDual):
+        stride, side = model.feature_info[-1]['reduction'], model.cfg.patch_size
+        blocks = [unit.block for unit in model.units]
+        return _Parts(model.units[-1], (stride, stride), blocks, 1, model.global_pool == 'token', (side, side))
+    embed = model.patch_embed
+    return _Parts(
+        embed.backbone if model.cfg.backbone else None,
+        embed.feature_ratio,
+        list(model.blocks),
+        model.num_prefix_tokens,
+        model.has_class_token,
+        embed.feat_ratio(as_scalar=False),
+    )
 
 
 def explain(
@@ -48,8 +79,8 @@ def explain(
         ValueError: for another model, one without a head, an unknown class, or an impossible size.
         FileNotFoundError, TypeError: as `open_image`.
     """
-    if not isinstance(model, VitResNet):
-        raise ValueError(f'model: got {type(model).__name__}, expected a hybrid of this package (VitResNet).')
+    if not isinstance(model, (VitResNet, VitResNetDual)):
+        raise ValueError(f'model: got {type(model).__name__}, expected a hybrid of this package.')
     if model.num_classes == 0 or model.global_pool == '':
         raise ValueError('model: it has no head, or does not pool, so there is no prediction to explain.')
     if size is not None and size < 1:
@@ -67,8 +98,9 @@ def explain(
     with torch.inference_mode():
         probabilities = model(x)[0].float().softmax(-1)
     index = int(probabilities.argmax()) if target is None else target
-    resnet = grad_cam(model, x, index)[0].cpu().numpy() if model.cfg.backbone else None
-    vit = attention_rollout(model, x)[0].cpu().numpy() if len(model.blocks) else None
+    parts = _parts(model)
+    resnet = grad_cam(model, x, index)[0].cpu().numpy() if parts.resnet is not None else None
+    vit = attention_rollout(model, x)[0].cpu().numpy() if parts.blocks else None
     return Explanation(seen, names[index], float(probabilities[index]), resnet, vit)
 
 
@@ -83,15 +115,20 @@ def _whole(image: ImageLike, model: nn.Module, size: Optional[int]) -> Tuple[tor
     return to_batch(opened, model, config), opened.convert('RGB').resize((width, height))
 
 
-def grad_cam(model: VitResNet, x: torch.Tensor, target: int) -> torch.Tensor:
+def grad_cam(model: Hybrid, x: torch.Tensor, target: int) -> torch.Tensor:
     """Return what the last stage of the ResNet sees of a class, from 0 to 1. x: (B, C, H, W) -> (B, H, W).
 
     The channels of its map, each weighted by the mean gradient of the class's logit, summed, negative values cut off.
     """
-    if not model.cfg.backbone:
+    parts = _parts(model)
+    if parts.resnet is None:
         raise ValueError("model: with backbone='' there is no ResNet to look into.")
     maps: List[torch.Tensor] = []
-    hook = model.patch_embed.backbone.register_forward_hook(lambda module, args, output: maps.append(output))
+
+    def keep(module, args, output):
+        maps.append(output[0] if isinstance(output, tuple) else output)
+
+    hook = parts.resnet.register_forward_hook(keep)
     try:
         with torch.enable_grad():
             # of the image, so that frozen weights make no difference
@@ -100,16 +137,17 @@ def grad_cam(model: VitResNet, x: torch.Tensor, target: int) -> torch.Tensor:
     finally:
         hook.remove()
     cam = (gradient.mean((2, 3), keepdim=True) * maps[0].detach()).sum(1).relu()
-    return _to_pixels(cam, x, model.patch_embed.feature_ratio)
+    return _to_pixels(cam, x, parts.resnet_stride)
 
 
-def attention_rollout(model: VitResNet, x: torch.Tensor) -> torch.Tensor:
+def attention_rollout(model: Hybrid, x: torch.Tensor) -> torch.Tensor:
     """Return how much of each patch reaches the class token, from 0 to 1. x: (B, C, H, W) -> (B, H, W).
 
     Attention, averaged over the heads and mixed half and half with what the residual connection passes on, multiplied
     from the first block to the last. Without a class token: what reaches all patches together.
     """
-    if not len(model.blocks):
+    parts = _parts(model)
+    if not parts.blocks:
         raise ValueError('model: with depth=0 there is no ViT to look into.')
     rollout: List[torch.Tensor] = []
 
@@ -118,30 +156,29 @@ def attention_rollout(model: VitResNet, x: torch.Tensor) -> torch.Tensor:
         attention = 0.5 * attention + 0.5 * torch.eye(attention.shape[-1], device=attention.device)
         rollout[:] = [attention @ rollout[0] if rollout else attention]
 
-    with torch.inference_mode(), _unfused(model):
-        hooks = [block.attn.attn_drop.register_forward_hook(multiply) for block in model.blocks]
+    with torch.inference_mode(), _unfused(parts.blocks):
+        hooks = [block.attn.attn_drop.register_forward_hook(multiply) for block in parts.blocks]
         try:
             model.forward_features(x)
         finally:
             for hook in hooks:
                 hook.remove()
-    prefix = model.num_prefix_tokens
-    row = rollout[0][:, 0] if model.has_class_token else rollout[0][:, prefix:].mean(1)
-    embed = model.patch_embed
-    height, width = embed.dynamic_feat_size((x.shape[-2], x.shape[-1]))
-    return _to_pixels(row[:, prefix:].unflatten(1, (height, width)), x, embed.feat_ratio(as_scalar=False))
+    prefix, (stride_h, stride_w) = parts.num_prefix_tokens, parts.token_stride
+    row = rollout[0][:, 0] if parts.class_token else rollout[0][:, prefix:].mean(1)
+    grid = (-(-x.shape[-2] // stride_h), -(-x.shape[-1] // stride_w))
+    return _to_pixels(row[:, prefix:].unflatten(1, grid), x, parts.token_stride)
 
 
 @contextmanager
-def _unfused(model: VitResNet) -> Iterator[None]:
+def _unfused(blocks: List[nn.Module]) -> Iterator[None]:
     """Let attention be computed step by step, since a fused kernel shows none."""
-    fused = [block.attn.fused_attn for block in model.blocks]
+    fused = [block.attn.fused_attn for block in blocks]
     try:
-        for block in model.blocks:
+        for block in blocks:
             block.attn.fused_attn = False
         yield
     finally:
-        for block, value in zip(model.blocks, fused):
+        for block, value in zip(blocks, fused):
             block.attn.fused_attn = value
 
 

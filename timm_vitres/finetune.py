@@ -33,6 +33,7 @@ from . import hub
 from .cards import render_card
 from .data import ImageFolder, Subset, class_names, data_config, image_mode, stratified_split
 from .files import WEIGHTS_NAME, replacing
+from .vitresnet_dual import VitResNetDual
 
 _logger = logging.getLogger(__name__)
 
@@ -72,6 +73,12 @@ class FinetuneCfg:
     std: Optional[Tuple[float, ...]] = _option(None, "deviation of normalisation; the model's", nargs='+', type=float)
     interpolation: Optional[str] = _option(None, "resize interpolation; the model's", type=str)
     crop_pct: Optional[float] = _option(None, "centre crop in validation; the model's", type=float)
+    head_loss: str = _option(
+        'sum',
+        'loss of a model with two heads: on the sum of their logits, on both (the mean of two losses), or on one head, '
+        'the other being set to zero',
+        choices=('sum', 'both', 'resnet', 'vit'),
+    )
     # Optimisation
     epochs: int = _option(10, 'epochs to train')
     batch_size: int = _option(32, 'images a step')
@@ -266,7 +273,39 @@ def create_finetune_model(cfg: FinetuneCfg, num_classes: int) -> nn.Module:
     model = timm.create_model(cfg.model, pretrained=cfg.pretrained, num_classes=num_classes, **kwargs)
     if cfg.img_size is not None and hasattr(model, 'set_input_size'):
         model.set_input_size(img_size=_image_size(cfg.img_size))
+    _set_head_loss_(model, cfg)
     return model
+
+
+def _set_head_loss_(model: nn.Module, cfg: FinetuneCfg) -> None:
+    """Let a model with two heads return what `head_loss` is computed of."""
+    if cfg.head_loss == 'sum':
+        return
+    heads = model.get_classifier()
+    if not isinstance(heads, tuple):
+        raise ValueError(f'head_loss: got {cfg.head_loss!r}, but {cfg.model} has one head; leave head_loss out.')
+    if cfg.head_loss == 'both':
+        model.set_distilled_training(True)
+        return
+    if not isinstance(model, VitResNetDual):
+        raise ValueError(f"head_loss: got {cfg.head_loss!r}, but {cfg.model} is no vitresnet_dual; use 'both'.")
+    other = model.head_vit if cfg.head_loss == 'resnet' else model.head_resnet
+    for parameter in other.parameters():
+        nn.init.zeros_(parameter).requires_grad_(False)
+
+
+class EachHead(nn.Module):
+    """A loss of logits, or, of a pair of logits, the mean of the loss of either."""
+
+    def __init__(self, criterion: nn.Module):
+        super().__init__()
+        self.criterion = criterion
+
+    def forward(self, output: Union[torch.Tensor, Tuple[torch.Tensor, ...]], target: torch.Tensor) -> torch.Tensor:
+        """Take logits (B, classes), or a tuple of them, and class indices (B,) or soft targets -> a number."""
+        if isinstance(output, tuple):
+            return torch.stack([self.criterion(logits, target) for logits in output]).mean()
+        return self.criterion(output, target)
 
 
 def _image_size(img_size: Union[int, Tuple[int, ...]]) -> Tuple[int, int]:
@@ -338,6 +377,7 @@ class _Run:
         if cfg.mixup > 0 or cfg.cutmix > 0:
             self.mixup = Mixup(cfg.mixup, cfg.cutmix, label_smoothing=cfg.smoothing, num_classes=num_classes)
         self.task = ClassificationTask(model, device=device, verbose=False, **self._loss())
+        self.task.criterion = EachHead(self.task.criterion)
         self.optimizer = create_optimizer_v2(
             model, opt=cfg.opt, lr=cfg.lr, weight_decay=cfg.weight_decay, layer_decay=cfg.layer_decay
         )
@@ -473,7 +513,8 @@ class _Run:
         """What a checkpoint must agree on with the run that goes on from it."""
         cfg = self.model.pretrained_cfg
         shapes = {name: tuple(tensor.shape) for name, tensor in self.model.state_dict().items()}
-        return dict(arch=cfg['architecture'], label_names=self.data.label_names, opt=self.cfg.opt, shapes=shapes)
+        settings = dict(opt=self.cfg.opt, head_loss=self.cfg.head_loss)
+        return dict(arch=cfg['architecture'], label_names=self.data.label_names, **settings, shapes=shapes)
 
     def _save_best(self) -> None:
         hub.save(self.model, self.folder, self.data.label_names, self.config, self._card())
@@ -555,6 +596,7 @@ class _Run:
                 'sched',
                 'layer_decay',
                 'smoothing',
+                *(['head_loss'] if cfg.head_loss != 'sum' else []),
                 'seed',
             )
         )
