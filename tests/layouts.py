@@ -115,7 +115,7 @@ def conformer_layout(state_dict):
     for key, value in state_dict.items():
         for pattern, replacement in rules:
             key = re.sub(pattern, replacement, key)
-        result[key] = value
+        result[key] = value[:, :, None, None] if key.endswith('.conv_project.weight') else value
     return result
 
 

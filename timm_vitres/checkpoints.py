@@ -206,7 +206,10 @@ def from_vit_hybrid(state_dict: StateDict) -> StateDict:
 
 
 def from_conformer(state_dict: StateDict) -> StateDict:
-    """Convert a Conformer of its authors (github:pengzhiliang/Conformer), or, keys below `backbone.`, of mmpretrain."""
+    """Convert a Conformer of its authors (github:pengzhiliang/Conformer), or, keys below `backbone.`, of mmpretrain.
+
+    The projections between ResNet and ViT, 1x1 convolutions there, are linear layers here.
+    """
     return {
         _renamed(
             key,
@@ -231,7 +234,7 @@ def from_conformer(state_dict: StateDict) -> StateDict:
             (r'\bln([12])\.', r'norm\1.'),
             (r'\bffn\.layers\.0\.0\.', 'mlp.fc1.'),
             (r'\bffn\.layers\.1\.', 'mlp.fc2.'),
-        ): value
+        ): value.flatten(1) if key.endswith('.conv_project.weight') else value
         for key, value in state_dict.items()
     }
 

@@ -98,21 +98,21 @@ class ConvBlock(Bottleneck):
 class Down(nn.Module):
     """From the ResNet to the ViT: a map is averaged to one pixel a token, projected and normalised.
 
-    The paper projects first; that is the same (both are linear), in stride^2 as many operations.
+    The paper projects the map, by a 1x1 convolution, before it is averaged: the same, in stride^2 as many operations.
     """
 
     def __init__(self, in_chs: int, embed_dim: int, stride: int, **dd: Any):
         super().__init__()
         self.stride = stride
         self.pool = nn.AvgPool2d(stride) if stride > 1 else nn.Identity()
-        self.proj = nn.Conv2d(in_chs, embed_dim, kernel_size=1, **dd)
+        self.proj = nn.Linear(in_chs, embed_dim, **dd)
         self.norm = LayerNorm(embed_dim, eps=1e-6, **dd)
         self.act = nn.GELU()
 
     def forward(self, x: torch.Tensor, grid: Tuple[int, int]) -> torch.Tensor:
         """x: (B, C, h, w), grid: (H', W') -> patch tokens (B, H' * W', D)."""
         x = self.pool(pad_to(x, (grid[0] * self.stride, grid[1] * self.stride)))
-        return self.act(self.norm(self.proj(x).flatten(2).transpose(1, 2)))
+        return self.act(self.norm(self.proj(x.flatten(2).transpose(1, 2))))
 
 
 class Up(nn.Module):
@@ -121,13 +121,13 @@ class Up(nn.Module):
     def __init__(self, embed_dim: int, out_chs: int, stride: int, **dd: Any):
         super().__init__()
         self.stride = stride
-        self.proj = nn.Conv2d(embed_dim, out_chs, kernel_size=1, **dd)
+        self.proj = nn.Linear(embed_dim, out_chs, **dd)
         self.norm = Norm(out_chs, **dd)
         self.act = nn.ReLU(inplace=True)
 
     def forward(self, tokens: torch.Tensor, grid: Tuple[int, int], size: Tuple[int, int]) -> torch.Tensor:
         """tokens: (B, 1 + H' * W', D), grid: (H', W'), size: (h, w) -> (B, C, h, w)."""
-        x = self.act(self.norm(self.proj(unflatten_tokens(tokens[:, 1:], grid))))
+        x = self.act(self.norm(unflatten_tokens(self.proj(tokens[:, 1:]), grid)))
         if self.stride > 1:
             x = F.interpolate(x, size=(grid[0] * self.stride, grid[1] * self.stride))
         if is_exporting():  # a captured graph would have to prove that a slice is smaller
@@ -135,7 +135,7 @@ class Up(nn.Module):
         return x[:, :, : size[0], : size[1]]
 
     def reparameterize(self) -> None:
-        """Fold the BatchNorm into its convolution (timm's hook)."""
+        """Fold the BatchNorm into the projection (timm's hook)."""
         merge_batch_norm_(self, 'proj', 'norm')
 
 
@@ -293,10 +293,11 @@ class VitResNetDual(Loadable):
         trunc_normal_(self.cls_token, std=0.02)
         init_linear = get_init_weights_vit(mode)
         for name, module in self.named_modules():
-            if isinstance(module, nn.Linear):
-                init_linear(module, name)
-            elif isinstance(module, nn.Conv2d):
+            # the projections between the parts are 1x1 convolutions in the paper
+            if isinstance(module, nn.Conv2d) or name.endswith(('.down.proj', '.up.proj')):
                 nn.init.kaiming_normal_(module.weight, mode='fan_out', nonlinearity='relu')
+            elif isinstance(module, nn.Linear):
+                init_linear(module, name)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> Set[str]:
