@@ -75,6 +75,33 @@ def load() -> str:
     )
 
 
+def dual() -> str:
+    """The parallel family against the code of its authors: ratios."""
+    newest = {(row['model'], row['side'], row['batch']): row for row in read('dual')}
+    rows = []
+    for model, side in dict.fromkeys((model, side) for model, side, _ in newest):
+        one, many = newest[model, side, '1'], newest[model, side, '16']
+        cells = [one['time_ratio'], many['time_ratio'], one['memory_ratio'], many['memory_ratio']]
+        rows.append([f'`{model}`', 'as it is' if side == 'ours' else side, *cells])
+    return table(['model', '', 'time, batch 1', 'time, batch 16', 'memory, batch 1', 'memory, batch 16'], rows)
+
+
+def dual_elpv() -> str:
+    """One epoch with the losses of two heads."""
+    names = {'sum': 'the sum of both heads', 'both': 'both heads, mean of two losses'}
+    names.update(resnet="the ResNet's head alone", vit="the ViT's head alone")
+    runs = defaultdict(list)
+    for row in read('dual_elpv'):
+        runs[row['head_loss']].append(row)
+    return table(
+        ['loss on', 'balanced accuracy (%)', 'accuracy (%)'],
+        [
+            [name, *(spread([float(row[column]) for row in runs[loss]]) for column in ('balanced', 'top1'))]
+            for loss, name in names.items()
+        ],
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--check', action='store_true')

@@ -19,17 +19,14 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from timm.models import PretrainedCfg
 from torch import nn
 
-import timm_vitres  # noqa: F401  (registers the models)
-from timm_vitres.vitresnet import default_cfgs
+from timm_vitres import vitresnet, vitresnet_dual
 
 FOLDER = Path(__file__).parent
-TOP1_SOURCE = 'results-imagenet.csv of timm'
-TOP1_URL = 'https://github.com/huggingface/pytorch-image-models/blob/main/results/results-imagenet.csv'
 
 
 def published_weights() -> Iterator[Tuple[str, PretrainedCfg]]:
     """Yield the name.tag and the cfg of every weight that lives somewhere."""
-    for architecture, cfgs in default_cfgs.items():
+    for architecture, cfgs in (*vitresnet.default_cfgs.items(), *vitresnet_dual.default_cfgs.items()):
         for tag, cfg in cfgs.cfgs.items():
             if cfg.has_weights:
                 yield f'{architecture}.{tag}', cfg
@@ -53,6 +50,23 @@ def count_parameters(name: str) -> str:
     return f'{sum(parameter.numel() for parameter in build(name).parameters()) / 1e6:.1f}M'
 
 
+def weights_link(cfg: PretrainedCfg) -> str:
+    """Return where a weight lives, as Markdown."""
+    if cfg.hf_hub_id:
+        return f'[{cfg.hf_hub_id}](https://huggingface.co/{cfg.hf_hub_id})'
+    return f'[{str(cfg.url).rpartition("/")[2]}]({cfg.url})'
+
+
+def source_link(facts: Dict[str, Any]) -> str:
+    """Return who published a weight's accuracy, as Markdown."""
+    return f'[{facts["source_name"]}]({facts["source_url"]})'
+
+
+def channels(values: Tuple[float, ...]) -> str:
+    """Return '0.5', or one number for each channel."""
+    return ', '.join(map(str, dict.fromkeys(values)))
+
+
 def render(name: str, cfg: PretrainedCfg) -> str:
     """Return the card of one weight."""
     facts, architecture = read(name), name.partition('.')[0]
@@ -70,13 +84,13 @@ def render(name: str, cfg: PretrainedCfg) -> str:
                 metric_type='accuracy',
                 metric_name='top-1 (%)',
                 metric_value=facts['top1'],
-                source_name=TOP1_SOURCE,
-                source_url=TOP1_URL,
+                source_name=facts['source_name'],
+                source_url=facts['source_url'],
             )
         )
         result = (
             f'Published, not measured by this project: {facts["top1"]:.2f}% top-1 on ImageNet-1k (validation), by '
-            f'[{TOP1_SOURCE}]({TOP1_URL}), for `{facts["their_name"]}`.'
+            f'{source_link(facts)}, for `{facts["their_name"]}`.'
         )
     elif facts.get('no_result'):
         result = facts['no_result']
@@ -96,11 +110,11 @@ def render(name: str, cfg: PretrainedCfg) -> str:
         name=name,
         architecture=architecture,
         parameters=count_parameters(name),
-        repo=cfg.hf_hub_id,
+        weights=weights_link(cfg),
         classes=str(cfg.num_classes) if cfg.num_classes else 'none: features only',
         size=cfg.input_size[-1],
-        mean=cfg.mean[0],
-        std=cfg.std[0],
+        mean=channels(cfg.mean),
+        std=channels(cfg.std),
         interpolation=cfg.interpolation,
         crop_pct=cfg.crop_pct,
         license=cfg.license,
@@ -117,11 +131,20 @@ def render_family() -> str:
     """Return the card of all of them."""
     rows: List[str] = []
     citations: List[str] = []
+    sources: List[str] = []
     for name, cfg in published_weights():
         facts = read(name)
         top1 = f'{facts["top1"]:.2f}' if facts.get('top1') is not None else '-'
-        repo = f'[{cfg.hf_hub_id}](https://huggingface.co/{cfg.hf_hub_id})'
-        cells = [f'`{name}`', count_parameters(name), cfg.input_size[-1], cfg.num_classes or '-', top1, repo]
+        cells = [
+            f'`{name}`',
+            count_parameters(name),
+            cfg.input_size[-1],
+            cfg.num_classes or '-',
+            top1,
+            weights_link(cfg),
+        ]
+        if facts.get('top1') is not None and source_link(facts) not in sources:
+            sources.append(source_link(facts))
         rows.append('| ' + ' | '.join(map(str, cells)) + ' |')
         citation = '\n'.join(facts['citation'])
         if citation not in citations:
@@ -136,9 +159,9 @@ def render_family() -> str:
     card = ModelCard.from_template(
         card_data,
         template_path=str(FOLDER / 'family_template.md'),
-        description=kinds['family'],
+        description='\n\n'.join(kinds['family']),
         rows='\n'.join(rows),
-        source=f'[{TOP1_SOURCE}]({TOP1_URL})',
+        source=' and '.join(sources),
         citation='\n'.join(citations),
     )
     return str(card)

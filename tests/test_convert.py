@@ -7,7 +7,7 @@ import safetensors.torch
 import timm
 import torch
 from conftest import randomise_, relative_difference, write_folder
-from layouts import google_layout, hybrid_layout
+from layouts import conformer_layout, google_layout, hybrid_layout, mmpretrain_layout
 
 from timm_vitres.cli import main
 from timm_vitres.convert import convert
@@ -133,3 +133,22 @@ def test_what_is_refused(tmp_path, capsys):
         convert(tmp_path / 'e.pth', tmp_path / 'out')
     with pytest.raises(FileNotFoundError, match='there is no such file or folder'):
         convert(tmp_path / 'none.pth', tmp_path / 'out')
+
+
+@pytest.mark.parametrize('told', [True, False])
+def test_conformers_become_ours(told, tmp_path):
+    """By the name in their authors' training checkpoint, or, of mmpretrain, by the shapes of the tensors."""
+    name = 'vitresnet_dual_small_p32' if told else 'vitresnet_dual_tiny'
+    model = randomise_(timm.create_model(name, num_classes=4))
+    checkpoint = dict(model=conformer_layout(model.state_dict()), epoch=3)
+    checkpoint['args'] = argparse.Namespace(model='Conformer_small_patch32')
+    if not told:
+        checkpoint = dict(state_dict=mmpretrain_layout(model.state_dict()), meta=dict(epoch=3))
+    torch.save(checkpoint, tmp_path / 'checkpoint.pth')
+    folder = convert(tmp_path / 'checkpoint.pth', tmp_path / 'out')
+    loaded = timm.create_model(f'local-dir:{folder}', pretrained=True)
+    assert loaded.pretrained_cfg['architecture'] == name and loaded.num_classes == 4
+    assert torch.equal(logits(loaded, 64), logits(model, 64))
+    assert timm.data.resolve_model_data_config(loaded)['crop_pct'] == 0.875
+    layout = 'Conformer layout' if told else 'mmpretrain Conformer layout'
+    assert layout in (folder / 'README.md').read_text()

@@ -36,7 +36,7 @@ def test_segmentation(architecture, in_chans):
     segment(NAME, architecture, in_chans, (128, 192))
 
 
-@pytest.mark.parametrize('name', ['vitresnet_tiny', 'test_vitresnet', 'vitresnet'])
+@pytest.mark.parametrize('name', ['vitresnet_tiny', 'test_vitresnet', 'vitresnet', 'vitresnet_dual_tiny'])
 def test_segmentation_of_the_others(name):
     segment(name, 'Unet', 3, (96, 64))
 
@@ -110,6 +110,10 @@ def test_detection(kind):
     detect(NAME, kind)
 
 
+def test_detection_with_the_parallel_family():
+    detect('vitresnet_dual_tiny', 'FasterRCNN')
+
+
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
     """Return a model saved with class names."""
@@ -157,7 +161,7 @@ def test_transformers_backbone(folder):
             assert relative_difference(theirs, feature) < 1e-6
 
 
-@pytest.mark.parametrize('name', ['vitresnet_tiny', 'vitresnet_nano', 'test_vitresnet'])
+@pytest.mark.parametrize('name', ['vitresnet_tiny', 'vitresnet_nano', 'test_vitresnet', 'test_vitresnet_dual'])
 def test_transformers_backbone_of_the_others(name):
     """Every entry of feature_info has a name of its own, which transformers insists on."""
     from transformers import TimmBackbone, TimmBackboneConfig
@@ -189,7 +193,7 @@ def learn(name: str, image_folder) -> None:
     assert not [key for key, value in learner.model.named_parameters() if not torch.isfinite(value).all()]
 
 
-@pytest.mark.parametrize('name', [NAME, 'vitresnet_nano'])
+@pytest.mark.parametrize('name', [NAME, 'vitresnet_nano', 'test_vitresnet_dual'])
 def test_fastai(image_folder, name):
     learn(name, image_folder)
 

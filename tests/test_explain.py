@@ -68,6 +68,29 @@ def test_rollout_is_the_product_of_the_attentions(kwargs):
     assert all(block.attn.fused_attn for block in model.blocks)
 
 
+@pytest.mark.parametrize('patch_size', [16, 32])
+def test_the_parallel_family_is_explained(photograph, patch_size):
+    """Its ResNet by the map that its head pools, its ViT by the attention of every unit's block."""
+    model = create('test_vitresnet_dual', patch_size=patch_size)
+    x = torch.randn(2, 3, 70, 160)
+    feature_map, _ = model.forward_features(x)
+    # what Grad-CAM is where a linear head follows on the average: the map, weighted by the head
+    expected = torch.einsum('bchw,c->bhw', feature_map, model.head_resnet.weight[3]).relu()
+    assert feature_map.shape[2:] == (3, 5) and expected.max() > 0
+    got = grad_cam(model, x, 3)
+    assert got.shape == (2, 70, 160)
+    centres = got[:, 15:64:32, 15::32].flatten(1)
+    for ours, theirs in zip(centres, expected[:, :2].flatten(1)):
+        assert torch.corrcoef(torch.stack([ours, theirs.detach()]))[0, 1] > 0.99
+    attention = attention_rollout(model, x)
+    assert attention.shape == (2, 70, 160) and attention.std() > 0.01
+    averaged = attention_rollout(create('test_vitresnet_dual', patch_size=patch_size, global_pool='avg'), x)
+    assert not torch.allclose(attention, averaged)
+    explanation = explain(model, photograph)
+    assert explanation.resnet.shape == explanation.vit.shape == (96, 219)
+    assert all(unit.block.attn.fused_attn for unit in model.units)
+
+
 def test_even_attention_leaves_an_even_map():
     model = create(class_token=False)
     for block in model.blocks:

@@ -9,8 +9,10 @@ from conftest import randomise_, relative_difference
 from torch.export import Dim
 
 NAMES = ['vitresnet_tiny', 'vitresnet_small', 'vitresnet_nano', 'test_vitresnet']
+NAMES += ['test_vitresnet_dual', 'vitresnet_dual_tiny', 'vitresnet_dual_small_p32']
 # name, features_only; capturing takes its time
 CASES = [('vitresnet_tiny', True), ('vitresnet_nano', False), ('vitresnet_nano', True), ('test_vitresnet', False)]
+CASES += [('test_vitresnet_dual', False), ('test_vitresnet_dual', True)]
 CASES += [
     pytest.param(*case, marks=pytest.mark.slow)
     for case in [(name, features_only) for name in NAMES for features_only in (False, True)]
@@ -63,7 +65,15 @@ def test_torch_export(name, features_only, tmp_path):
     check(torch.export.load(tmp_path / 'model.pt2').module(), model)
 
 
-@pytest.mark.parametrize('name, features_only', [('vitresnet_small', False), ('vitresnet_tiny', True)])
+@pytest.mark.parametrize(
+    'name, features_only',
+    [
+        ('vitresnet_small', False),
+        ('vitresnet_tiny', True),
+        ('test_vitresnet_dual', False),
+        pytest.param('vitresnet_dual_small_p32', True, marks=pytest.mark.slow),
+    ],
+)
 def test_onnx(name, features_only, tmp_path):
     model = create(name, features_only)
     path = tmp_path / 'model.onnx'

@@ -16,7 +16,7 @@ from huggingface_hub import ModelCard
 from PIL import Image
 
 import timm_vitres
-from timm_vitres.finetune import BalancedEvaluator, FinetuneCfg, finetune, load_data
+from timm_vitres.finetune import BalancedEvaluator, EachHead, FinetuneCfg, finetune, load_data
 
 
 def settings(data_dir, output, **kwargs) -> FinetuneCfg:
@@ -253,3 +253,40 @@ def test_killed_again_and_again_it_goes_on(times, image_folder, tmp_path):
     result = subprocess.run([sys.executable, '-c', code, str(done + 1)], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert len(rows(folder)) == done + 1
+
+
+@pytest.mark.parametrize('head_loss', ['sum', 'both', 'resnet', 'vit'])
+def test_losses_of_two_heads(head_loss, image_folder, tmp_path):
+    """What the first step's loss is computed of, and what is left of each head."""
+    cfg = settings(image_folder, tmp_path / 'run', model='test_vitresnet_dual', head_loss=head_loss, epochs=1)
+    folder = finetune(cfg)
+    model = timm.create_model(f'local-dir:{folder}', pretrained=True).train()
+    x = torch.randn(2, 3, 32, 32)
+    assert torch.is_tensor(model(x))  # what comes out is a model like any other
+    for name, head in zip(('resnet', 'vit'), model.get_classifier()):
+        trained = head_loss in ('sum', 'both', name)
+        assert bool(head.weight.any()) == bool(head.bias.any()) == trained
+    assert ('head_loss' in (folder / 'README.md').read_text()) == (head_loss != 'sum')
+    with pytest.raises(ValueError, match=f'its head_loss is {head_loss}, not'):
+        other = 'both' if head_loss == 'sum' else 'sum'
+        finetune(dataclasses.replace(cfg, head_loss=other, epochs=2, resume=True))
+
+
+def test_the_loss_on_both_heads_is_the_mean():
+    criterion, target = torch.nn.CrossEntropyLoss(), torch.tensor([0, 2])
+    one, other = torch.randn(2, 3), torch.randn(2, 3)
+    loss = EachHead(criterion)
+    torch.testing.assert_close(loss((one, other), target), (criterion(one, target) + criterion(other, target)) / 2)
+    assert torch.equal(loss(one, target), criterion(one, target))
+
+
+def test_a_loss_on_two_heads_needs_two(image_folder, tmp_path):
+    for head_loss in ('both', 'vit'):
+        with pytest.raises(ValueError, match=f'head_loss: got {head_loss!r}, but test_vitresnet has one head'):
+            finetune(settings(image_folder, tmp_path / 'run', head_loss=head_loss))
+    # timm's own models with two heads train on both
+    distilled = 'deit_tiny_distilled_patch16_224'
+    options = dict(model=distilled, epochs=1, model_kwargs=dict(img_size=32, depth=1))
+    assert finetune(settings(image_folder, tmp_path / 'deit', head_loss='both', **options)).is_dir()
+    with pytest.raises(ValueError, match="head_loss: got 'vit', but deit_tiny"):
+        finetune(settings(image_folder, tmp_path / 'vit', head_loss='vit', **options))

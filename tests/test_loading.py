@@ -1,7 +1,9 @@
+import http.server
 import json
 import os
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -293,6 +295,45 @@ def test_a_url_is_downloaded_once(tmp_path):
     flip(tmp_path / 'cache' / f'weights-{digest}.pth', offset=5000)
     with pytest.raises(OSError, match='its sha256 is'):
         timm.create_model('test_vitresnet', **options)
+
+
+def test_a_download_that_fails_is_one_sentence_and_leaves_nothing(tmp_path):
+    cache = tmp_path / 'cache'
+    (tmp_path / 'weights-0a1b2c3d.pth').write_bytes(b'half of it')
+    for name, message in (
+        ('weights-0a1b2c3d.pth', 'is not what the name says'),
+        ('none.pth', 'could not be downloaded'),
+    ):
+        with pytest.raises(OSError, match=message):
+            files.url_file(f'file://{tmp_path}/{name}', cache)
+    assert not list(cache.iterdir())
+
+
+@pytest.mark.parametrize('faults', [2, 9])
+def test_a_server_that_fails_is_asked_again(faults, tmp_path, monkeypatch):
+    class Handler(http.server.BaseHTTPRequestHandler):
+        asked = 0
+
+        def do_GET(self):
+            Handler.asked += 1
+            self.send_response(503 if Handler.asked <= faults else 200)
+            self.end_headers()
+            self.wfile.write(b'weights')
+
+        def log_message(self, *args):
+            pass
+
+    monkeypatch.setattr(files.time, 'sleep', lambda seconds: None)
+    with http.server.ThreadingHTTPServer(('127.0.0.1', 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f'http://127.0.0.1:{server.server_port}/weights.pth'
+        if faults == 2:
+            assert files.url_file(url, tmp_path).read_bytes() == b'weights'
+        else:
+            with pytest.raises(OSError, match=r'could not be downloaded .*503'):
+                files.url_file(url, tmp_path)
+        server.shutdown()
+    assert Handler.asked == min(faults + 1, 4)
 
 
 def test_names_are_no_hashes(tmp_path):

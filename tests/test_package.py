@@ -16,7 +16,7 @@ import timm, torch
 import timm_vitres
 from timm_vitres import cli
 assert pathlib.Path(timm_vitres.__file__).is_relative_to(sys.argv[1]), timm_vitres.__file__
-assert len(timm.list_models('*vitresnet*')) == 7
+assert len(timm.list_models('*vitresnet*')) == 12
 assert cli.main(['finetune', 'images', '--model', 'test_vitresnet', '--img-size', '32', '--epochs', '2', '-b', '8',
                  '-j', '0', '--output', 'run']) == 0
 model = timm.create_model('local-dir:run', pretrained=True).eval()

@@ -15,6 +15,7 @@ README = (ROOT / 'README.md').read_text()
 # names of weights and repositories that need the network: what stands in for them here
 OFFLINE = [
     (r"'vitresnet_small\.augreg_in21k_ft_in1k', pretrained=True", "'vitresnet_small'"),
+    (r"'vitresnet_dual_small\.conformer_in1k', pretrained=True", "'vitresnet_dual_small'"),
 ]
 
 

@@ -12,18 +12,28 @@ import pytest
 import timm
 
 OURS = ['test_vitresnet', 'vitresnet', 'vitresnet_nano', 'vitresnet_small', 'vitresnet_tiny']
+OURS += ['test_vitresnet_dual', 'vitresnet_dual_tiny']
 # timm's lists of models by name, and how they change to know ours: tokens come out of forward_features and pool_size is
 # None, as in its ViTs, but the pyramid's test is kept on; forward_intermediates is tested by module.
 PATCHES = [
     ('NON_STD_FILTERS = [\n', "NON_STD_FILTERS = [\n    'vitresnet*',\n"),
-    ('FEAT_INTER_FILTERS = [\n', "FEAT_INTER_FILTERS = [\n    'vitresnet',\n"),
+    ('FEAT_INTER_FILTERS = [\n', "FEAT_INTER_FILTERS = [\n    'vitresnet', 'vitresnet_dual',\n"),
     (
         'EXCLUDE_FEAT_FILTERS = NON_STD_FILTERS[:]\n',
         "EXCLUDE_FEAT_FILTERS = [f for f in NON_STD_FILTERS if f not in ('vitresnet*', 'test_vit*')]\n",
     ),
+    # the parallel family's features are a pair, which these lines do not expect
+    (
+        '    output, intermediates = model.forward_intermediates(\n',
+        '    def joined(pair):\n'
+        '        return torch.cat([part.flatten(1) for part in pair], 1) if isinstance(pair, tuple) else pair\n\n'
+        '    output, intermediates = model.forward_intermediates(\n',
+    ),
+    ('assert torch.allclose(output, output2)\n', 'assert torch.allclose(joined(output), joined(output2))\n'),
+    ('assert torch.allclose(output, output3, rtol', 'assert torch.allclose(joined(output), joined(output3), rtol'),
 ]
 # tests with 'pretrained' in their name download weights of every model
-DESELECTED = ['vitresnet_base', 'vitresnet_large', 'pretrained']
+DESELECTED = ['vitresnet_base', 'vitresnet_large', 'dual_small', 'dual_base', 'pretrained']
 
 
 @pytest.fixture(scope='module')

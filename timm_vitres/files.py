@@ -12,6 +12,7 @@ import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, Mapping, Optional, Sequence, TypeVar, Union
+from urllib.error import HTTPError, URLError
 from urllib.parse import urlparse
 
 import safetensors
@@ -100,6 +101,10 @@ def is_transient(error: BaseException) -> bool:
     if isinstance(error, HfHubHTTPError):
         status = getattr(error.response, 'status_code', None)
         return status is None or status == 429 or status >= 500
+    if isinstance(error, HTTPError):
+        return error.code == 429 or error.code >= 500
+    if isinstance(error, URLError):
+        return isinstance(error.reason, (ConnectionError, TimeoutError))
     # the errors of what huggingface_hub speaks through (httpx2, httpx, requests) are no ConnectionError
     libraries = ('httpx', 'httpcore', 'requests', 'urllib3')
     return isinstance(error, (ConnectionError, TimeoutError)) or type(error).__module__.startswith(libraries)
@@ -163,17 +168,32 @@ def url_file(url: str, cache_dir: Union[None, str, Path] = None) -> Path:
     """Return a file that a URL names, downloaded into torch's cache of checkpoints (or `cache_dir`).
 
     Raises:
-        OSError: where a name like 'resnet18-5c106cde.pth' holds the beginning of another sha256 than the file's.
+        OSError: where it can't be downloaded, or a name like 'resnet18-5c106cde.pth' holds the beginning of another
+            sha256 than the file's.
     """
     folder = Path(cache_dir or Path(torch.hub.get_dir()) / 'checkpoints')
     path = folder / Path(urlparse(url).path).name
+    published = hash_in_name(path.name)
     if not path.is_file():
         folder.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(url, str(path))
-    found = re.search(r'-(?=\d*[a-f])([0-9a-f]{8,64})\.', path.name)  # with a letter: a date is no hash
-    if found:
-        check_once(path, found.group(1))
+        try:
+            retrying(lambda: torch.hub.download_url_to_file(url, str(path), published))
+        except RuntimeError as error:  # its hash, before it is in the cache
+            raise OSError(f'{url}: what arrived is not what the name says ({error}); try again.') from error
+        except OSError as error:
+            raise OSError(
+                f'{url}: could not be downloaded ({error}). Once it is here by other means, '
+                f"pretrained_cfg_overlay=dict(file='...') takes it."
+            ) from error
+    if published:
+        check_once(path, published)
     return path
+
+
+def hash_in_name(name: str) -> Optional[str]:
+    """Return the beginning of a sha256 in a published file's name ('resnet18-5c106cde.pth'), if one is there."""
+    found = re.search(r'-(?=\d*[a-f])([0-9a-f]{8,64})\.', name)  # with a letter: a date is no hash
+    return found.group(1) if found else None
 
 
 def weights_file(path: Union[str, Path]) -> Path:

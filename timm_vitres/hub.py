@@ -339,7 +339,8 @@ def verify(
     """
     cfg = _pretrained_cfg(name)
     path = find_weights(cfg, cache_dir)
-    actual = files.check(path)
+    in_name = files.hash_in_name(path.name) if cfg.url and not (cfg.file or cfg.hf_hub_id) else None
+    actual = files.check(path, in_name)
     hub_id = repo_id or (cfg.hf_hub_id if cfg.source != 'local-dir' and not cfg.file else None)
     if hub_id and not constants.HF_HUB_OFFLINE:
         repository, _, revision = hub_id.partition('@')
@@ -364,6 +365,8 @@ def verify(
                     f'or another version.'
                 )
             return Verification(path, actual, 'the Hub')
+    if in_name:
+        return Verification(path, actual, f'the name in its address (it begins with {in_name})')
     if files.published_sha256(path):
         return Verification(path, actual, 'the cache' if path.is_symlink() else 'the card')
     return Verification(path, actual, None)

@@ -1,0 +1,104 @@
+"""The README's picture of both families, drawn from the models themselves: what flows where, at which stride.
+
+python benchmarks/families.py        # writes benchmarks/results/families.png
+"""
+
+from pathlib import Path
+
+import timm
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import FancyBboxPatch
+
+import timm_vitres  # noqa: F401  (registers the models)
+
+RESNET, VIT, PLAIN = '#f4b183', '#9dc3e6', '#e7e6e6'
+HEIGHT = 0.62  # of a box; boxes are one unit apart
+
+
+def box(axes: Axes, x: float, y: float, text: str, colour: str, width: float = 2.4, height: float = HEIGHT) -> None:
+    """Draw a box with its centre at (x, y)."""
+    corner = (x - width / 2, y - height / 2)
+    axes.add_patch(FancyBboxPatch(corner, width, height, 'round,pad=0,rounding_size=0.12', fc=colour, ec='#404040'))
+    axes.text(x, y, text, ha='center', va='center', fontsize=9)
+
+
+def arrow(axes: Axes, start: tuple, end: tuple, text: str = '') -> None:
+    """Draw an arrow, with a word on it."""
+    axes.annotate('', end, start, arrowprops=dict(arrowstyle='-|>', color='#404040', shrinkA=0, shrinkB=0))
+    if text:
+        middle = ((start[0] + end[0]) / 2, (start[1] + end[1]) / 2 + 0.12)
+        axes.text(*middle, text, ha='center', va='bottom', fontsize=8, style='italic')
+
+
+def serial(axes: Axes, name: str) -> None:
+    """Image -> ResNet -> tokens -> ViT -> logits, one below the other."""
+    model = timm.create_model(name, device='meta')
+    levels = model.feature_info[: model.num_pyramid]
+    rows = [('image', PLAIN), (f'stem, {levels[0]["num_chs"]} channels', RESNET)]
+    stages = [stage['num_chs'] for stage in model.patch_embed.backbone.feature_info[1:]]
+    rows += [(f'stage {i + 1}, {width} channels', RESNET) for i, width in enumerate(stages)]
+    rows += [(f'tokens of width {model.embed_dim}', VIT), (f'{len(model.blocks)} ViT blocks', VIT)]
+    rows += [('class token, head', VIT), ('logits', PLAIN)]
+    strides = ['', *(f'stride {2 * 2**i}' for i in range(len(stages) + 1)), f'stride {model.patch_embed.feat_ratio()}']
+    for i, (text, colour) in enumerate(rows):
+        y = len(rows) - i
+        box(axes, 0, y, text, colour)
+        if i < len(strides) and strides[i]:
+            axes.text(1.35, y, strides[i], va='center', fontsize=8)
+        if i:
+            arrow(axes, (0, y + 1 - HEIGHT / 2), (0, y + HEIGHT / 2))
+    axes.set(xlim=(-1.6, 2.4), ylim=(0.4, len(rows) + 0.6), title=f'serial: {name}')
+
+
+def parallel(axes: Axes, name: str) -> None:
+    """ResNet and ViT side by side, and what goes across in every unit."""
+    model = timm.create_model(name, device='meta')
+    cfg, third = model.cfg, model.cfg.depth // 3
+    left, right, top = -1.9, 1.9, 8
+    box(axes, 0, top, 'image', PLAIN)
+    box(axes, 0, top - 1, f'stem, {cfg.stem_width} channels', RESNET)
+    axes.text(1.35, top - 1, 'stride 4', va='center', fontsize=8)
+    arrow(axes, (0, top - HEIGHT / 2), (0, top - 1 + HEIGHT / 2))
+    y = top - 2
+    box(axes, left, y, f'block, {cfg.channels[0]} channels', RESNET)
+    box(axes, right, y, 'patches, class token, block', VIT, width=2.9)
+    axes.text(left - 1.4, y, 'unit 1', va='center', ha='right', fontsize=8)
+    for x in (left, right):
+        arrow(axes, (0, top - 1 - HEIGHT / 2), (x, y + HEIGHT / 2))
+    first = 2
+    for stage, width in enumerate(cfg.channels):
+        last = third * (stage + 1)
+        y -= 1.25
+        box(axes, left, y, f'two blocks, {width} channels', RESNET, height=0.95)
+        box(axes, right, y, 'block', VIT, width=2.9, height=0.95)
+        arrow(axes, (left + 1.2, y + 0.22), (right - 1.45, y + 0.22), 'down')
+        arrow(axes, (right - 1.45, y - 0.3), (left + 1.2, y - 0.3), 'up')
+        strides = f'stride {4 * 2**stage}' + (', at the end 32' if last == cfg.depth else '')
+        axes.text(left - 1.4, y, f'units {first} to {last}\n{strides}', va='center', ha='right', fontsize=8)
+        for x in (left, right):
+            above = y + (1.25 - HEIGHT / 2 if stage == 0 else 1.25 - 0.475)
+            arrow(axes, (x, above), (x, y + 0.475))
+        first = last + 1
+    axes.text(right + 1.6, y + 1.25, f'{cfg.embed_dim} wide,\nstride {cfg.patch_size}', va='center', fontsize=8)
+    box(axes, left, y - 1.1, 'average, head', RESNET)
+    box(axes, right, y - 1.1, 'class token, head', VIT, width=2.9)
+    box(axes, 0, y - 2.1, 'sum: logits', PLAIN)
+    for x in (left, right):
+        arrow(axes, (x, y - 0.475), (x, y - 1.1 + HEIGHT / 2))
+        arrow(axes, (x, y - 1.1 - HEIGHT / 2), (0, y - 2.1 + HEIGHT / 2))
+    axes.set(xlim=(-5.6, 4.9), ylim=(y - 2.6, top + 0.6), title=f'parallel: {name}')
+
+
+def main() -> None:
+    """Draw both and write the picture."""
+    figure = Figure(figsize=(11, 6.2), layout='constrained')
+    panels = figure.subplots(1, 2, width_ratios=(1, 2))
+    for axes, draw, name in zip(panels, (serial, parallel), ('vitresnet_small', 'vitresnet_dual_small')):
+        axes.set_axis_off()
+        draw(axes, name)
+    figure.savefig(Path(__file__).parent / 'results' / 'families.png', dpi=110)
+
+
+if __name__ == '__main__':
+    main()
