@@ -61,27 +61,27 @@ def parallel(axes: Axes, name: str) -> None:
     axes.text(1.35, top - 1, 'stride 4', va='center', fontsize=8)
     arrow(axes, (0, top - HEIGHT / 2), (0, top - 1 + HEIGHT / 2))
     y = top - 2
-    box(axes, left, y, f'block, {cfg.channels[0]} channels', RESNET)
+    box(axes, left, y, f'block, {cfg.channels[0]} channels', RESNET, width=2.8)
     box(axes, right, y, 'patches, class token, block', VIT, width=2.9)
-    axes.text(left - 1.4, y, 'unit 1', va='center', ha='right', fontsize=8)
+    axes.text(left - 1.6, y, 'unit 1', va='center', ha='right', fontsize=8)
     for x in (left, right):
         arrow(axes, (0, top - 1 - HEIGHT / 2), (x, y + HEIGHT / 2))
     first = 2
     for stage, width in enumerate(cfg.channels):
         last = third * (stage + 1)
         y -= 1.25
-        box(axes, left, y, f'two blocks, {width} channels', RESNET, height=0.95)
+        box(axes, left, y, f'two blocks, {width} channels', RESNET, width=2.8, height=0.95)
         box(axes, right, y, 'block', VIT, width=2.9, height=0.95)
-        arrow(axes, (left + 1.2, y + 0.22), (right - 1.45, y + 0.22), 'down')
-        arrow(axes, (right - 1.45, y - 0.3), (left + 1.2, y - 0.3), 'up')
+        arrow(axes, (left + 1.4, y + 0.22), (right - 1.45, y + 0.22), 'down')
+        arrow(axes, (right - 1.45, y - 0.3), (left + 1.4, y - 0.3), 'up')
         strides = f'stride {4 * 2**stage}' + (', at the end 32' if last == cfg.depth else '')
-        axes.text(left - 1.4, y, f'units {first} to {last}\n{strides}', va='center', ha='right', fontsize=8)
+        axes.text(left - 1.6, y, f'units {first} to {last}\n{strides}', va='center', ha='right', fontsize=8)
         for x in (left, right):
             above = y + (1.25 - HEIGHT / 2 if stage == 0 else 1.25 - 0.475)
             arrow(axes, (x, above), (x, y + 0.475))
         first = last + 1
     axes.text(right + 1.6, y + 1.25, f'{cfg.embed_dim} wide,\nstride {cfg.patch_size}', va='center', fontsize=8)
-    box(axes, left, y - 1.1, 'average, head', RESNET)
+    box(axes, left, y - 1.1, 'average, head', RESNET, width=2.8)
     box(axes, right, y - 1.1, 'class token, head', VIT, width=2.9)
     box(axes, 0, y - 2.1, 'sum: logits', PLAIN)
     for x in (left, right):

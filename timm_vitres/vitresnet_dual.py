@@ -43,7 +43,7 @@ Features = Tuple[torch.Tensor, torch.Tensor]  # the ResNet's map, the ViT's toke
 
 @register_notrace_module  # it looks at the image's shape
 class Stem(nn.Module):
-    """timm's ResNet stem. image (B, in_chans, H, W) -> (B, width, H / 2, W / 2); `pool` halves that once more."""
+    """timm's ResNet stem, up to its max-pooling. image (B, in_chans, H, W) -> (B, width, H / 2, W / 2)."""
 
     def __init__(self, in_chans: int, width: int, **dd: Any):
         super().__init__()
@@ -246,7 +246,7 @@ class VitResNetDual(Loadable):
         self.grad_checkpointing = False
 
         self.stem = Stem(in_chans, cfg.stem_width, **dd)
-        self.pool = nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
+        self.maxpool = nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
         self.cls_token = nn.Parameter(torch.empty(1, 1, cfg.embed_dim, **dd))
         self.units = nn.ModuleList()
         width = cfg.stem_width
@@ -343,7 +343,7 @@ class VitResNetDual(Loadable):
 
     def _begin(self, stem: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor, Tuple[int, int]]:
         """Return the map (stride 4), the class token, and the grid of patch tokens, that the first unit takes."""
-        x = self.pool(stem)
+        x = self.maxpool(stem)
         stride = self.token_stride
         grid = ((x.shape[-2] + stride - 1) // stride, (x.shape[-1] + stride - 1) // stride)
         return x, self.cls_token.expand(x.shape[0], -1, -1), grid
