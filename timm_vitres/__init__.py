@@ -2,9 +2,10 @@
 
 from .config import VitResNetCfg, VitResNetDualCfg
 from .data import preprocess
+from .fold import fold
 from .hub import push, save, verify
 from .vitresnet import VitResNet
 from .vitresnet_dual import VitResNetDual
 
 __version__ = '0.1.0'
-__all__ = ['VitResNet', 'VitResNetCfg', 'VitResNetDual', 'VitResNetDualCfg', 'preprocess', 'push', 'save', 'verify']
+__all__ = ['VitResNet', 'VitResNetCfg', 'VitResNetDual', 'VitResNetDualCfg', 'fold', 'preprocess', 'push', 'save', 'verify']

@@ -100,6 +100,8 @@ def _write(path: Path, text: str) -> None:
 
 def check_unchanged(model: nn.Module) -> None:
     """Raise ValueError unless `timm.create_model`, with what config.json will say, builds these very tensors."""
+    if getattr(model, 'folded', False):
+        raise ValueError('model: it is folded for inference; save the model that it was folded from.')
     architecture, args = model.pretrained_cfg['architecture'], get_model_args(model)
     try:
         with torch.device('meta'), warnings.catch_warnings():

@@ -23,15 +23,16 @@ from timm.models import checkpoint_seq
 # what every model of timm's offers features by is not among timm.models' public names
 from timm.models._features import feature_take_indices
 from torch import nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
+
+from .fold import batch_norms_of_convolutions, merge_batch_norm_
 
 __all__ = [
+    'Conv2dSame',
     'MaxPool2dSame',
     'ResNetEmbed',
     'StdConv2dSame',
     'check_shape',
     'feature_take_indices',
-    'merge_batch_norm_',
     'pad_to',
     'resample_pos_embed',
     'unflatten_tokens',
@@ -66,6 +67,16 @@ def pad_same(
     return F.pad(x, (left, pad_w - left, top, pad_h - top), value=value)
 
 
+class Conv2dSame(nn.Conv2d):
+    """A convolution with 'SAME' padding by `pad_same`."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x: (B, C, H, W) -> (B, C', ceil(H / stride), ceil(W / stride))."""
+        if self.kernel_size != (1, 1) or is_exporting():
+            x = pad_same(x, self.kernel_size, self.stride, self.dilation)
+        return F.conv2d(x, self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
+
+
 class StdConv2dSame(layers.StdConv2dSame):
     """timm's weight-standardised convolution with 'SAME' padding, padded by `pad_same`."""
 
@@ -84,6 +95,28 @@ class StdConv2dSame(layers.StdConv2dSame):
         """Return the weight with mean 0 and variance 1 in every output channel (arXiv:1903.10520)."""
         weight = self.weight.reshape(1, self.out_channels, -1)
         return F.batch_norm(weight, None, None, training=True, momentum=0.0, eps=self.eps).reshape_as(self.weight)
+
+    def fuse(self) -> nn.Conv2d:
+        """Return a plain convolution with the standardised weight, channels-last (timm's hook)."""
+        reach = [(size - 1) * dilation for size, dilation in zip(self.kernel_size, self.dilation)]
+        conv_cls, padding = nn.Conv2d, self.padding
+        if self.pads and (self.stride != (1, 1) or any(total % 2 for total in reach)):
+            conv_cls = Conv2dSame  # how much there is to pad depends on the image
+        elif self.pads:
+            padding = tuple(total // 2 for total in reach)
+        conv = conv_cls(
+            self.in_channels,
+            self.out_channels,
+            self.kernel_size,
+            self.stride,
+            padding,
+            self.dilation,
+            self.groups,
+            bias=self.bias is not None,
+            device='meta',
+        )
+        conv.weight, conv.bias = nn.Parameter(self.standardized_weight().detach()), self.bias
+        return conv.to(memory_format=torch.channels_last).train(self.training)
 
 
 class MaxPool2dSame(nn.MaxPool2d):
@@ -150,28 +183,6 @@ def check_shape(shape: torch.Size, in_chans: int) -> None:
     """Raise ValueError unless `shape` is (B, in_chans, H, W)."""
     if len(shape) != 4 or shape[1] != in_chans:
         raise ValueError(f'input: got shape {tuple(shape)}, expected (B, {in_chans}, H, W).')
-
-
-def merge_batch_norm_(module: nn.Module, layer: str, norm: str) -> None:
-    """Merge a BatchNorm of a module into the convolution, or the linear layer, before it.
-
-    A convolution's weight is then channels-last, and so are the maps that it makes: on CPU that is faster by more than
-    the merging is (benchmarks/dual.py). Where it is done already, nothing happens.
-
-    Raises:
-        ValueError: while the module trains, when the BatchNorm's statistics are those of each batch.
-    """
-    before, batch_norm = module.get_submodule(layer), module.get_submodule(norm)
-    if isinstance(batch_norm, nn.Identity):
-        return
-    if module.training:
-        raise ValueError('model: it is in training mode; call model.eval() before its BatchNorms are folded.')
-    if isinstance(before, nn.Linear):
-        merged = fuse_linear_bn_eval(before, batch_norm)
-    else:
-        merged = fuse_conv_bn_eval(before, batch_norm).to(memory_format=torch.channels_last)
-    setattr(module, layer, merged)
-    setattr(module, norm, nn.Identity())
 
 
 @register_notrace_module  # its padding depends on the size, which torch.fx can't follow
@@ -318,6 +329,11 @@ class ResNetEmbed(HybridEmbed):
                     levels.append(x)
             levels.append(x)
         return levels
+
+    def reparameterize(self) -> None:
+        """Merge the BatchNorms of the ResNet into its convolutions (timm's hook)."""
+        for layer, norm in batch_norms_of_convolutions(self.backbone):
+            merge_batch_norm_(self.backbone, layer, norm)
 
     def enlarge(self, x: torch.Tensor, size: Tuple[int, int], factor: int) -> torch.Tensor:
         """Resize a map of tokens bilinearly. x: (B, D, H', W') -> (B, D, H' * factor, W' * factor).

@@ -35,6 +35,18 @@ ModelT = TypeVar('ModelT', bound=nn.Module)
 class Loadable(nn.Module):
     """How a hybrid takes weights in: any layout, tables of any size, nothing silently left out."""
 
+    folded: bool = False  # by `fold`
+
+    def train(self, mode: bool = True):
+        """Set training mode, as torch does.
+
+        Raises:
+            ValueError: for a model that `fold` made.
+        """
+        if mode and self.folded:
+            raise ValueError('model: it is folded for inference, and has nothing left to train; train the original.')
+        return super().train(mode)
+
     @torch.jit.ignore
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False):
         """Load as torch does; other layouts (see `checkpoints`) are converted, tables of other sizes resampled."""

@@ -34,6 +34,7 @@ from torch import nn
 
 from .backbone import backbone_blocks, create_backbone
 from .config import GLOBAL_POOLS, MLP_LAYERS, NO_CLASS_TOKEN, VitResNetCfg, check_choice, check_positive, check_rates
+from .fold import merge_layer_scale_
 from .layers import ResNetEmbed, feature_take_indices, resample_pos_embed, unflatten_tokens
 from .loading import Loadable, build_hybrid
 
@@ -367,6 +368,11 @@ class VitResNet(Loadable, VisionTransformer):
             setattr(self, name, nn.Identity())
         self.blocks = nn.Sequential()
         self.num_features = self.head_hidden_size = self.embed_dim = self.patch_embed.feature_dim
+
+    def reparameterize(self) -> None:
+        """Merge the LayerScales of the blocks (timm's hook, for a model that is a part of another)."""
+        for block in self.blocks:
+            merge_layer_scale_(block)
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> Dict[str, Any]:

@@ -32,7 +32,8 @@ from timm.models.vision_transformer import Block, get_init_weights_vit
 from torch import nn
 
 from .config import DUAL_GLOBAL_POOLS, VitResNetDualCfg, check_choice, check_positive, check_rates
-from .layers import check_shape, feature_take_indices, merge_batch_norm_, pad_to, unflatten_tokens
+from .fold import merge_batch_norm_
+from .layers import check_shape, feature_take_indices, pad_to, unflatten_tokens
 from .loading import Loadable, build_hybrid
 
 __all__ = ['VitResNetDual', 'VitResNetDualCfg']
