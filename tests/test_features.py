@@ -44,7 +44,9 @@ def test_the_pyramid_doubles(name, reductions):
     ]
 
 
-@pytest.mark.parametrize('name', ['vitresnet_tiny', 'vitresnet_small', 'vitresnet_base'])
+@pytest.mark.parametrize(
+    'name', ['vitresnet_tiny', 'vitresnet_small', pytest.param('vitresnet_base', marks=pytest.mark.slow)]
+)
 def test_every_size(name):
     """Logits are finite, maps are within a pixel of size / stride, and an image does not see its neighbour."""
     model = randomise_(timm.create_model(name, num_classes=10))

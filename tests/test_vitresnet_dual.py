@@ -137,7 +137,8 @@ def test_a_new_model_is_initialised_as_published():
         fan_out = len(weight) * weight[0, 0].numel()
         is_conv = weight.ndim == 4 or name.endswith(('down.proj', 'up.proj'))
         std = math.sqrt(2 / fan_out) if is_conv else 0.02
-        assert weight.std().item() == pytest.approx(std, rel=0.05), name
+        # five deviations of the estimate
+        assert abs(weight.std().item() - std) < 5 * std / math.sqrt(2 * weight.numel()), name
     assert model.cls_token.std().item() == pytest.approx(0.02, rel=0.2)
 
 
@@ -270,7 +271,7 @@ def test_pruning(level, units):
         assert len(model.units) == units and isinstance(model.norm, nn.Identity)
         got = model.forward_intermediates(x, indices=[level], intermediates_only=True)
         assert torch.equal(got[0], expected[0])
-        assert isinstance(model(x), tuple)
+        assert torch.equal(model(x)[0], expected[0])  # and nothing comes after it
     kept = create()
     kept.prune_intermediate_layers([0], prune_head=False)
     assert torch.equal(kept(x), create()(x))
@@ -288,6 +289,13 @@ def test_layer_decay_groups():
     groups = create_optimizer_v2(model, 'adamw', weight_decay=0.05, layer_decay=0.8).param_groups
     spared = {id(value) for group in groups if not group['weight_decay'] for value in group['params']}
     assert id(model.cls_token) in spared and id(model.head_vit.weight) not in spared
+
+
+@pytest.mark.parametrize('name', [SMALL, 'vitresnet_dual_tiny'])
+def test_every_parameter_has_a_gradient(name):
+    model = timm.create_model(name, num_classes=3).train()
+    model(torch.randn(2, 3, 64, 96)).square().mean().backward()
+    assert not [key for key, value in model.named_parameters() if value.grad is None or not value.grad.abs().sum() > 0]
 
 
 def test_drop_path_is_the_vits_alone():

@@ -164,7 +164,7 @@ def _add_shapes(name: str, kwargs: Dict[str, Any], state_dict: StateDict, traine
     if first_conv is not None and first_conv.ndim == 4:
         kwargs['in_chans'] = int(first_conv.shape[1])
     table = state_dict.get('pos_embed')
-    if table is None or table.ndim != 3:
+    if table is None or table.ndim != 3 or not hasattr(model, 'pos_embed'):  # the parallel family has none
         return
     num_tokens = table.shape[1] - (0 if model.no_embed_class else model.num_prefix_tokens)
     for size in (trained_size, kwargs.get('img_size')):

@@ -156,6 +156,7 @@ def _resize_matrix(old: int, new: int, device: torch.device) -> torch.Tensor:
         return F.interpolate(points, size=(new, old), mode='bicubic', antialias=True)[0, 0]
 
 
+@register_notrace_function  # it looks at the number of tokens
 def unflatten_tokens(x: torch.Tensor, grid: Tuple[int, int]) -> torch.Tensor:
     """Lay patch tokens out as the map that they were. x: (B, H' * W', D), grid: (H', W') -> (B, D, H', W').
 

@@ -340,7 +340,7 @@ class VitResNetDual(Loadable):
         dd = dict(device=self.cls_token.device, dtype=self.cls_token.dtype)
         widths = (self.cfg.channels[-1], self.cfg.embed_dim)
         heads = [nn.Linear(width, num_classes, **dd) if num_classes > 0 else nn.Identity() for width in widths]
-        self.head_resnet, self.head_vit = heads
+        self.head_resnet, self.head_vit = (head.train(self.training) for head in heads)
 
     def _begin(self, stem: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor, Tuple[int, int]]:
         """Return the map (stride 4), the class token, and the grid of patch tokens, that the first unit takes."""
@@ -444,6 +444,8 @@ class VitResNetDual(Loadable):
             self.norm = nn.Identity()
         if prune_head:
             self.units = self.units[: self.level_units[max_index - 1] + 1 if max_index > 0 else 0]
+            if max_index == 0:
+                self.maxpool = nn.Identity()
             self.reset_classifier(0, '')
         return take_indices
 
@@ -461,7 +463,6 @@ def _cfg(**kwargs) -> Dict[str, Any]:
         'num_classes': 1000,
         'input_size': (3, 224, 224),
         'fixed_input_size': False,
-        'pool_size': (7, 7),
         'crop_pct': 0.875,
         'interpolation': 'bicubic',
         'mean': IMAGENET_DEFAULT_MEAN,
@@ -487,7 +488,7 @@ default_cfgs = generate_default_cfgs(
         'vitresnet_dual_base.conformer_in1k': _cfg(
             url=_MMPRETRAIN + 'conformer-base-p16_3rdparty_8xb128_in1k_20211206-bfdf8637.pth'
         ),
-        'test_vitresnet_dual.untrained': _cfg(input_size=(3, 96, 96), pool_size=(3, 3)),
+        'test_vitresnet_dual.untrained': _cfg(input_size=(3, 96, 96)),
     }
 )
 
