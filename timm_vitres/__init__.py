@@ -8,4 +8,5 @@ from .vitresnet import VitResNet
 from .vitresnet_dual import VitResNetDual
 
 __version__ = '0.1.0'
-__all__ = ['VitResNet', 'VitResNetCfg', 'VitResNetDual', 'VitResNetDualCfg', 'fold', 'preprocess', 'push', 'save', 'verify']
+__all__ = ['VitResNet', 'VitResNetCfg', 'VitResNetDual', 'VitResNetDualCfg']
+__all__ += ['fold', 'preprocess', 'push', 'save', 'verify']

@@ -20,7 +20,8 @@ def fold(model: ModelT) -> ModelT:
     """Return a copy of a model that computes the same with fewer operations.
 
     It scripts, exports and compiles like the model itself, but can be neither trained nor saved as a checkpoint.
-    Convolutions are channels-last, and so are the maps that they make, which is what they are fastest with on CPU.
+    Convolutions are channels-last, and so are the maps that they make, since that is faster on CPU
+    (benchmarks/dual.py). For a lower precision fold first: `fold(model).bfloat16()` rounds merged weights once.
 
     Args:
         model: A model of this package (also with features_only), or a part of one, in evaluation mode.
