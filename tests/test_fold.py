@@ -15,7 +15,7 @@ import timm_vitres
 from timm_vitres.fold import fold
 from timm_vitres.layers import StdConv2dSame
 
-SIZES = [(224, 224), (97, 161), (225, 250), (64, 64), (33, 470)]
+SIZES = [(224, 224), (97, 161), (33, 470)]
 NAMES = ['vitresnet_tiny', 'vitresnet_small', 'vitresnet_nano', 'vitresnet', 'test_vitresnet', 'test_vitresnet_dual']
 # ResNets whose blocks differ: norms before and after, pooled shortcuts, deep stems, anti-aliasing, attention, groups
 BACKBONES = ['resnet18', 'resnet26t', 'resnetv2_18', 'resnetblur18', 'seresnet50', 'resnet50_gn']

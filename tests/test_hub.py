@@ -21,7 +21,7 @@ CHANGES = [
     ('vitresnet_tiny', dict(num_classes=3, img_size=(96, 160))),
     ('vitresnet_small', dict(in_chans=1, img_size=(64, 96), num_classes=0)),
     ('vitresnet_base', dict(num_classes=5, img_size=64)),
-    ('vitresnet_large', dict(num_classes=5, img_size=64)),
+    pytest.param('vitresnet_large', dict(num_classes=5, img_size=64), marks=pytest.mark.slow),
     ('vitresnet_nano', dict(num_classes=10, in_chans=1, img_size=28)),
     ('vitresnet', dict(backbone='resnet18', depth=0, num_classes=4)),
     ('vitresnet', dict(backbone='', embed_dim=96, num_heads=3, depth=2, img_size=(64, 32))),
