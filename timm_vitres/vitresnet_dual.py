@@ -208,9 +208,6 @@ class VitResNetDual(Loadable):
         TypeError: for an unknown argument.
     """
 
-    # TorchScript can't tell what an empty list holds
-    level_units: List[int]
-
     def __init__(
         self,
         cfg: VitResNetDualCfg,
@@ -277,11 +274,12 @@ class VitResNetDual(Loadable):
         self._traits = dict(first_conv='stem.conv1', classifier=('head_resnet', 'head_vit'))
 
         third = cfg.depth // 3
-        self.level_units = [third - 1, 2 * third - 1, cfg.depth - 2, cfg.depth - 1]
+        self.units_of_level = [0, third, 2 * third, cfg.depth - 1, cfg.depth]  # how many come before each map
         self.feature_info = [dict(num_chs=cfg.stem_width, reduction=2, module='stem')]
-        for reduction, i in zip((4, 8, 16, 32), self.level_units):
-            module = f'units.{i}.fusion_block.act3'  # what the unit itself returns has the tokens, too
-            self.feature_info.append(dict(num_chs=cfg.channels[i // third], reduction=reduction, module=module))
+        for reduction, count in zip((4, 8, 16, 32), self.units_of_level[1:]):
+            last = count - 1
+            module = f'units.{last}.fusion_block.act3'  # what the unit itself returns has the tokens, too
+            self.feature_info.append(dict(num_chs=cfg.channels[last // third], reduction=reduction, module=module))
         self.num_pyramid = len(self.feature_info)
 
         self.weight_init_mode = 'reset' if weight_init == 'skip' else weight_init
@@ -406,10 +404,8 @@ class VitResNetDual(Loadable):
         """
         if output_fmt not in ('NCHW', 'NLC'):
             raise ValueError(f"output_fmt: got '{output_fmt}', expected 'NCHW' or 'NLC'.")
-        take_indices, max_index = feature_take_indices(len(self.level_units) + 1, indices)
-        num_units = len(self.units)
-        if stop_early:
-            num_units = self.level_units[max_index - 1] + 1 if max_index > 0 else 0
+        take_indices, max_index = feature_take_indices(len(self.units_of_level), indices)
+        num_units = self.units_of_level[max_index] if stop_early else len(self.units)
 
         levels = [self.stem(x)]
         x, tokens, grid = self._begin(levels[0])
@@ -419,7 +415,7 @@ class VitResNetDual(Loadable):
                     x, tokens = checkpoint(unit, x, tokens, grid)
                 else:
                     x, tokens = unit(x, tokens, grid)
-                if i in self.level_units:
+                if i + 1 in self.units_of_level:
                     levels.append(x)
         maps: List[torch.Tensor] = []
         for i in take_indices:
@@ -443,15 +439,11 @@ class VitResNetDual(Loadable):
         if prune_norm:
             self.norm = nn.Identity()
         if prune_head:
-            self.units = self.units[: self.level_units[max_index - 1] + 1 if max_index > 0 else 0]
+            self.units = self.units[: self.units_of_level[max_index]]
             if max_index == 0:
                 self.maxpool = nn.Identity()
             self.reset_classifier(0, '')
         return take_indices
-
-
-def _create_vitresnet_dual(variant: str, pretrained: bool, cfg: VitResNetDualCfg, **kwargs) -> VitResNetDual:
-    return build_hybrid(VitResNetDual, variant, pretrained, cfg, **kwargs)
 
 
 _MMPRETRAIN = 'https://download.openmmlab.com/mmclassification/v0/conformer/'
@@ -497,30 +489,32 @@ default_cfgs = generate_default_cfgs(
 def vitresnet_dual_tiny(pretrained: bool = False, **kwargs) -> VitResNetDual:
     """Conformer-Ti/16: a thin ResNet and ViT-S; 23.5M parameters."""
     cfg = VitResNetDualCfg(channels=(64, 128, 256))
-    return _create_vitresnet_dual('vitresnet_dual_tiny', pretrained, cfg, **kwargs)
+    return build_hybrid(VitResNetDual, 'vitresnet_dual_tiny', pretrained, cfg, **kwargs)
 
 
 @register_model
 def vitresnet_dual_small(pretrained: bool = False, **kwargs) -> VitResNetDual:
     """Conformer-S/16: a ResNet of ResNet-50's widths and ViT-S; 37.7M parameters."""
-    return _create_vitresnet_dual('vitresnet_dual_small', pretrained, VitResNetDualCfg(), **kwargs)
+    return build_hybrid(VitResNetDual, 'vitresnet_dual_small', pretrained, VitResNetDualCfg(), **kwargs)
 
 
 @register_model
 def vitresnet_dual_small_p32(pretrained: bool = False, **kwargs) -> VitResNetDual:
     """Conformer-S/32: a quarter of the small one's tokens; 38.9M parameters."""
-    return _create_vitresnet_dual('vitresnet_dual_small_p32', pretrained, VitResNetDualCfg(patch_size=32), **kwargs)
+    return build_hybrid(
+        VitResNetDual, 'vitresnet_dual_small_p32', pretrained, VitResNetDualCfg(patch_size=32), **kwargs
+    )
 
 
 @register_model
 def vitresnet_dual_base(pretrained: bool = False, **kwargs) -> VitResNetDual:
     """Conformer-B/16: half as wide again, with 9 heads; 83.3M parameters."""
     cfg = VitResNetDualCfg(channels=(384, 768, 1536), embed_dim=576, num_heads=9)
-    return _create_vitresnet_dual('vitresnet_dual_base', pretrained, cfg, **kwargs)
+    return build_hybrid(VitResNetDual, 'vitresnet_dual_base', pretrained, cfg, **kwargs)
 
 
 @register_model
 def test_vitresnet_dual(pretrained: bool = False, **kwargs) -> VitResNetDual:
     """A parallel hybrid for tests, of every part that the larger ones have; 0.3M parameters."""
     cfg = VitResNetDualCfg(channels=(32, 48, 64), stem_width=32, embed_dim=48, depth=6, num_heads=3)
-    return _create_vitresnet_dual('test_vitresnet_dual', pretrained, cfg, **kwargs)
+    return build_hybrid(VitResNetDual, 'test_vitresnet_dual', pretrained, cfg, **kwargs)
