@@ -4,9 +4,10 @@ from .config import VitResNetCfg, VitResNetDualCfg
 from .data import preprocess
 from .fold import fold
 from .hub import push, save, verify
+from .prepare import prepare
 from .vitresnet import VitResNet
 from .vitresnet_dual import VitResNetDual
 
 __version__ = '0.1.0'
 __all__ = ['VitResNet', 'VitResNetCfg', 'VitResNetDual', 'VitResNetDualCfg']
-__all__ += ['fold', 'preprocess', 'push', 'save', 'verify']
+__all__ += ['fold', 'prepare', 'preprocess', 'push', 'save', 'verify']

@@ -137,8 +137,9 @@ def resample_pos_embed(
     PyTorch (2.14) has no backward of that resize for the symbolic sizes that a compiled training step has, so there it
     is written as what it is, a product with a matrix along each side.
     """
-    if not torch.jit.is_scripting():  # noqa: SIM102 (a script leaves out no more than this)
-        if torch.compiler.is_compiling() and not is_exporting() and pos_embed.requires_grad:
+    if not torch.jit.is_scripting():
+        trains = pos_embed.requires_grad and torch.is_grad_enabled()
+        if trains and torch.compiler.is_compiling() and not is_exporting():
             prefix, table = pos_embed[:, :num_prefix_tokens], pos_embed[:, num_prefix_tokens:]
             table = table.float().reshape(old_grid[0], old_grid[1], -1)
             rows = _resize_matrix(old_grid[0], grid[0], pos_embed.device)
