@@ -6,7 +6,9 @@ import os
 import platform
 import shlex
 import sys
+import time
 from pathlib import Path
+from typing import Any, Callable
 
 import timm
 import torch
@@ -42,3 +44,37 @@ def append_row(path: Path, row: dict) -> None:
             writer.writeheader()
         writer.writerow(row)
     print(', '.join(f'{key}={value}' for key, value in row.items()), flush=True)
+
+
+def seconds(function: Callable[[torch.Tensor], Any], x: torch.Tensor, repeats: int) -> float:
+    """Return the mean time of a call, on a CUDA device by the device's own clock."""
+    if x.is_cuda:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(repeats):
+            function(x)
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1000 / repeats
+    begin = time.perf_counter()
+    for _ in range(repeats):
+        function(x)
+    return (time.perf_counter() - begin) / repeats
+
+
+def peak_bytes(function: Callable[[torch.Tensor], Any], x: torch.Tensor) -> int:
+    """Return the most that a call holds at a time, beyond weights and input."""
+    if x.is_cuda:
+        torch.cuda.reset_peak_memory_stats(x.device)
+        before = torch.cuda.memory_allocated(x.device)
+        function(x)
+        return torch.cuda.max_memory_allocated(x.device) - before
+    os.environ.setdefault('KINETO_LOG_LEVEL', '99')  # or it prints when it starts and stops
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        function(x)
+    held = peak = 0
+    for event in sorted(profile.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
+        if event.name() == '[memory]':
+            held += event.nbytes()
+            peak = max(peak, held)
+    return peak

@@ -12,12 +12,11 @@ out (torch.profiler).
 import argparse
 import statistics
 import sys
-import time
 from pathlib import Path
 
 import timm
 import torch
-from common import append_row
+from common import append_row, peak_bytes, seconds
 from timm.utils import reparameterize_model
 from torch import nn
 
@@ -38,26 +37,6 @@ class Summed(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         resnet, vit = self.model(x)
         return resnet + vit
-
-
-def seconds(model: nn.Module, x: torch.Tensor, repeats: int) -> float:
-    """Return the mean time of a forward pass."""
-    start = time.perf_counter()
-    for _ in range(repeats):
-        model(x)
-    return (time.perf_counter() - start) / repeats
-
-
-def peak_bytes(model: nn.Module, x: torch.Tensor) -> int:
-    """Return the most that a forward pass holds at a time, beyond weights and input."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        model(x)
-    held = peak = 0
-    for event in sorted(profile.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
-        if event.name() == '[memory]':
-            held += event.nbytes()
-            peak = max(peak, held)
-    return peak
 
 
 def main() -> None:

@@ -102,6 +102,99 @@ def dual_elpv() -> str:
     )
 
 
+def newest(name: str, *columns: str) -> dict:
+    """Return the last row for each combination of values of columns."""
+    return {tuple(row[column] for column in columns): row for row in read(name)}
+
+
+def timings(on_cpu: bool) -> dict:
+    """Return rows of throughput.py inference by device, model, image size, path and batch size."""
+    rows = newest('throughput', 'device', 'model', 'size', 'path', 'batch')
+    return {key: row for key, row in rows.items() if (key[0] == 'cpu') == on_cpu}
+
+
+def published() -> dict:
+    """Return rows of the published accuracies by model."""
+    return {row['model']: row for row in read('published')}
+
+
+def fastest(rows: dict, device: str, model: str, batch: str, size: str = '224') -> dict:
+    """Return the row of a model's fastest path; int8 is left out, since its accuracy was not measured."""
+    paths = [row for key, row in rows.items() if key[:3] == (device, model, size) and key[4] == batch]
+    return min((row for row in paths if 'int8' not in row['path']), key=lambda row: float(row['ms']))
+
+
+def ratios_to_timm(rows: dict) -> str:
+    """Return a table of the hybrids, ours and timm's, each against timm's class in eager mode."""
+    timms = {row['reference'] for row in rows.values() if row['model'].startswith('vitresnet')}
+    lines = []
+    for device, model, size in dict.fromkeys(key[:3] for key in rows):
+        if not model.startswith('vitresnet') and model not in timms:
+            continue
+        for path in dict.fromkeys(key[3] for key in rows if key[:3] == (device, model, size)):
+            pair = (rows.get((device, model, size, path, batch)) for batch in ('1', '16'))
+            name = f'`{model}`' + (f' at {size} x {size}' if size != '224' else '')
+            lines.append([name, path, *(row['ratio'] if row else '' for row in pair)])
+    return table(['model', '', 'time, batch 1', 'time, batch 16'], lines)
+
+
+def throughput() -> str:
+    """Inference of the hybrids on CPU against timm's classes: ratios."""
+    return ratios_to_timm(timings(on_cpu=True))
+
+
+def throughput_cuda() -> str:
+    """The same on every CUDA device that was measured."""
+    rows = timings(on_cpu=False)
+    if not rows:
+        return 'Not measured on a CUDA device yet.'
+    return '\n\n'.join(
+        f'{device}:\n\n' + ratios_to_timm({key: row for key, row in rows.items() if key[0] == device})
+        for device in dict.fromkeys(key[0] for key in rows)
+    )
+
+
+def throughput_others() -> str:
+    """Accuracy as published, and time on CPU against one hybrid of timm's in eager mode: ratios; the fastest first."""
+    rows = {
+        key: row
+        for key, row in timings(on_cpu=True).items()
+        if row['size'] == '224' and row['common'] == 'vit_small_r26_s32_224'
+    }
+    accuracy, lines = published(), []
+    for model in dict.fromkeys(key[1] for key in rows):
+        source = accuracy.get(model)
+        top1 = f'{float(source["top1"]):.1f}' if source else ''
+        if source and source['img_size'] != '224':
+            top1 += f' (at {source["img_size"]})'
+        cells = []
+        for batch in ('1', '16'):
+            eager = rows.get(('cpu', model, '224', 'eager', batch))
+            best = fastest(rows, 'cpu', model, batch) if eager else None
+            cells += [eager['common_ratio'], f'{best["common_ratio"]} ({best["path"]})'] if eager else ['', '']
+        lines.append([f'`{model}`', top1, *cells])
+    return table(
+        ['model', 'top-1 (%)', 'eager, batch 1', 'fastest, batch 1', 'eager, batch 16', 'fastest, batch 16'],
+        sorted(lines, key=lambda line: float(line[3].split(' ')[0] or 'inf')),
+    )
+
+
+def throughput_train() -> str:
+    """Training steps against timm's class with the settings of timm's train.py: ratios."""
+    rows = newest('throughput_train', 'device', 'model', 'setting', 'compiled', 'batch', 'size')
+    return table(
+        ['model', 'setting', 'on', 'batch', 'time of a step', 'memory of a step'],
+        [
+            [
+                f'`{row["model"]}`',
+                row['setting'] + (', compiled' if row['compiled'] == 'True' else ''),
+                *(row[column] for column in ('device', 'batch', 'ratio', 'memory_ratio')),
+            ]
+            for row in rows.values()
+        ],
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--check', action='store_true')

@@ -108,6 +108,35 @@ def run_explain(args: argparse.Namespace) -> int:
     return 0
 
 
+def add_export(subparsers) -> None:
+    """`timm-vitres export`."""
+    parser = subparsers.add_parser(
+        'export', help='write a model for onnxruntime, TorchScript or torch.export', formatter_class=_Formatter
+    )
+    parser.add_argument('model', metavar='MODEL', help="a timm model's name.tag, local-dir:<folder>, hf-hub:<id>")
+    parser.add_argument('--output', required=True, type=Path, metavar='FILE', help='where to')
+    parser.add_argument('--format', default='onnx', help='onnx, torchscript, or pt2 (torch.export)')
+    parser.add_argument('--precision', default='fp32', help='fp32; bf16 (not onnx); int8 (not torchscript)')
+    parser.add_argument(
+        '--images', nargs='+', type=Path, metavar='IMAGE', help='files or folders, to compare on, and for int8 ranges'
+    )
+    parser.add_argument('--num-images', type=int, default=32, metavar='N', help='how many of them to take')
+    parser.add_argument('--static', action='store_true', help='for one height and width only')
+    parser.add_argument('--img-size', type=int, nargs='+', metavar='PIXELS', help='that height and width; else its own')
+    parser.set_defaults(run=run_export)
+
+
+def run_export(args: argparse.Namespace) -> int:
+    """Export, and say what was written."""
+    from .data import example_images
+    from .export import export
+
+    model = timm.create_model(args.model, pretrained=True, img_size=_size(args.img_size)).eval()
+    example = example_images(args.images, model, args.num_images) if args.images else None
+    print(export(model, args.output, args.format, args.precision, not args.static, example).report)
+    return 0
+
+
 def add_convert(subparsers) -> None:
     """`timm-vitres convert`."""
     parser = subparsers.add_parser(
@@ -130,7 +159,7 @@ def run_convert(args: argparse.Namespace) -> int:
     from .convert import convert
 
     names = args.label_names.read_text(encoding='utf-8').splitlines() if args.label_names else None
-    size = args.img_size[0] if args.img_size and len(args.img_size) == 1 else args.img_size
+    size = _size(args.img_size)
     folder = convert(args.source, args.output, args.model, names, size, not args.no_ema, args.model_kwargs)
     print(f"{folder} holds the model; timm.create_model('local-dir:{folder}', pretrained=True) loads it.")
     return 0
@@ -198,6 +227,10 @@ def run_verify(args: argparse.Namespace) -> int:
     return status
 
 
+def _size(values: Optional[List[int]]) -> Any:
+    return values[0] if values and len(values) == 1 else values
+
+
 def _print_table(predictions: Sequence) -> None:
     width = max((len(prediction.image) for prediction in predictions), default=0)
     for prediction in predictions:
@@ -219,6 +252,7 @@ def create_parser() -> argparse.ArgumentParser:
     add_finetune(subparsers)
     add_predict(subparsers)
     add_explain(subparsers)
+    add_export(subparsers)
     add_convert(subparsers)
     add_push(subparsers)
     add_verify(subparsers)

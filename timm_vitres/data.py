@@ -11,7 +11,7 @@ from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, Union
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from timm.data import ImageDataset, create_transform, resolve_input_data_config
+from timm.data import ImageDataset, create_transform, get_img_extensions, resolve_input_data_config
 from timm.layers import to_2tuple
 from timm.models import get_model_input_config
 from torch import nn
@@ -114,6 +114,25 @@ def to_batch(image: Image.Image, model: nn.Module, config: Dict[str, Any]) -> to
     x = create_transform(**config, is_training=False)(image).unsqueeze(0)
     parameter = next(model.parameters(), None)
     return x if parameter is None or parameter.is_meta else x.to(parameter.device, parameter.dtype)
+
+
+def example_images(paths: Sequence[Union[str, Path]], model: nn.Module, limit: int = 32) -> torch.Tensor:
+    """Return images for a model: (B, C, H, W), evenly taken from files and folders (with all that is in them).
+
+    Raises:
+        FileNotFoundError: where there is no image.
+    """
+    if limit < 1:
+        raise ValueError(f'num_images: got {limit}, expected a number from 1 up.')
+    files: List[Path] = []
+    for path in map(Path, paths):
+        inside = sorted(path.rglob('*')) if path.is_dir() else [path]
+        files += [file for file in inside if not path.is_dir() or file.suffix.lower() in get_img_extensions()]
+    if not files:
+        raise FileNotFoundError(f'images: there is none in {", ".join(map(str, paths))}.')
+    step = max(1, len(files) / limit)
+    chosen = [files[int(i * step)] for i in range(min(limit, len(files)))]
+    return torch.cat([preprocess(file, model) for file in tqdm(chosen, desc='reading images', leave=False)])
 
 
 class ImageFolder(ImageDataset):

@@ -1,7 +1,7 @@
 """A model made fast for inference: folded, lowered, laid out as this machine likes it best, compiled.
 
-model in evaluation mode -> `fold` -> `lower` (bf16; torchao's int8) -> memory format, by measurement -> torch.compile ->
-`Prepared`, which takes and returns float32 and says what was done to it.
+model in evaluation mode -> `fold` -> precision (bf16; torchao's int8) -> memory format, by measurement ->
+torch.compile -> `Prepared`, which takes and returns float32 and says what was done to it.
 """
 
 import copy
@@ -9,8 +9,8 @@ import logging
 import statistics
 import time
 from collections import Counter
-from contextlib import nullcontext
-from typing import Any, Callable, Dict, List, Optional
+from contextlib import contextmanager, nullcontext
+from typing import Any, Callable, Dict, Iterator, List, Optional
 
 import torch
 from torch import nn
@@ -154,16 +154,22 @@ class Prepared(nn.Module):
 
     def forward(self, x: torch.Tensor) -> Any:
         """x: (B, C, H, W) -> what the model returns, in float32."""
-        # inductor packs weights for its kernels where it may take them for constants; TorchDynamo reads the setting
-        # when it traces, which is at the first call of each new size
-        freezing: Any = nullcontext()
-        if self.compiled and x.device.type == 'cpu':
-            freezing = torch._inductor.config.patch(freezing=True)
-        with torch.no_grad(), freezing:
+        with torch.no_grad(), _compile_settings(x.device) if self.compiled else nullcontext():
             y = self.lowered(x)
         if self.graphed:  # the next call writes to the same memory
             y = y.clone() if torch.is_tensor(y) else [one.clone() for one in y]
         return y
+
+
+@contextmanager
+def _compile_settings(device: torch.device) -> Iterator[None]:
+    """Settings that TorchDynamo and Inductor read when they trace, which is at the first call of each new size."""
+    # all that is prepared in a process counts as recompilations of one function: past the default limit it would run
+    # uncompiled, without a word
+    limits = torch._dynamo.config.patch(recompile_limit=1000, accumulated_recompile_limit=10000)
+    # on CPU, weights that are constants are packed for the kernels
+    with limits, torch._inductor.config.patch(freezing=device.type == 'cpu'):
+        yield
 
 
 class InOut(nn.Module):

@@ -1,0 +1,247 @@
+"""A model as a file for a runtime: folded, lowered, one graph for every size, compared with the model before it counts.
+
+model -> `fold` -> precision -> TorchScript, torch.export (.pt2) or ONNX -> the file, loaded again and compared.
+"""
+
+import json
+import shutil
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Union
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.export import Dim
+from tqdm import tqdm
+
+from .config import check_choice
+from .data import data_config
+from .files import replacing
+from .fold import fold
+from .predict import label_names
+from .prepare import InOut, check_example, difference, forward_only, quantise_
+
+# what each runtime can compute on CPU: TorchScript knows no torchao, onnxruntime no bfloat16 convolutions
+FORMATS = {'onnx': ('fp32', 'int8'), 'torchscript': ('fp32', 'bf16'), 'pt2': ('fp32', 'bf16', 'int8')}
+_SUFFIXES = {'onnx': '.onnx', 'torchscript': '.pt', 'pt2': '.pt2'}
+CONFIG_ENTRY = 'config.json'  # what the file says of its images and classes
+# of the outputs' norm: runtimes add up in other orders; what a low precision costs is reported, but 1 is another model
+_TOLERANCE = {'fp32': 1e-4, 'bf16': 1.0, 'int8': 1.0}
+
+
+class Exported(NamedTuple):
+    """A file, and how far its outputs are from the model's."""
+
+    path: Path
+    difference: float  # of the outputs' norm
+    report: str
+
+
+class LogitsOut(InOut):
+    """`InOut` in types that TorchScript knows."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x: (B, C, H, W) -> (B, num_classes), float32."""
+        return self.model(x.to(self.dtype)).float()
+
+
+class MapsOut(InOut):
+    """`InOut` for features_only, in types that TorchScript knows."""
+
+    def forward(self, x: torch.Tensor) -> List[torch.Tensor]:
+        """x: (B, C, H, W) -> maps (B, num_chs, H / reduction, W / reduction), float32."""
+        maps = self.model(x.to(self.dtype))
+        assert torch.jit.isinstance(maps, List[torch.Tensor])  # TorchScript sees all that the method could return
+        return [y.float() for y in maps]
+
+
+def export(
+    model: nn.Module,
+    path: Union[str, Path],
+    format: str = 'onnx',
+    precision: str = 'fp32',
+    dynamic: bool = True,
+    example: Optional[torch.Tensor] = None,
+) -> Exported:
+    """Write a model as a file that takes float32 images and returns float32 outputs, without this package.
+
+    The model is folded first. What was written is loaded again and compared with the model, on the example and, if
+    `dynamic`, on another size.
+
+    Args:
+        model: A timm model of this package (also with features_only), in evaluation mode, on the CPU.
+        path: The file, which is replaced if it is there.
+        format: 'onnx' for onnxruntime and others (`pip install timm-vitres[export]`); 'torchscript' for
+            `torch.jit.load`; 'pt2' for `torch.export.load`.
+        precision: 'fp32'; 'bf16' (not ONNX); 'int8' (not TorchScript), whose linear layers are quantised (weights
+            per channel, activations as they come), by torchao or, of ONNX, by onnxruntime. With an example, ONNX's
+            convolutions are, too: their activations' ranges are then those of the example's images.
+        dynamic: One graph for every height and width from two tokens up; else for the example's alone. The batch may
+            always be any.
+        example: Images (B, C, H, W) like those to come. By default noise of the model's own size.
+
+    Raises:
+        ValueError: for an unknown format, a precision that it can't have, or a missing package.
+        RuntimeError: where what was written does not compute what the model does.
+    """
+    path = Path(path)
+    check_choice('format', format, tuple(FORMATS))
+    if precision not in FORMATS[format]:
+        raise ValueError(f"precision: got '{precision}', format '{format}' can be {' or '.join(FORMATS[format])}.")
+    images = check_example(model, example)
+    if images.device.type != 'cpu':
+        raise ValueError(f'model: it is on {images.device}, and is exported from the CPU; model.cpu() moves it.')
+    if format == 'onnx':
+        _import_onnx()
+    steps = tqdm(total=3, desc='folding', leave=False, disable=None)
+    folded = fold(model)
+    expected = forward_only(model)(images)
+    dtype = torch.bfloat16 if precision == 'bf16' else torch.float32
+    out = (LogitsOut if torch.is_tensor(expected) else MapsOut)(folded.to(dtype), dtype).eval()
+    if format == 'pt2' and precision == 'int8':
+        quantise_(out.model)
+    if format == 'pt2' and precision == 'bf16':
+        # torch.export can't prove what it asks of the strides of channels-last maps in bfloat16
+        out.to(memory_format=torch.contiguous_format)
+    sizes = _dynamic_shapes(model) if dynamic else {0: Dim('batch')}
+    captured = images[[0, -1]]  # of one image, the batch would be taken for a constant
+
+    steps.update()
+    steps.set_description(f'writing {format}')
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f'.{path.name}.', dir=path.parent) as folder, warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # of torch to itself
+        file = Path(folder) / f'model{_SUFFIXES[format]}'
+        _WRITERS[format](out, captured, sizes, file, _config(model), precision, None if example is None else images)
+        steps.update()
+        steps.set_description('comparing')
+        run = load(file, format)
+        error = worst = difference(run(images), expected)
+        if dynamic:
+            other = F.interpolate(captured, (2 * _stride(model), 3 * _stride(model)))
+            worst = max(worst, difference(run(other), forward_only(model)(other)))
+        if not worst < _TOLERANCE[precision]:
+            raise RuntimeError(f"{path}: what was written differs from the model, by {worst:.1e} of the outputs' norm.")
+        with replacing(path) as beside:
+            shutil.move(file, beside)
+    steps.close()
+    shape = 'any height and width' if dynamic else f'{images.shape[2]}x{images.shape[3]} pixels'
+    report = f'{path}: {format}, {precision}, for {shape}; its outputs differ by {error:.1e} of their norm.'
+    return Exported(path, error, report)
+
+
+def load(path: Path, format: str) -> Callable[[torch.Tensor], Any]:
+    """Return what an exported file computes: images (B, C, H, W), float32 -> a tensor, or a list of them."""
+    if format == 'torchscript':
+        return forward_only(torch.jit.load(str(path)))
+    if format == 'pt2':
+        return forward_only(torch.export.load(path).module())
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(path, options, providers=['CPUExecutionProvider'])
+
+    def run(x: torch.Tensor) -> Any:
+        outputs = [torch.from_numpy(y) for y in session.run(None, {'image': x.numpy()})]
+        return outputs[0] if session.get_outputs()[0].name == 'logits' else outputs
+
+    return run
+
+
+def _write_torchscript(out: nn.Module, images: torch.Tensor, sizes: Any, path: Path, config: str, *_) -> None:
+    script = torch.jit.script(out)
+    torch.jit.save(script, str(path), _extra_files={CONFIG_ENTRY: config})
+
+
+def _write_pt2(out: nn.Module, images: torch.Tensor, sizes: Any, path: Path, config: str, *_) -> None:
+    program = torch.export.export(out, (images,), dynamic_shapes=(sizes,))
+    torch.export.save(program, path, extra_files={CONFIG_ENTRY: config})
+
+
+def _write_onnx(
+    out: nn.Module,
+    images: torch.Tensor,
+    sizes: Any,
+    path: Path,
+    config: str,
+    precision: str,
+    calibration: Optional[torch.Tensor],
+) -> None:
+    import onnx
+
+    program = torch.onnx.export(
+        out,
+        (images,),
+        input_names=['image'],
+        output_names=['logits'] if isinstance(out, LogitsOut) else None,
+        dynamic_shapes=(sizes,),
+        dynamo=True,
+        verbose=False,
+    )
+    assert program is not None  # as with dynamo=False
+    program.save(path, external_data=False)
+    if precision == 'int8':
+        _quantise_onnx_(path, calibration)
+    proto = onnx.load(path)
+    onnx.helper.set_model_props(proto, {CONFIG_ENTRY: config})
+    onnx.save(proto, path)
+
+
+def _quantise_onnx_(path: Path, calibration: Optional[torch.Tensor]) -> None:
+    """Quantise a file in place: by the ranges that images show, all that multiplies; without, the linear layers."""
+    from onnxruntime import quantization
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    class Images(quantization.CalibrationDataReader):
+        def __init__(self, images: torch.Tensor):
+            self.batches = iter([{'image': image.numpy()} for image in images.split(1)])
+
+        def get_next(self):
+            return next(self.batches, None)
+
+    with tempfile.TemporaryDirectory() as folder:
+        ready = Path(folder) / 'ready.onnx'
+        quant_pre_process(path, ready, skip_symbolic_shape=True)
+        kwargs: Dict[str, Any] = dict(per_channel=True, weight_type=quantization.QuantType.QInt8)
+        if calibration is None:
+            quantization.quantize_dynamic(ready, path, op_types_to_quantize=['MatMul', 'Gemm'], **kwargs)
+        else:
+            kwargs.update(op_types_to_quantize=['Conv', 'MatMul', 'Gemm'])
+            quantization.quantize_static(ready, path, Images(calibration), **kwargs)
+
+
+_WRITERS = {'onnx': _write_onnx, 'torchscript': _write_torchscript, 'pt2': _write_pt2}
+
+
+def _config(model: nn.Module) -> str:
+    """Return what a program needs to know to use the file: data config and class names, as JSON."""
+    net = getattr(model, 'model', model)  # features_only
+    config = data_config(net)
+    if getattr(net, 'num_classes', 0):
+        config['label_names'] = label_names(net)
+    return json.dumps(config)
+
+
+def _stride(model: nn.Module) -> int:
+    net = getattr(model, 'model', model)
+    return max(info['reduction'] for info in net.feature_info)  # pyright: ignore[reportGeneralTypeIssues]
+
+
+def _dynamic_shapes(model: nn.Module) -> Dict[int, Any]:
+    """Every batch, height and width; torch.export takes one token a side for a constant, so from two on."""
+    net, stride = getattr(model, 'model', model), _stride(model)
+    if getattr(getattr(net, 'patch_embed', None), 'whole_strides', False):
+        return {0: Dim('batch'), 2: stride * Dim('rows', min=2, max=128), 3: stride * Dim('columns', min=2, max=128)}
+    return {0: Dim('batch'), 2: Dim('height', min=stride + 1, max=4096), 3: Dim('width', min=stride + 1, max=4096)}
+
+
+def _import_onnx() -> None:
+    try:
+        import onnx  # noqa: F401
+        import onnxruntime  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise ValueError(f'format: \'onnx\' needs {error.name}, pip install "timm-vitres[export]".') from None
