@@ -60,6 +60,7 @@ def prepared(model: nn.Module, x: torch.Tensor, **kwargs) -> nn.Module:
 def onnxruntime(model: nn.Module, x: torch.Tensor, precision: str) -> Callable[[torch.Tensor], torch.Tensor]:
     """Return a model as a session of onnxruntime, for the shape of x."""
     from onnxruntime import InferenceSession, SessionOptions
+
     from timm_vitres.export import export
 
     options = SessionOptions()
@@ -91,7 +92,7 @@ def is_ours(name: str) -> bool:
 def create(name: str, size: int) -> nn.Module:
     """Build a model for images of a size, with random weights of which every one counts."""
     torch.manual_seed(0)
-    kwargs = dict(PAIRS[name][1]) if name in PAIRS else {}
+    kwargs = dict(PAIRS[name][1] if name in PAIRS else {}, num_classes=1000)
     name = name.split()[0]
     if is_ours(name) or timm.get_pretrained_cfg(name).fixed_input_size:
         kwargs['img_size'] = size

@@ -20,7 +20,7 @@ def fold(model: ModelT) -> ModelT:
     """Return a copy of a model that computes the same with fewer operations.
 
     It scripts, exports and compiles like the model itself, but can be neither trained nor saved as a checkpoint.
-    Convolutions are channels-last, and so are the maps that they make, since that is faster on CPU
+    Convolutions are channels-last on CPU, and so are the maps that they make, since that is faster there
     (benchmarks/dual.py). For a lower precision fold first: `fold(model).bfloat16()` rounds merged weights once.
 
     Args:
@@ -49,7 +49,7 @@ def check_eval(model: nn.Module) -> None:
 def merge_batch_norm_(module: nn.Module, layer: str, norm: str) -> None:
     """Merge a BatchNorm below a module into the convolution, or the linear layer, before it.
 
-    The activation that timm's BatchNormAct has stays. A convolution's weight is then channels-last. Where it is done
+    The activation that timm's BatchNormAct has stays. A convolution's weight is then laid out for speed. Where it is done
     already, nothing happens.
 
     Raises:
@@ -69,8 +69,14 @@ def merge_batch_norm_(module: nn.Module, layer: str, norm: str) -> None:
     dtype = before.weight.dtype
     before.weight, before.bias = nn.Parameter(weight.to(dtype)), nn.Parameter(bias.to(dtype))
     if weight.ndim == 4:
-        before.to(memory_format=torch.channels_last)
+        lay_out_(before)
     module.set_submodule(norm, getattr(batch_norm, 'act', nn.Identity()))
+
+
+def lay_out_(conv: nn.Module) -> None:
+    """Make a convolution's weight, and so its map, channels-last, but on CUDA, where GroupNorms are slower so."""
+    if conv.weight.device.type != 'cuda':
+        conv.to(memory_format=torch.channels_last)
 
 
 def merge_layer_scale_(block: nn.Module) -> None:

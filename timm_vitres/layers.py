@@ -24,7 +24,7 @@ from timm.models import checkpoint_seq
 from timm.models._features import feature_take_indices
 from torch import nn
 
-from .fold import batch_norms_of_convolutions, merge_batch_norm_
+from .fold import batch_norms_of_convolutions, lay_out_, merge_batch_norm_
 
 __all__ = [
     'Conv2dSame',
@@ -97,7 +97,7 @@ class StdConv2dSame(layers.StdConv2dSame):
         return F.batch_norm(weight, None, None, training=True, momentum=0.0, eps=self.eps).reshape_as(self.weight)
 
     def fuse(self) -> nn.Conv2d:
-        """Return a plain convolution with the standardised weight, channels-last (timm's hook)."""
+        """Return a plain convolution with the standardised weight (timm's hook)."""
         reach = [(size - 1) * dilation for size, dilation in zip(self.kernel_size, self.dilation)]
         conv_cls, padding = nn.Conv2d, self.padding
         if self.pads and (self.stride != (1, 1) or any(total % 2 for total in reach)):
@@ -116,7 +116,8 @@ class StdConv2dSame(layers.StdConv2dSame):
             device='meta',
         )
         conv.weight, conv.bias = nn.Parameter(self.standardized_weight().detach()), self.bias
-        return conv.to(memory_format=torch.channels_last).train(self.training)
+        lay_out_(conv)
+        return conv.train(self.training)
 
 
 class MaxPool2dSame(nn.MaxPool2d):
