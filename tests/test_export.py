@@ -1,12 +1,19 @@
-"""One graph for every size: TorchScript, torch.compile, torch.export, ONNX."""
+"""One graph for every size: TorchScript, torch.compile, torch.export, ONNX; and the files that `export` writes."""
+
+import json
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 import timm
 import torch
-from conftest import randomise_, relative_difference
+from conftest import randomise_, relative_difference, write_folder
 from torch.export import Dim
+
+from timm_vitres import cli, hub
+from timm_vitres.data import example_images
+from timm_vitres.export import FORMATS, export, load
 
 NAMES = ['vitresnet_tiny', 'vitresnet_small', 'vitresnet_nano', 'test_vitresnet']
 NAMES += ['test_vitresnet_dual', 'vitresnet_dual_tiny', 'vitresnet_dual_small_p32']
@@ -21,8 +28,8 @@ CASES += [
 UNSEEN = [(1, 97, 161), (2, 384, 352), (3, 225, 250), (1, 33, 470)]
 
 
-def create(name, features_only=False):
-    model = timm.create_model(name, features_only=features_only)
+def create(name, features_only=False, **kwargs):
+    model = timm.create_model(name, features_only=features_only, **kwargs)
     randomise_(model.model if features_only else model)
     return model.eval()
 
@@ -150,3 +157,104 @@ def test_torch_fx():
     x = torch.randn(2, 3, 97, 161)
     with torch.inference_mode():
         assert relative_difference(graph(x)['head'], model(x)) < 1e-6
+
+
+LAYERS = dict(backbone='resnet18', stage=1, depth=1, embed_dim=32, num_heads=2, num_classes=7)
+TOLERANCE = {'fp32': 1e-5, 'bf16': 5e-2, 'int8': 8e-2}
+
+
+@pytest.mark.parametrize(
+    'format, precision', [(format, precision) for format, precisions in FORMATS.items() for precision in precisions]
+)
+def test_files_for_runtimes(format, precision, tmp_path):
+    """Float32 images of any size in, float32 logits out, and what a program needs to know beside them."""
+    model = create('vitresnet', **LAYERS)
+    path = tmp_path / 'new folder' / 'model'
+    exported = export(model, path, format, precision)
+    assert exported.path == path and [file.name for file in path.parent.iterdir()] == ['model']
+    assert format in exported.report and precision in exported.report
+    run = load(path, format)
+    for shape in ((1, 3, 224, 224), (3, 3, 97, 65)):
+        x = torch.randn(shape)
+        assert run(x).dtype == torch.float32
+        assert relative_difference(run(x), model(x)) < TOLERANCE[precision]
+    if precision != 'fp32':
+        assert exported.difference > 1e-5
+    config = json.loads(config_of(path, format))
+    assert config['input_size'] == [3, 224, 224] and len(config['mean']) == 3 and config['label_names'][6] == 'class 6'
+
+
+def config_of(path, format):
+    files = {'config.json': ''}
+    if format == 'torchscript':
+        torch.jit.load(str(path), _extra_files=files)
+    elif format == 'pt2':
+        torch.export.load(path, extra_files=files)
+    else:
+        files = {prop.key: prop.value for prop in onnx.load(path).metadata_props}
+    return files['config.json']
+
+
+@pytest.mark.parametrize('format', list(FORMATS))
+def test_a_pyramid_as_a_file(format, tmp_path):
+    model = create('vitresnet', **{**LAYERS, 'num_classes': 0}, features_only=True)
+    export(model, tmp_path / 'model', format)
+    x = torch.randn(2, 3, 70, 97)
+    for y, expected in zip(load(tmp_path / 'model', format)(x), model(x), strict=True):
+        assert relative_difference(y, expected) < 1e-5
+
+
+def test_onnx_ranges_of_images(tmp_path):
+    """With images, convolutions are int8, too."""
+    model = create('vitresnet', **LAYERS)
+    x = torch.randn(8, 3, 64, 64)
+    counts = {}
+    for name, example in (('with', x), ('without', None)):
+        exported = export(model, tmp_path / name, 'onnx', 'int8', dynamic=False, example=example)
+        nodes = onnx.load(tmp_path / name).graph.node
+        counts[name] = sum(node.op_type == 'QuantizeLinear' for node in nodes)
+        assert exported.difference < 0.1
+    assert counts['with'] > counts['without']
+    run = load(tmp_path / 'with', 'onnx')
+    assert relative_difference(run(x[:3]), model(x[:3])) < 0.1  # every batch
+    with pytest.raises(Exception, match=r'(?i)invalid dimensions|expected'):
+        run(torch.randn(1, 3, 96, 96))  # one size
+
+
+@pytest.mark.parametrize(
+    'kwargs, message',
+    [
+        (dict(format='tflite'), r"format: got 'tflite'"),
+        (dict(precision='bf16'), r"precision: got 'bf16', format 'onnx' can be fp32 or int8"),
+        (dict(format='torchscript', precision='int8'), "format 'torchscript' can be fp32 or bf16"),
+        (dict(example=torch.randn(1, 1, 64, 64)), r'example: got \(1, 1, 64, 64\)'),
+    ],
+)
+def test_mistakes_in_exports_are_named(kwargs, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        export(create('vitresnet', **LAYERS), tmp_path / 'model', **kwargs)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_wrong_export_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / 'model.pt'
+    path.write_text('the old one')
+    monkeypatch.setattr('timm_vitres.export.load', lambda *_: lambda x: torch.ones(len(x), 7))
+    with pytest.raises(RuntimeError, match=r'model\.pt: what was written differs from the model'):
+        export(create('vitresnet', **LAYERS), path, 'torchscript')
+    assert path.read_text() == 'the old one' and len(list(tmp_path.iterdir())) == 1
+
+
+def test_the_command(tmp_path, capsys):
+    model = create('vitresnet_nano', num_classes=2, img_size=32)
+    folder = hub.save(model, tmp_path / 'model', label_names=['across', 'down'])
+    images = write_folder(tmp_path / 'images', per_class=3)
+    arguments = ['export', f'local-dir:{folder}', '--output', str(tmp_path / 'model.onnx'), '--precision', 'int8']
+    assert cli.main([*arguments, '--images', str(images), '--num-images', '4', '--static', '--img-size', '48']) == 0
+    assert 'onnx, int8, for 48x48 pixels' in capsys.readouterr().out
+    run = load(tmp_path / 'model.onnx', 'onnx')
+    assert example_images([images], model, limit=2).shape == (2, 3, 32, 32)
+    assert run(torch.randn(1, 3, 48, 48)).shape == (1, 2)
+    assert json.loads(config_of(tmp_path / 'model.onnx', 'onnx'))['label_names'] == ['across', 'down']
+    assert cli.main([*arguments, '--images', str(tmp_path / 'model')]) == 1
+    assert 'images: there is none in' in capsys.readouterr().err

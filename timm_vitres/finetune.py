@@ -33,6 +33,7 @@ from . import hub
 from .cards import render_card
 from .data import ImageFolder, Subset, class_names, data_config, image_mode, stratified_split
 from .files import WEIGHTS_NAME, replacing
+from .prepare import fastest_training
 from .vitresnet_dual import VitResNetDual
 
 _logger = logging.getLogger(__name__)
@@ -113,6 +114,9 @@ class FinetuneCfg:
     amp: bool = _option(False, 'mixed precision')
     amp_dtype: str = _option('bfloat16', 'mixed precision dtype', choices=('bfloat16', 'float16'))
     channels_last: bool = _option(False, 'channels-last memory format')
+    autotune: bool = _option(
+        False, 'time training steps with and without amp and channels_last, and train with what is fastest here'
+    )
     workers: int = _option(2, 'loader processes')
     seed: int = _option(42, 'random seed')
 
@@ -336,10 +340,28 @@ def finetune(cfg: FinetuneCfg) -> Path:
     model = create_finetune_model(cfg, num_classes=len(data.label_names)).to(device)
     size = _image_size(cfg.img_size) if cfg.img_size is not None else None
     given = dict(img_size=size, mean=cfg.mean, std=cfg.std, interpolation=cfg.interpolation, crop_pct=cfg.crop_pct)
-    run = _Run(cfg, folder, model, data, data_config(model, **given), device)
+    config = data_config(model, **given)
+    if cfg.autotune:
+        cfg = _autotuned(cfg, model, len(data.label_names), config['input_size'], checkpoint)
+    run = _Run(cfg, folder, model, data, config, device)
     if checkpoint is not None:
         run.restore(checkpoint)
     return run.train()
+
+
+def _autotuned(
+    cfg: FinetuneCfg, model: nn.Module, num_classes: int, input_size: Tuple[int, ...], checkpoint: Optional[Path]
+) -> FinetuneCfg:
+    """Return the settings with the fastest amp and channels_last; of a run that goes on, those that it began with."""
+    if checkpoint is not None:
+        settings = _read_state(checkpoint).get('autotuned')
+        if settings is None:
+            raise ValueError(f'resume: {checkpoint} is of a run without autotune; leave autotune out.')
+        return dataclasses.replace(cfg, **settings)
+    with torch.random.fork_rng():  # so that a run with the same settings, named, is the same run
+        settings, times = fastest_training(model, num_classes, (cfg.batch_size, *input_size), cfg.amp_dtype)
+    print(f'autotune: {times}; training with {settings}.', flush=True)
+    return dataclasses.replace(cfg, **settings)
 
 
 def _find_checkpoint(cfg: FinetuneCfg, folder: Path) -> Optional[Path]:
@@ -355,6 +377,16 @@ def _find_checkpoint(cfg: FinetuneCfg, folder: Path) -> Optional[Path]:
     if cfg.resume is True and not (folder / WEIGHTS_NAME).exists():
         return None  # killed before its first epoch was whole: begin
     raise FileNotFoundError(f'resume: there is no checkpoint {path}.')
+
+
+def _read_state(path: Path) -> Dict[str, Any]:
+    try:
+        state = torch.load(path, map_location='cpu', weights_only=True)
+    except Exception as error:  # a truncated file fails in the unpickler, in zip, or in torch, each its own way
+        raise ValueError(f'resume: {path} is not a checkpoint of a fine-tuning run ({error}).') from error
+    if not isinstance(state, dict):
+        raise ValueError(f'resume: {path} is not a checkpoint of a fine-tuning run (it holds no settings).')
+    return state
 
 
 class _Run:
@@ -527,6 +559,8 @@ class _Run:
             state_dict=self.model.state_dict(),
             optimizer=self.optimizer.state_dict(),
         )
+        if self.cfg.autotune:
+            state['autotuned'] = dict(amp=self.cfg.amp, channels_last=self.cfg.channels_last)
         if self.scaler is not None:
             state['scaler'] = self.scaler.state_dict()
         with replacing(self.folder / CHECKPOINT_NAME) as path:
@@ -538,10 +572,10 @@ class _Run:
         Raises:
             ValueError: for a file that is no checkpoint of this run's architecture, classes and optimizer.
         """
+        state = _read_state(path)
         try:
-            state = torch.load(path, map_location='cpu', weights_only=True)
             found = {name: state[name] for name in self._identity()}
-        except Exception as error:  # a truncated file fails in the unpickler, in zip, or in torch, each its own way
+        except KeyError as error:
             raise ValueError(f'resume: {path} is not a checkpoint of a fine-tuning run ({error}).') from error
         for name, own in self._identity().items():
             if found[name] != own:

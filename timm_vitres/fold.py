@@ -49,8 +49,8 @@ def check_eval(model: nn.Module) -> None:
 def merge_batch_norm_(module: nn.Module, layer: str, norm: str) -> None:
     """Merge a BatchNorm below a module into the convolution, or the linear layer, before it.
 
-    The activation that timm's BatchNormAct has stays. A convolution's weight is then laid out for speed. Where it is done
-    already, nothing happens.
+    The activation that timm's BatchNormAct has stays, and a convolution's weight is laid out for speed. Where it is
+    done already, nothing happens.
 
     Raises:
         ValueError: while the module trains, when the BatchNorm's statistics are those of each batch.

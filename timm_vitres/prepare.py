@@ -10,7 +10,8 @@ import statistics
 import time
 from collections import Counter
 from contextlib import contextmanager, nullcontext
-from typing import Any, Callable, Dict, Iterator, List, Optional
+from functools import partial
+from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
 import torch
 from torch import nn
@@ -198,6 +199,39 @@ def quantise_(model: nn.Module) -> int:
 
     quantize_(model, Int8DynamicActivationInt8WeightConfig(), filter_fn=wanted)
     return sum(wanted(module, name) for name, module in model.named_modules())
+
+
+def fastest_training(
+    model: nn.Module, num_classes: int, shape: Tuple[int, ...], amp_dtype: str = 'bfloat16'
+) -> Tuple[Dict[str, bool], str]:
+    """Time training steps (forward, backward) on the model's device, in full and mixed precision, contiguous and
+    channels-last, and return the settings of the fastest, and what was measured.
+
+    Args:
+        model: Returns logits (B, num_classes), or, with two heads, a pair of them. It stays as it is.
+        shape: Of a batch: (B, C, H, W).
+        amp_dtype: Of mixed precision: 'bfloat16' or 'float16'.
+    """
+    device = next(model.parameters()).device
+    images = torch.randn(shape, device=device)
+    target = torch.randint(num_classes, (shape[0],), device=device)
+
+    def step(copied: nn.Module, amp: bool, memory_format: torch.memory_format, x: torch.Tensor) -> None:
+        with torch.autocast(device.type, getattr(torch, amp_dtype), enabled=amp):
+            y = copied(x.contiguous(memory_format=memory_format))
+            loss = sum(nn.functional.cross_entropy(one, target) for one in ([y] if torch.is_tensor(y) else y))
+        loss.backward()
+        copied.zero_grad()
+
+    steps = {}
+    for name, memory_format in _FORMATS.items():
+        copied = copy.deepcopy(model).to(memory_format=memory_format).train()
+        for amp in (False, True):
+            steps[f'{amp_dtype if amp else "float32"} {name}'] = partial(step, copied, amp, memory_format)
+    times = measure(steps, images, rounds=3)
+    fastest = min(times, key=lambda key: times[key])
+    settings = dict(amp=fastest.startswith(amp_dtype), channels_last=fastest.endswith('channels-last'))
+    return settings, ', '.join(f'{name} {_ms(value)}' for name, value in times.items())
 
 
 def check_example(model: nn.Module, example: Optional[torch.Tensor]) -> torch.Tensor:

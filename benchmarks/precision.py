@@ -1,0 +1,146 @@
+"""What low precision costs: in inference, on a model that is fine-tuned here, and in training, against the seeds.
+
+    python benchmarks/precision.py --output precision --record
+
+`timm-vitres finetune` trains a model from random weights on Fashion-MNIST (60,000 photographs of clothes, Xiao et al.
+2017; a tenth is held out to choose the epoch by), for every seed in fp32 and in bf16. The 10,000 test images are then
+looked at once by each: a row for every run in benchmarks/results/precision_train.csv. The first seed's fp32 model is
+prepared in every precision, and exported as int8 for onnxruntime with ranges of 64 training images; what each gets
+right of the test images, on CPU, is a row in benchmarks/results/precision.csv.
+Data: the Debian package dataset-fashion-mnist, or --data-dir with its four .gz files.
+"""
+
+import argparse
+import csv
+import gzip
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Callable
+
+import timm
+import torch
+from common import append_row
+from timm.data import create_loader
+from tqdm import tqdm
+
+import timm_vitres
+from timm_vitres.data import data_config
+from timm_vitres.export import export, load
+from timm_vitres.finetune import FinetuneCfg, finetune, load_data
+
+RESULTS = Path(__file__).parent / 'results'
+SETTINGS = {'fp32': {}, 'bf16': dict(amp=True)}
+PATHS = ('fp32', 'bf16', 'int8', 'onnxruntime int8')
+
+
+def unpack(source: Path, root: Path) -> Path:
+    """Unpack the four files to where torchvision looks for them, and return its root."""
+    raw = root / 'FashionMNIST' / 'raw'
+    raw.mkdir(parents=True, exist_ok=True)
+    for part in ('train-images-idx3', 'train-labels-idx1', 't10k-images-idx3', 't10k-labels-idx1'):
+        try:
+            with gzip.open(source / f'{part}-ubyte.gz') as packed, (raw / f'{part}-ubyte').open('wb') as file:
+                shutil.copyfileobj(packed, file)
+        except FileNotFoundError as error:
+            raise SystemExit(f'{error}: apt-get install dataset-fashion-mnist, or give --data-dir.') from None
+    return root
+
+
+def classify(function: Callable, loader, device: str, title: str) -> torch.Tensor:
+    """Return the likeliest class of every image, and the true one: (N, 2)."""
+    found = []
+    with torch.no_grad():
+        for x, target in tqdm(loader, desc=title, leave=False, disable=None):
+            found.append(torch.stack([function(x.to(device)).argmax(-1).cpu(), target], dim=1))
+    return torch.cat(found)
+
+
+def top1(found: torch.Tensor) -> float:
+    return round(100 * (found[:, 0] == found[:, 1]).double().mean().item(), 2)
+
+
+def write(name: str, row: dict, record: bool) -> None:
+    if record:
+        append_row(RESULTS / f'{name}.csv', row)
+    else:
+        print(', '.join(f'{key}={value}' for key, value in row.items()), flush=True)
+
+
+def main() -> None:
+    """Train, prepare, classify, and record with --record."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--output', type=Path, default=Path('precision'), help='folder for data and models')
+    parser.add_argument('--data-dir', type=Path, default=Path('/usr/share/datasets/fashion-mnist'))
+    parser.add_argument('--model', default='vitresnet_small')
+    parser.add_argument('--img-size', type=int, default=64)
+    parser.add_argument('--epochs', type=int, default=2)
+    parser.add_argument('--batch-size', type=int, default=128)
+    parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2])
+    parser.add_argument('--settings', nargs='+', default=list(SETTINGS), choices=list(SETTINGS))
+    parser.add_argument('--device', default='cpu', help='for training')
+    parser.add_argument('--workers', type=int, default=2)
+    parser.add_argument('--record', action='store_true')
+    args = parser.parse_args()
+    root = unpack(args.data_dir, args.output)
+    cfg = FinetuneCfg(
+        dataset='torch/fashion_mnist',
+        data_dir=str(root),
+        val_split='',
+        val_frac=0.1,
+        model=args.model,
+        img_size=args.img_size,
+        epochs=args.epochs,
+        batch_size=args.batch_size,
+        lr=5e-4,
+        warmup_epochs=0.5,
+        scale=(0.8, 1.0),
+        color_jitter=0.0,
+        workers=args.workers,
+        device=args.device,
+        resume=True,
+    )
+    data = load_data(replace(cfg, val_split='validation'), 'RGB')  # whose validation split is the test set
+    for seed in args.seeds:
+        for setting in args.settings:
+            folder = args.output / f'{args.model}-{setting}-seed{seed}'
+            finetune(replace(cfg, output=str(folder), seed=seed, **SETTINGS[setting]))
+            model = timm.create_model(f'local-dir:{folder}', pretrained=True).eval().to(args.device)
+            config = data_config(model)
+            loader = create_loader(
+                data.val,
+                input_size=config['input_size'],
+                batch_size=100,
+                use_prefetcher=False,
+                num_workers=args.workers,
+                **{name: config[name] for name in ('interpolation', 'mean', 'std', 'crop_pct')},
+            )
+            with (folder / 'summary.csv').open() as file:
+                seconds = sum(float(row['seconds']) for row in csv.DictReader(file))
+            row = dict(model=args.model, setting=setting, seed=seed, epochs=args.epochs, img_size=args.img_size)
+            row.update(top1=top1(classify(model, loader, args.device, f'{setting}, seed {seed}')), images=len(data.val))
+            row.update(train_seconds=round(seconds), device=args.device)
+            write('precision_train', row, args.record)
+
+    model = timm.create_model(f'local-dir:{args.output}/{args.model}-fp32-seed{args.seeds[0]}', pretrained=True).eval()
+    example = next(iter(loader))[0]
+    data.train.transform = loader.dataset.transform
+    calibration = torch.stack([data.train[i][0] for i in range(64)])
+    expected = None
+    for path in PATHS:
+        if path.startswith('onnxruntime'):
+            exported = export(model, args.output / 'model.onnx', 'onnx', 'int8', dynamic=False, example=calibration)
+            function, report = load(exported.path, 'onnx'), exported.report
+        else:
+            function = timm_vitres.prepare(model, path, compile=True, example=example)
+            report = function.report
+        found = classify(function, loader, 'cpu', path)
+        expected = found if expected is None else expected
+        agreement = round(100 * (found[:, 0] == expected[:, 0]).double().mean().item(), 2)
+        row = dict(model=args.model, path=path, top1=top1(found), drop=round(top1(expected) - top1(found), 2))
+        row.update(same_class=agreement, images=len(found), img_size=args.img_size, report=report)
+        write('precision', row, args.record)
+
+
+if __name__ == '__main__':
+    main()
