@@ -4,7 +4,7 @@
 
 `timm-vitres finetune` trains a model from random weights on Fashion-MNIST (60,000 photographs of clothes, Xiao et al.
 2017; a tenth is held out to choose the epoch by), for every seed in fp32 and in bf16. The 10,000 test images are then
-looked at once by each: a row for every run in benchmarks/results/precision_train.csv. The first seed's fp32 model is
+looked at once by each: a row for every run in benchmarks/results/precision_train.csv. The first run's model is
 prepared in every precision, and exported as int8 for onnxruntime with ranges of 64 training images; what each gets
 right of the test images, on CPU, is a row in benchmarks/results/precision.csv.
 Data: the Debian package dataset-fashion-mnist, or --data-dir with its four .gz files.
@@ -122,7 +122,9 @@ def main() -> None:
             row.update(train_seconds=round(seconds), device=args.device)
             write('precision_train', row, args.record)
 
-    model = timm.create_model(f'local-dir:{args.output}/{args.model}-fp32-seed{args.seeds[0]}', pretrained=True).eval()
+    model = timm.create_model(
+        f'local-dir:{args.output}/{args.model}-{args.settings[0]}-seed{args.seeds[0]}', pretrained=True
+    ).eval()
     example = next(iter(loader))[0]
     data.train.transform = loader.dataset.transform
     calibration = torch.stack([data.train[i][0] for i in range(64)])

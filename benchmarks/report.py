@@ -143,6 +143,45 @@ def throughput() -> str:
     return ratios_to_timm(timings(on_cpu=True))
 
 
+def throughput_ours() -> str:
+    """Our paths alone, a hybrid a line: ratios at batch 1 and 16."""
+    rows = {key: row for key, row in timings(on_cpu=True).items() if 'vitresnet' in key[1]}
+    models = dict.fromkeys(key[1:3] for key in rows)
+    paths = list(dict.fromkeys(key[3] for key in rows))
+
+    def cell(model: str, size: str, path: str) -> str:
+        found = [rows.get(('cpu', model, size, path, batch)) for batch in ('1', '16')]
+        return ' / '.join(row['ratio'] for row in found if row)
+
+    return table(
+        ['batch 1 / 16', *paths],
+        [[f'`{model}`', *(cell(model, size, path) for path in paths)] for model, size in models],
+    )
+
+
+def precision() -> str:
+    """What a fine-tuned model gets right in every precision."""
+    newest_rows = newest('precision', 'model', 'path')
+    return table(
+        ['model', 'precision', 'top-1 (%)', 'less than fp32', 'the same class (%)'],
+        [
+            [f'`{row["model"]}`', row['path'], row['top1'], row['drop'], row['same_class']]
+            for row in newest_rows.values()
+        ],
+    )
+
+
+def precision_train() -> str:
+    """Top-1 after training in fp32 and in bf16."""
+    runs = defaultdict(list)
+    for row in newest('precision_train', 'model', 'setting', 'seed', 'device').values():
+        runs[row['model'], row['setting'], row['device']].append(float(row['top1']))
+    return table(
+        ['model', 'setting', 'on', 'top-1 (%)'],
+        [[f'`{model}`', setting, device, spread(values, 2)] for (model, setting, device), values in runs.items()],
+    )
+
+
 def throughput_cuda() -> str:
     """The same on every CUDA device that was measured."""
     rows = timings(on_cpu=False)

@@ -228,7 +228,7 @@ def fastest_training(
         copied = copy.deepcopy(model).to(memory_format=memory_format).train()
         for amp in (False, True):
             steps[f'{amp_dtype if amp else "float32"} {name}'] = partial(step, copied, amp, memory_format)
-    times = measure(steps, images, rounds=3)
+    times = measure(steps, images)
     fastest = min(times, key=lambda key: times[key])
     settings = dict(amp=fastest.startswith(amp_dtype), channels_last=fastest.endswith('channels-last'))
     return settings, ', '.join(f'{name} {_ms(value)}' for name, value in times.items())
@@ -253,7 +253,7 @@ def forward_only(model: nn.Module) -> Callable[[torch.Tensor], Any]:
     return torch.no_grad()(model.forward)
 
 
-def measure(functions: Dict[Any, Callable], x: torch.Tensor, rounds: int = 5, seconds: float = 0.2) -> Dict[Any, float]:
+def measure(functions: Dict[Any, Callable], x: torch.Tensor, rounds: int = 3, seconds: float = 0.2) -> Dict[Any, float]:
     """Return the median time of each function of x, in seconds; they take turns, `rounds` times."""
     timers = {
         name: Timer('function(x)', globals=dict(function=function, x=x), num_threads=torch.get_num_threads())
