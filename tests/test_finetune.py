@@ -290,3 +290,31 @@ def test_a_loss_on_two_heads_needs_two(image_folder, tmp_path):
     assert finetune(settings(image_folder, tmp_path / 'deit', head_loss='both', **options)).is_dir()
     with pytest.raises(ValueError, match="head_loss: got 'vit', but deit_tiny"):
         finetune(settings(image_folder, tmp_path / 'vit', head_loss='vit', **options))
+
+
+def test_autotune_trains_with_what_is_fastest_and_goes_on_with_it(image_folder, tmp_path, monkeypatch, capsys):
+    from timm_vitres import finetune as module
+
+    measure = module.fastest_training
+    calls = []
+
+    def measured(*args):
+        found, times = measure(*args)
+        assert set(found) == {'amp', 'channels_last'} and times.count(' ms') == 4
+        calls.append(found)
+        return dict(amp=True, channels_last=False), times
+
+    monkeypatch.setattr(module, 'fastest_training', measured)
+    cfg = settings(image_folder, tmp_path / 'run', epochs=1, autotune=True)
+    finetune(cfg)
+    assert 'autotune: float32 channels-last' in capsys.readouterr().out
+    # the same run as one with these settings by name
+    named = settings(image_folder, tmp_path / 'named', epochs=1, amp=True)
+    finetune(named)
+    other = weights(tmp_path / 'named')
+    assert all(torch.equal(value, other[key]) for key, value in weights(tmp_path / 'run').items())
+    # it goes on with them, without measuring again
+    finetune(dataclasses.replace(cfg, epochs=2, resume=True))
+    assert len(calls) == 1 and len(rows(tmp_path / 'run')) == 2
+    with pytest.raises(ValueError, match='is of a run without autotune'):
+        finetune(dataclasses.replace(named, epochs=2, resume=True, autotune=True))
