@@ -174,11 +174,11 @@ def precision() -> str:
 def precision_train() -> str:
     """Top-1 after training in fp32 and in bf16."""
     runs = defaultdict(list)
-    for row in newest('precision_train', 'model', 'setting', 'seed', 'device').values():
-        runs[row['model'], row['setting'], row['device']].append(float(row['top1']))
+    for row in newest('precision_train', 'model', 'setting', 'seed', 'device', 'epochs').values():
+        runs[row['model'], row['epochs'], row['device'], row['setting']].append(float(row['top1']))
     return table(
-        ['model', 'setting', 'on', 'top-1 (%)'],
-        [[f'`{model}`', setting, device, spread(values, 2)] for (model, setting, device), values in runs.items()],
+        ['model', 'epochs', 'on', 'trained in', 'top-1 (%)'],
+        [[f'`{key[0]}`', *key[1:], spread(values, 2)] for key, values in runs.items()],
     )
 
 

@@ -267,7 +267,8 @@ def measure_paths(
         row.update(reference=reference[0], **compared('ratio', times[key], times[reference]))
         row.update(common=common[0], **compared('common_ratio', times[key], times[common[0], 'eager']))
         row.update(memory_mb='', memory_ratio='')
-        if 'onnxruntime' not in path:  # whose memory torch does not see
+        graphs = args.device == 'cuda' and 'compiled' in path  # which keep their memory from call to call
+        if 'onnxruntime' not in path and not graphs:  # whose memory torch does not see
             row.update(memory_mb=megabytes(memory[key]), memory_ratio=round(memory[key] / memory[reference], 3))
         row.update(
             difference=f'{difference(logits[key], logits[label, "eager"]):.1e}',

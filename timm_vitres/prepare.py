@@ -120,15 +120,8 @@ class Prepared(nn.Module):
         self.report, self.difference = '', 0.0
         self.compiled = self.graphed = False
         # what timm's functions, and ours, ask a model for: its data config, classes, and maps
-        names = (
-            'pretrained_cfg',
-            'default_cfg',
-            'pretrained_model_args',
-            'num_classes',
-            'num_features',
-            'feature_info',
-        )
-        for name in (*names, '_traits', 'in_chans', 'model_args'):
+        data = ('pretrained_cfg', 'default_cfg', 'pretrained_model_args', 'model_args', '_traits', 'in_chans')
+        for name in (*data, 'num_classes', 'num_features', 'feature_info'):
             if hasattr(model, name):
                 setattr(self, name, getattr(model, name))
         self.eval()
@@ -166,8 +159,8 @@ class Prepared(nn.Module):
 def _compile_settings(device: torch.device) -> Iterator[None]:
     """Settings that TorchDynamo and Inductor read when they trace, which is at the first call of each new size."""
     # all that is prepared in a process counts as recompilations of one function: past the default limit it would run
-    # uncompiled, without a word
-    limits = torch._dynamo.config.patch(recompile_limit=1000, accumulated_recompile_limit=10000)
+    # uncompiled, without a word (the names are those of torch 2.6, aliases since)
+    limits = torch._dynamo.config.patch(cache_size_limit=1000, accumulated_cache_size_limit=10000)
     # on CPU, weights that are constants are packed for the kernels
     with limits, torch._inductor.config.patch(freezing=device.type == 'cpu'):
         yield
