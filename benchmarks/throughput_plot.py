@@ -3,8 +3,8 @@
     python benchmarks/throughput_plot.py        # after `inference` and `scaling` were recorded
 
 Latency is measured, at batch 1 and 224 x 224; accuracy is not: it is what timm publishes of the weights
-(results/published.csv). Writes results/throughput.png for the CPU and, if there are rows of a CUDA device,
-results/throughput_cuda.png for the last one.
+(results/published.csv). Writes results/throughput.png for the CPU and, if there are rows of several models
+on a CUDA device, results/throughput_cuda.png for the last one.
 """
 
 from typing import Sequence
@@ -98,7 +98,7 @@ def main() -> None:
     """Draw a picture of the CPU and, if there is one, of the CUDA device measured last."""
     draw(timings(on_cpu=True), 'cpu', 'throughput.png')
     cuda = timings(on_cpu=False)
-    if cuda:
+    if len({key[1] for key in cuda}) > 2:  # a pair alone makes no picture
         draw(cuda, list(cuda)[-1][0], 'throughput_cuda.png')
 
 

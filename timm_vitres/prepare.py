@@ -15,7 +15,6 @@ from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 
 import torch
 from torch import nn
-from torch.utils.benchmark import Timer
 from tqdm import tqdm
 
 from .config import check_choice
@@ -248,6 +247,8 @@ def forward_only(model: nn.Module) -> Callable[[torch.Tensor], Any]:
 
 def measure(functions: Dict[Any, Callable], x: torch.Tensor, rounds: int = 3, seconds: float = 0.2) -> Dict[Any, float]:
     """Return the median time of each function of x, in seconds; they take turns, `rounds` times."""
+    from torch.utils.benchmark import Timer  # here, since it takes as long to import as the rest of this package
+
     timers = {
         name: Timer('function(x)', globals=dict(function=function, x=x), num_threads=torch.get_num_threads())
         for name, function in functions.items()
