@@ -95,7 +95,6 @@ def export(
         raise ValueError(f'model: it is on {images.device}, and is exported from the CPU; model.cpu() moves it.')
     if format == 'onnx':
         _import_onnx()
-    steps = tqdm(total=3, desc='folding', leave=False, disable=None)
     folded = fold(model)
     expected = forward_only(model)(images)
     dtype = torch.bfloat16 if precision == 'bf16' else torch.float32
@@ -108,8 +107,7 @@ def export(
     sizes = _dynamic_shapes(model) if dynamic else {0: Dim('batch')}
     captured = images[[0, -1]]  # of one image, the batch would be taken for a constant
 
-    steps.update()
-    steps.set_description(f'writing {format}')
+    steps = tqdm(total=2, desc=f'writing {format}', leave=False, disable=None)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f'.{path.name}.', dir=path.parent) as folder, warnings.catch_warnings():
         warnings.simplefilter('ignore')  # of torch to itself

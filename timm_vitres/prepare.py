@@ -33,8 +33,8 @@ def prepare(
     """Return a copy of a model that is made fast for inference on the model's device, and says in `report` how.
 
     It is folded, lowered to a precision, and compiled if wanted. Whether maps are channels-last is decided by measuring
-    both, and so is, for int8, what is not int8: torchao quantises the linear layers (weights once, activations as they
-    come), and the convolutions and everything else are bf16 or fp32, whichever is faster here.
+    both, and so is, for int8, what is not int8: torchao quantises the linear layers but the heads (weights once,
+    activations as they come), and the convolutions and everything else are bf16 or fp32, whichever is faster here.
 
     Args:
         model: A timm model (also with features_only) in evaluation mode. It stays as it is.
@@ -52,14 +52,12 @@ def prepare(
         RuntimeError: where torch.compile can't compile here.
     """
     check_choice('precision', precision, PRECISIONS)
-    steps = tqdm(total=4 if compile else 3, desc='folding', leave=False, disable=None)
-    folded = fold(model)
     images = check_example(model, example)
+    folded = fold(model)
     before = forward_only(InOut(model, next(model.parameters()).dtype))
     expected = before(images)
 
-    steps.update()
-    steps.set_description('measuring memory formats')
+    steps = tqdm(total=3 if compile else 2, desc='measuring memory formats', leave=False, disable=None)
     dtypes = dict(fp32=[torch.float32], bf16=[torch.bfloat16], int8=[torch.bfloat16, torch.float32])[precision]
     candidates = {
         (dtype, name): InOut(copy.deepcopy(folded).to(dtype=dtype, memory_format=memory_format), dtype, memory_format)
