@@ -138,9 +138,13 @@ def resample_pos_embed(
     PyTorch (2.14) has no backward of that resize for the symbolic sizes that a compiled training step has, so there it
     is written as what it is, a product with a matrix along each side.
     """
-    if not torch.jit.is_scripting():
-        trains = pos_embed.requires_grad and torch.is_grad_enabled()
-        if trains and torch.compiler.is_compiling() and not is_exporting():
+    if not torch.jit.is_scripting():  # noqa: SIM102 (a script leaves out no more than this)
+        if (
+            torch.compiler.is_compiling()  # asked first: torch.fx can't follow what depends on a tensor
+            and not is_exporting()
+            and torch.is_grad_enabled()
+            and pos_embed.requires_grad
+        ):
             prefix, table = pos_embed[:, :num_prefix_tokens], pos_embed[:, num_prefix_tokens:]
             table = table.float().reshape(old_grid[0], old_grid[1], -1)
             rows = _resize_matrix(old_grid[0], grid[0], pos_embed.device)
