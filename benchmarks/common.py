@@ -46,6 +46,14 @@ def append_row(path: Path, row: dict) -> None:
     print(', '.join(f'{key}={value}' for key, value in row.items()), flush=True)
 
 
+def write_row(name: str, row: dict, record: bool) -> None:
+    """Append a row to benchmarks/results/NAME.csv where it shall be recorded, else print it."""
+    if record:
+        append_row(Path(__file__).parent / 'results' / f'{name}.csv', row)
+    else:
+        print(', '.join(f'{key}={value}' for key, value in row.items()), flush=True)
+
+
 def seconds(function: Callable[[torch.Tensor], Any], x: torch.Tensor, repeats: int) -> float:
     """Return the mean time of a call, on a CUDA device by the device's own clock."""
     if x.is_cuda:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import timm
 import torch
-from common import append_row, peak_bytes, seconds
+from common import peak_bytes, seconds, write_row
 from timm.utils import reparameterize_model
 from torch import nn
 
@@ -86,10 +86,7 @@ def main() -> None:
                     difference=f'{worst:.1e}',
                     threads=torch.get_num_threads(),
                 )
-                if args.record:
-                    append_row(Path(__file__).parent / 'results' / 'dual.csv', row)
-                else:
-                    print(', '.join(f'{key}={value}' for key, value in row.items()), flush=True)
+                write_row('dual', row, args.record)
 
 
 if __name__ == '__main__':

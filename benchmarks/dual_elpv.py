@@ -12,7 +12,7 @@ import argparse
 import csv
 from pathlib import Path
 
-from common import append_row
+from common import write_row
 from elpv import RECIPE, evaluate, write_folders
 
 from timm_vitres.finetune import FinetuneCfg, finetune
@@ -44,10 +44,7 @@ def main() -> None:
             row = dict(model=cfg.model, head_loss=loss, seed=seed, train_loss=round(float(epoch['train_loss']), 4))
             row.update(figures, train_seconds=round(float(epoch['seconds'])))
             row['recipe'] = ' '.join(f'{key}={value}' for key, value in settings.items() if key != 'model')
-            if args.record:
-                append_row(Path(__file__).parent / 'results' / 'dual_elpv.csv', row)
-            else:
-                print(row)
+            write_row('dual_elpv', row, args.record)
 
 
 if __name__ == '__main__':

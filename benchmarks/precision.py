@@ -20,7 +20,7 @@ from typing import Callable
 
 import timm
 import torch
-from common import append_row
+from common import write_row
 from timm.data import create_loader
 from tqdm import tqdm
 
@@ -29,7 +29,6 @@ from timm_vitres.data import data_config
 from timm_vitres.export import export, load
 from timm_vitres.finetune import FinetuneCfg, finetune, load_data
 
-RESULTS = Path(__file__).parent / 'results'
 SETTINGS = {'fp32': {}, 'bf16': dict(amp=True)}
 PATHS = ('fp32', 'bf16', 'int8', 'onnxruntime int8')
 
@@ -58,13 +57,6 @@ def classify(function: Callable, loader, device: str, title: str) -> torch.Tenso
 
 def top1(found: torch.Tensor) -> float:
     return round(100 * (found[:, 0] == found[:, 1]).double().mean().item(), 2)
-
-
-def write(name: str, row: dict, record: bool) -> None:
-    if record:
-        append_row(RESULTS / f'{name}.csv', row)
-    else:
-        print(', '.join(f'{key}={value}' for key, value in row.items()), flush=True)
 
 
 def main() -> None:
@@ -120,7 +112,7 @@ def main() -> None:
             row = dict(model=args.model, setting=setting, seed=seed, epochs=args.epochs, img_size=args.img_size)
             row.update(top1=top1(classify(model, loader, args.device, f'{setting}, seed {seed}')), images=len(data.val))
             row.update(train_seconds=round(seconds), device=args.device)
-            write('precision_train', row, args.record)
+            write_row('precision_train', row, args.record)
 
     model = timm.create_model(
         f'local-dir:{args.output}/{args.model}-{args.settings[0]}-seed{args.seeds[0]}', pretrained=True
@@ -141,7 +133,7 @@ def main() -> None:
         agreement = round(100 * (found[:, 0] == expected[:, 0]).double().mean().item(), 2)
         row = dict(model=args.model, path=path, top1=top1(found), drop=round(top1(expected) - top1(found), 2))
         row.update(same_class=agreement, images=len(found), img_size=args.img_size, report=report)
-        write('precision', row, args.record)
+        write_row('precision', row, args.record)
 
 
 if __name__ == '__main__':

@@ -23,6 +23,11 @@ def read(name: str) -> list:
         return list(csv.DictReader(file))
 
 
+def newest(name: str, *columns: str) -> dict:
+    """Return the last row for each combination of values of columns."""
+    return {tuple(row[column] for column in columns): row for row in read(name)}
+
+
 def spread(values: list, digits: int = 1) -> str:
     """Return mean and standard deviation, the latter where there is more than one value."""
     mean = f'{statistics.mean(values):.{digits}f}'
@@ -68,19 +73,19 @@ def nano_search() -> str:
 def load() -> str:
     """Loading against timm's class: ratios of medians."""
     names = ('create_time_ratio', 'logits_time_ratio', 'create_memory_ratio', 'logits_memory_ratio')
-    newest = {(row['model'], row['side']): row for row in read('load')}
+    rows = newest('load', 'model', 'side')
     return table(
         ['model', '', 'time to a model', 'time to first logits', 'extra peak memory, model', '..., first logits'],
-        [[f'`{model}`', side, *(row[name] for name in names)] for (model, side), row in newest.items()],
+        [[f'`{model}`', side, *(row[name] for name in names)] for (model, side), row in rows.items()],
     )
 
 
 def dual() -> str:
     """The parallel family against the code of its authors: ratios."""
-    newest = {(row['model'], row['side'], row['batch']): row for row in read('dual')}
+    recorded = newest('dual', 'model', 'side', 'batch')
     rows = []
-    for model, side in dict.fromkeys((model, side) for model, side, _ in newest):
-        one, many = newest[model, side, '1'], newest[model, side, '16']
+    for model, side in dict.fromkeys((model, side) for model, side, _ in recorded):
+        one, many = recorded[model, side, '1'], recorded[model, side, '16']
         cells = [one['time_ratio'], many['time_ratio'], one['memory_ratio'], many['memory_ratio']]
         rows.append([f'`{model}`', 'as it is' if side == 'ours' else side, *cells])
     return table(['model', '', 'time, batch 1', 'time, batch 16', 'memory, batch 1', 'memory, batch 16'], rows)
@@ -102,11 +107,6 @@ def dual_elpv() -> str:
     )
 
 
-def newest(name: str, *columns: str) -> dict:
-    """Return the last row for each combination of values of columns."""
-    return {tuple(row[column] for column in columns): row for row in read(name)}
-
-
 def timings(on_cpu: bool) -> dict:
     """Return rows of throughput.py inference by device, model, image size, path and batch size."""
     rows = newest('throughput', 'device', 'model', 'size', 'path', 'batch')
@@ -119,7 +119,7 @@ def published() -> dict:
 
 
 def fastest(rows: dict, device: str, model: str, batch: str, size: str = '224') -> dict:
-    """Return the row of a model's fastest path; int8 is left out, since its accuracy was not measured."""
+    """Return the row of a model's fastest path; int8 is left out: published accuracy is not of it."""
     paths = [row for key, row in rows.items() if key[:3] == (device, model, size) and key[4] == batch]
     return min((row for row in paths if 'int8' not in row['path']), key=lambda row: float(row['ms']))
 

@@ -25,7 +25,7 @@ from typing import Any, Callable, Dict, List, Tuple
 
 import timm
 import torch
-from common import append_row, peak_bytes, seconds
+from common import peak_bytes, seconds, write_row
 from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -33,8 +33,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import timm_vitres
+from timm_vitres.prepare import difference
 
-RESULTS = Path(__file__).parent / 'results'
 # ours: timm's class, and what makes the generic model the same architecture
 PAIRS = {
     'vitresnet_small': ('vit_small_r26_s32_224', {}),
@@ -59,18 +59,12 @@ def prepared(model: nn.Module, x: torch.Tensor, **kwargs) -> nn.Module:
 
 def onnxruntime(model: nn.Module, x: torch.Tensor, precision: str) -> Callable[[torch.Tensor], torch.Tensor]:
     """Return a model as a session of onnxruntime, for the shape of x."""
-    from onnxruntime import InferenceSession, SessionOptions
+    from timm_vitres.export import export, load
 
-    from timm_vitres.export import export
-
-    options = SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / 'model.onnx'
         export(model, path, format='onnx', precision=precision, dynamic=False, example=x)
-        session = InferenceSession(str(path), options, providers=['CPUExecutionProvider'])
-    name = session.get_inputs()[0].name
-    return lambda x: torch.from_numpy(session.run(None, {name: x.numpy()})[0])
+        return load(path, 'onnx')
 
 
 PATHS = {
@@ -124,10 +118,6 @@ def group(name: str, size: int, device: str) -> Dict[str, nn.Module]:
     if name in PAIRS:
         models[PAIRS[name][0]] = counterpart(name, models[name], size)
     return {label: model.to(device) for label, model in models.items()}
-
-
-def difference(y: torch.Tensor, expected: torch.Tensor) -> float:
-    return ((y - expected).norm() / expected.norm()).item()
 
 
 def interleave(sides: Sides, rounds: int, slice_s: float, title: str) -> Dict[Any, List[float]]:
@@ -205,10 +195,7 @@ def write(name: str, row: dict, args: argparse.Namespace) -> None:
     """Append a row to benchmarks/results/NAME.csv with --record, else print it."""
     device = torch.cuda.get_device_name() if args.device == 'cuda' else 'cpu'
     row.update(rounds=args.rounds, device=device, threads=row.get('threads', torch.get_num_threads()))
-    if args.record:
-        append_row(RESULTS / f'{name}.csv', row)
-    else:
-        print(', '.join(f'{key}={value}' for key, value in row.items()), flush=True)
+    write_row(name, row, args.record)
 
 
 @torch.inference_mode()

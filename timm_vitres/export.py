@@ -96,7 +96,8 @@ def export(
     if format == 'onnx':
         _import_onnx()
     folded = fold(model)
-    expected = forward_only(model)(images)
+    own = forward_only(model)
+    expected = own(images)
     dtype = torch.bfloat16 if precision == 'bf16' else torch.float32
     out = (LogitsOut if torch.is_tensor(expected) else MapsOut)(folded.to(dtype), dtype).eval()
     if format == 'pt2' and precision == 'int8':
@@ -119,7 +120,7 @@ def export(
         error = worst = difference(run(images), expected)
         if dynamic:
             other = F.interpolate(captured, (2 * _stride(model), 3 * _stride(model)))
-            worst = max(worst, difference(run(other), forward_only(model)(other)))
+            worst = max(worst, difference(run(other), own(other)))
         if not worst < _TOLERANCE[precision]:
             raise RuntimeError(f"{path}: what was written differs from the model, by {worst:.1e} of the outputs' norm.")
         with replacing(path) as beside:

@@ -341,20 +341,26 @@ def finetune(cfg: FinetuneCfg) -> Path:
     size = _image_size(cfg.img_size) if cfg.img_size is not None else None
     given = dict(img_size=size, mean=cfg.mean, std=cfg.std, interpolation=cfg.interpolation, crop_pct=cfg.crop_pct)
     config = data_config(model, **given)
+    state = None if checkpoint is None else _read_state(checkpoint)
     if cfg.autotune:
-        cfg = _autotuned(cfg, model, len(data.label_names), config['input_size'], checkpoint)
+        cfg = _autotuned(cfg, model, len(data.label_names), config['input_size'], checkpoint, state)
     run = _Run(cfg, folder, model, data, config, device)
-    if checkpoint is not None:
-        run.restore(checkpoint)
+    if checkpoint is not None and state is not None:
+        run.restore(checkpoint, state)
     return run.train()
 
 
 def _autotuned(
-    cfg: FinetuneCfg, model: nn.Module, num_classes: int, input_size: Tuple[int, ...], checkpoint: Optional[Path]
+    cfg: FinetuneCfg,
+    model: nn.Module,
+    num_classes: int,
+    input_size: Tuple[int, ...],
+    checkpoint: Optional[Path],
+    state: Optional[Dict[str, Any]],
 ) -> FinetuneCfg:
     """Return the settings with the fastest amp and channels_last; of a run that goes on, those that it began with."""
-    if checkpoint is not None:
-        settings = _read_state(checkpoint).get('autotuned')
+    if state is not None:
+        settings = state.get('autotuned')
         if settings is None:
             raise ValueError(f'resume: {checkpoint} is of a run without autotune; leave autotune out.')
         return dataclasses.replace(cfg, **settings)
@@ -566,13 +572,12 @@ class _Run:
         with replacing(self.folder / CHECKPOINT_NAME) as path:
             torch.save(state, path)
 
-    def restore(self, path: Path) -> None:
-        """Go on from a checkpoint.
+    def restore(self, path: Path, state: Dict[str, Any]) -> None:
+        """Go on from a checkpoint, whose content was read.
 
         Raises:
             ValueError: for a file that is no checkpoint of this run's architecture, classes and optimizer.
         """
-        state = _read_state(path)
         try:
             found = {name: state[name] for name in self._identity()}
         except KeyError as error:

@@ -89,8 +89,9 @@ def prepare(
     seconds = measure({'before': before, 'after': prepared}, images)
     ratio = seconds['after'] / seconds['before']
     report.append(f'{_ms(seconds["before"])} before, {_ms(seconds["after"])} now, ratio {ratio:.3f}')
-    prepared.difference = difference(prepared(images), expected)
-    report.append(f'outputs differ by {prepared.difference:.1e} of their norm' + _agreement(prepared(images), expected))
+    outputs = prepared(images)
+    prepared.difference = difference(outputs, expected)
+    report.append(f'outputs differ by {prepared.difference:.1e} of their norm' + _agreement(outputs, expected))
     steps.close()
     where = f'{images.device}' + (f', {torch.get_num_threads()} threads' if images.device.type == 'cpu' else '')
     title = f'{type(model).__name__} at {tuple(images.shape)}{"" if example is not None else " of noise"} on {where}: '
@@ -217,11 +218,11 @@ def fastest_training(
     for name, memory_format in _FORMATS.items():
         copied = copy.deepcopy(model).to(memory_format=memory_format).train()
         for amp in (False, True):
-            steps[f'{amp_dtype if amp else "float32"} {name}'] = partial(step, copied, amp, memory_format)
+            steps[amp, name] = partial(step, copied, amp, memory_format)
     times = measure(steps, images)
-    fastest = min(times, key=lambda key: times[key])
-    settings = dict(amp=fastest.startswith(amp_dtype), channels_last=fastest.endswith('channels-last'))
-    return settings, ', '.join(f'{name} {_ms(value)}' for name, value in times.items())
+    amp, name = min(times, key=lambda key: times[key])
+    text = ', '.join(f'{amp_dtype if amp else "float32"} {name} {_ms(value)}' for (amp, name), value in times.items())
+    return dict(amp=amp, channels_last=name == 'channels-last'), text
 
 
 def check_example(model: nn.Module, example: Optional[torch.Tensor]) -> torch.Tensor:
@@ -245,7 +246,7 @@ def forward_only(model: nn.Module) -> Callable[[torch.Tensor], Any]:
 
 def measure(functions: Dict[Any, Callable], x: torch.Tensor, rounds: int = 3, seconds: float = 0.2) -> Dict[Any, float]:
     """Return the median time of each function of x, in seconds; they take turns, `rounds` times."""
-    from torch.utils.benchmark import Timer  # here, since it takes as long to import as the rest of this package
+    from torch.utils.benchmark import Timer  # here, since importing this package does not need it
 
     timers = {
         name: Timer('function(x)', globals=dict(function=function, x=x), num_threads=torch.get_num_threads())
