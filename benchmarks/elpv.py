@@ -23,7 +23,7 @@ import numpy as np
 from common import append_row
 
 import timm_vitres
-from timm_vitres.data import ImageFolder, stratified_split
+from timm_vitres.datasets import ImageFolder, stratified_split
 from timm_vitres.finetune import FinetuneCfg, finetune
 
 CLASSES = ('functional', 'defective')

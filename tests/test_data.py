@@ -7,7 +7,8 @@ from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 
 import timm_vitres
-from timm_vitres.data import ImageFolder, data_config, open_image, stratified_split
+from timm_vitres.data import data_config, open_image
+from timm_vitres.datasets import ImageFolder, stratified_split
 
 
 @pytest.fixture

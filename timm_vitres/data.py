@@ -3,19 +3,16 @@
 path -> `open_image` -> PIL image in the model's mode -> timm's evaluation transform -> (1, C, H, W).
 """
 
-from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, Union
+from typing import Any, Dict, List, Sequence, Union
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from timm.data import ImageDataset, create_transform, get_img_extensions, resolve_input_data_config
+from timm.data import create_transform, get_img_extensions, resolve_input_data_config
 from timm.layers import to_2tuple
 from timm.models import get_model_input_config
 from torch import nn
-from torch.utils.data import Dataset
 from tqdm import tqdm
 
 ImageLike = Union[str, Path, Image.Image, np.ndarray]
@@ -133,141 +130,3 @@ def example_images(paths: Sequence[Union[str, Path]], model: nn.Module, limit: i
     step = max(1, len(files) / limit)
     chosen = [files[int(i * step)] for i in range(min(limit, len(files)))]
     return torch.cat([preprocess(file, model) for file in tqdm(chosen, desc='reading images', leave=False)])
-
-
-class ImageFolder(ImageDataset):
-    """timm's `ImageDataset` of a folder with one sub-folder per class, opened by `open_image`.
-
-    Args:
-        root: The folder.
-        class_map: Class name -> index; by default the sub-folders' names in natural order.
-        check: Open every image now: an unreadable one is an error.
-        skip_bad: Leave unreadable images out (they are listed in `skipped`) instead of failing.
-
-    Raises:
-        FileNotFoundError: for a missing or empty folder.
-        ValueError: for images outside class folders, a class without an image, an unknown class, or an unreadable
-            image; the message names it.
-    """
-
-    def __init__(
-        self,
-        root: Union[str, Path],
-        class_map: Optional[Dict[str, int]] = None,
-        input_img_mode: str = 'RGB',
-        check: bool = True,
-        skip_bad: bool = False,
-    ):
-        root = Path(root)
-        if not root.is_dir():
-            raise FileNotFoundError(f'data_dir: {root} is not a folder.')
-        try:
-            super().__init__(str(root), input_img_mode=input_img_mode)
-        except RuntimeError as error:
-            raise FileNotFoundError(f'data_dir: {error}') from None
-        found = self.reader.class_to_idx
-        if '' in found:
-            raise ValueError(f'data_dir: {root} holds images outside class folders; put each into its class folder.')
-        self._check_folders(root)
-        if class_map is not None:
-            unknown = sorted(found.keys() - class_map.keys())
-            if unknown:
-                raise ValueError(f'data_dir: {root} has classes that the training data lacks: {", ".join(unknown)}.')
-            names = {index: name for name, index in found.items()}
-            self.reader.samples = [(path, class_map[names[target]]) for path, target in self.reader.samples]
-            self.reader.class_to_idx = class_map
-        self.skipped: List[str] = self._check_images(skip_bad) if check else []
-
-    @property
-    def targets(self) -> List[int]:
-        """The class index of every image."""
-        return [target for _, target in self.reader.samples]
-
-    @property
-    def classes(self) -> List[str]:
-        """The class names, by index."""
-        return class_names(self)
-
-    def __getitem__(self, index: int):
-        path, target = self.reader.samples[index]
-        image = open_image(path, self.input_img_mode)
-        return image if self.transform is None else self.transform(image), target
-
-    def _check_folders(self, root: Path) -> None:
-        filled = {Path(path).parent for path, _ in self.reader.samples}
-        for folder in sorted(folder for folder in root.rglob('*') if folder.is_dir()):
-            is_leaf = not any(child.is_dir() for child in folder.iterdir())
-            if is_leaf and folder not in filled and not folder.name.startswith('.'):
-                raise ValueError(f'data_dir: the class folder {folder} has no image; add some, or remove it.')
-
-    def _check_images(self, skip_bad: bool) -> List[str]:
-        def problem(sample: Tuple[str, int]) -> Optional[str]:
-            try:
-                open_image(sample[0], self.input_img_mode)
-            except ValueError as error:
-                return str(error)
-            return None
-
-        samples = self.reader.samples
-        with ThreadPoolExecutor() as pool:
-            bar = tqdm(pool.map(problem, samples), total=len(samples), desc='checking images', leave=False)
-            problems = list(bar)
-        bad = [text for text in problems if text]
-        if bad and not skip_bad:
-            more = f' {len(bad) - 1} more cannot be read either.' if len(bad) > 1 else ''
-            raise ValueError(f'{bad[0]}{more} Mend or remove it, or leave such images out with --skip-bad.')
-        kept = [sample for sample, text in zip(samples, problems) if not text]
-        missing = {target for _, target in samples} - {target for _, target in kept}
-        if missing:
-            raise ValueError(f'data_dir: none of the images of class {self.classes[min(missing)]!r} can be read.')
-        self.reader.samples = kept
-        return [sample[0] for sample, text in zip(samples, problems) if text]
-
-
-def class_names(dataset: Dataset) -> List[str]:
-    """Return the class names of a dataset with one of timm's readers, by index; none where it names none."""
-    class_to_idx = getattr(getattr(dataset, 'reader', None), 'class_to_idx', None) or {}
-    return sorted(class_to_idx, key=class_to_idx.__getitem__)
-
-
-class Subset(Dataset):
-    """Some images of a map-style dataset in a PIL mode, with a transform of their own.
-
-    The dataset returns PIL images; `transform` is set by timm's `create_loader`.
-    """
-
-    def __init__(self, dataset: Dataset, indices: Sequence[int], mode: str = 'RGB'):
-        self.dataset = dataset
-        self.indices = list(indices)
-        self.mode = mode
-        self.transform: Optional[Callable] = None
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, index: int):
-        image, target = self.dataset[self.indices[index]]
-        image = open_image(image, self.mode)
-        return image if self.transform is None else self.transform(image), target
-
-
-def stratified_split(targets: Sequence[int], fraction: float, seed: int = 0) -> Tuple[List[int], List[int]]:
-    """Split indices into two parts, class by class: the second holds `fraction` of each, and at least one.
-
-    Raises:
-        ValueError: for a fraction outside (0, 1), or a class of fewer than two.
-    """
-    if not 0 < fraction < 1:
-        raise ValueError(f'val_frac: got {fraction}, expected a fraction between 0 and 1.')
-    generator = np.random.default_rng(seed)
-    labels = np.asarray(targets)
-    first: List[int] = []
-    second: List[int] = []
-    for target, count in sorted(Counter(labels.tolist()).items()):
-        if count < 2:
-            raise ValueError(f'val_frac: class {target} has {count} image, which cannot be split in two; add some.')
-        indices = generator.permutation(np.flatnonzero(labels == target)).tolist()
-        cut = min(max(round(count * fraction), 1), count - 1)
-        second += indices[:cut]
-        first += indices[cut:]
-    return sorted(first), sorted(second)

@@ -10,30 +10,29 @@ import datetime
 import importlib.util
 import logging
 import time
-from collections import Counter
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Optional, Tuple, Union
+from typing import Any, Dict, List, Optional, Tuple, Union
 
 import timm
 import torch
 from huggingface_hub import EvalResult
-from timm.data import Mixup, create_dataset, create_loader
+from timm.data import Mixup, create_loader
 from timm.models import resolve_model_input_args
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.task import ClassificationEvaluator, ClassificationTask
 from timm.utils import AverageMeter, NativeScaler, dispatch_clip_grad, random_seed
 from torch import nn
-from torch.utils.data import Dataset, IterableDataset
 from tqdm import tqdm
 
 from . import hub
 from .cards import render_card
-from .data import ImageFolder, Subset, class_names, data_config, image_mode, stratified_split
+from .data import data_config, image_mode
+from .datasets import Data, load_data
 from .files import WEIGHTS_NAME, replacing
 from .prepare import fastest_training
+from .settings import FinetuneCfg
 from .vitresnet_dual import VitResNetDual
 
 _logger = logging.getLogger(__name__)
@@ -41,194 +40,6 @@ _logger = logging.getLogger(__name__)
 CHECKPOINT_NAME = 'last.pth.tar'
 SUMMARY_NAME = 'summary.csv'
 CURVES_NAME = 'curves.png'
-VAL_FOLDERS = ('validation', 'val', 'valid', 'eval', 'evaluation')  # as timm's create_dataset looks for them
-
-
-def _option(default: Any, help: str, **kwargs: Any) -> Any:
-    """A field that the command line shows as a flag with this help."""
-    return dataclasses.field(default=default, metadata=dict(help=help, **kwargs))
-
-
-@dataclass(frozen=True)
-class FinetuneCfg:
-    """Settings of a fine-tuning run; the names are those of timm's train.py where it has them."""
-
-    # Data
-    data_dir: Optional[str] = _option(None, 'image folder: one sub-folder per class, or train/ and val/ with those')
-    dataset: str = _option('', "any name that timm's create_dataset takes, e.g. torch/cifar10; '' is an image folder")
-    dataset_download: bool = _option(False, 'let the dataset download itself')
-    train_split: str = _option('train', 'name of the training split')
-    val_split: str = _option('validation', "name of the validation split; '' takes val_frac of the training split")
-    val_frac: float = _option(0.2, 'part of each class held out for validation where no validation split is given')
-    skip_bad: bool = _option(False, 'leave unreadable images out instead of failing')
-    no_check: bool = _option(False, 'do not open every image before training (a bad one then ends the run)')
-    # Model
-    model: str = _option('vitresnet_small', "a timm model's name, or local-dir:<folder>, or hf-hub:<id>")
-    pretrained: bool = _option(False, 'start from pretrained weights')
-    model_kwargs: Optional[Dict[str, Any]] = _option(None, 'further arguments of the model: name=value', nargs='*')
-    img_size: Union[None, int, Tuple[int, ...]] = _option(None, 'image size, one number or height and width', nargs='+')
-    in_chans: Optional[int] = _option(None, 'image channels: 1 or 3', type=int)
-    drop: Optional[float] = _option(None, 'dropout rate of the classifier', type=float)
-    drop_path: Optional[float] = _option(None, 'stochastic depth rate', type=float)
-    mean: Optional[Tuple[float, ...]] = _option(None, "mean of normalisation; the model's", nargs='+', type=float)
-    std: Optional[Tuple[float, ...]] = _option(None, "deviation of normalisation; the model's", nargs='+', type=float)
-    interpolation: Optional[str] = _option(None, "resize interpolation; the model's", type=str)
-    crop_pct: Optional[float] = _option(None, "centre crop in validation; the model's", type=float)
-    head_loss: str = _option(
-        'sum',
-        'loss of a model with two heads: on the sum of their logits, on both (the mean of two losses), or on one head, '
-        'the other being set to zero',
-        choices=('sum', 'both', 'resnet', 'vit'),
-    )
-    # Optimisation
-    epochs: int = _option(10, 'epochs to train')
-    batch_size: int = _option(32, 'images a step')
-    validation_batch_size: Optional[int] = _option(None, 'images a step in validation; batch_size', type=int)
-    opt: str = _option('adamw', 'optimizer')
-    lr: float = _option(5e-4, 'learning rate')
-    weight_decay: float = _option(0.05, 'weight decay')
-    layer_decay: Optional[float] = _option(None, 'layer-wise learning rate decay', type=float)
-    clip_grad: Optional[float] = _option(None, 'gradient norm to clip at', type=float)
-    sched: str = _option('cosine', 'learning rate schedule')
-    warmup_epochs: float = _option(1.0, 'epochs of warm-up')
-    warmup_lr: float = _option(1e-5, 'learning rate that warm-up begins with')
-    min_lr: float = _option(1e-6, 'learning rate that the schedule ends with')
-    balance_classes: bool = _option(False, 'weight the loss by inverse class frequency')
-    # Augmentation
-    no_aug: bool = _option(False, 'no augmentation')
-    scale: Tuple[float, ...] = _option((0.35, 1.0), 'random resized crop: range of area', nargs=2, type=float)
-    ratio: Tuple[float, ...] = _option((0.75, 4 / 3), 'random resized crop: range of aspect ratio', nargs=2, type=float)
-    hflip: float = _option(0.5, 'probability of a horizontal flip')
-    vflip: float = _option(0.0, 'probability of a vertical flip')
-    color_jitter: float = _option(0.4, 'colour jitter')
-    aa: Optional[str] = _option(None, 'AutoAugment policy, e.g. rand-m9-mstd0.5-inc1', type=str)
-    reprob: float = _option(0.0, 'random erasing probability')
-    mixup: float = _option(0.0, 'mixup alpha')
-    cutmix: float = _option(0.0, 'cutmix alpha')
-    smoothing: float = _option(0.1, 'label smoothing')
-    # The run
-    output: str = _option('output', 'folder of the finished model')
-    resume: Union[None, bool, str] = _option(None, 'go on from a checkpoint; without a path, from the one in output')
-    eval_metric: str = _option('top1', 'what the best epoch is chosen by', choices=('top1', 'balanced', 'loss'))
-    device: str = _option('', 'torch device; the accelerator if there is one, else cpu')
-    amp: bool = _option(False, 'mixed precision')
-    amp_dtype: str = _option('bfloat16', 'mixed precision dtype', choices=('bfloat16', 'float16'))
-    channels_last: bool = _option(False, 'channels-last memory format')
-    autotune: bool = _option(
-        False, 'time training steps with and without amp and channels_last, and train with what is fastest here'
-    )
-    workers: int = _option(2, 'loader processes')
-    seed: int = _option(42, 'random seed')
-
-    def __post_init__(self):
-        for name in ('epochs', 'batch_size', 'lr'):
-            if not getattr(self, name) > 0:
-                raise ValueError(f'{name}: got {getattr(self, name)}, expected a number above 0.')
-        for name in ('workers', 'weight_decay', 'warmup_epochs', 'smoothing', 'mixup', 'cutmix'):
-            if getattr(self, name) < 0:
-                raise ValueError(f'{name}: got {getattr(self, name)}, expected 0 or more.')
-        if (self.mixup or self.cutmix) and self.batch_size % 2:
-            raise ValueError(f'batch_size: got {self.batch_size}, but mixup and cutmix want an even number.')
-        if not self.data_dir and not self.dataset:
-            raise ValueError('data_dir: no folder given; give an image folder, or the name of a dataset.')
-
-
-class Data(NamedTuple):
-    """What a run trains on."""
-
-    train: Dataset
-    val: Dataset
-    label_names: List[str]
-    counts: Optional[List[int]]  # training images of each class, where known
-    description: str
-    skipped: List[str]
-
-
-def load_data(cfg: FinetuneCfg, mode: str) -> Data:
-    """Open the training and the validation set of a run, and split where only one is given.
-
-    Args:
-        cfg: The run.
-        mode: PIL's mode of the images ('L', 'RGB', 'RGBA').
-
-    Raises:
-        FileNotFoundError, ValueError: for missing or impossible data; the message says what, and what is allowed.
-    """
-    if cfg.dataset:
-        return _load_named(cfg, mode)
-    root = Path(str(cfg.data_dir))
-    folder = dict(input_img_mode=mode, check=not cfg.no_check, skip_bad=cfg.skip_bad)
-    val_root = next((root / name for name in (cfg.val_split, *VAL_FOLDERS) if name and (root / name).is_dir()), None)
-    train_root = root / cfg.train_split
-    if cfg.val_split and val_root and train_root.is_dir():
-        train = ImageFolder(train_root, **folder)
-        val = ImageFolder(val_root, class_map=train.reader.class_to_idx, **folder)
-        train_indices, val_indices = range(len(train)), range(len(val))
-        how = f'validation on the {len(val)} images of {val_root.name}/'
-        skipped = train.skipped + val.skipped
-    else:
-        train = val = ImageFolder(train_root if train_root.is_dir() else root, **folder)
-        train_indices, val_indices = stratified_split(train.targets, cfg.val_frac, cfg.seed)
-        how = f'validation on {len(val_indices)} of them, held out class by class ({cfg.val_frac:g}, seed {cfg.seed})'
-        skipped = train.skipped
-    if len(train.classes) < 2:
-        raise ValueError(f'data_dir: {root} has the one class {train.classes[0]!r}; at least two are needed.')
-    targets = train.targets  # a list made anew at every call
-    counts = _class_counts([targets[index] for index in train_indices], len(train.classes))
-    description = f'{len(train)} images of {len(train.classes)} classes in {root.name}; {how}'
-    train_set, val_set = Subset(train, train_indices, mode), Subset(val, val_indices, mode)
-    return Data(train_set, val_set, train.classes, counts, description, skipped)
-
-
-def _load_named(cfg: FinetuneCfg, mode: str) -> Data:
-    def create(split: str, is_training: bool) -> Dataset:
-        try:
-            return create_dataset(
-                cfg.dataset,
-                root=cfg.data_dir,
-                split=split,
-                is_training=is_training,
-                download=cfg.dataset_download,
-                batch_size=cfg.batch_size,
-                input_img_mode=mode,
-                seed=cfg.seed,
-            )
-        except (AssertionError, RuntimeError, OSError) as error:
-            raise ValueError(f'dataset: {cfg.dataset!r}, split {split!r}, cannot be opened ({error}).') from error
-
-    train = create(cfg.train_split, True)
-    names = [str(name) for name in getattr(train, 'classes', None) or class_names(train)]
-    if isinstance(train, IterableDataset):
-        if not names or not cfg.val_split:
-            raise ValueError(f'dataset: {cfg.dataset!r} is a stream; it needs class names and a val_split.')
-        return Data(train, create(cfg.val_split, False), names, None, cfg.dataset, [])
-    targets = getattr(train, 'targets', None)
-    if targets is None:
-        targets = [train[index][1] for index in tqdm(range(len(train)), desc='reading labels')]
-    targets = [int(target) for target in targets]
-    names = names or [str(index) for index in range(max(targets) + 1)]
-    if cfg.val_split:
-        val = create(cfg.val_split, False)
-        train_indices, val_indices = range(len(targets)), range(len(val))
-        how = f'validation on split {cfg.val_split!r} ({len(val_indices)} images)'
-    else:
-        val = train
-        train_indices, val_indices = stratified_split(targets, cfg.val_frac, cfg.seed)
-        how = f'validation on {len(val_indices)} of its training images, held out class by class (seed {cfg.seed})'
-    counts = _class_counts([targets[index] for index in train_indices], len(names))
-    return Data(
-        Subset(train, train_indices, mode),
-        Subset(val, val_indices, mode),
-        names,
-        counts,
-        f'{cfg.dataset}, {len(train_indices)} images to train on; {how}',
-        [],
-    )
-
-
-def _class_counts(targets: List[int], num_classes: int) -> List[int]:
-    counter = Counter(targets)
-    return [counter[index] for index in range(num_classes)]
 
 
 class BalancedEvaluator(ClassificationEvaluator):
