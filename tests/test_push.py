@@ -510,7 +510,7 @@ def find_blob(call, name, tmp_path):
 
 
 def test_verify_on_the_command_line(server, run, tmp_path):
-    """One name after the other; a card's sha256 counts, too."""
+    """One name after the other; a folder's own sha256 counts, too."""
     model, folder = saved(tmp_path)
     server.put('me/name', {file: folder / file for file in ('config.json', 'model.safetensors')})
     facts = dict(model_name='x', description='A test.', recipe='None.', source='local-dir:.')
@@ -518,5 +518,5 @@ def test_verify_on_the_command_line(server, run, tmp_path):
     command = ['-m', 'timm_vitres.cli', 'verify']
     out = run(command, 'hf-hub:me/name', f'local-dir:{carded}')
     assert out.count(f'sha256 {files.sha256(folder / "model.safetensors")}') == 2
-    assert 'says the Hub.' in out and 'says the card.' in out
+    assert 'says the Hub.' in out and 'says its folder.' in out
     run(command, 'hf-hub:me/name', f'local-dir:{folder}', fails='nobody says what it should be')
