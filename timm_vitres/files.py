@@ -322,7 +322,7 @@ def check(path: Path, published: Optional[str] = None) -> str:
             remedy = f'Restore it, or, if you changed it on purpose, take {SHA256_FIELD} out of {CONFIG_NAME}'
             remedy += f' and {CARD_NAME} beside it' if (path.parent / CARD_NAME).is_file() else ' beside it'
         raise OSError(
-            f'{path} is damaged or incomplete, or was changed after it was published: its sha256 is {actual}, not {published}. '
+            f'{path} is damaged, or was changed after it was published: its sha256 is {actual}, not {published}. '
             f'{remedy}.'
         )
     return actual
