@@ -339,6 +339,7 @@ class VitResNetDual(Loadable):
         widths = (self.cfg.channels[-1], self.cfg.embed_dim)
         heads = [nn.Linear(width, num_classes, **dd) if num_classes > 0 else nn.Identity() for width in widths]
         self.head_resnet, self.head_vit = (head.train(self.training) for head in heads)
+        self.forget_labels()
 
     def _begin(self, stem: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor, Tuple[int, int]]:
         """Return the map (stride 4), the class token, and the grid of patch tokens, that the first unit takes."""
