@@ -195,14 +195,14 @@ def read_record(recorded: Dict[str, Any], kind: type) -> Dict[str, Any]:
         labels, description = recorded['label_names'], recorded['description']
     except (KeyError, TypeError) as error:
         raise ValueError(f'recorded: the record of the images lacks {error}.') from None
-    good = all(isinstance(value, kind) for value in sets.values())
+    good = isinstance(labels, list) and isinstance(description, str)
+    good = good and all(isinstance(value, kind) for value in sets.values())
     if good and kind is list:
-        good = all(
-            isinstance(file, (list, tuple)) and len(file) == 3 and isinstance(file[0], str) and file[1] in labels
-            for files in sets.values()
-            for file in files
-        )
-    if not good or not isinstance(labels, list) or not isinstance(description, str):
+        known = {str(label) for label in labels}
+        files = [file for value in sets.values() for file in value]
+        good = all(isinstance(file, (list, tuple)) and len(file) == 3 for file in files)
+        good = good and all(isinstance(name, str) and label in known for name, label, _ in files)
+    if not good:
         raise ValueError(f'recorded: the run was not on {what}, or its record of the images is damaged.')
     return sets
 
@@ -368,10 +368,12 @@ def stratified_split(targets: Sequence[int], fraction: float, seed: int = 0) -> 
     """Split indices into two parts, class by class: the second holds `fraction` of each, and at least one.
 
     Raises:
-        ValueError: for a fraction outside (0, 1), or a class of fewer than two.
+        ValueError: for a fraction outside (0, 1), a seed below 0, or a class of fewer than two.
     """
-    if not 0 < fraction < 1:
+    if not isinstance(fraction, (int, float)) or not 0 < fraction < 1:
         raise ValueError(f'val_frac: got {fraction}, expected a fraction between 0 and 1.')
+    if seed < 0:
+        raise ValueError(f'seed: got {seed}, expected 0 or more.')
     generator = np.random.default_rng(seed)
     labels = np.asarray(targets)
     first: List[int] = []
