@@ -31,6 +31,7 @@ from .checkpoints import (
     read_checkpoint,
     resample,
 )
+from .checks import WeightInit, conform, conform_arguments, conform_indices
 from .files import WEIGHTS_NAMES, check_noted, check_once, hub_file, url_file, weights_file
 from .layouts import StateDict, convert_layout
 
@@ -119,14 +120,17 @@ def build_hybrid(model_cls: Type[ModelT], variant: str, pretrained: bool, cfg: A
         kwargs: As `timm.create_model` passes them, and `mmap` (see `is_mapped`).
     """
     mmap = is_mapped(kwargs.pop('mmap', None))
+    kwargs = conform_arguments(model_cls, cfg, kwargs, build_model_with_cfg, build_hybrid)
     fields = {field.name for field in dataclasses.fields(cfg)}
     cfg = dataclasses.replace(cfg, **{name: kwargs.pop(name) for name in fields & kwargs.keys()})
     feature_cfg: Dict[str, Any] = dict(feature_cls='getter')
     if kwargs.get('features_only'):
         kwargs['num_classes'] = 0
-    if kwargs.get('features_only') and 'out_indices' not in kwargs:  # the pyramid alone
         twin = model_cls(cfg, img_size=kwargs.get('img_size'), device='meta')
-        feature_cfg['out_indices'] = tuple(range(twin.num_pyramid))
+        indices = kwargs.pop('out_indices', None)
+        feature_cfg['out_indices'] = tuple(range(twin.num_pyramid))  # the pyramid alone
+        if indices is not None:
+            feature_cfg['out_indices'] = conform_indices('out_indices', indices, len(twin.feature_info))
     create: Any = model_cls
     if pretrained:  # timm would initialise all of the model, and then copy
         source = resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay'))
@@ -233,6 +237,7 @@ def create_pretrained(
     device = torch.empty(0, device=device).device  # the default one, too
     if device.type == 'meta':
         raise ValueError("device: got 'meta', where no weights can be; use pretrained=False.")
+    conform('weight_init', weight_init, WeightInit)
     model = model_cls(device='meta', dtype=dtype, weight_init='skip', **kwargs)
     model.weight_init_mode = 'reset' if weight_init == 'skip' else weight_init
     model.pretrained_cfg = source.to_dict()
