@@ -47,7 +47,7 @@ def fold(model: ModelT) -> ModelT:
         TypeError: for what is no module.
     """
     check_eval(model)
-    copied = nn.ModuleList([_copy(model)])
+    copied = nn.ModuleList([copy_model(model)])
     names = {id(module): name for name, module in copied[0].named_modules()}
     try:
         # timm's function folds what is below a module, not the module itself
@@ -73,7 +73,8 @@ def check_eval(model: nn.Module) -> None:
         raise ValueError(f'model: it is in training mode{where}; call model.eval() before it is folded.')
 
 
-def _copy(model: nn.Module) -> nn.Module:
+def copy_model(model: ModelT) -> ModelT:
+    """Return a copy of a model; CannotFold names a layer that torch can not copy."""
     for name, module in model.named_modules():
         for key, value in vars(module).items():
             if torch.is_tensor(value) and value.grad_fn is not None:  # torch copies no tensor that was computed
