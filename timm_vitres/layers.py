@@ -25,7 +25,7 @@ from timm.models._features import feature_take_indices as take_indices
 from torch import nn
 
 from .checks import conform_indices
-from .fold import batch_norms_of_convolutions, lay_out_, merge_batch_norm_
+from .fold import batch_norms_of_convolutions, check_plain, lay_out_, merge_batch_norm_
 
 __all__ = [
     'Conv2dSame',
@@ -110,6 +110,7 @@ class StdConv2dSame(layers.StdConv2dSame):
 
     def fuse(self) -> nn.Conv2d:
         """Return a plain convolution with the standardised weight (timm's hook)."""
+        check_plain('a convolution that standardises its weight', self)
         reach = [(size - 1) * dilation for size, dilation in zip(self.kernel_size, self.dilation)]
         conv_cls, padding = nn.Conv2d, self.padding
         if self.pads and (self.stride != (1, 1) or any(total % 2 for total in reach)):
@@ -127,7 +128,8 @@ class StdConv2dSame(layers.StdConv2dSame):
             bias=self.bias is not None,
             device='meta',
         )
-        conv.weight, conv.bias = nn.Parameter(self.standardized_weight().detach()), self.bias
+        conv.weight = nn.Parameter(self.standardized_weight().detach(), requires_grad=self.weight.requires_grad)
+        conv.bias = self.bias
         lay_out_(conv)
         return conv.train(self.training)
 
