@@ -7,6 +7,7 @@ folder or name -> `load_data` -> `Data`: a training and a validation set of PIL 
 import os
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from numbers import Real
 from pathlib import Path
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Set, Tuple, Union
 
@@ -370,7 +371,7 @@ def stratified_split(targets: Sequence[int], fraction: float, seed: int = 0) -> 
     Raises:
         ValueError: for a fraction outside (0, 1), a seed below 0, or a class of fewer than two.
     """
-    if not isinstance(fraction, (int, float)) or not 0 < fraction < 1:
+    if not isinstance(fraction, Real) or not 0 < fraction < 1:
         raise ValueError(f'val_frac: got {fraction}, expected a fraction between 0 and 1.')
     if seed < 0:
         raise ValueError(f'seed: got {seed}, expected 0 or more.')
