@@ -493,6 +493,7 @@ def test_what_is_no_record(image_folder):
         {**recorded, 'train': {}},
         {**recorded, 'train': [['across/0.png', 'across']]},
         {**recorded, 'train': [['across/0.png', 'sideways', 3]]},
+        {**recorded, 'train': [['../across/0.png', 'across', 3]]},
         {**recorded, 'label_names': None},
         {**recorded, 'train': recorded['train'] + recorded['validation'][:1]},
     ):

@@ -13,9 +13,9 @@ from timm.data import create_dataset
 from torch.utils.data import Dataset, IterableDataset
 from tqdm import tqdm
 
-from .datasets import Data, Subset, class_counts, class_names, read_record, stratified_split
 from .folders import split_role
 from .settings import FinetuneCfg
+from .splits import Data, Subset, class_counts, class_names, read_record, stratified_split
 
 PREFIXES = ('torch', 'hfds', 'hfids', 'tfds', 'wds')
 # torchvision's datasets with two splits: timm takes any name but 'train' and 'training' for the test images
