@@ -17,7 +17,7 @@ from .data import open_image
 from .folders import find_classes, find_images, find_splits, folders_in, shown
 from .named_datasets import load_named, reload_named
 from .settings import FinetuneCfg
-from .splits import Data, Subset, class_counts, class_names, read_record, stratified_split
+from .splits import Data, Subset, check_fraction, class_counts, class_names, read_record, stratified_split
 
 # Names of datasets that are an image folder: timm's, and what it would open by its folder reader or torchvision's.
 FOLDER_NAMES = ('', 'folder', 'image_folder', 'imagefolder', 'torch/folder', 'torch/image_folder')
@@ -46,21 +46,28 @@ def load_data(cfg: FinetuneCfg, mode: str, recorded: Optional[Dict[str, Any]] = 
 
 def _load_folder(cfg: FinetuneCfg, mode: str) -> Data:
     root = Path(str(cfg.data_dir))
-    options = dict(input_img_mode=mode, check=not cfg.no_check, skip_bad=cfg.skip_bad)
     splits = find_splits(root, cfg.train_split, cfg.val_split)
-    train = val = ImageFolder(splits.train, any_name=splits.train != root or not cfg.train_split, **options)
+    any_name = splits.train != root or not cfg.train_split
+    # what names alone tell comes first: opening all images takes long
+    train = val = ImageFolder(splits.train, input_img_mode=mode, check=False, any_name=any_name)
     if len(train.classes) < 2:
         raise ValueError(
             f'data_dir: {shown(splits.train)} has the one class {shown(train.classes[0])!r}; at least two are needed.'
         )
-    left_out = {**splits.left_out, **train.left_out}
+    if splits.validation is None:
+        check_fraction(cfg.val_frac, cfg.seed)
+    else:
+        class_map = train.reader.class_to_idx
+        val = ImageFolder(splits.validation, class_map, input_img_mode=mode, check=False, any_name=True)
+        _check_apart(train, val)
+    for folder in [train] if train is val else [train, val]:
+        if not cfg.no_check:
+            folder.check_images(cfg.skip_bad)
+    left_out = {**splits.left_out, **train.left_out, **val.left_out}
     if splits.validation is None:
         train_indices, val_indices = stratified_split(train.targets, cfg.val_frac, cfg.seed)
         how = f'validation on {len(val_indices)} of them, held out class by class ({cfg.val_frac:g}, seed {cfg.seed})'
     else:
-        val = ImageFolder(splits.validation, class_map=train.reader.class_to_idx, any_name=True, **options)
-        _check_apart(train, val)
-        left_out.update(val.left_out)
         train_indices, val_indices = range(len(train)), range(len(val))
         how = f'validation on the {len(val)} images of {splits.validation.name}/'
     sets = Subset(train, train_indices, mode), Subset(val, val_indices, mode)
@@ -252,17 +259,19 @@ class ImageFolder(LabelledImages):
         samples = [(path, class_map[name]) for path, name in found.samples]
         super().__init__(FolderReader(root, samples, class_map), input_img_mode)
         self.left_out = found.left_out
-        if check and skip_bad:
-            self._leave_out(self._unreadable())
-        elif check:
-            self.check('Mend or remove it, or leave such images out with --skip-bad.')
+        if check:
+            self.check_images(skip_bad)
 
     @property
     def skipped(self) -> List[str]:
         """The paths that are left out."""
         return list(self.left_out)
 
-    def _leave_out(self, bad: Dict[str, str]) -> None:
+    def check_images(self, skip_bad: bool = False) -> None:
+        """Open every image; ValueError for an unreadable one, or, with `skip_bad`, for a class that has none left."""
+        if not skip_bad:
+            return self.check('Mend or remove it, or leave such images out with --skip-bad.')
+        bad = self._unreadable()
         kept = [sample for sample in self.reader.samples if sample[0] not in bad]
         missing = set(self.targets) - {target for _, target in kept}
         if missing:

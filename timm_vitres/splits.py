@@ -102,16 +102,21 @@ class Subset(Dataset):
         return image if self.transform is None else self.transform(image), target
 
 
+def check_fraction(fraction: float, seed: int) -> None:
+    """Raise ValueError for a fraction or a seed that nothing can be split by."""
+    if not isinstance(fraction, Real) or not 0 < fraction < 1:
+        raise ValueError(f'val_frac: got {fraction}, expected a fraction between 0 and 1.')
+    if seed < 0:
+        raise ValueError(f'seed: got {seed}, expected 0 or more.')
+
+
 def stratified_split(targets: Sequence[int], fraction: float, seed: int = 0) -> Tuple[List[int], List[int]]:
     """Split indices into two parts, class by class: the second holds `fraction` of each, and at least one.
 
     Raises:
         ValueError: for a fraction outside (0, 1), a seed below 0, or a class of fewer than two.
     """
-    if not isinstance(fraction, Real) or not 0 < fraction < 1:
-        raise ValueError(f'val_frac: got {fraction}, expected a fraction between 0 and 1.')
-    if seed < 0:
-        raise ValueError(f'seed: got {seed}, expected 0 or more.')
+    check_fraction(fraction, seed)
     generator = np.random.default_rng(seed)
     labels = np.asarray(targets)
     first: List[int] = []
