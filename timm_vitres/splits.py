@@ -98,7 +98,10 @@ class Subset(Dataset):
 
     def __getitem__(self, index: int):
         image, target = self.dataset[self.indices[index]]
-        image = open_image(image, self.mode)
+        try:
+            image = open_image(image, self.mode)
+        except ValueError as error:  # an image of a named dataset has no path that could name it
+            raise ValueError(f'dataset: image {self.indices[index]}: {error}') from error
         return image if self.transform is None else self.transform(image), target
 
 
