@@ -23,6 +23,7 @@ from timm.layers import (
     to_2tuple,
 )
 from timm.models import (
+    ResNetV2,
     VisionTransformer,
     checkpoint,
     generate_default_cfgs,
@@ -156,7 +157,9 @@ class VitResNet(Loadable, VisionTransformer):
         if needs_reset:
             if mode in ('reset', 'skip'):  # with which timm leaves out what is no layer's own
                 for module in self.modules():
-                    if module is not self and hasattr(module, 'init_weights'):
+                    if isinstance(module, ResNetV2):
+                        module.init_weights(zero_init_last=False)  # as its constructor
+                    elif module is not self and hasattr(module, 'init_weights'):
                         module.init_weights()  # pyright: ignore[reportCallIssue]
             self.init_non_persistent_buffers()
 
