@@ -117,20 +117,20 @@ def test_numbers_of_numpy_are_numbers(name):
 @pytest.mark.parametrize('name', ['vitresnet', 'test_vitresnet_dual'])
 @pytest.mark.parametrize('indices', [99, 0, True, (0, 99), (-99,), ('a',), 'last', 1.5, (), (0, 0)])
 def test_wrong_levels_are_named(name, indices):
-    with pytest.raises(ValueError, match='^out_indices: got'):
+    with pytest.raises(ValueError, match=r'^out_indices: got'):
         timm.create_model(name, features_only=True, out_indices=indices, device='meta', **dict(depth=6))
 
 
 @pytest.mark.parametrize('name', ['vitresnet_small', 'test_vitresnet_dual'])
 def test_unknown_arguments_are_answered_with_the_nearest(name):
-    with pytest.raises(TypeError, match='^embed_dims: .* did you mean embed_dim'):
+    with pytest.raises(TypeError, match=r'^embed_dims: .* did you mean embed_dim'):
         timm.create_model(name, embed_dims=12, device='meta')
 
 
 @pytest.mark.parametrize('name', ['test_vitresnet', 'test_vitresnet_dual'])
 @pytest.mark.parametrize('x', [torch.ones(1, 3, 96, 96, dtype=torch.uint8), np.ones((1, 3, 96, 96)), None])
 def test_what_is_no_image_is_named(name, x):
-    with pytest.raises(ValueError, match='^input: got'):
+    with pytest.raises(ValueError, match=r'^input: got'):
         timm.create_model(name)(x)
 
 
@@ -139,20 +139,21 @@ def test_methods_name_their_arguments_too():
     for kwargs in (dict(img_size='64'), dict(img_size=(1, 2, 3)), dict(img_size=float('nan')), dict(patch_size=1.5)):
         with pytest.raises(ValueError, match=f'^{next(iter(kwargs))}: got'):
             model.set_input_size(**kwargs)
-    with pytest.raises(ValueError, match='^img_size: got'):
+    with pytest.raises(ValueError, match=r'^img_size: got'):
         model.set_input_size(img_size=16)
-    with pytest.raises(ValueError, match='^indices: got 99'):
+    with pytest.raises(ValueError, match=r'^indices: got 99'):
         model.forward_intermediates(torch.randn(1, 3, 96, 96), 99)
-    for model in (model, timm.create_model('test_vitresnet_dual')):
-        with pytest.raises(ValueError, match='^num_classes: got 1.5'):
+    for name in ('test_vitresnet', 'test_vitresnet_dual'):
+        model = timm.create_model(name)
+        with pytest.raises(ValueError, match=r'^num_classes: got 1.5'):
             model.reset_classifier(1.5)
-        with pytest.raises(ValueError, match='^mode: got'):
+        with pytest.raises(ValueError, match=r'^mode: got'):
             model.init_weights('none')
 
 
 def test_a_config_is_checked_by_itself():
-    with pytest.raises(ValueError, match='^cfg: got'):
+    with pytest.raises(ValueError, match=r'^cfg: got'):
         VitResNet(dict(depth=1))
-    with pytest.raises(ValueError, match='^channels: got'):
+    with pytest.raises(ValueError, match=r'^channels: got'):
         VitResNetDualCfg(channels=(64, 128))
     assert timm_vitres.VitResNetCfg(patch_size=[2, 4]).patch_size == (2, 4)

@@ -10,7 +10,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from conformer_reference import GOLDEN, SIZES, VARIANTS, fill_, heads, images
-from conftest import relative_difference
+from conftest import randomise_, relative_difference
 from layouts import conformer_layout, mmpretrain_layout
 from timm.layers import DropPath
 from timm.models import group_parameters
