@@ -12,7 +12,7 @@ import math
 import numbers
 import typing
 from dataclasses import dataclass
-from typing import Annotated, Any, Callable, Dict, Iterable, List, Literal, Optional, ParamSpec, Tuple, TypeVar, Union
+from typing import Annotated, Any, Callable, Dict, Iterable, Literal, Optional, ParamSpec, Tuple, TypeVar, Union
 
 import numpy as np
 import torch
@@ -181,7 +181,7 @@ def conform_arguments(model_cls: type, cfg: Any, kwargs: Dict[str, Any], *builde
     }
 
 
-def conform_indices(name: str, indices: Any, number: int, distinct: bool = False) -> Union[int, List[int]]:
+def conform_indices(name: str, indices: Any, number: int, distinct: bool = False) -> Any:
     """Return indices of `number` features as timm takes them: the last so many, or a list (negative: from the end)."""
     each = Annotated[int, between(-number, number - 1)]
     plain = conform(name, indices, Union[Annotated[int, between(1, number)], Tuple[each, ...]])
