@@ -1,6 +1,7 @@
 """Classes of images: names, probabilities, and a picture of both."""
 
 import math
+from contextlib import suppress
 from pathlib import Path
 from typing import List, NamedTuple, Sequence, Tuple, Union
 
@@ -11,6 +12,7 @@ from tqdm import tqdm
 
 from .data import open_image, preprocess
 from .files import replacing
+from .labels import normalise_label_names
 
 
 class Prediction(NamedTuple):
@@ -25,12 +27,9 @@ def label_names(model: nn.Module) -> List[str]:
     """Return the names of a model's classes: those of its config, ImageNet's where it has ImageNet's number of
     classes, else 'class 0' and so on."""
     cfg = getattr(model, 'pretrained_cfg', {})
-    names = cfg.get('label_names')
     num_classes = int(model.num_classes)
-    if names:
-        names = [names[key] for key in sorted(names, key=int)] if isinstance(names, dict) else list(names)
-        if len(names) == num_classes:
-            return [str(name) for name in names]
+    with suppress(ValueError):  # names that are missing, or those of other classes
+        return normalise_label_names(cfg.get('label_names'), num_classes)
     subset = infer_imagenet_subset(model)
     if subset:
         info = ImageNetInfo(subset)
