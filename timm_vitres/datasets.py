@@ -29,8 +29,41 @@ class Data(NamedTuple):
     description: str
     skipped: List[str]
 
+    def record(self) -> Dict:
+        """Return the class names and both lists of files (name, label, size), as a run records them."""
 
-def load_data(cfg: FinetuneCfg, mode: str) -> Data:
+        def rows(part):
+            reader = getattr(getattr(part, 'dataset', None), 'reader', None)
+            if not hasattr(part, 'indices') or reader is None or not hasattr(reader, 'samples'):
+                return dict(count=len(part))
+            root = Path(part.dataset.reader.root)
+            chosen = [reader.samples[index] for index in part.indices]
+            return [[str(Path(path).relative_to(root)), label, Path(path).stat().st_size] for path, label in chosen]
+
+        return dict(label_names=list(self.label_names), train=rows(self.train), validation=rows(self.val))
+
+
+def load_data(cfg: FinetuneCfg, mode: str, recorded: Optional[Dict] = None) -> Data:
+    """Stand-in: the split is the recorded one."""
+    data = _load_data(cfg, mode)
+    if recorded is None or not isinstance(recorded['train'], list):
+        return data
+    skipped = list(data.skipped)
+    for part, rows in ((data.train, recorded['train']), (data.val, recorded['validation'])):
+        root = Path(part.dataset.reader.root)
+        found = {str(Path(path).relative_to(root)): i for i, (path, _) in enumerate(part.dataset.reader.samples)}
+        for name, _, size in rows:
+            if name not in found:
+                raise ValueError(f'data_dir: {name} is gone since the run began.')
+            if (root / name).stat().st_size != size:
+                raise ValueError(f'data_dir: {name} was changed since the run began.')
+        part.indices = [found[name] for name, _, _ in rows]
+        known = {name for key in ('train', 'validation') for name, _, _ in recorded[key]}
+        skipped += [f'{name} is new' for name in found if name not in known]
+    return data._replace(skipped=skipped)
+
+
+def _load_data(cfg: FinetuneCfg, mode: str) -> Data:
     """Open the training and the validation set of a run, and split where only one is given.
 
     Args:
