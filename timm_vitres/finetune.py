@@ -4,6 +4,7 @@ images -> `load_data` -> `finetune` -> folder/{run.json, model.safetensors, conf
 curves.png, last.pth.tar}. A run that was killed goes on with `resume` as if it had not been, from its last whole epoch.
 """
 
+import dataclasses
 import logging
 import math
 import time
@@ -161,11 +162,15 @@ def _set_up(
     for text in data.skipped:
         _logger.warning('left out: %s', text)
     random_seed(cfg.seed)
-    model = create_finetune_model(cfg, num_classes=len(data.label_names)).to(device)
+    # a checkpoint has all weights, wherever those that the run started from may be by now
+    start = dataclasses.replace(cfg, pretrained=cfg.pretrained and state is None)
+    model = create_finetune_model(start, num_classes=len(data.label_names)).to(device)
     if record is None:
         size = _image_size(cfg.img_size) if cfg.img_size is not None else None
         asked = dict(img_size=size, mean=cfg.mean, std=cfg.std, interpolation=cfg.interpolation, crop_pct=cfg.crop_pct)
         config = plain('data_config', data_config(model, **asked))
+        # what the model's own config says must keep to what a setting may be, or validation would fail after an epoch
+        dataclasses.replace(cfg, **{name: config[name] for name in ('mean', 'std', 'interpolation', 'crop_pct')})
         autotuned = _autotune(cfg, model, len(data.label_names), config['input_size']) if cfg.autotune else None
         record = Record(cfg, data.record(), data.description, config, autotuned)
     run = _Run(record, folder, model, data, device)
@@ -243,7 +248,7 @@ class _Run:
         self.history: List[Dict[str, float]] = []
         if cfg.channels_last:
             model.to(memory_format=torch.channels_last)
-        self.train_batches, self.val_batches = create_loaders(cfg, data, record.data_config)
+        self.train_batches, self.val_batches = create_loaders(cfg, data, record.data_config, record.data)
         self.mixup = None
         if cfg.mixup > 0 or cfg.cutmix > 0:
             num_classes = len(record.label_names)
@@ -274,7 +279,8 @@ class _Run:
                 updates_per_epoch=len(self.train_batches),
             )
         except (ValueError, AssertionError) as error:
-            raise ValueError(f'sched: {cfg.sched!r} can not be used for {cfg.epochs} epochs ({str(error).rstrip(".")}).') from error
+            reason = str(error).rstrip('.')
+            raise ValueError(f'sched: {cfg.sched!r} can not be used for {cfg.epochs} epochs ({reason}).') from error
         return optimizer, scheduler
 
     def _loss(self, counts: Optional[List[int]]) -> Dict[str, Any]:

@@ -29,11 +29,14 @@ _logger = logging.getLogger(__name__)
 _POLICY = re.compile(r'(rand|augmix|original|originalr|v0|v0r|3a)(-([a-su-z][a-z]*\d{1,3}(\.\d+)?|t(weights|3aw?)))*')
 
 
-def create_loaders(cfg: FinetuneCfg, data: Data, config: Dict[str, Any]) -> Tuple['Batches', 'Batches']:
+def create_loaders(
+    cfg: FinetuneCfg, data: Data, config: Dict[str, Any], lists: Dict[str, Any]
+) -> Tuple['Batches', 'Batches']:
     """Return the batches that a run trains on, and those that it is validated on.
 
     Args:
         config: timm's data config: input_size, interpolation, mean, std, crop_pct, crop_mode.
+        lists: What `Data.record` says of both sets; an image that fails is called by its name there.
     """
     shared = {name: config[name] for name in ('input_size', 'interpolation', 'mean', 'std')}
     train = create_transform(
@@ -56,11 +59,10 @@ def create_loaders(cfg: FinetuneCfg, data: Data, config: Dict[str, Any]) -> Tupl
         # the last batch is dropped where it is not full
         batch_size = max(len(data.train) // 2 * 2, 1)
         _logger.warning('batch_size: %d, since there are no more images to train on.', batch_size)
-    record = data.record()
     val_batch_size = cfg.validation_batch_size or cfg.batch_size
     return (
-        Batches(data.train, batch_size, cfg.workers, cfg.seed, _names(record['train']), shuffle=True),
-        Batches(data.val, val_batch_size, cfg.workers, cfg.seed, _names(record['validation'])),
+        Batches(data.train, batch_size, cfg.workers, cfg.seed, _names(lists['train']), shuffle=True),
+        Batches(data.val, val_batch_size, cfg.workers, cfg.seed, _names(lists['validation'])),
     )
 
 

@@ -62,7 +62,7 @@ class FinetuneCfg:
         None, "deviation of normalisation; the model's", nargs='+', type=float, low=1e-3, high=1e3, lengths=(1, 3, 4)
     )
     interpolation: Optional[str] = _option(None, "resize interpolation; the model's", type=str, choices=INTERPOLATIONS)
-    crop_pct: Optional[float] = _option(None, "centre crop in validation; the model's", type=float, low=0.1, high=1)
+    crop_pct: Optional[float] = _option(None, "centre crop in validation; the model's", type=float, low=0.1, high=2)
     head_loss: str = _option(
         'sum',
         'loss of a model with two heads: on the sum of their logits, on both (the mean of two losses), or on one head, '
