@@ -108,7 +108,7 @@ class Stream(torch.utils.data.IterableDataset):
 @pytest.mark.parametrize('workers', [0, 1])
 def test_streams_are_the_same_in_the_same_epoch(workers, tmp_path):
     cfg = settings(None, tmp_path, dataset='wds/x', workers=workers, batch_size=4)
-    data = Data(Stream(), Stream(), ['a', 'b'], None, '', [])
+    data = Data(Stream(), Stream(), ['a', 'b'], None, '', {}, {'train': {}, 'validation': {}})
     seen = []
     for epoch in (1, 1, 2):
         train, _ = create_loaders(cfg, data, CONFIG, data.record())

@@ -16,7 +16,7 @@ from timm_vitres import cli, hub
 from timm_vitres import finetune as module
 from timm_vitres import report as report_module
 from timm_vitres.finetune import FinetuneCfg, finetune
-from timm_vitres.folders import locked
+from timm_vitres.model_folder import locked
 from timm_vitres.runs import Record
 
 
@@ -100,10 +100,10 @@ def test_the_record_is_there_before_the_first_step(images, tmp_path, monkeypatch
     assert record['settings'].keys() == names
     assert record['settings']['model_kwargs'] == {'depth': 2} and record['settings']['lr'] == 3e-3
     assert record['versions']['torch'] == torch.__version__
-    listed = {(name, label, size) for part in ('train', 'validation') for name, label, size in record['data'][part]}
+    listed = {tuple(row) for part in ('train', 'validation') for row in record['data'][part]}
     there = {
-        (f'{folder}/{path.name}', label, path.stat().st_size)
-        for label, folder in enumerate(('across', 'down'))
+        (f'{folder}/{path.name}', folder, path.stat().st_size)
+        for folder in ('across', 'down')
         for path in (images / folder).iterdir()
     }
     assert listed == there and len(record['data']['validation']) == 4

@@ -172,7 +172,7 @@ def _set_up(
         # what the model's own config says must keep to what a setting may be, or validation would fail after an epoch
         dataclasses.replace(cfg, **{name: config[name] for name in ('mean', 'std', 'interpolation', 'crop_pct')})
         autotuned = _autotune(cfg, model, len(data.label_names), config['input_size']) if cfg.autotune else None
-        record = Record(cfg, data.record(), data.description, config, autotuned)
+        record = Record(cfg, data.record(), config, autotuned)
     run = _Run(record, folder, model, data, device)
     if state is not None:
         run.restore(state)

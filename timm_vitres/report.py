@@ -119,7 +119,7 @@ def run_card(record: Record, best: Dict[str, float], model: nn.Module, name: str
         model,
         model_name=name,
         description=f'`{cfg.model}` fine-tuned with timm-vitres from {start}.',
-        recipe=f'{record.description}. {recipe}.',
+        recipe=f'{record.data["description"]}. {recipe}.',
         source='local-dir:.',
         label_names=record.label_names,
         data_config=record.data_config,

@@ -19,8 +19,9 @@ import timm
 import torch
 
 from . import __version__
+from .datasets import FOLDER_NAMES
 from .files import replacing
-from .folders import locked
+from .model_folder import locked
 from .settings import FinetuneCfg, plain
 
 _logger = logging.getLogger(__name__)
@@ -80,13 +81,8 @@ def _check_place(cfg: FinetuneCfg, folder: Path) -> None:
     source = cfg.model.partition('local-dir:')[2]
     if source and _is_inside(Path(source), folder):
         raise ValueError(f'output: {folder} holds the model that the run starts from ({cfg.model}); name a new folder.')
-    if cfg.data_dir and _reads_folders(cfg.dataset) and _is_inside(folder, Path(cfg.data_dir)):
+    if cfg.data_dir and cfg.dataset.lower() in FOLDER_NAMES and _is_inside(folder, Path(cfg.data_dir)):
         raise ValueError(f'output: {folder} lies in the data folder {cfg.data_dir}, as a class would; name another.')
-
-
-def _reads_folders(dataset: str) -> bool:
-    """Whether a dataset takes all sub-folders of its root as classes."""
-    return '/' not in dataset or dataset in ('torch/folder', 'torch/image_folder')
 
 
 def _is_inside(path: Path, folder: Path) -> bool:
@@ -119,8 +115,7 @@ class Record:
     """What a run was started with, as its folder tells it; the card is rendered from this."""
 
     cfg: FinetuneCfg
-    data: Dict[str, Any]  # of `Data.record`: class names and both file lists
-    description: str  # of the data, for the card
+    data: Dict[str, Any]  # what `Data.record` returns: class names, a description, both file lists
     data_config: Dict[str, Any]  # timm's: input_size, mean, std, ...
     autotuned: Optional[Dict[str, bool]] = None
     id: str = dataclasses.field(default_factory=lambda: uuid.uuid4().hex)
@@ -148,7 +143,6 @@ class Record:
             versions=self.versions,
             settings=settings,
             autotuned=self.autotuned,
-            description=self.description,
             data_config=self.data_config,
             data=self.data,
         )
