@@ -109,7 +109,7 @@ def test_a_run_is_never_overwritten_or_mixed_up(image_folder, tmp_path):
         finetune(settings(image_folder, tmp_path / 'new', resume=str(tmp_path / 'nothing.pth.tar')))
     other = write_folder(tmp_path / 'other', per_class=4)
     (other / 'down').rename(other / 'up')
-    with pytest.raises(ValueError, match=r'data_dir: .* is gone'):
+    with pytest.raises(ValueError, match='^data_dir: '):
         finetune(settings(other, folder, epochs=2, resume=True))
     # a checkpoint of another run, and one that is cut
     own, another = folder / 'last.pth.tar', finetune(settings(image_folder, tmp_path / 'another', epochs=1))
@@ -237,7 +237,7 @@ def test_killed_again_and_again_it_goes_on(times, image_folder, tmp_path):
     code = (
         'import sys, torch; torch.set_num_threads(1)\n'
         'from timm_vitres.finetune import FinetuneCfg, finetune\n'
-        "finetune(FinetuneCfg(model='test_vitresnet', model_kwargs=dict(layers=(1,), channels=(128,), stage=0), "
+        "finetune(FinetuneCfg(model='test_vitresnet', model_kwargs=dict(depth=1), "
         "img_size=32, batch_size=8, workers=0, no_check=True, resume=sys.argv[2] == 'resume', no_aug=True, "
         f'data_dir={str(image_folder)!r}, output={str(folder)!r}, epochs=int(sys.argv[1])))\n'
     )

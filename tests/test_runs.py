@@ -128,18 +128,23 @@ def test_a_failure_at_any_write_loses_nothing(error, images, tmp_path, monkeypat
         patch.setattr(module.hub, 'save', saved)
         whole = finetune(cfg)
     assert len(calls) >= 5 and good
+    failures = 0
     for call in range(1, len(calls) + 1):
         folder = tmp_path / f'run{call}'
         broken = dataclasses.replace(cfg, output=str(folder))
-        with monkeypatch.context() as patch, pytest.raises((Killed, OSError)):
+        with monkeypatch.context() as patch:
             kill_at(patch, 'replace', call, owner=os, error=error)
-            finetune(broken)
+            try:
+                finetune(broken)
+            except (Killed, OSError):
+                failures += 1
         if (folder / 'config.json').exists() and (folder / 'model.safetensors').exists():
             found = timm.create_model(f'local-dir:{folder}', pretrained=True).state_dict()
             assert any(all(torch.equal(found[key], one[key]) for key in found) for one in good)
         finetune(dataclasses.replace(broken, resume=(folder / 'run.json').exists()))
         assert_same_run(folder, whole)
         shutil.rmtree(folder)
+    assert failures >= 5  # what is only remembered, to be faster next time, may fail without a word
 
 
 @pytest.fixture
