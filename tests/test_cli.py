@@ -79,7 +79,7 @@ def test_imagenet_classes_have_names():
         (['finetune', 'nowhere', '--model', 'test_vitresnet'], 'nowhere is not a folder'),
         (['finetune'], 'data_dir: no folder given'),
         (['finetune', '.', '--epochs', '-3'], 'epochs: got -3'),
-        (['finetune', '.', '--model-kwargs', 'stages=3'], 'stages'),
+        (['finetune', '.', '--output', '../run', '--model-kwargs', 'stages=3'], 'stages'),
     ],
 )
 def test_mistakes_are_one_sentence(arguments, message, capsys, image_folder, monkeypatch, tmp_path):

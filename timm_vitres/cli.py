@@ -9,7 +9,7 @@ import os
 import sys
 import traceback
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence
+from typing import Any, List, Optional, Sequence
 
 from timm.utils import ParseKwargs
 
@@ -42,9 +42,19 @@ class _Arguments(ParseKwargs):
         super().__call__(parser, namespace, values, option_string)
 
 
+class _Arguments(ParseKwargs):
+    """timm's action for name=value; anything else is the user's mistake, not a stack trace."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        wrong = [value for value in values if not value.partition('=')[0].isidentifier() or '=' not in value]
+        if wrong:
+            raise argparse.ArgumentError(self, f'got {wrong[0]!r}, expected name=value')
+        super().__call__(parser, namespace, values, option_string)
+
+
 def add_finetune(subparsers) -> None:
-    """`timm-vitres finetune`: every field of `FinetuneCfg` is a flag."""
-    from .finetune import FinetuneCfg
+    """`timm-vitres finetune`: every field of `FinetuneCfg` is a flag; what is not given is not in the namespace."""
+    from .settings import FinetuneCfg, kind_of
 
     parser = subparsers.add_parser(
         'finetune', help='fine-tune a model on an image folder or dataset', formatter_class=_Formatter
@@ -52,19 +62,19 @@ def add_finetune(subparsers) -> None:
     parser.add_argument('data', nargs='?', metavar='DIR', help='the same as --data-dir')
     short = {'batch_size': ['-b'], 'workers': ['-j']}
     for field in dataclasses.fields(FinetuneCfg):
-        metadata: Dict[str, Any] = dict(field.metadata)
+        options = {name: field.metadata[name] for name in ('help', 'nargs', 'choices') if name in field.metadata}
         flags = [*short.get(field.name, []), '--' + field.name.replace('_', '-')]
         if field.name == 'resume':
-            metadata.update(nargs='?', const=True, metavar='PATH')
+            options.update(nargs='?', const=True, metavar='PATH')
         elif field.name == 'model_kwargs':
-            metadata.update(action=ParseKwargs)
-        elif isinstance(field.default, bool):
-            metadata.update(action='store_true')
-        elif 'type' not in metadata and isinstance(field.default, (int, float)):
-            metadata.update(type=type(field.default))
-        elif field.name == 'img_size':
-            metadata.update(type=int)
-        parser.add_argument(*flags, default=field.default, dest=field.name, **metadata)
+            options.update(action=_Arguments)
+        elif kind_of(field.name) is bool:
+            options.update(action='store_true')
+        else:
+            options.update(type=kind_of(field.name))
+        if field.default not in (None, False, ''):
+            options['help'] += f' (default: {field.default})'
+        parser.add_argument(*flags, default=argparse.SUPPRESS, dest=field.name, **options)
     parser.set_defaults(run=run_finetune)
 
 
@@ -72,10 +82,13 @@ def run_finetune(args: argparse.Namespace) -> int:
     """Fine-tune, and say where the model is and how it is loaded."""
     from .finetune import FinetuneCfg, finetune
 
-    values = {field.name: getattr(args, field.name) for field in dataclasses.fields(FinetuneCfg)}
-    values['data_dir'] = values['data_dir'] or args.data
-    values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
-    folder = finetune(FinetuneCfg(**values))
+    names = {field.name for field in dataclasses.fields(FinetuneCfg)}
+    given = {name: value for name, value in vars(args).items() if name in names}
+    if args.data is not None:
+        if 'data_dir' in given and given['data_dir'] != args.data:
+            raise ValueError(f'data_dir: got {args.data} and {given["data_dir"]}; give one.')
+        given['data_dir'] = args.data
+    folder = finetune(FinetuneCfg(**given), given)
     print(f"The best epoch is in {folder}; timm.create_model('local-dir:{folder}', pretrained=True) loads it.")
     return 0
 
