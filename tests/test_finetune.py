@@ -109,7 +109,7 @@ def test_a_run_is_never_overwritten_or_mixed_up(image_folder, tmp_path):
         finetune(settings(image_folder, tmp_path / 'new', resume=str(tmp_path / 'nothing.pth.tar')))
     other = write_folder(tmp_path / 'other', per_class=4)
     (other / 'down').rename(other / 'up')
-    with pytest.raises(ValueError, match='^data_dir: '):
+    with pytest.raises(ValueError, match=r'^data_dir: '):
         finetune(settings(other, folder, epochs=2, resume=True))
     # a checkpoint of another run, and one that is cut
     own, another = folder / 'last.pth.tar', finetune(settings(image_folder, tmp_path / 'another', epochs=1))

@@ -9,7 +9,7 @@ import os
 import sys
 import traceback
 from pathlib import Path
-from typing import Any, List, Optional, Sequence
+from typing import List, Optional, Sequence
 
 from timm.utils import ParseKwargs
 
@@ -30,16 +30,6 @@ from .arguments import (
 from .files import check_output, is_transient
 
 READER_GONE = 141  # 128 + SIGPIPE, as 130 is 128 + SIGINT
-
-
-class _Arguments(ParseKwargs):
-    """timm's action for name=value; anything else is the user's mistake, not a stack trace."""
-
-    def __call__(self, parser, namespace, values, option_string=None):
-        wrong = [value for value in values if not value.partition('=')[0].isidentifier() or '=' not in value]
-        if wrong:
-            raise argparse.ArgumentError(self, f'got {wrong[0]!r}, expected name=value')
-        super().__call__(parser, namespace, values, option_string)
 
 
 class _Arguments(ParseKwargs):
