@@ -15,6 +15,7 @@ from torch import nn
 
 from . import files
 from .cards import merge_cards, read_card, render_card, set_field, set_source
+from .config_file import read_config
 from .files import CARD_NAME, CONFIG_NAME, SHA256_FIELD, WEIGHTS_NAME, retrying
 from .loading import find_weights
 from .model_folder import locked
@@ -37,6 +38,7 @@ def check_folder(folder: Path) -> nn.Module:
                 f'{folder}: has no {name}; `timm_vitres.save` or `timm-vitres convert` make a folder that is complete.'
             )
     try:
+        read_config(folder)
         return timm.create_model(f'local-dir:{folder}', pretrained=True)
     except Exception as error:  # whatever is wrong with it, it must not go to the Hub
         raise ValueError(f'{folder}: is not pushed, since it does not load: {error}') from error
