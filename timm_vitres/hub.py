@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple, TypeVar, Union
 
 import timm
-from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, RepoFile, constants
+from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, constants
 from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.hf_api import RepoFile  # where older versions have it, too
 from timm.models import PretrainedCfg, get_pretrained_cfg, parse_model_name
 from torch import nn
 
