@@ -28,7 +28,9 @@ from .checkpoints import (
     classifier_keys,
     read_checkpoint,
 )
-from .checks import show
+from .checks import Size as ImageSize
+from .checks import conform, show
+from .config_file import check_data_config
 from .files import CONFIG_NAME, check_once, hub_file
 from .labels import normalise_label_names
 from .layouts import StateDict, convert_layout, find_layout
@@ -84,7 +86,11 @@ def convert(
         RuntimeError: for missing or unexpected keys, wrong shapes and dtypes.
         OSError: for a damaged file.
     """
+    if img_size is not None:
+        img_size = conform('img_size', img_size, ImageSize)
     path, config, preprocessor = _find(str(source))
+    if isinstance(config.get('pretrained_cfg'), dict):
+        check_data_config(str(path.with_name(CONFIG_NAME)), config['pretrained_cfg'])
     for file in checkpoint_files(path):
         check_once(file)
     weights, about = read_checkpoint(path, use_ema)
@@ -194,9 +200,15 @@ def _architecture(
 
 
 def _on_meta(name: str, **kwargs: Any) -> Loadable:
-    model = timm.create_model(name, **kwargs, device='meta')
+    none_of_ours = f"model: got '{name}', which is none of timm-vitres; see timm.list_models('vitresnet*')."
+    try:
+        model = timm.create_model(name, **kwargs, device='meta')
+    except TypeError as error:  # another's constructor does not take the arguments of ours
+        if name in timm.list_models('*vitresnet*'):
+            raise
+        raise ValueError(none_of_ours) from error
     if not isinstance(model, Loadable):
-        raise ValueError(f"model: got '{name}', which is none of timm-vitres; see timm.list_models('vitresnet*').")
+        raise ValueError(none_of_ours)
     return model
 
 

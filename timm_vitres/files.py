@@ -303,12 +303,19 @@ def _digest(path: Path, digest: Any) -> str:
 
 
 def told_sha256(folder: Path) -> Optional[str]:
-    """Return what the sha256 of a folder's weights must be, as its config.json says, or else its card; None: nobody."""
+    """Return what the sha256 of a folder's weights must be, as its config.json says, or else its card; None: nobody.
+
+    Raises:
+        OSError: where config.json says something that is none.
+    """
+    config: Any = None
     with suppress(OSError, ValueError):
         config = json.loads((folder / CONFIG_NAME).read_text(encoding='utf-8'))
-        told = config.get(SHA256_FIELD) if isinstance(config, dict) else None
-        if isinstance(told, str) and re.fullmatch('[0-9a-f]{64}', told):
-            return told
+    if isinstance(config, dict) and SHA256_FIELD in config:
+        told = config[SHA256_FIELD]
+        if not isinstance(told, str) or not re.fullmatch('[0-9a-f]{64}', told):
+            raise OSError(f'{folder / CONFIG_NAME} is damaged: its {SHA256_FIELD} is {told!r:.80}, no sha256.')
+        return told
     with suppress(OSError):
         head = (folder / CARD_NAME).read_text(encoding='utf-8', errors='replace').partition('\n---\n')[0]
         found = re.search(rf'^{SHA256_FIELD}: *[\'"]?([0-9a-f]{{64}})\b', head, re.MULTILINE)

@@ -22,6 +22,7 @@ from torch import nn
 
 from .checkpoints import (
     INDEX_NAMES,
+    add_batch_counts,
     check_dtypes,
     check_keys,
     checkpoint_files,
@@ -70,6 +71,8 @@ class Loadable(nn.Module):
         converted = convert_layout(dict(state_dict))
         check_dtypes(converted, self)
         converted = OrderedDict(resample(converted, self))
+        if strict:  # what is wrong in one sentence, where torch's has many lines
+            check_keys(add_batch_counts(converted, self), self)
         if hasattr(state_dict, '_metadata'):  # torch's versions of modules
             converted._metadata = state_dict._metadata  # pyright: ignore[reportAttributeAccessIssue]
         return super().load_state_dict(converted, strict=strict, assign=assign)
