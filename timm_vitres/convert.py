@@ -30,7 +30,6 @@ from .checkpoints import (
 )
 from .checks import Size as ImageSize
 from .checks import conform, show
-from .config_file import check_data_config
 from .files import CONFIG_NAME, check_once, hub_file
 from .labels import normalise_label_names
 from .layouts import StateDict, convert_layout, find_layout
@@ -89,8 +88,6 @@ def convert(
     if img_size is not None:
         img_size = conform('img_size', img_size, ImageSize)
     path, config, preprocessor = _find(str(source))
-    if isinstance(config.get('pretrained_cfg'), dict):
-        check_data_config(str(path.with_name(CONFIG_NAME)), config['pretrained_cfg'])
     for file in checkpoint_files(path):
         check_once(file)
     weights, about = read_checkpoint(path, use_ema)
@@ -200,15 +197,9 @@ def _architecture(
 
 
 def _on_meta(name: str, **kwargs: Any) -> Loadable:
-    none_of_ours = f"model: got '{name}', which is none of timm-vitres; see timm.list_models('vitresnet*')."
-    try:
-        model = timm.create_model(name, **kwargs, device='meta')
-    except TypeError as error:  # another's constructor does not take the arguments of ours
-        if name in timm.list_models('*vitresnet*'):
-            raise
-        raise ValueError(none_of_ours) from error
+    model = timm.create_model(name, **kwargs, device='meta')
     if not isinstance(model, Loadable):
-        raise ValueError(none_of_ours)
+        raise ValueError(f"model: got '{name}', which is none of timm-vitres; see timm.list_models('vitresnet*').")
     return model
 
 

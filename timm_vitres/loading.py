@@ -71,8 +71,6 @@ class Loadable(nn.Module):
         converted = convert_layout(dict(state_dict))
         check_dtypes(converted, self)
         converted = OrderedDict(resample(converted, self))
-        if strict:  # what is wrong in one sentence, where torch's has many lines
-            check_keys(add_batch_counts(converted, self), self)
         if hasattr(state_dict, '_metadata'):  # torch's versions of modules
             converted._metadata = state_dict._metadata  # pyright: ignore[reportAttributeAccessIssue]
         return super().load_state_dict(converted, strict=strict, assign=assign)
@@ -82,6 +80,8 @@ class Loadable(nn.Module):
         """Load a checkpoint file of any layout, Google's npz too, which must have the model's classes and channels."""
         state_dict, _ = read_checkpoint(Path(checkpoint_path))
         state_dict = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
+        state_dict = add_batch_counts(resample(convert_layout(state_dict), self), self)
+        check_keys(state_dict, self)
         self.load_state_dict(state_dict)
 
     def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
