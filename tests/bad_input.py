@@ -130,19 +130,19 @@ WORDS = {
         'output': ('images', 'notes.txt/below.pt', '', 'picture.png', 'model/model.safetensors', 'new/model.pt2'),
         'format': ('onx', 'torchscrpt', 'TorchScript', ''),
         'precision': ('fp23', 'int8', ''),  # a script has no int8
-        'images': (*NO_FILE, 'notes.txt', 'model'),
+        'images': ('nowhere/at/all', 'notes.txt', 'model'),
     },
     'convert': {
         'source': (*NO_FILE, 'images', 'picture.png', 'notes.txt'),
         'output': NO_FOLDER,
-        'model': ('vitresnet_giant', 'vitresnet_small', 'resnet18', ''),
+        'model': ('vitresnet_giant', 'vitresnet_small', 'resnet18'),
         'label_names': (*NO_FILE, 'images', 'picture.png', 'notes.txt'),
         'model_kwargs': NO_KWARGS,
     },
     'push': {
         'folder': (*NO_FILE, 'images', 'notes.txt'),
         'repo_id': ('me/name/more', 'me/na me', 'me/..', '/', 'me/' + 100 * 'x', ''),
-        'revision': ('a branch', '..', ''),
+        'revision': ('a branch', '..'),
     },
     'verify': {
         'name': ('nowhere', 'vitresnet_giant', 'local-dir:nowhere', 'images', 'picture.png', ''),
@@ -203,7 +203,7 @@ def flags(rng: random.Random) -> Iterator[Case]:
 
 def names(dest: str, value: str) -> str:
     """Return a regular expression for what a sentence about a flag must name: the flag, or what it was given."""
-    told = [rf'\b{dest.replace("_", "[-_]")}\b']
+    told = [rf'\b{dest.replace("_", "[-_]").removesuffix("s")}s?\b']
     told += ['[Uu]nknown model', 'pretrained', 'architecture'] if dest == 'model' else []
     value = value.removeprefix('local-dir:')
     told += [re.escape(part) for part in (value, *value.split('=')[:1]) if len(part) > 3]
@@ -267,7 +267,7 @@ CHOICES: Dict[str, Tuple[Any, ...]] = {
 }
 NUMBERS_OF: Dict[str, Tuple[Any, ...]] = {
     'num_heads': (0, 5),
-    'embed_dim': (0, 33),
+    'embed_dim': (0, 37),
     'mlp_ratio': (0, -1.0),
     'stage': (9,),
     'patch_size': (0, (1,), (1, 2, 3)),
@@ -315,7 +315,7 @@ def calls(rng: random.Random) -> Iterator[Case]:
             if argument not in hints:
                 yield from (_call(name, argument, value) for value in _half(bad, name, rng))
         for field in rng.sample(dataclasses.fields(cfg), 4):
-            yield _call(name, typo(field.name, rng), field.default)
+            yield _call(name, typo(field.name, rng), 1)
     yield from (_call('test_vitresnet', field, value) for field, value in OF_RESNET.items())
     yield from (_call('vitresnet', field, value) for field, value in OF_RESNETV2.items())
     yield _call('test_vitresnet', 'img_size', 10**9)
