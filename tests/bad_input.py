@@ -169,6 +169,7 @@ TOGETHER = (
     ('finetune', '--data-dir split --train-split trian', 'train[-_]split|trian'),
     ('finetune', '--data-dir split --val-split vall', 'val[-_]split|vall'),
     ('finetune', '--resume', 'resume'),
+    ('finetune', '--model local-dir:model --output model', 'output'),
     ('finetune', '--nonsense', 'nonsense'),
     ('export', '--format pt2 --output new/model.onnx', 'format|output'),
     ('export', '--img-size 32 32 32', 'img[-_]size'),

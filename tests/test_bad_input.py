@@ -5,6 +5,7 @@ pattern, and prints a table of how they ended.
 """
 
 import contextlib
+import dataclasses
 import hashlib
 import io
 import json
@@ -32,7 +33,7 @@ from bad_input import Case
 from conftest import write_folder
 from hub_server import HubServer
 
-from timm_vitres import cli, hub
+from timm_vitres import VitResNetCfg, VitResNetDualCfg, cli, hub
 
 SECONDS = 10  # after which a call counts as endless
 # what torch says of its insides, and Python of ours
@@ -232,6 +233,43 @@ def open_world() -> Iterator[World]:
 def world():
     with open_world() as world:
         yield world
+
+
+def test_there_are_hundreds_and_none_is_there_twice():
+    kinds = Counter(case.kind for case in CASES)
+    assert len(CASES) >= 1000 and all(count > 8 for count in kinds.values()), kinds
+    assert len({(case.kind, case.name) for case in CASES}) == len(CASES)
+    assert {case.kind for case in SAMPLE} == set(kinds)
+
+
+def test_every_flag_and_every_field_is_among_them():
+    told = {(case.call[0], word) for case in CASES if isinstance(case.call, list) for word in case.call}
+    wanted = {
+        (command, action.option_strings[-1]) for command, _, action in bad_input.actions() if action.option_strings
+    }
+    wanted -= {(command, '--' + dest.replace('_', '-')) for command, dest in bad_input.FREE}
+    assert not wanted - told
+    for name, cfg in (('vitresnet', VitResNetCfg), ('test_vitresnet_dual', VitResNetDualCfg)):
+        tried = {key for case in CASES if case.call[0] == name for key in case.call[1]}
+        assert not {field.name for field in dataclasses.fields(cfg)} - tried
+
+
+@pytest.mark.parametrize('command', bad_input.FLAGS)
+def test_what_the_cases_change_is_right_before(command, world):
+    call = [command, *bad_input.POSITIONAL[command], *bad_input.FLAGS[command]]
+    outcome, wrong = world.try_case(Case('right', command, call, ''))
+    assert outcome.how == 'exit 0', outcome.text
+    assert wrong.startswith('ended as exit 0') and 'written' not in wrong
+
+
+def test_what_is_right_is_pushed(world):
+    outcome, _ = world.try_case(Case('right', 'push', ['push', 'model', 'me/right', '--yes'], ''))
+    assert outcome.how == 'exit 0, a repository made', outcome.text
+
+
+def test_what_is_written_over_is_noticed(world):
+    case = Case('right', 'over', ['predict', 'picture.png', *bad_input.FLAGS['predict'], '--plot', 'drawing.png'], '')
+    assert 'written: drawing.png' in world.try_case(case)[1]
 
 
 @pytest.mark.parametrize('case', SAMPLE, ids=lambda case: case.name)
