@@ -129,7 +129,14 @@ def test_the_card_knows_the_weights(tmp_path):
     assert ModelCard.load(tmp_path / 'README.md').text == card.text
     timm.create_model(f'local-dir:{tmp_path}', pretrained=True)
     safetensors.torch.save_file(first.state_dict(), tmp_path / 'model.safetensors')
-    with pytest.raises(OSError, match=r'or, if you changed it on purpose, take model_sha256 out of README'):
+    sentence = r'or, if you changed it on purpose, take model_sha256 out of config\.json and README'
+    with pytest.raises(OSError, match=sentence):
+        timm.create_model(f'local-dir:{tmp_path}', pretrained=True)
+    # config.json says it, with and without a card, and whoever takes it out of both is not asked again
+    config = json.loads((tmp_path / 'config.json').read_text())
+    del config['model_sha256']
+    (tmp_path / 'config.json').write_text(json.dumps(config))
+    with pytest.raises(OSError, match=sentence):
         timm.create_model(f'local-dir:{tmp_path}', pretrained=True)
     (tmp_path / 'README.md').write_text('# mine\n')
     timm.create_model(f'local-dir:{tmp_path}', pretrained=True)

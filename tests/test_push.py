@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -395,6 +396,69 @@ def test_a_card_that_is_there_is_brought_up_to_date(faulty, folder, tmp_path):
     assert 'Written by hand.' in new.text and new.text.count('One epoch.') == 1 and new.text.count('# cells') == 1
 
 
+OWN_CARD = (
+    "---\r\n# my licence\r\nlicense:   mit  # as always\r\ntags: [solar,  'cells']\r\n\r\nlanguage: en\r\n---\r\n"
+    "\r\n\r\n# Mine  \r\n\r\n    model = timm.create_model('local-dir:mine')\r\n\r\n"
+    'model_sha256: is told above\r\n\r\n\r\n'
+)
+
+
+def test_the_users_own_text_survives_letter_by_letter(faulty, folder, tmp_path):
+    """Head and text, line ends and comments, whether it is the repository's or the folder's; pushed twice and more."""
+    server, name, call = faulty
+    model, _ = folder
+    head, text = OWN_CARD.split('---\r\n', 2)[1:]
+    facts = dict(model_name='x', description='A test.', recipe='One epoch.', source='local-dir:.')
+    carded = timm_vitres.save(model, tmp_path / 'carded', card=cards.render_card(model, **facts))
+    server.put(name, {'README.md': OWN_CARD.encode()})
+    for _ in range(2):
+        assert call(CALL_PUSH, carded, name) is None
+        sent = server.files(name)['README.md'].read_bytes().decode()
+        assert text.rstrip() in sent and '# my licence\r\nlicense:   mit  # as always\r\n' in sent
+        assert 'language: en\r\n' in sent and sent.count('One epoch.') == 1 and sent.count('# Mine') == 1
+        assert ModelCard(sent).data.tags == ['solar', 'cells', 'timm', 'timm-vitres', 'image-classification']
+        assert f"create_model('hf-hub:{name}'" in sent
+    # a folder's README that is all his own is sent as it is, but for the sha256 in its head, and not twice
+    own = timm_vitres.save(model, tmp_path / 'own')
+    (own / 'README.md').write_bytes(OWN_CARD.encode())
+    for _ in range(2):
+        assert call(CALL_PUSH, own, f'{name}-own') is None
+        sent = server.files(f'{name}-own')['README.md'].read_bytes().decode()
+        assert sent.endswith(f'---\n{text}') and sent.startswith(f'---\n{head}')
+    assert (own / 'README.md').read_bytes() == OWN_CARD.encode()
+
+
+@pytest.mark.parametrize(
+    'card, message',
+    [
+        (b'---\nno: [yaml\n---\n# Mine\n', 'README.md: the head of the card is no valid YAML'),
+        (b'---\n- a\n- list\n---\n# Mine\n', 'README.md: the head of the card is not one of a model'),
+        (b'---\nlicense: mit\n# Mine, without an end\n', 'README.md: the head of the card has no end'),
+        (b'---\nlicense: mit\nmodel-index: 3\n---\n', 'README.md: the head of the card is not one of a model'),
+        ('---\nlicense: mit\n---\ncaf\xe9\n'.encode('latin-1'), r'README.md: is no UTF-8 text \(byte 24 is not\)'),
+    ],
+)
+def test_a_broken_card_is_found_before_anything_is_created(card, message, faulty, folder, tmp_path):
+    server, name, call = faulty
+    broken = timm_vitres.save(folder[0], tmp_path / 'broken')
+    (broken / 'README.md').write_bytes(card)
+    assert re.search(message, call(CALL_PUSH, broken, f'{name}-new'))
+    assert not server.repo(f'{name}-new').exists()
+    # one that lies in the repository is named, too, and stays
+    server.put(name, {'README.md': card})
+    assert re.search('README.md', call(CALL_PUSH, folder[1], name))
+    assert server.files(name)['README.md'].read_bytes() == card
+
+
+def test_a_card_with_a_byte_order_mark_is_pushed(faulty, folder, tmp_path):
+    server, name, call = faulty
+    marked = timm_vitres.save(folder[0], tmp_path / 'marked')
+    (marked / 'README.md').write_bytes(b'\xef\xbb\xbf---\nlicense: mit\n---\n# Mine\n')
+    assert call(CALL_PUSH, marked, name) is None
+    sent = server.files(name)['README.md'].read_text()
+    assert ModelCard(sent).data.license == 'mit' and sent.endswith('# Mine\n')
+
+
 def test_a_dry_run_sends_nothing(folder, capsys, monkeypatch):
     _, folder = folder
     monkeypatch.setattr(hub_module.HfApi, '__init__', None)
@@ -408,7 +472,7 @@ def test_what_does_not_load_is_not_pushed(tmp_path, monkeypatch):
     monkeypatch.setattr(hub_module.HfApi, '__init__', None)  # nobody is asked
     data = (folder / 'model.safetensors').read_bytes()
     (folder / 'model.safetensors').write_bytes(data[:-5])
-    with pytest.raises(ValueError, match=r'is not pushed, since it does not load: .* is damaged or incomplete'):
+    with pytest.raises(ValueError, match=r'is not pushed, since it does not load: .* is damaged, or was changed'):
         timm_vitres.push(folder, 'me/name')
     (folder / 'model.safetensors').unlink()
     with pytest.raises(ValueError, match=r'has no model\.safetensors'):
@@ -485,8 +549,9 @@ def test_verify(faulty, folder, tmp_path):
     assert call(VERIFY, f'hf-hub:{name}', '', 'the Hub') is None
     server.fail('status', 'paths-info', times=4)
     assert call(VERIFY, f'hf-hub:{name}', '', 'the cache') is None
-    # a folder: nobody says what it should be, but for a repository
-    assert call(VERIFY, f'local-dir:{folder}', '', '') is None
+    # a folder says it of itself, and one of another program is compared with a repository
+    assert call(VERIFY, f'local-dir:{folder}', '', 'its folder') is None
+    assert call(VERIFY, f'local-dir:{untold(folder, tmp_path)}', '', '') is None
     assert call(VERIFY, f'local-dir:{folder}', name, 'the Hub') is None
     _, other = saved(tmp_path, seed=1)
     assert 'it is damaged, or another version' in call(VERIFY, other, name, '')
@@ -503,6 +568,15 @@ def test_verify(faulty, folder, tmp_path):
     assert 'is damaged' in call(VERIFY, cached, '', '')
 
 
+def untold(folder, tmp_path):
+    """Return a copy of a folder as other programs write it: its config.json tells no sha256."""
+    copied = shutil.copytree(folder, tmp_path / 'untold')
+    config = json.loads((copied / 'config.json').read_text())
+    del config['model_sha256']
+    (copied / 'config.json').write_text(json.dumps(config))
+    return copied
+
+
 def find_blob(call, name, tmp_path):
     code = 'import sys, timm_vitres\nopen(sys.argv[2], "w").write(str(timm_vitres.verify(sys.argv[1]).file.resolve()))'
     assert call(code, name, tmp_path / 'file') is None
@@ -510,7 +584,7 @@ def find_blob(call, name, tmp_path):
 
 
 def test_verify_on_the_command_line(server, run, tmp_path):
-    """One name after the other; a card's sha256 counts, too."""
+    """One name after the other; a folder's own sha256 counts, too."""
     model, folder = saved(tmp_path)
     server.put('me/name', {file: folder / file for file in ('config.json', 'model.safetensors')})
     facts = dict(model_name='x', description='A test.', recipe='None.', source='local-dir:.')
@@ -518,5 +592,6 @@ def test_verify_on_the_command_line(server, run, tmp_path):
     command = ['-m', 'timm_vitres.cli', 'verify']
     out = run(command, 'hf-hub:me/name', f'local-dir:{carded}')
     assert out.count(f'sha256 {files.sha256(folder / "model.safetensors")}') == 2
-    assert 'says the Hub.' in out and 'says the card.' in out
-    run(command, 'hf-hub:me/name', f'local-dir:{folder}', fails='nobody says what it should be')
+    assert 'says the Hub.' in out and 'says its folder.' in out
+    other = f'local-dir:{untold(folder, tmp_path)}'
+    run(command, 'hf-hub:me/name', other, fails='nobody says what it should be')

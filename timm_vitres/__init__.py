@@ -3,8 +3,9 @@
 from .config import VitResNetCfg, VitResNetDualCfg
 from .data import preprocess
 from .fold import fold
-from .hub import push, save, verify
+from .hub import push, verify
 from .prepare import prepare
+from .saving import save
 from .vitresnet import VitResNet
 from .vitresnet_dual import VitResNetDual
 

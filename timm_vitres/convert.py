@@ -21,8 +21,8 @@ from timm.utils import natural_key
 from .cards import render_card
 from .checkpoints import StateDict, check_keys, classifier_keys, convert_layout, find_layout, read_checkpoint
 from .files import CONFIG_NAME, check_once, hub_file, weights_file
-from .hub import save
 from .loading import Loadable, assign_, fill_buffers_
+from .saving import save
 
 PREPROCESSOR_NAME = 'preprocessor_config.json'  # of transformers
 # names of timm's R+ViT models and of Conformer's authors, which load into ours and gain by it

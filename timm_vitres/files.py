@@ -7,11 +7,13 @@ import hashlib
 import json
 import os
 import re
+import secrets
+import stat
 import struct
 import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, Mapping, Optional, Sequence, TypeVar, Union
+from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Sequence, TypeVar, Union
 from urllib.error import HTTPError, URLError
 from urllib.parse import urlparse
 
@@ -33,7 +35,8 @@ _DTYPES = {
     torch.bool: 'BOOL',
 }
 PATIENCE = 10.0  # seconds
-CARD_SHA256 = 'model_sha256'  # field of a card's head
+SHA256_FIELD = 'model_sha256'  # of config.json, which every load is compared with, and of a card's head
+TEMPORARY = '.timm-vitres-'  # how all begins that is written beside something, to replace it
 
 Result = TypeVar('Result')
 
@@ -47,31 +50,53 @@ def replacing(path: Path) -> Iterator[Path]:
     Raises:
         OSError: where writing fails (a full disk); what was at `path` stays as it was.
     """
-    beside = path.with_name(f'.{path.name}.tmp')
-    path.parent.mkdir(parents=True, exist_ok=True)
+    with _sentence(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside = path.with_name(f'{TEMPORARY}{secrets.token_hex(8)}-{path.name}')
+        try:
+            mode = _create(beside)
+            yield beside
+            beside.chmod(mode)  # safetensors makes files that no one else may read
+            sync(beside)
+            os.replace(beside, path)
+        except BaseException:
+            beside.unlink(missing_ok=True)
+            raise
+
+
+def _create(path: Path) -> int:
+    """Make a new file, never through a link that somebody planted, and return the mode that the umask gives it."""
+    descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
     try:
-        beside.touch()
-        mode = beside.stat().st_mode  # safetensors makes files that no one else may read
-        yield beside
-        with beside.open('rb+') as file:
-            os.fsync(file.fileno())
-        beside.chmod(mode)
-        os.replace(beside, path)
+        return stat.S_IMODE(os.fstat(descriptor).st_mode)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _sentence(path: Path) -> Iterator[None]:
+    """Turn what goes wrong while a file is written, torch's and safetensors' own errors too, into one OSError."""
+    try:
+        yield
     except (OSError, RuntimeError, safetensors.SafetensorError) as error:
-        # torch and safetensors report a full disk by errors of their own
-        beside.unlink(missing_ok=True)
         raise OSError(f'{path} could not be written ({error}); its last version, if any, is untouched.') from error
-    except BaseException:
-        beside.unlink(missing_ok=True)
-        raise
 
 
-def write_safetensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
+def sync(path: Path) -> None:
+    """Wait until a file is on the disk, so that a power cut after its renaming finds all of it."""
+    with path.open('rb+') as file:
+        os.fsync(file.fileno())
+
+
+def write_safetensors(tensors: Mapping[str, torch.Tensor], path: Path) -> str:
     """Write a safetensors file whose tensors begin at multiples of 64 bytes, as torch's own do in memory.
 
     A matrix product may round differently where its operands do not, so this is what makes a model whose weights are
     mapped from the file compute, bit for bit, what the saved one computed. The format does not allow gaps, so tensors
     whose size is no multiple of 64 bytes come last; whoever maps the file copies those.
+
+    Returns:
+        The sha256 of what was written.
 
     Raises:
         ValueError: for a tensor that safetensors can not hold.
@@ -87,11 +112,18 @@ def write_safetensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
         header[name] = {'dtype': _DTYPES[tensor.dtype], 'shape': list(tensor.shape), 'data_offsets': [start, end]}
     text = json.dumps(header, separators=(',', ':')).encode()
     text += b' ' * (-(8 + len(text)) % ALIGNMENT)
+    digest = hashlib.sha256()
     with path.open('wb') as file:
-        file.write(struct.pack('<Q', len(text)) + text)
+
+        def write(part: Any) -> None:
+            file.write(part)
+            digest.update(part)
+
+        write(struct.pack('<Q', len(text)) + text)
         for name in names:
             flat = tensors[name].detach().cpu().contiguous().reshape(-1)
-            file.write(memoryview(flat.view(torch.uint8).numpy()))
+            write(memoryview(flat.view(torch.uint8).numpy()))
+    return digest.hexdigest()
 
 
 def is_transient(error: BaseException) -> bool:
@@ -208,6 +240,10 @@ def weights_file(path: Union[str, Path]) -> Path:
         return path
     if not path.is_dir():
         raise FileNotFoundError(f'{path}: there is no such file or folder.')
+    told = told_sha256(path)
+    pending = path / f'{TEMPORARY}{told}' / WEIGHTS_NAME
+    if told and pending.is_file():  # the writer was killed after config.json had its place, before the weights had
+        return pending
     for name in WEIGHTS_NAMES:
         if (path / name).is_file():
             return path / name
@@ -237,21 +273,35 @@ def _digest(path: Path, digest: Any) -> str:
     return digest.hexdigest()
 
 
+def told_sha256(folder: Path) -> Optional[str]:
+    """Return what the sha256 of a folder's weights must be, as its config.json says, or else its card; None: nobody."""
+    with suppress(OSError, ValueError):
+        config = json.loads((folder / CONFIG_NAME).read_text(encoding='utf-8'))
+        told = config.get(SHA256_FIELD) if isinstance(config, dict) else None
+        if isinstance(told, str) and re.fullmatch('[0-9a-f]{64}', told):
+            return told
+    with suppress(OSError):
+        head = (folder / CARD_NAME).read_text(encoding='utf-8', errors='replace').partition('\n---\n')[0]
+        found = re.search(rf'^{SHA256_FIELD}: *[\'"]?([0-9a-f]{{64}})\b', head, re.MULTILINE)
+        if found:
+            return found.group(1)
+    return None
+
+
 def published_sha256(path: Path) -> Optional[str]:
     """Return what a file's sha256 must be, where something beside the file says it, else None.
 
-    In the Hub's cache a large file is called by it; a folder's card may name that of `model.safetensors`.
+    In the Hub's cache a large file is called by it; a folder's config.json, or its card, tells that of
+    `model.safetensors`.
     """
     blob = Path(os.path.realpath(path))
     if blob.parent.name == 'blobs' and re.fullmatch(r'[0-9a-f]{64}', blob.name):
         return blob.name
-    card = path.with_name(CARD_NAME)
-    if path.name == WEIGHTS_NAME and card.is_file():
-        head = card.read_text(encoding='utf-8', errors='replace').partition('\n---\n')[0]
-        found = re.search(rf'^{CARD_SHA256}: *[\'"]?([0-9a-f]{{64}})\b', head, re.MULTILINE)
-        if found:
-            return found.group(1)
-    return None
+    if path.name != WEIGHTS_NAME:
+        return None
+    if re.fullmatch(rf'{re.escape(TEMPORARY)}[0-9a-f]{{64}}', path.parent.name):  # the folder is called by it
+        return path.parent.name.removeprefix(TEMPORARY)
+    return told_sha256(path.parent)
 
 
 def check(path: Path, published: Optional[str] = None) -> str:
@@ -269,7 +319,8 @@ def check(path: Path, published: Optional[str] = None) -> str:
         if Path(os.path.realpath(path)).parent.name == 'blobs':  # removing the link to it would not be enough
             path = Path(os.path.realpath(path))
         elif path.name == WEIGHTS_NAME:
-            remedy += f', or, if you changed it on purpose, take {CARD_SHA256} out of {CARD_NAME} beside it'
+            remedy = f'Restore it, or, if you changed it on purpose, take {SHA256_FIELD} out of {CONFIG_NAME}'
+            remedy += f' and {CARD_NAME} beside it' if (path.parent / CARD_NAME).is_file() else ' beside it'
         raise OSError(
             f'{path} is damaged, or was changed after it was published: its sha256 is {actual}, not {published}. '
             f'{remedy}.'
@@ -284,14 +335,22 @@ def check_once(path: Path, published: Optional[str] = None) -> None:
         OSError: where its sha256 is not the published one.
     """
     published = published or published_sha256(path)
-    if published is None:
-        return
-    real = os.path.realpath(path)
-    stat = os.stat(real)
-    state = [published, stat.st_size, stat.st_mtime_ns, stat.st_ino]
-    if _checked().get(real) != state:
+    if published is not None and _checked().get(os.path.realpath(path)) != _state(path, published):
         check(path, published)
-        _remember(real, state)
+        remember(path, published)
+
+
+def remember(path: Path, published: str) -> None:
+    """Remember that a file has the sha256 that it must have."""
+    memory = {known: state for known, state in _checked().items() if os.path.exists(known)}
+    memory[os.path.realpath(path)] = _state(path, published)
+    with suppress(OSError), replacing(_memory()) as beside:  # a home that can't be written to: checked again next time
+        beside.write_text(json.dumps(memory, indent=1))
+
+
+def _state(path: Path, published: str) -> List[Any]:
+    status = os.stat(path)
+    return [published, status.st_size, status.st_mtime_ns, status.st_ino]
 
 
 def _memory() -> Path:
@@ -304,10 +363,3 @@ def _checked() -> Dict[str, Any]:
     except (OSError, ValueError):  # none yet, or not ours
         return {}
     return memory if isinstance(memory, dict) else {}
-
-
-def _remember(real: str, state: Sequence[Any]) -> None:
-    memory = {path: known for path, known in _checked().items() if os.path.exists(path)}
-    memory[real] = list(state)
-    with suppress(OSError), replacing(_memory()) as beside:  # a home that can't be written to: checked again next time
-        beside.write_text(json.dumps(memory, indent=1))

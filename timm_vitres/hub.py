@@ -1,130 +1,28 @@
-"""A model as a folder and as a Hub repository: saved, pushed, verified.
+"""A model's folder as a Hub repository: pushed, verified.
 
-model -> `save` -> folder/{model.safetensors, config.json, README.md} -> timm.create_model('local-dir:folder')
-      -> `push` -> repository, one commit, its checksums compared     -> timm.create_model('hf-hub:me/name')
+folder -> `push` -> repository, one commit, its checksums compared -> timm.create_model('hf-hub:me/name')
 """
 
-import json
 import tempfile
-import warnings
 from pathlib import Path
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple, TypeVar, Union
 
 import timm
-import torch
 from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, RepoFile, constants
 from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
-from timm.models import PretrainedCfg, get_model_args, get_pretrained_cfg, parse_model_name
-
-# timm's public `save_for_hf` writes straight into the folder, so that a kill in between leaves half a file; the
-# function that makes its config.json is private.
-from timm.models._hub import save_config_for_hf
-from timm.utils import unwrap_model
+from timm.models import PretrainedCfg, get_pretrained_cfg, parse_model_name
 from torch import nn
 
 from . import files
-from .cards import merge_cards, render_card, set_field, set_source
-from .data import data_config as model_data_config
-from .files import CARD_NAME, CARD_SHA256, CONFIG_NAME, WEIGHTS_NAME, replacing, retrying
+from .cards import merge_cards, read_card, render_card, set_field, set_source
+from .files import CARD_NAME, CONFIG_NAME, SHA256_FIELD, WEIGHTS_NAME, retrying
+from .folders import locked
 from .loading import find_weights
+from .saving import save
 
 # beside weights, config and card: how the training went
 EXTRA_NAMES = ('curves.png', 'summary.csv')
 Result = TypeVar('Result')
-
-
-def save(
-    model: nn.Module,
-    folder: Union[str, Path],
-    label_names: Optional[Sequence[str]] = None,
-    data_config: Optional[Dict[str, Any]] = None,
-    card: Optional[str] = None,
-) -> Path:
-    """Save a timm model as a folder that `timm.create_model('local-dir:<folder>', pretrained=True)` loads.
-
-    The model may be mapped from the very file that is replaced.
-
-    Args:
-        model: A model made by `timm.create_model`; wrappers (torch.compile, DDP, timm's ModelEma) are taken off.
-        folder: Where; created if missing. Its files of the same names are replaced.
-        label_names: Names of the classes, by index; kept from the model's cfg where it has them.
-        data_config: Preprocessing that the weights were trained with; by default the model's own.
-        card: Text of README.md; by default no card is written, and one that is there keeps its text. Its head is told
-            the sha256 of the weights.
-
-    Returns:
-        The folder.
-
-    Raises:
-        ValueError: where label_names are not as many as the model's classes, the model is no timm model, or it was
-            changed (folded, quantised, pruned) so that `timm.create_model` would not build it.
-        OSError: where writing fails; the folder's last good files stay.
-    """
-    folder, model = Path(folder), unwrap_model(model)
-    if not hasattr(model, 'pretrained_cfg') or not hasattr(model, 'num_classes'):
-        raise ValueError(
-            f'model: got {type(model).__name__}, expected a model made by timm.create_model without features_only.'
-        )
-    if label_names is not None and len(label_names) != model.num_classes:
-        raise ValueError(f'label_names: got {len(label_names)}, but the model has {model.num_classes} classes.')
-    check_unchanged(model)
-    card_path = folder / CARD_NAME
-    if card is None and card_path.is_file():
-        card = card_path.read_text(encoding='utf-8')
-        if CARD_SHA256 not in card:
-            card = None
-    if card is not None and card_path.is_file():  # between here and the end the old sha256 would be wrong
-        _write(card_path, set_field(card, CARD_SHA256, None))
-    with replacing(folder / WEIGHTS_NAME) as path:
-        files.write_safetensors(model.state_dict(), path)
-    with replacing(folder / CONFIG_NAME) as path:
-        save_config_for_hf(
-            model,
-            str(path),
-            model_config={'label_names': list(label_names)} if label_names is not None else None,
-            data_config=data_config or model_data_config(model),
-        )
-        config = json.loads(path.read_text())
-        # config.json says num_classes at its top; transformers passes that one on, too, and would meet it twice
-        config.get('model_args', {}).pop('num_classes', None)
-        path.write_text(json.dumps(config, indent=2) + '\n')
-    if card is not None:
-        _write(card_path, set_field(card, CARD_SHA256, files.sha256(folder / WEIGHTS_NAME)))
-    return folder
-
-
-def _write(path: Path, text: str) -> None:
-    with replacing(path) as beside:
-        beside.write_text(text, encoding='utf-8')
-
-
-def check_unchanged(model: nn.Module) -> None:
-    """Raise ValueError unless `timm.create_model`, with what config.json will say, builds these very tensors."""
-    if getattr(model, 'folded', False):
-        raise ValueError('model: it is folded for inference; save the model that it was folded from.')
-    architecture, args = model.pretrained_cfg['architecture'], get_model_args(model)
-    try:
-        with torch.device('meta'), warnings.catch_warnings():
-            warnings.simplefilter('ignore')
-            twin = timm.create_model(architecture, **args)
-    except (RuntimeError, NotImplementedError, ValueError):  # some of timm's models can't be built there
-        twin = timm.create_model(architecture, **args)
-    own, built = model.state_dict(), twin.state_dict()
-    changed = sorted(own.keys() ^ built.keys())
-    for key in own.keys() & built.keys():
-        same = type(own[key]) is torch.Tensor and own[key].shape == built[key].shape
-        if not same or own[key].is_floating_point() != built[key].is_floating_point():
-            changed.append(key)
-    modules = dict(model.named_modules())
-    for name, module in twin.named_modules():  # a folded layer may keep its names and shapes
-        if isinstance(module, (nn.Conv2d, nn.Linear)) and type(modules.get(name)) is not type(module):
-            changed.append(name)
-    if changed:
-        raise ValueError(
-            f"model: is not what timm.create_model('{architecture}', ...) builds, so it could not be loaded again: it "
-            f'was changed for inference (folded, quantised, pruned), or by hand, in {", ".join(changed[:5])}'
-            f'{" and more" if len(changed) > 5 else ""}. Save the model that was trained.'
-        )
 
 
 def check_folder(folder: Path) -> nn.Module:
@@ -157,7 +55,7 @@ def push(
     private: Optional[bool] = None,
     token: Optional[str] = None,
     commit_message: str = 'Upload model with timm-vitres',
-    label_names: Optional[Sequence[str]] = None,
+    label_names: Union[None, Sequence[str], Dict[Any, str]] = None,
     data_config: Optional[Dict[str, Any]] = None,
     card: Optional[str] = None,
 ) -> str:
@@ -188,7 +86,18 @@ def push(
     folder = Path(model)
     if label_names is not None or data_config is not None or card is not None:
         raise ValueError('label_names, data_config, card: go with a model; a folder has its own.')
+    if not folder.is_dir():
+        raise ValueError(f'{folder}: there is no such folder.')
+    with locked(folder):  # what a killed writer left is completed first, and nobody changes what is being sent
+        return _push_folder(folder, repo_id, revision, private, token, commit_message)
+
+
+def _push_folder(
+    folder: Path, repo_id: str, revision: Optional[str], private: Optional[bool], token: Optional[str], message: str
+) -> str:
     loaded = check_folder(folder)
+    card = read_card(folder / CARD_NAME)  # a card that is no card is found before anything is created
+    digest = files.check(folder / WEIGHTS_NAME)
     api = HfApi(token=token, library_name='timm-vitres')
 
     def ask(what: str, function: Callable[[], Result]) -> Result:
@@ -198,12 +107,12 @@ def push(
     if revision is not None:
         branch = revision
         ask('create the branch', lambda: api.create_branch(repo_id, branch=branch, exist_ok=True))
-    own = folder / CARD_NAME
-    text = own.read_text(encoding='utf-8') if own.is_file() else _plain_card(loaded, repo_id)
-    text = set_field(set_source(text, _name(repo_id, revision)), CARD_SHA256, files.sha256(folder / WEIGHTS_NAME))
+    if card is None:
+        card = _plain_card(loaded, repo_id)
+    text = set_field(set_source(card, _name(repo_id, revision)), SHA256_FIELD, digest)
     for attempt in range(3):
         try:
-            commit, sent = _commit(api, repo_id, revision, folder, text, commit_message)
+            commit, sent = _commit(api, repo_id, revision, folder, text, message)
             break
         except RuntimeError as error:
             # someone else committed in between: what they wrote into the card is to be kept, too
@@ -251,7 +160,7 @@ def _read_card(api: HfApi, repo_id: str, revision: Optional[str]) -> Optional[st
             path = api.hf_hub_download(repo_id, CARD_NAME, revision=revision, cache_dir=temporary)
         except EntryNotFoundError:
             return None
-        return Path(path).read_text(encoding='utf-8')
+        return read_card(Path(path))
 
 
 def _compare(api: HfApi, repo_id: str, revision: str, sent: Dict[str, Union[Path, bytes]]) -> None:
@@ -316,7 +225,7 @@ class Verification(NamedTuple):
 
     file: Path
     sha256: str
-    published_by: Optional[str]  # who says that this is right: 'the Hub', 'the cache', 'the card'; None: nobody
+    published_by: Optional[str]  # who says that this is right: 'the Hub', 'the cache', 'its folder'; None: nobody
 
 
 def verify(
@@ -370,7 +279,7 @@ def verify(
     if in_name:
         return Verification(path, actual, f'the name in its address (it begins with {in_name})')
     if files.published_sha256(path):
-        return Verification(path, actual, 'the cache' if path.is_symlink() else 'the card')
+        return Verification(path, actual, 'the cache' if path.is_symlink() else 'its folder')
     return Verification(path, actual, None)
 
 

@@ -1,0 +1,189 @@
+"""A model as a folder that timm loads: rendered and checked first, then put in place whole.
+
+model -> `save` -> folder/{model.safetensors, config.json, README.md} -> timm.create_model('local-dir:folder')
+"""
+
+import json
+import math
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any, Dict, Optional, Sequence, Tuple, Union
+
+import numpy as np
+import timm
+import torch
+
+# timm's public `save_for_hf` writes straight into the folder, so that a kill in between leaves half a file; the
+# function that makes its config.json is private.
+from timm.models._hub import save_config_for_hf
+from timm.utils import unwrap_model
+from torch import nn
+
+from .cards import OURS, check_card, merge_cards, read_card, set_field
+from .config import check_choice
+from .data import data_config as model_data_config
+from .files import CARD_NAME, CONFIG_NAME, SHA256_FIELD
+from .folders import locked, replace_model
+from .labels import normalise_label_names
+from .loading import Loadable
+
+
+def save(
+    model: nn.Module,
+    folder: Union[str, Path],
+    label_names: Union[None, Sequence[str], Dict[Any, str]] = None,
+    data_config: Optional[Dict[str, Any]] = None,
+    card: Optional[str] = None,
+) -> Path:
+    """Save a timm model as a folder that `timm.create_model('local-dir:<folder>', pretrained=True)` loads.
+
+    Everything is rendered and checked before a file of the folder is touched; a kill at any moment leaves the old model
+    or the new one. The model may be mapped from the very file that is replaced.
+
+    Args:
+        model: A model made by `timm.create_model`; wrappers (torch.compile, DDP, timm's ModelEma) are taken off.
+        folder: Where; created if missing. Its files of the same names are replaced.
+        label_names: Names of the classes, by index; kept from the model's cfg where it has them.
+        data_config: Preprocessing that the weights were trained with; by default the model's own.
+        card: Text of README.md; by default no card is written, and one that is there keeps its text. Of two cards of
+            this package, what stands outside of its marks in the old one stays. Its head is told the sha256 of the
+            weights, as config.json is.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: where label_names are not as many as the model's classes, data_config or card are impossible, the
+            model is no timm model, or it was changed (folded, quantised, pruned) so that `timm.create_model` would not
+            build it.
+        OSError: where writing fails, or another process writes to the folder; its last good model stays.
+    """
+    folder, model = Path(folder), unwrap_model(model)
+    if not hasattr(model, 'pretrained_cfg') or not hasattr(model, 'num_classes'):
+        raise ValueError(
+            f'model: got {type(model).__name__}, expected a model made by timm.create_model without features_only.'
+        )
+    if getattr(model, 'folded', False):
+        raise ValueError('model: it is folded for inference; save the model that it was folded from.')
+    config = render_config(model, label_names, data_config)
+    check_unchanged(model, config)
+    if card is not None:
+        check_card(card, 'card')
+    with locked(folder):
+        text = _card(folder, card)
+        replace_model(folder, model.state_dict(), config, text, finds_pending=isinstance(model, Loadable))
+    return folder
+
+
+def _card(folder: Path, card: Optional[str]) -> Optional[bytes]:
+    """Return what README.md shall be, its sha256 still to be filled in; None where it stays as it is."""
+    path = folder / CARD_NAME
+    if card is None:
+        old = path.read_bytes() if path.is_file() else b''
+        return old if f'{SHA256_FIELD}:'.encode() in old.partition(b'\n---')[0] else None
+    old = read_card(path) if path.is_file() else None
+    if old is not None and OURS.search(old) and OURS.search(card):
+        card = merge_cards(old, card)
+    return set_field(card, SHA256_FIELD, 64 * '0').encode()
+
+
+def render_config(
+    model: nn.Module,
+    label_names: Union[None, Sequence[str], Dict[Any, str]] = None,
+    data_config: Optional[Dict[str, Any]] = None,
+) -> Dict[str, Any]:
+    """Return what config.json says of a model, in plain values that JSON holds.
+
+    Raises:
+        ValueError: for what it can't say; the message names the argument.
+    """
+    names = label_names if label_names is not None else _own_label_names(model)
+    names = normalise_label_names(names, model.num_classes) if names is not None else None
+    data_config = _plain_data_config(data_config) if data_config else model_data_config(model)
+    with tempfile.TemporaryDirectory() as temporary:
+        path = Path(temporary) / CONFIG_NAME
+        save_config_for_hf(
+            model, str(path), model_config={'label_names': names} if names else None, data_config=data_config
+        )
+        config = json.loads(path.read_text(encoding='utf-8'))
+    # config.json says these at its top; transformers passes num_classes on from there, too, and would meet it twice
+    config.get('model_args', {}).pop('num_classes', None)
+    config['pretrained_cfg'].pop('label_names', None)
+    return config
+
+
+def _own_label_names(model: nn.Module) -> Any:
+    names = model.pretrained_cfg.get('label_names')
+    return names if names is not None and len(names) == model.num_classes else None
+
+
+def _plain_data_config(config: Dict[str, Any]) -> Dict[str, Any]:
+    """Return a data config in numbers and strings, as JSON holds them, its values checked."""
+    config = {name: _plain(f'data_config: {name}', value) for name, value in config.items() if value is not None}
+    for name, low in (('mean', -math.inf), ('std', 0.0)):
+        values = config.get(name, [])
+        for value in values if isinstance(values, list) else [values]:
+            if not isinstance(value, (int, float)) or not low < value < math.inf:
+                above = ' above 0' if name == 'std' else ''
+                raise ValueError(f'data_config: {name}: got {values}, expected finite numbers{above}.')
+    for name in ('input_size', 'test_input_size'):
+        size = config.get(name, [1, 1, 1])
+        if not isinstance(size, list) or len(size) != 3 or not all(isinstance(n, int) and n > 0 for n in size):
+            raise ValueError(f'data_config: {name}: got {size}, expected channels, height and width.')
+    for name in ('crop_pct', 'test_crop_pct'):
+        value = config.get(name, 1.0)
+        if not isinstance(value, (int, float)) or not 0 < value < math.inf:
+            raise ValueError(f'data_config: {name}: got {value!r}, expected a number above 0.')
+    check_choice('data_config: crop_mode', config.get('crop_mode'), (None, 'center', 'squash', 'border'))
+    interpolations = (None, 'nearest', 'bilinear', 'bicubic', 'box', 'hamming', 'lanczos', 'random')
+    check_choice('data_config: interpolation', config.get('interpolation'), interpolations)
+    return config
+
+
+def _plain(name: str, value: Any) -> Any:
+    """Return a value of numbers, strings, lists and dicts alone; tensors and numpy's values become such."""
+    if isinstance(value, (torch.Tensor, np.ndarray, np.generic)):
+        value = value.tolist()
+    if isinstance(value, (list, tuple)):
+        return [_plain(name, one) for one in value]
+    if isinstance(value, dict):
+        return {str(key): _plain(name, one) for key, one in value.items()}
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    raise ValueError(f'{name}: got {type(value).__name__}, expected numbers or text, which config.json can hold.')
+
+
+def check_unchanged(model: nn.Module, config: Dict[str, Any]) -> None:
+    """Raise ValueError unless `timm.create_model`, given this config.json, builds these very tensors."""
+    own = model.state_dict()
+    built, kinds = _built(config)
+    changed = sorted(own.keys() ^ built.keys())
+    for key in own.keys() & built.keys():
+        same = type(own[key]) is torch.Tensor and own[key].shape == built[key].shape
+        if not same or own[key].is_floating_point() != built[key].is_floating_point():
+            changed.append(key)
+    modules = dict(model.named_modules())
+    # a folded layer may keep its names and shapes
+    changed += [name for name, kind in kinds.items() if type(modules.get(name)) is not kind]
+    if changed:
+        raise ValueError(
+            f"model: is not what timm.create_model('{config['architecture']}', ...) builds, so it could not be loaded "
+            f'again: it was changed for inference (folded, quantised, pruned), or by hand, in '
+            f'{", ".join(changed[:5])}{" and more" if len(changed) > 5 else ""}. Save the model that was trained.'
+        )
+
+
+def _built(config: Dict[str, Any]) -> Tuple[Dict[str, torch.Tensor], Dict[str, type]]:
+    """Return the tensors, and the classes of the layers, of the model that timm builds from a config.json."""
+    with tempfile.TemporaryDirectory() as temporary:
+        text = json.dumps(config, allow_nan=False)
+        (Path(temporary) / CONFIG_NAME).write_text(text, encoding='utf-8')
+        try:
+            with torch.device('meta'), warnings.catch_warnings():
+                warnings.simplefilter('ignore')
+                twin = timm.create_model(f'local-dir:{temporary}')
+        except (RuntimeError, NotImplementedError, ValueError):  # some of timm's models can't be built there
+            twin = timm.create_model(f'local-dir:{temporary}')
+    layers = {name: type(module) for name, module in twin.named_modules() if isinstance(module, (nn.Conv2d, nn.Linear))}
+    return twin.state_dict(), layers
