@@ -147,7 +147,7 @@ def complaint(case: Case, outcome: Outcome) -> Optional[str]:
         sentence = outcome.text
         if '[raised in' in sentence:
             return f"another package's error: {outcome.how}: {sentence}"
-    if FOREIGN.search(outcome.text):
+    if FOREIGN.search(re.sub(r'\(.*\)', '', sentence)):  # in brackets a sentence may cite its cause
         return f"not a user's words: {outcome.how}: {sentence}"
     if '\n' in sentence or len(sentence) < 10:
         return f'not one sentence: {outcome.how}: {sentence!r}'
