@@ -146,7 +146,7 @@ WORDS = {
     },
     'verify': {
         'name': ('nowhere', 'vitresnet_giant', 'local-dir:nowhere', 'images', 'picture.png', ''),
-        'repo': ('me/name/more', 'me/na me', ''),
+        'repo': ('me/name/more', 'me/na me'),
     },
 }
 FREE = {('finetune', 'data'), ('finetune', 'train_split'), ('finetune', 'val_split'), ('push', 'message')}
