@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -14,7 +15,7 @@ import timm
 import torch
 from conftest import randomise_
 
-from timm_vitres import files, folders
+from timm_vitres import files, folders, loading
 from timm_vitres.cards import render_card
 from timm_vitres.convert import convert
 from timm_vitres.saving import save
@@ -319,6 +320,47 @@ def test_two_savers_of_one_folder(tmp_path):
         assert saver.exitcode == 0
     assert fingerprint(tmp_path / 'both') in models
     assert {path.name for path in (tmp_path / 'both').iterdir()} == {'model.safetensors', 'config.json', 'README.md'}
+
+
+def test_a_reader_beside_savers_gets_a_whole_model_or_a_sentence(tmp_path):
+    (first, of_first), (second, of_second) = two()
+    models = [
+        fingerprint(save(first, tmp_path / 'a', **of_first)),
+        fingerprint(save(second, tmp_path / 'b', **of_second)),
+    ]
+    context = multiprocessing.get_context('fork')
+    saver = context.Process(target=_save_both, args=(tmp_path / 'both',))
+    save(first, tmp_path / 'both', **of_first)
+    saver.start()
+    found = []
+    while saver.is_alive():
+        try:
+            found.append(fingerprint(tmp_path / 'both'))
+        except OSError as error:
+            assert re.search('was replaced while it was being read|was changed after', str(error)), error
+    assert saver.exitcode == 0 and found and all(one in models for one in found)
+
+
+def _save_both(folder):
+    torch.set_num_threads(1)
+    for _ in range(6):
+        for model, facts in two():
+            save(model, folder, **facts)
+
+
+def test_weights_that_changed_after_the_config_was_read_are_noticed(tmp_path, monkeypatch):
+    """timm reads config.json, builds, and then the weights are read: a save in between must not mix them."""
+    (first, of_first), (second, of_second) = two()
+    save(first, tmp_path, **of_first)
+    find = loading.find_weights
+
+    def late(*args):
+        save(second, tmp_path, **of_second)
+        return find(*args)
+
+    monkeypatch.setattr(loading, 'find_weights', late)
+    with pytest.raises(OSError, match='its model was replaced while it was being read; load it again'):
+        timm.create_model(f'local-dir:{tmp_path}', pretrained=True)
 
 
 def test_a_lock_is_refused_to_others_and_ends_with_its_process(tmp_path):

@@ -288,6 +288,14 @@ def told_sha256(folder: Path) -> Optional[str]:
     return None
 
 
+def check_noted(notes: Optional[Sequence[str]], folder: Path) -> None:
+    """Raise OSError where a config.json that was read before tells of other weights than the folder has by now."""
+    told = told_sha256(folder)
+    noted = [note.removeprefix(f'{SHA256_FIELD}: ') for note in notes or () if note.startswith(f'{SHA256_FIELD}: ')]
+    if noted and told and noted[-1] != told:
+        raise OSError(f'{folder}: its model was replaced while it was being read; load it again.')
+
+
 def published_sha256(path: Path) -> Optional[str]:
     """Return what a file's sha256 must be, where something beside the file says it, else None.
 

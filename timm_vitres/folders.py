@@ -149,7 +149,7 @@ def replace_model(
                 raise OSError(f'{name} is a folder')
         stage.mkdir()
         digest = write_safetensors(tensors, stage / WEIGHTS_NAME)
-        text = json.dumps({**config, SHA256_FIELD: digest}, indent=2, allow_nan=False) + '\n'
+        text = json.dumps(_told(config, digest), indent=2, allow_nan=False) + '\n'
         (stage / CONFIG_NAME).write_text(text, encoding='utf-8')
         if card is not None:
             (stage / CARD_NAME).write_bytes(with_sha256(card, digest))
@@ -165,12 +165,31 @@ def replace_model(
         shutil.rmtree(stage, ignore_errors=True)
         raise
     try:
-        if not finds_pending and _config(folder) not in (None, config):
+        if not finds_pending and _config(folder) not in (None, _untold(config)):
             (folder / CONFIG_NAME).unlink()
         _move(ready, folder, config_first=finds_pending)
     except OSError as error:
         raise OSError(f'{folder}: the new model could not take its place ({error}); save it again.') from error
     remember(folder / WEIGHTS_NAME, digest)
+
+
+def _told(config: Dict[str, Any], digest: str) -> Dict[str, Any]:
+    """Return a config that tells the sha256 of the weights: at its top, and in what timm hands on of it to a loader."""
+    config = _untold(config)
+    cfg = config['pretrained_cfg']
+    return {
+        **config,
+        'pretrained_cfg': {**cfg, 'notes': [*cfg.get('notes', ()), f'{SHA256_FIELD}: {digest}']},
+        SHA256_FIELD: digest,
+    }
+
+
+def _untold(config: Dict[str, Any]) -> Dict[str, Any]:
+    cfg = dict(config.get('pretrained_cfg') or {})
+    notes = [note for note in cfg.pop('notes', None) or () if not str(note).startswith(f'{SHA256_FIELD}: ')]
+    config = {**config, 'pretrained_cfg': {**cfg, 'notes': notes} if notes else cfg}
+    config.pop(SHA256_FIELD, None)
+    return config
 
 
 def _config(folder: Path) -> Optional[Dict[str, Any]]:
@@ -179,7 +198,7 @@ def _config(folder: Path) -> Optional[Dict[str, Any]]:
         config = json.loads((folder / CONFIG_NAME).read_text(encoding='utf-8'))
     except (OSError, ValueError):
         return None
-    return {key: value for key, value in config.items() if key != SHA256_FIELD} if isinstance(config, dict) else None
+    return _untold(config) if isinstance(config, dict) else None
 
 
 def with_sha256(card: bytes, digest: str) -> bytes:

@@ -27,7 +27,7 @@ from .checkpoints import (
     read_checkpoint,
     resample,
 )
-from .files import WEIGHTS_NAMES, check_once, hub_file, url_file, weights_file
+from .files import WEIGHTS_NAMES, check_noted, check_once, hub_file, url_file, weights_file
 
 ModelT = TypeVar('ModelT', bound=nn.Module)
 
@@ -142,8 +142,13 @@ def create_pretrained(
         state_dict: Dict[str, Any] = {key: value.clone() for key, value in convert_layout(source.state_dict).items()}
     else:
         path = find_weights(source, cache_dir)
-        check_once(path)
-        state_dict, _ = read_checkpoint(path)
+        try:
+            state_dict, _ = read_checkpoint(path)
+            check_once(path)
+        except FileNotFoundError as error:
+            raise OSError(f'{path}: was replaced while it was being read; load it again.') from error
+        if source.source == 'local-dir':
+            check_noted(source.notes, Path(source.file or ''))
     state_dict = checkpoint_filter_fn(state_dict, model, source_img_size or source.input_size[-2:])
     _adapt_first_conv_(state_dict, model)
     new_head = _drop_other_head_(state_dict, model, source)
