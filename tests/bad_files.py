@@ -27,6 +27,8 @@ def folders(rng: random.Random) -> Iterator[Case]:
     for name, says, spoil in SPLITS:
         argv = ['finetune', 'split', *FLAGS['finetune']]
         yield Case('image folders', name, argv, says, spoil)
+    for name, says, spoil in LEFT_OUT:
+        yield Case('image folders', name, ['finetune', 'images', *FLAGS['finetune']], says, spoil, is_said=True)
     for name, make in IMAGES:  # one bad image in a good folder
         file = f'images/{rng.choice(["across", "down"])}/bad.png'
         yield Case(
@@ -36,7 +38,7 @@ def folders(rng: random.Random) -> Iterator[Case]:
 
 def images(rng: random.Random) -> Iterator[Case]:
     """Files that are no image, or a broken one, for the commands that take images."""
-    for name, make in IMAGES:
+    for name, make in (*IMAGES, *NO_FILES):
         argv = ['predict', 'bad.png', *FLAGS['predict']]
         yield Case('images', f'predict-{name}', argv, r'bad\.png', _one('bad.png', make))
         argv = ['predict', 'picture.png', 'bad.png', *FLAGS['predict'], *rng.choice(([], ['--json']))]
@@ -128,15 +130,9 @@ def _png(width: int, height: int, pixels: bytes = b'') -> bytes:
     return b'\x89PNG\r\n\x1a\n' + head + chunk(b'IDAT', zlib.compress(pixels)) + chunk(b'IEND', b'')
 
 
-def _exif(tag: int) -> Callable[[Path], Any]:
-    """A picture to be turned, with another tag that is text where a number belongs: Pillow fails when it turns it."""
-
-    def make(path: Path) -> None:
-        entries = sorted([struct.pack('<HHIHxx', 0x0112, 3, 1, 6), struct.pack('<HHI4s', tag, 2, 4, b'abc')])
-        tiff = b'II*\0' + struct.pack('<IH', 8, len(entries)) + b''.join(entries) + struct.pack('<I', 0)
-        DRAW.save(path, format='PNG', exif=b'Exif\0\0' + tiff)
-
-    return make
+def _exif(path: Path) -> None:
+    orientation = struct.pack('<HHI4s', 0x0112, 2, 4, b'abc')  # text, where a number belongs
+    DRAW.save(path, format='PNG', exif=b'Exif\0\0II*\0' + struct.pack('<IH', 8, 1) + orientation + bytes(4))
 
 
 def _flipped_png(path: Path) -> None:
@@ -160,20 +156,17 @@ IMAGES: List[Tuple[str, Callable[[Path], Any]]] = [
     ('no-width', _bytes(_png(0, 64))),
     ('html', _bytes(b'<!DOCTYPE html><title>404</title>')),
     ('lfs-pointer', _bytes(b'version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n')),
+    ('mistyped-exif', _exif),
+    ('line', _bytes(_png(10000, 1, bytes(30001)))),
+]
+
+# what a folder's reader leaves out, and names; given by name, it is an error
+NO_FILES: List[Tuple[str, Callable[[Path], Any]]] = [
     ('directory', lambda path: path.mkdir()),
     ('dangling-link', lambda path: path.symlink_to('gone.png')),
     ('circular-link', lambda path: path.symlink_to(path.name)),
     ('fifo', os.mkfifo),
-    ('mistyped-width', _exif(0x0100)),
-    ('mistyped-resolution', _exif(0x011A)),
 ]
-
-
-def _nest(root: Path) -> None:
-    for name in ('across', 'down'):
-        (root / 'images' / name / 'deeper').mkdir()
-        for file in (root / 'images' / name).glob('*.png'):
-            file.rename(file.parent / 'deeper' / file.name)
 
 
 def _link_back(root: Path) -> None:
@@ -213,13 +206,18 @@ FOLDERS: List[Tuple[str, str, Callable[[Path], Any]]] = [
     ('class-of-one', 'third', lambda root: ((root / 'images/third').mkdir(), DRAW.save(root / 'images/third/a.png'))),
     ('class-all-broken', 'across', _each('images/across', _text)),
     ('all-broken', 'images', lambda root: [_text(file) for _, file in _files(root)]),
-    ('nested', 'deeper|nested', _nest),
     ('case-twins', 'Across|across', _copied('images/across', 'images/Across')),
-    ('circular-link', 'again', _link_back),
-    ('dangling-class', 'third', lambda root: (root / 'images/third').symlink_to('gone')),
     ('val-beside-classes', 'val', _copied('images', 'images/val')),
     ('train-beside-classes', 'train', _copied('images', 'images/train')),
-    ('hidden-class', 'hidden', _moved(('images/down', 'images/.hidden'))),
+    ('hidden-class', 'across|hidden', _moved(('images/down', 'images/.hidden'))),
+]
+
+LEFT_OUT: List[Tuple[str, str, Callable[[Path], Any]]] = [
+    ('link-back', 'again', _link_back),
+    ('dangling-class', 'third', lambda root: (root / 'images/third').symlink_to('gone')),
+    ('hidden-beside', 'hidden', _copied('images/down', 'images/.hidden')),
+    ('text-beside', r'notes\.txt', lambda root: _text(root / 'images/down/notes.txt')),
+    *((name, 'bad', _one('images/down/bad.png', make)) for name, make in NO_FILES[1:]),
 ]
 
 
