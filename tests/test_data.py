@@ -1,14 +1,17 @@
+import logging
+import os
+import struct
+
 import numpy as np
 import pytest
 import timm
 import torch
 from conftest import stripes, write_folder
-from PIL import Image
+from PIL import Image, ImageOps
 from timm.data import create_transform, resolve_model_data_config
 
 import timm_vitres
-from timm_vitres.data import data_config, open_image
-from timm_vitres.datasets import ImageFolder, stratified_split
+from timm_vitres.data import data_config, example_images, open_image
 
 
 @pytest.fixture
@@ -100,51 +103,124 @@ def test_unreadable_files_are_named(tmp_path, picture):
         timm_vitres.preprocess(3, model)
 
 
-def test_image_folder(image_folder):
-    folder = ImageFolder(image_folder)
-    assert folder.classes == ['across', 'down'] and len(folder) == 24 and folder.targets.count(0) == 12
-    image, target = folder[0]
-    assert image.mode == 'RGB' and target == 0
+def exif_with(*tags) -> bytes:
+    """Return EXIF bytes with (number, type, count, four bytes of value) each, which no writer of PIL would write."""
+    entries = b''.join(struct.pack('<HHI', number, kind, count) + value for number, kind, count, value in tags)
+    return b'Exif\0\0II*\0\x08\0\0\0' + struct.pack('<H', len(tags)) + entries + bytes(4)
 
 
-def test_image_folder_mistakes(tmp_path):
-    with pytest.raises(FileNotFoundError, match='not a folder'):
-        ImageFolder(tmp_path / 'nowhere')
-    (tmp_path / 'empty').mkdir()
-    with pytest.raises(FileNotFoundError, match='Found 0 images'):
-        ImageFolder(tmp_path / 'empty')
+TURN = (0x0112, 3, 1, struct.pack('<HH', 6, 0))  # orientation 6, a short as it should be
+
+
+@pytest.mark.parametrize('orientation', range(1, 9))
+def test_every_orientation_is_turned_as_pil_turns_it_and_once(orientation, picture, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    for name in ('picture.jpg', 'picture.png', 'picture.webp', 'picture.tiff'):
+        path = tmp_path / name
+        picture.save(path, exif=exif)
+        with Image.open(path) as opened:
+            expected = np.asarray(ImageOps.exif_transpose(opened).convert('RGB'))
+            from_pil = open_image(opened)
+        upright = open_image(path)
+        assert np.array_equal(np.asarray(upright), expected) and np.array_equal(np.asarray(from_pil), expected)
+        assert np.array_equal(np.asarray(open_image(upright)), expected)
+
+
+def test_mistyped_exif_tags(picture, tmp_path):
+    """A wrong tag beside the orientation makes no difference; a wrong orientation is that image's error."""
+    path = tmp_path / 'tags.jpg'
+    # ImageWidth as a text, the camera's maker as a number, XResolution as bytes: PIL cannot write them again
+    for wrong in ((0x0100, 2, 4, b'wide'), (0x010F, 11, 1, b'abcd'), (0x011A, 7, 4, b'abcd')):
+        picture.save(path, exif=exif_with(wrong, TURN))
+        with pytest.raises((struct.error, AttributeError, TypeError)), Image.open(path) as opened:
+            ImageOps.exif_transpose(opened)
+        assert open_image(path).size == (40, 60)
+    for wrong in ((0x0112, 2, 4, b'six\0'), (0x0112, 11, 1, b'abcd')):
+        picture.save(path, exif=exif_with(wrong))
+        with pytest.raises(ValueError, match=r'tags\.jpg cannot be read as an image \(its EXIF orientation is'):
+            open_image(path)
+
+
+ERRORS = [struct.error('unpack'), KeyError('tag'), ZeroDivisionError(), TypeError('a\nb'), IndexError(), MemoryError()]
+
+
+@pytest.mark.parametrize('error', [*ERRORS, AssertionError(), RecursionError(), OverflowError()], ids=repr)
+def test_whatever_decoding_raises_is_the_images_error(error, picture, tmp_path, monkeypatch):
+    def fails(*args, **kwargs):
+        raise error
+
+    path = tmp_path / 'picture.png'
+    picture.save(path)
+    for name in ('load', 'getexif', 'convert'):
+        with monkeypatch.context() as patch:
+            patch.setattr(f'PIL.PngImagePlugin.PngImageFile.{name}', fails, raising=False)
+            with pytest.raises(ValueError, match=r'picture\.png cannot be read as an image \(.+\)\.') as caught:
+                open_image(path)
+            assert '\n' not in str(caught.value)
+    monkeypatch.setattr(Image, 'open', lambda path: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        open_image(path)
+
+
+def test_what_is_no_file_to_read_from(picture, tmp_path):
+    os.mkfifo(tmp_path / 'pipe.png')  # opening it would wait for a writer
+    (tmp_path / 'dangling.png').symlink_to('gone.png')
+    (tmp_path / 'circle.png').symlink_to('circle.png')
+    (tmp_path / 'folder.png').mkdir()
+    (tmp_path / 'empty.png').write_text('')
+    picture.save(tmp_path / 'two\nlines.png')
+    for name, kind, message in (
+        ('pipe.png', ValueError, r'pipe\.png is no regular file'),
+        ('dangling.png', FileNotFoundError, r'dangling\.png is a link to nothing \(gone\.png\)'),
+        ('circle.png', FileNotFoundError, r'circle\.png is a link to nothing'),
+        ('folder.png', ValueError, r'folder\.png is a folder'),
+        ('empty.png', ValueError, r'empty\.png cannot be read'),
+        ('empty.png/x', FileNotFoundError, r'there is no file .*empty\.png/x'),
+        ('a\0b.png', ValueError, r'a\\x00b\.png cannot be opened'),
+        ('long' * 100, ValueError, 'cannot be opened'),
+        ('none\n.png', FileNotFoundError, r'there is no file .*none\\n\.png'),
+    ):
+        with pytest.raises(kind, match=message) as caught:
+            open_image(str(tmp_path / name))
+        assert len(str(caught.value).splitlines()) == 1
+    with pytest.raises(ValueError, match='/dev/zero is no regular file'):
+        open_image('/dev/zero')
+    assert open_image(tmp_path / 'two\nlines.png').size == (60, 40)
+
+
+def test_images_that_are_next_to_lines(tmp_path):
+    """Resized as timm does it, 10000 x 1 pixels would be 2240000 x 224: 1.5 GB."""
+    Image.new('RGB', (10000, 1)).save(tmp_path / 'line.png')
+    assert (tmp_path / 'line.png').stat().st_size < 200
+    model = timm.create_model('test_vitresnet')
+    for image in (tmp_path / 'line.png', Image.new('L', (1, 10000)), np.zeros((10000, 99), np.uint8)):
+        with pytest.raises(ValueError, match=r'pixels; its longer side may be up to 100 times the shorter'):
+            timm_vitres.preprocess(image, model)
+    assert open_image(Image.new('L', (1000, 10))).size == (1000, 10)
+
+
+def test_arrays_that_are_no_images():
+    for array in (np.zeros((4, 4), complex), np.zeros((4, 4, 7), np.uint8), np.zeros((2, 2), object)):
+        with pytest.raises(TypeError, match='image: got'):
+            open_image(array)
+    with pytest.raises(ValueError, match='it has 5 x 0 pixels'):
+        open_image(np.zeros((0, 5), np.uint8))
+
+
+def test_example_images_are_found_as_a_folder_is_read(tmp_path, caplog):
     root = write_folder(tmp_path / 'images', per_class=2)
-    (root / 'hollow').mkdir()
-    with pytest.raises(ValueError, match=r'hollow.* has no image'):
-        ImageFolder(root)
-    (root / 'hollow').rmdir()
-    with pytest.raises(ValueError, match='lacks: down'):
-        ImageFolder(root, class_map={'across': 0})
-    (root / 'across' / '0.png').rename(root / 'loose.png')
-    with pytest.raises(ValueError, match='outside class folders'):
-        ImageFolder(root)
-
-
-def test_bad_images_are_named_or_skipped(image_folder):
-    bad = image_folder / 'down' / '3.png'
-    bad.write_bytes(bad.read_bytes()[:100])
-    with pytest.raises(ValueError, match=r'3\.png.*--skip-bad'):
-        ImageFolder(image_folder)
-    folder = ImageFolder(image_folder, skip_bad=True)
-    assert len(folder) == 23 and folder.skipped == [str(bad)]
-    for path in (image_folder / 'down').iterdir():
-        path.write_text('')
-    with pytest.raises(ValueError, match="class 'down'"):
-        ImageFolder(image_folder, skip_bad=True)
-
-
-def test_stratified_split():
-    targets = [0] * 10 + [1] * 5 + [2] * 2
-    first, second = stratified_split(targets, 0.2)
-    assert sorted(first + second) == list(range(17))
-    assert [[targets[i] for i in second].count(c) for c in (0, 1, 2)] == [2, 1, 1]
-    assert stratified_split(targets, 0.2) == (first, second) != stratified_split(targets, 0.2, seed=1)
-    with pytest.raises(ValueError, match='class 1 has 1 image'):
-        stratified_split([0, 0, 1], 0.5)
-    with pytest.raises(ValueError, match='val_frac'):
-        stratified_split(targets, 1.0)
+    with Image.open(root / 'down' / '1.png') as image:
+        image.save(root / 'down' / '10.WEBP', lossless=True)
+    (root / 'down' / '1.png').unlink()
+    (root / 'down' / 'again').symlink_to(root)
+    (root / '.hidden').mkdir()
+    (root / '.hidden' / 'thumb.png').write_text('')
+    model = timm.create_model('test_vitresnet', img_size=32)
+    with caplog.at_level(logging.WARNING):
+        x = example_images([root], model)
+    names = ['across/0.png', 'across/1.png', 'down/0.png', 'down/10.WEBP']
+    assert torch.equal(x, torch.cat([timm_vitres.preprocess(root / name, model) for name in names]))
+    assert '2 files or folders are left out' in caplog.text
+    with pytest.raises(FileNotFoundError, match=r'there is no file .*nowhere'):
+        example_images([tmp_path / 'nowhere'], model)

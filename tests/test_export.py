@@ -1,5 +1,6 @@
 """One graph for every size: TorchScript, torch.compile, torch.export, ONNX; and the files that `export` writes."""
 
+import copy
 import json
 
 import numpy as np
@@ -13,7 +14,7 @@ from torch.export import Dim
 
 from timm_vitres import cli, hub
 from timm_vitres.data import example_images
-from timm_vitres.export import FORMATS, export, load
+from timm_vitres.export import FORMATS, check_target, export, load
 
 NAMES = ['vitresnet_tiny', 'vitresnet_small', 'vitresnet_nano', 'test_vitresnet']
 NAMES += ['test_vitresnet_dual', 'vitresnet_dual_tiny', 'vitresnet_dual_small_p32']
@@ -225,15 +226,87 @@ def test_onnx_ranges_of_images(tmp_path):
     'kwargs, message',
     [
         (dict(format='tflite'), r"format: got 'tflite'"),
-        (dict(precision='bf16'), r"precision: got 'bf16', format 'onnx' can be fp32 or int8"),
+        (dict(format='onnx', precision='bf16'), r"precision: got 'bf16', format 'onnx' can be fp32 or int8"),
         (dict(format='torchscript', precision='int8'), "format 'torchscript' can be fp32 or bf16"),
-        (dict(example=torch.randn(1, 1, 64, 64)), r'example: got \(1, 1, 64, 64\)'),
+        (dict(format='onnx', example=torch.randn(1, 1, 64, 64)), r'example: got \(1, 1, 64, 64\)'),
+        (dict(format='onnx', dynamic='no'), "dynamic: got 'no'"),
+        (dict(), r"format: not given, and the name of .*model does not say it .*'onnx', 'torchscript', 'pt2'"),
     ],
 )
 def test_mistakes_in_exports_are_named(kwargs, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         export(create('vitresnet', **LAYERS), tmp_path / 'model', **kwargs)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    'name, format', [('m.onnx', 'onnx'), ('m.pt', 'torchscript'), ('m.TS', 'torchscript'), ('m.pt2', 'pt2')]
+)
+def test_the_name_of_the_file_says_the_format(name, format, tmp_path):
+    assert check_target(tmp_path / name, None, 'fp32') == (tmp_path / name, format)
+    assert check_target(tmp_path / 'm', format, 'fp32') == (tmp_path / 'm', format)
+    other = 'pt2' if format == 'onnx' else 'onnx'
+    with pytest.raises(ValueError, match=f"format: got '{other}', but {name} is the name of '{format}'"):
+        check_target(tmp_path / name, other, 'fp32')
+    if format == 'pt2':
+        model, x = create('vitresnet', **LAYERS), torch.randn(2, 3, 64, 64)
+        assert f'{name}: {format}' in export(model, tmp_path / name, example=x).report
+        assert relative_difference(load(tmp_path / name, format)(x), model(x)) < 1e-5
+
+
+def test_what_is_no_export_is_not_written_over(tmp_path):
+    model = create('vitresnet', **LAYERS)
+    hub.save(model, tmp_path / 'model')
+    torch.save(model.state_dict(), tmp_path / 'best.pt')
+    (tmp_path / 'text').write_text('mine')
+    before = {path: path.read_bytes() for path in tmp_path.rglob('*') if path.is_file()}
+    for name in ('model/model.safetensors', 'model/config.json', 'best.pt'):
+        with pytest.raises(FileExistsError, match=f'{name}: holds no export, but a part of a model'):
+            export(model, tmp_path / name, 'torchscript')
+    for path, message in (
+        (tmp_path / 'model', 'model is a folder, expected the path of a file'),
+        (tmp_path / 'text' / 'model.pt', 'text is no folder'),
+        ('/dev/null', 'no ordinary file'),
+    ):
+        with pytest.raises(OSError, match=f'^path: {path} .*{message}|^path: .*{message}'):
+            export(model, path, 'torchscript')
+    for path in ('', None):
+        with pytest.raises(ValueError, match=r"path: got '.*', expected the path of a file"):
+            export(model, path, 'torchscript')
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob('*') if path.is_file()}
+
+
+def test_other_precisions_of_model_and_example(tmp_path):
+    model = create('vitresnet', **LAYERS)
+    x = torch.randn(2, 3, 64, 96)
+    half = copy.deepcopy(model).bfloat16()
+    for number, (other, example) in enumerate(
+        [(half, x), (copy.deepcopy(half).double(), x.half()), (model, x.double())]
+    ):
+        path = tmp_path / f'{number}.pt'
+        export(other, path, example=example, dynamic=False)
+        assert relative_difference(load(path, 'torchscript')(x), copy.deepcopy(other).float()(x)) < 1e-5
+    assert next(half.parameters()).dtype == torch.bfloat16
+
+
+def test_what_a_format_can_not_hold_is_one_sentence(tmp_path):
+    model = create('vitresnet', **LAYERS)
+    model.head = Unscriptable()
+    with pytest.raises(RuntimeError, match=r"model\.pt: format 'torchscript' can not hold this model: .+$") as caught:
+        export(model, tmp_path / 'model.pt')
+    assert '\n' not in str(caught.value) and not list(tmp_path.iterdir())
+    dual = create('test_vitresnet_dual', num_classes=3, global_pool='')
+    with pytest.raises(ValueError, match='model: it returns a tuple, expected logits'):
+        export(dual, tmp_path / 'model.pt', example=torch.randn(1, 3, 64, 64))
+
+
+class Unscriptable(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.eval()
+
+    def forward(self, x):
+        return x + next(iter({1.0: x} | {}))
 
 
 def test_a_wrong_export_leaves_the_old_file(tmp_path, monkeypatch):

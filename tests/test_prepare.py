@@ -1,5 +1,8 @@
 """Prepared models compute what they did, as closely as their precision allows, and say what was done to them."""
 
+import copy
+import io
+import pickle
 import subprocess
 import sys
 
@@ -7,11 +10,14 @@ import pytest
 import timm
 import torch
 from conftest import randomise_, relative_difference
+from torch import nn
 
 import timm_vitres
 from timm_vitres import prepare
+from timm_vitres.export import export
 from timm_vitres.prepare import measure
 
+SMALL = dict(backbone='resnet18', stage=1, depth=1, embed_dim=32, num_heads=2, img_size=64)
 # how far outputs may be off, relative
 CLOSE = {'fp32': 1e-5, 'bf16': 5e-2, 'int8': 8e-2}
 
@@ -114,11 +120,68 @@ def test_a_model_in_bfloat16_is_taken_as_it_is():
         (dict(example=torch.randn(3, 64, 64)), r'example: got \(3, 64, 64\)'),
         (dict(example=torch.randn(1, 1, 64, 64)), r'example: got \(1, 1, 64, 64\)'),
         (dict(example=torch.zeros(1, 3, 64, 64, dtype=torch.uint8)), 'torch.uint8'),
+        (dict(example=torch.zeros(1, 3, 64, 64).numpy()), 'example: got ndarray, expected images .* a tensor'),
+        (dict(example=torch.zeros(0, 3, 64, 64)), r'example: got \(0, 3, 64, 64\)'),
+        (dict(example=torch.full((1, 3, 64, 64), float('nan'))), 'example: it has values that are not finite'),
+        (dict(example=torch.zeros(1, 3, 64, 64).to_sparse()), 'example: got a tensor that is sparse'),
+        (dict(example=torch.zeros(1, 3, 64, 64, device='meta')), 'example: got a tensor that is meta'),
+        (dict(example=torch.zeros(1, 3, 64, 3)), 'input: got an image of 64x3 pixels'),
+        (dict(compile='no'), "compile: got 'no'"),
     ],
 )
 def test_mistakes_are_named(kwargs, message):
     with pytest.raises(ValueError, match=message):
         prepare(create('test_vitresnet'), **kwargs)
+
+
+def test_other_models_are_named():
+    model = create('vitresnet', **SMALL)
+    for call in (prepare, lambda model: export(model, 'model.pt')):
+        with pytest.raises(TypeError, match=r'model: got str, expected a torch\.nn\.Module'):
+            call('vitresnet_nano')
+        with pytest.raises(ValueError, match=r'model: it has no weights\.'):
+            call(nn.Identity().eval())
+        with pytest.raises(ValueError, match=r'model: it has no weights \(it is on the device meta\)'):
+            call(copy.deepcopy(model).to('meta'))
+        broken = copy.deepcopy(model)
+        nn.init.constant_(broken.head.weight, float('nan'))
+        with pytest.raises(ValueError, match='model: its outputs for the example are not finite'):
+            call(broken)
+        with pytest.raises(TypeError, match='model: it is prepared already'):
+            call(prepare(model, example=torch.randn(1, 3, 64, 64)))
+
+
+@pytest.mark.parametrize('compile', [False, True])
+def test_it_is_neither_saved_nor_copied(compile):
+    model = create('vitresnet', **SMALL)
+    x = torch.randn(2, 3, 64, 64)
+    fast = prepare(model, compile=compile, example=x)
+    calls = [
+        (lambda: pickle.dumps(fast), 'neither saved nor copied; save the original, and prepare it again'),
+        (lambda: torch.save(fast, io.BytesIO()), 'neither saved nor copied'),
+        (lambda: copy.deepcopy(fast), 'neither saved nor copied'),
+        (lambda: timm_vitres.fold(fast), 'neither saved nor copied'),
+        (lambda: torch.save(fast.state_dict(), io.BytesIO()), 'has no state dict; save the original'),
+        (lambda: fast.load_state_dict(model.state_dict()), 'loads no weights; load them into the original'),
+        (lambda: torch.jit.script(fast), 'is not scripted; timm_vitres.export'),
+    ]
+    for call, message in calls:
+        with pytest.raises(TypeError, match=f'^a prepared model .*{message}'):
+            call()
+    assert relative_difference(fast(x), model(x)) < 1e-5
+
+
+def test_what_is_no_image_is_named():
+    fast = prepare(create('vitresnet', **SMALL), example=torch.randn(1, 3, 64, 64))
+    for x, got in (
+        ('cat.jpg', 'str'),
+        (torch.randn(3, 64, 64), r'shape \(3, 64, 64\) of torch.float32'),
+        (torch.ones(1, 3, 64, 64).int(), r'shape .* of torch.int32'),
+    ):
+        with pytest.raises(
+            ValueError, match=rf'input: got {got}, expected a tensor \(B, C, H, W\) of a floating dtype'
+        ):
+            fast(x)
 
 
 def test_training_mode_and_missing_torchao_are_named():

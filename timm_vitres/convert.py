@@ -5,6 +5,7 @@ README.md}. What the file and its neighbours say (architecture, classes, size, p
 the rest, and whatever he says counts.
 """
 
+import dataclasses
 import json
 import math
 import re
@@ -15,13 +16,22 @@ from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
 import timm
 from timm.data import resolve_input_data_config
 from timm.layers import to_2tuple
-from timm.models import get_arch_pretrained_cfgs, get_model_input_config, split_model_name_tag
+from timm.models import PretrainedCfg, get_arch_pretrained_cfgs, get_model_input_config, split_model_name_tag
 from timm.utils import natural_key
 
 from .cards import render_card
-from .checkpoints import StateDict, check_keys, classifier_keys, convert_layout, find_layout, read_checkpoint
-from .files import CONFIG_NAME, check_once, hub_file, weights_file
-from .loading import Loadable, assign_, fill_buffers_
+from .checkpoints import (
+    add_batch_counts,
+    check_dtypes,
+    check_keys,
+    checkpoint_files,
+    classifier_keys,
+    read_checkpoint,
+)
+from .files import CONFIG_NAME, check_once, hub_file
+from .labels import normalise_label_names
+from .layouts import StateDict, convert_layout, find_layout
+from .loading import Loadable, assign_, fill_buffers_, hub_weights, local_weights
 from .saving import save
 
 PREPROCESSOR_NAME = 'preprocessor_config.json'  # of transformers
@@ -36,6 +46,7 @@ THEIR_NAMES = (
     (r'Conformer_small_patch32', 'vitresnet_dual_small_p32'),
     (r'Conformer_base_patch16', 'vitresnet_dual_base'),
 )
+PRETRAINED_FIELDS = {field.name for field in dataclasses.fields(PretrainedCfg)}
 CANDIDATES = ('vitresnet_nano', *dict.fromkeys(ours for _, ours in THEIR_NAMES))
 RESAMPLING = {0: 'nearest', 1: 'lanczos', 2: 'bilinear', 3: 'bicubic'}  # PIL's numbers, which transformers writes
 
@@ -52,11 +63,13 @@ def convert(
     """Turn a checkpoint into a folder that `timm.create_model('local-dir:<folder>', pretrained=True)` loads.
 
     Args:
-        source: A file, a folder with one, or 'hf-hub:owner/name': timm's training checkpoints, timm's, Google's
-            (npz), Hugging Face's ViTHybrid weights, Conformer's of its authors or of mmpretrain.
+        source: A file, a folder with one (or with shards and their index), or 'hf-hub:owner/name': timm's training
+            checkpoints, timm's, Google's (npz), Hugging Face's ViTHybrid weights, Conformer's of its authors or of
+            mmpretrain.
         folder: Where to.
         model: Architecture; by default what the checkpoint says, else the hybrid whose tensors these are.
-        label_names: Names of the classes; by default those that stand beside the checkpoint, if any.
+        label_names: Names of the classes, by index, or a dict of them by index; by default those that stand beside
+            the checkpoint, if any.
         img_size: Height and width that it was trained at; by default what the checkpoint says or its table shows.
         use_ema: Take averaged weights, where the checkpoint has them.
         model_kwargs: Further arguments of the model, as for `timm.create_model`.
@@ -65,27 +78,34 @@ def convert(
         The folder.
 
     Raises:
-        ValueError: where the architecture can't be told, or the file is no checkpoint.
-        RuntimeError: for missing or unexpected keys and wrong shapes.
+        ValueError: where the architecture can't be told, the file is no checkpoint, or label_names are not as many
+            as its classes.
+        RuntimeError: for missing or unexpected keys, wrong shapes and dtypes.
         OSError: for a damaged file.
     """
     path, config, preprocessor = _find(str(source))
-    check_once(path)
+    for file in checkpoint_files(path):
+        check_once(file)
     weights, about = read_checkpoint(path, use_ema)
     layout = find_layout(weights)
     state_dict = convert_layout(weights)
-    args = vars(about['args']) if 'args' in about else {}
+    args = about.get('args') or {}
+    args = dict(args) if isinstance(args, dict) else vars(args)
     name, kwargs = _architecture(model, args, about, config, state_dict)
     kwargs.update(model_kwargs or {})
     trained_size = img_size or _trained_size(args, config)
-    _add_shapes(name, kwargs, state_dict, trained_size)
+    _add_shapes(name, kwargs, state_dict, img_size, trained_size)
 
     built = _on_meta(name, **kwargs)
+    state_dict = add_batch_counts(state_dict, built)
+    check_dtypes(state_dict, built)
     check_keys(state_dict, built)
-    assign_(built, state_dict)
-    fill_buffers_(built)
     if label_names is None:
         label_names = _label_names(args, config, built.num_classes)
+    else:
+        label_names = normalise_label_names(label_names, built.num_classes)
+    assign_(built, state_dict)
+    fill_buffers_(built)
     data = _data_config(built, trained_size, args, config, preprocessor)
     card = render_card(
         built,
@@ -102,16 +122,40 @@ def convert(
 
 def _find(source: str) -> Tuple[Path, Dict[str, Any], Dict[str, Any]]:
     """Return the weights, and what config.json and preprocessor_config.json beside them say."""
-    texts: List[Dict[str, Any]] = []
+    found: List[Dict[str, Any]] = []
     hub_id = source.removeprefix('hf-hub:') if source.startswith('hf-hub:') else None
-    path = hub_file(hub_id) if hub_id else weights_file(source.removeprefix('local-dir:'))
+    path = hub_weights(hub_id) if hub_id else local_weights(source.removeprefix('local-dir:'))
     for name in (CONFIG_NAME, PREPROCESSOR_NAME):
         beside = path.with_name(name)
         if hub_id:
             with suppress(FileNotFoundError):  # not every repository has both
                 beside = hub_file(hub_id, (name,))
-        texts.append(json.loads(beside.read_text(encoding='utf-8')) if beside.is_file() else {})
-    return path, texts[0], texts[1]
+        found.append(_read_json(beside) if beside.is_file() else {})
+    return path, _nested(found[0]), found[1]
+
+
+def _read_json(path: Path) -> Dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding='utf-8-sig'))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f'{path} is no JSON ({error}); mend it, or take it away.') from error
+    if not isinstance(found, dict):
+        raise ValueError(
+            f'{path} holds {type(found).__name__}, expected an object with names; mend it, or take it away.'
+        )
+    return found
+
+
+def _nested(config: Dict[str, Any]) -> Dict[str, Any]:
+    """Return what a config.json says in timm's present form; its older one has the pretrained cfg at its top."""
+    if 'architecture' not in config or config.get('pretrained_cfg'):
+        return config
+    names = config.get('label_names') or config.get('labels')
+    return {
+        **config,
+        'pretrained_cfg': {key: config[key] for key in config.keys() & PRETRAINED_FIELDS},
+        'label_names': names,
+    }
 
 
 def _architecture(
@@ -133,8 +177,9 @@ def _architecture(
     for name in CANDIDATES:
         kwargs = {}
         try:
-            _add_shapes(name, kwargs, state_dict, None)
-            check_keys(state_dict, _on_meta(name, **kwargs))
+            _add_shapes(name, kwargs, state_dict)
+            built = _on_meta(name, **kwargs)
+            check_keys(add_batch_counts(state_dict, built), built)
         except (RuntimeError, ValueError):
             continue
         return name, kwargs
@@ -151,11 +196,14 @@ def _on_meta(name: str, **kwargs: Any) -> Loadable:
     return model
 
 
-def _add_shapes(name: str, kwargs: Dict[str, Any], state_dict: StateDict, trained_size: Any) -> None:
+def _add_shapes(
+    name: str, kwargs: Dict[str, Any], state_dict: StateDict, img_size: Any = None, trained_size: Any = None
+) -> None:
     """Add to a model's arguments what the shapes in a checkpoint say: classes, channels, and the size of its table.
 
     That need not be the size it was trained at: timm's train.py has images of another size with --img-size, while the
-    table stays what it was. A table is never resampled here.
+    table stays what it was. A table is never resampled here. Where several sizes have as many tokens as the table, the
+    caller's `img_size` comes first, then what the model was built with.
     """
     model = _on_meta(name, **kwargs)
     head = state_dict.get(classifier_keys(model)[0])
@@ -167,7 +215,7 @@ def _add_shapes(name: str, kwargs: Dict[str, Any], state_dict: StateDict, traine
     if table is None or table.ndim != 3 or not hasattr(model, 'pos_embed'):  # the parallel family has none
         return
     num_tokens = table.shape[1] - (0 if model.no_embed_class else model.num_prefix_tokens)
-    for size in (trained_size, kwargs.get('img_size')):
+    for size in (img_size, kwargs.get('img_size'), trained_size):
         if size is not None and math.prod(model.patch_embed.dynamic_feat_size(to_2tuple(size))) == num_tokens:
             kwargs['img_size'] = size
             return
@@ -183,22 +231,23 @@ def _add_shapes(name: str, kwargs: Dict[str, Any], state_dict: StateDict, traine
 def _trained_size(args: Dict[str, Any], config: Dict[str, Any]) -> Any:
     """Return the size that timm's train.py, timm's config.json or that of transformers names, if one does."""
     size = args.get('img_size') or (args['input_size'][-2:] if args.get('input_size') else None)
-    size = size or (config.get('model_args') or {}).get('img_size') or config.get('image_size')
+    cfg, built = config.get('pretrained_cfg') or {}, (config.get('model_args') or {}).get('img_size')
+    told = cfg.get('input_size') and cfg['input_size'][-2:]
+    size = size or ((built or told) if cfg.get('fixed_input_size') else (told or built)) or config.get('image_size')
     return tuple(size) if isinstance(size, list) else size
 
 
 def _label_names(args: Dict[str, Any], config: Dict[str, Any], num_classes: int) -> Optional[List[str]]:
     """Return the names of the classes: of the config.json beside, or of the folders of images, if they are here."""
     names = config.get('label_names') or (config.get('pretrained_cfg') or {}).get('label_names')
-    if not names and config.get('id2label'):
-        names = [name for _, name in sorted(config['id2label'].items(), key=lambda item: int(item[0]))]
+    names = names or config.get('id2label')
     folder = args.get('data_dir') or args.get('data')
     if not names and folder and not args.get('class_map'):
         split = Path(folder) / (args.get('train_split') or 'train')
         root = split if split.is_dir() else Path(folder)
         if root.is_dir():  # in timm's order
             names = sorted((child.name for child in root.iterdir() if child.is_dir()), key=natural_key)
-    return list(names) if names and len(names) == num_classes else None
+    return normalise_label_names(names, num_classes) if names and len(names) == num_classes else None
 
 
 def _data_config(
@@ -212,7 +261,10 @@ def _data_config(
     told: Dict[str, Any] = dict(published[0] if published else model.pretrained_cfg)  # pyright: ignore
     told.update(config.get('pretrained_cfg') or {}, input_size=input_size)
     if preprocessor:
-        told.update(mean=tuple(preprocessor['image_mean']), std=tuple(preprocessor['image_std']), crop_pct=1.0)
+        told['crop_pct'] = 1.0
+        told.update(
+            {key: tuple(preprocessor[f'image_{key}']) for key in ('mean', 'std') if preprocessor.get(f'image_{key}')}
+        )
         told['interpolation'] = RESAMPLING.get(preprocessor.get('resample', 3), 'bicubic')
     asked = {
         key: value for key, value in args.items() if key not in ('img_size', 'input_size', 'in_chans', 'model_kwargs')

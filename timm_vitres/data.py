@@ -1,22 +1,40 @@
-"""Images in: opening, preprocessing by a model's own timm data config, folders of them.
+"""Images in: opening, and preprocessing by a model's own timm data config.
 
 path -> `open_image` -> PIL image in the model's mode -> timm's evaluation transform -> (1, C, H, W).
 """
 
+import logging
+import os
+import stat
 from pathlib import Path
 from typing import Any, Dict, List, Sequence, Union
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
-from timm.data import create_transform, get_img_extensions, resolve_input_data_config
+from PIL import ExifTags, Image
+from timm.data import create_transform, resolve_input_data_config
 from timm.layers import to_2tuple
 from timm.models import get_model_input_config
 from torch import nn
 from tqdm import tqdm
 
+from .folders import find_images, shown
+
+_logger = logging.getLogger(__name__)
+
 ImageLike = Union[str, Path, Image.Image, np.ndarray]
 MODES = {1: 'L', 3: 'RGB', 4: 'RGBA'}
+MAX_ASPECT = 100  # an image's longer side by its shorter one
+TURNS = {  # EXIF orientation -> what makes the image upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+TURNING_INFO = ('exif', 'Raw profile type exif', 'XML:com.adobe.xmp', 'xmp')  # where PIL finds the orientation
 
 
 def image_mode(in_chans: int) -> str:
@@ -34,23 +52,80 @@ def open_image(image: ImageLike, mode: str = 'RGB') -> Image.Image:
         mode: 'L', 'RGB' or 'RGBA'.
 
     Raises:
-        FileNotFoundError: for a path where nothing is.
-        ValueError: for a file that can't be read as an image; the message names it.
+        FileNotFoundError: for a path where nothing is, and a link to nothing.
+        ValueError: for what can't be read as an image, whatever its decoding raises, and for one that is more than
+            `MAX_ASPECT` times as long as wide; the message names the file.
         TypeError: for anything else that is no image.
     """
-    if isinstance(image, np.ndarray):
-        image = Image.fromarray(image)
     if isinstance(image, Image.Image):
-        return _to_mode(ImageOps.exif_transpose(image), mode)
+        return _upright_in_mode(image, mode, 'the image that was given')
+    if isinstance(image, np.ndarray):
+        try:
+            return _upright_in_mode(Image.fromarray(image), mode, 'the array that was given')
+        except TypeError:
+            expected = 'an array (H, W) or (H, W, C) of 8-bit values'
+            raise TypeError(f'image: got {image.shape} of {image.dtype}, expected {expected}.') from None
     if not isinstance(image, (str, Path)):
         raise TypeError(f'image: got {type(image).__name__}, expected a path, a PIL image or a numpy array.')
-    if not Path(image).exists():
-        raise FileNotFoundError(f'image: there is no file {image}.')
+    name = shown(image)
+    _check_file(image)
     try:
         with Image.open(image) as opened:
-            return _to_mode(ImageOps.exif_transpose(opened), mode)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f'image: {image} cannot be read as an image ({error}).') from error
+            return _upright_in_mode(opened, mode, name)
+    except _ImageError:
+        raise
+    except Exception as error:  # Pillow's plug-ins raise whatever a damaged file makes of them
+        raise _ImageError(name, error) from error
+
+
+class _ImageError(ValueError):
+    """An image that can't be used, and why."""
+
+    def __init__(self, name: str, error: Exception):
+        reason = ' '.join(str(error).split()) or type(error).__name__
+        super().__init__(f'image: {name} cannot be read as an image ({reason}).')
+
+
+def _check_file(path: Union[str, Path]) -> None:
+    """Refuse what is no file to read from: opening a named pipe would wait for ever."""
+    try:
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError) as error:  # ValueError is for a null byte
+        if os.path.islink(path):
+            raise FileNotFoundError(
+                f'image: {shown(path)} is a link to nothing ({shown(os.readlink(path))}).'
+            ) from None
+        if isinstance(error, (FileNotFoundError, NotADirectoryError)):
+            raise FileNotFoundError(f'image: there is no file {shown(path)}.') from None
+        raise ValueError(f'image: {shown(path)} cannot be opened ({getattr(error, "strerror", error)}).') from error
+    if not stat.S_ISREG(mode):
+        kind = 'a folder' if stat.S_ISDIR(mode) else 'no regular file'
+        raise ValueError(f'image: {shown(path)} is {kind}, expected an image file.')
+
+
+def _upright_in_mode(image: Image.Image, mode: str, name: str) -> Image.Image:
+    try:
+        short, long = sorted(image.size)
+        if short == 0 or long > MAX_ASPECT * short:
+            # timm resizes the shorter side: 10000 x 1 pixels would become 2240000 x 224
+            limit = f'its longer side may be up to {MAX_ASPECT} times the shorter'
+            raise ValueError(f'it has {image.width} x {image.height} pixels; {limit}')
+        image = _to_mode(_upright(image), mode)
+    except Exception as error:  # as above: what an image raises, while it is decoded, is its own error
+        raise _ImageError(name, error) from error
+    for key in TURNING_INFO:
+        image.info.pop(key, None)  # or whoever opens the result would turn it once more
+    return image
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Turn an image by its EXIF orientation. PIL's `exif_transpose` also rewrites the tags, and fails at wrong ones."""
+    image.load()  # some formats read their tags with their pixels
+    orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+    if not isinstance(orientation, int):
+        raise ValueError(f'its EXIF orientation is {orientation!r}, expected a number from 1 to 8')
+    turn = TURNS.get(orientation)
+    return image if turn is None else image.transpose(turn)
 
 
 def _to_mode(image: Image.Image, mode: str) -> Image.Image:
@@ -121,12 +196,19 @@ def example_images(paths: Sequence[Union[str, Path]], model: nn.Module, limit: i
     """
     if limit < 1:
         raise ValueError(f'num_images: got {limit}, expected a number from 1 up.')
-    files: List[Path] = []
+    files: List[Union[str, Path]] = []
+    left_out: List[str] = []
     for path in map(Path, paths):
-        inside = sorted(path.rglob('*')) if path.is_dir() else [path]
-        files += [file for file in inside if not path.is_dir() or file.suffix.lower() in get_img_extensions()]
+        if not path.is_dir():
+            files.append(path)
+            continue
+        found = find_images(path)
+        files += found.images
+        left_out += [f'{shown(name)} ({reason})' for name, reason in found.left_out.items()]
+    if left_out:
+        _logger.warning('images: %d files or folders are left out, such as %s.', len(left_out), left_out[0])
     if not files:
-        raise FileNotFoundError(f'images: there is none in {", ".join(map(str, paths))}.')
+        raise FileNotFoundError(f'images: there is none in {", ".join(map(shown, paths))}.')
     step = max(1, len(files) / limit)
     chosen = [files[int(i * step)] for i in range(min(limit, len(files)))]
     return torch.cat([preprocess(file, model) for file in tqdm(chosen, desc='reading images', leave=False)])

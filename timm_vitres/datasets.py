@@ -1,22 +1,28 @@
 """Image folders and timm's datasets as what a run trains on and what it is validated on.
 
-folder or name -> `load_data` -> `Data`: a training and a validation set of PIL images, class names, counts.
+folder or name -> `load_data` -> `Data`: a training and a validation set of PIL images, class names, counts. What
+`Data.record` returns makes `load_data` return the same images in the same order again.
 """
 
+import os
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Set, Tuple, Union
 
 import numpy as np
-from timm.data import ImageDataset, create_dataset
-from torch.utils.data import Dataset, IterableDataset
+from timm.data import ImageDataset
+from timm.data.readers.reader import Reader
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from .data import open_image
+from .folders import find_classes, find_images, find_splits, folders_in, shown
 from .settings import FinetuneCfg
 
-VAL_FOLDERS = ('validation', 'val', 'valid', 'eval', 'evaluation')  # as timm's create_dataset looks for them
+# Names of datasets that are an image folder: timm's, and what it would open by its folder reader or torchvision's.
+FOLDER_NAMES = ('', 'folder', 'image_folder', 'imagefolder', 'torch/folder', 'torch/image_folder')
+NAMED = 10  # paths that are named for one reason; there can be a text file beside each of a million images
 
 
 class Data(NamedTuple):
@@ -27,138 +33,212 @@ class Data(NamedTuple):
     label_names: List[str]
     counts: Optional[List[int]]  # training images of each class, where known
     description: str
-    skipped: List[str]
+    left_out: Dict[str, str]  # path -> reason
+    lists: Dict[str, Any]  # what `record` says of the two sets
+
+    @property
+    def skipped(self) -> List[str]:
+        """A sentence for each path that is left out; where many are for one reason, the last one counts the others."""
+        by_reason: Dict[str, List[str]] = {}
+        for path, reason in self.left_out.items():
+            by_reason.setdefault(reason, []).append(f'{shown(path)}: {reason}')
+        sentences: List[str] = []
+        for reason, named in by_reason.items():
+            sentences += named[:NAMED]
+            if len(named) > NAMED:
+                sentences.append(f'{len(named) - NAMED} more: {reason}')
+        return sentences
+
+    def record(self) -> Dict[str, Any]:
+        """Return what `load_data` needs to open the same images again, as plain values for JSON.
+
+        Returns:
+            label_names, description, train and validation. Of a folder, either set is a list of [path relative to
+            the data folder, class name, bytes]; of a named dataset it is a dict of its split, the count and a sha256
+            of its labels, and, where it is a part of the split, the indices of that part.
+        """
+        return {'label_names': self.label_names, 'description': self.description, **self.lists}
 
 
-def load_data(cfg: FinetuneCfg, mode: str) -> Data:
+def load_data(cfg: FinetuneCfg, mode: str, recorded: Optional[Dict[str, Any]] = None) -> Data:
     """Open the training and the validation set of a run, and split where only one is given.
 
     Args:
         cfg: The run.
         mode: PIL's mode of the images ('L', 'RGB', 'RGBA').
+        recorded: What `Data.record` returned when the run began: its images, its split and its classes are taken,
+            whatever the settings say of them, and images that came since are left out.
 
     Raises:
         FileNotFoundError, ValueError: for missing or impossible data; the message says what, and what is allowed.
+        OSError: for a folder that can't be read.
     """
-    if cfg.dataset:
-        return _load_named(cfg, mode)
+    is_folder = (cfg.dataset or '').lower() in FOLDER_NAMES
+    if is_folder and not cfg.data_dir:
+        raise ValueError('data_dir: no folder given; give an image folder.')
+    if not is_folder:
+        from .named_datasets import load_named, reload_named
+
+        return load_named(cfg, mode) if recorded is None else reload_named(cfg, mode, recorded)
+    return _load_folder(cfg, mode) if recorded is None else _reload_folder(cfg, mode, recorded)
+
+
+def _load_folder(cfg: FinetuneCfg, mode: str) -> Data:
     root = Path(str(cfg.data_dir))
-    folder = dict(input_img_mode=mode, check=not cfg.no_check, skip_bad=cfg.skip_bad)
-    val_root = next((root / name for name in (cfg.val_split, *VAL_FOLDERS) if name and (root / name).is_dir()), None)
-    train_root = root / cfg.train_split
-    if cfg.val_split and val_root and train_root.is_dir():
-        train = ImageFolder(train_root, **folder)
-        val = ImageFolder(val_root, class_map=train.reader.class_to_idx, **folder)
-        train_indices, val_indices = range(len(train)), range(len(val))
-        how = f'validation on the {len(val)} images of {val_root.name}/'
-        skipped = train.skipped + val.skipped
-    else:
-        train = val = ImageFolder(train_root if train_root.is_dir() else root, **folder)
+    options = dict(input_img_mode=mode, check=not cfg.no_check, skip_bad=cfg.skip_bad)
+    splits = find_splits(root, cfg.train_split, cfg.val_split)
+    train = val = ImageFolder(splits.train, any_name=splits.train != root or not cfg.train_split, **options)
+    if len(train.classes) < 2:
+        raise ValueError(
+            f'data_dir: {shown(splits.train)} has the one class {shown(train.classes[0])!r}; at least two are needed.'
+        )
+    left_out = {**splits.left_out, **train.left_out}
+    if splits.validation is None:
         train_indices, val_indices = stratified_split(train.targets, cfg.val_frac, cfg.seed)
         how = f'validation on {len(val_indices)} of them, held out class by class ({cfg.val_frac:g}, seed {cfg.seed})'
-        skipped = train.skipped
-    if len(train.classes) < 2:
-        raise ValueError(f'data_dir: {root} has the one class {train.classes[0]!r}; at least two are needed.')
-    targets = train.targets  # a list made anew at every call
-    counts = _class_counts([targets[index] for index in train_indices], len(train.classes))
-    description = f'{len(train)} images of {len(train.classes)} classes in {root.name}; {how}'
-    train_set, val_set = Subset(train, train_indices, mode), Subset(val, val_indices, mode)
-    return Data(train_set, val_set, train.classes, counts, description, skipped)
-
-
-def _load_named(cfg: FinetuneCfg, mode: str) -> Data:
-    def create(split: str, is_training: bool) -> Dataset:
-        try:
-            return create_dataset(
-                cfg.dataset,
-                root=cfg.data_dir,
-                split=split,
-                is_training=is_training,
-                download=cfg.dataset_download,
-                batch_size=cfg.batch_size,
-                input_img_mode=mode,
-                seed=cfg.seed,
-            )
-        except (AssertionError, RuntimeError, OSError) as error:
-            raise ValueError(f'dataset: {cfg.dataset!r}, split {split!r}, cannot be opened ({error}).') from error
-
-    train = create(cfg.train_split, True)
-    names = [str(name) for name in getattr(train, 'classes', None) or class_names(train)]
-    if isinstance(train, IterableDataset):
-        if not names or not cfg.val_split:
-            raise ValueError(f'dataset: {cfg.dataset!r} is a stream; it needs class names and a val_split.')
-        return Data(train, create(cfg.val_split, False), names, None, cfg.dataset, [])
-    targets = getattr(train, 'targets', None)
-    if targets is None:
-        targets = [train[index][1] for index in tqdm(range(len(train)), desc='reading labels')]
-    targets = [int(target) for target in targets]
-    names = names or [str(index) for index in range(max(targets) + 1)]
-    if cfg.val_split:
-        val = create(cfg.val_split, False)
-        train_indices, val_indices = range(len(targets)), range(len(val))
-        how = f'validation on split {cfg.val_split!r} ({len(val_indices)} images)'
     else:
-        val = train
-        train_indices, val_indices = stratified_split(targets, cfg.val_frac, cfg.seed)
-        how = f'validation on {len(val_indices)} of its training images, held out class by class (seed {cfg.seed})'
-    counts = _class_counts([targets[index] for index in train_indices], len(names))
-    return Data(
-        Subset(train, train_indices, mode),
-        Subset(val, val_indices, mode),
-        names,
-        counts,
-        f'{cfg.dataset}, {len(train_indices)} images to train on; {how}',
-        [],
-    )
+        val = ImageFolder(splits.validation, class_map=train.reader.class_to_idx, any_name=True, **options)
+        _check_apart(train, val)
+        left_out.update(val.left_out)
+        train_indices, val_indices = range(len(train)), range(len(val))
+        how = f'validation on the {len(val)} images of {splits.validation.name}/'
+    sets = Subset(train, train_indices, mode), Subset(val, val_indices, mode)
+    description = f'{len(train)} images of {len(train.classes)} classes in {root.resolve().name}; {how}'
+    if left_out:
+        description += f'; {len(left_out)} files or folders left out'
+    return _folder_data(root, *sets, description, left_out)
 
 
-def _class_counts(targets: List[int], num_classes: int) -> List[int]:
+def _folder_data(root: Path, train: 'Subset', val: 'Subset', description: str, left_out: Dict[str, str]) -> Data:
+    lists = {'train': _files(root, train), 'validation': _files(root, val)}
+    names = train.dataset.classes
+    targets = train.dataset.targets
+    counts = class_counts([targets[index] for index in train.indices], len(names))
+    return Data(train, val, names, counts, description, left_out, lists)
+
+
+def _files(root: Path, images: 'Subset') -> List[List[Any]]:
+    samples, names = images.dataset.reader.samples, images.dataset.classes
+    chosen = [samples[index] for index in images.indices]
+    return [[Path(path).relative_to(root).as_posix(), names[target], os.path.getsize(path)] for path, target in chosen]
+
+
+def _check_apart(train: 'LabelledImages', val: 'LabelledImages') -> None:
+    """Refuse a validation set with training images in it, by whatever link."""
+
+    def identities(images: LabelledImages) -> Dict[Any, str]:
+        infos = [(os.stat(path), path) for path, _ in images.reader.samples]
+        return {(info.st_dev, info.st_ino) if info.st_ino else os.path.realpath(path): path for info, path in infos}
+
+    ours, theirs = identities(train), identities(val)
+    both = [(ours[key], path) for key, path in theirs.items() if key in ours]
+    if both:
+        raise ValueError(
+            f'val_split: {len(both)} of {len(val)} validation images are training images, such as {shown(both[0][1])}, '
+            f'which is {shown(both[0][0])}.'
+        )
+
+    def contents(images: LabelledImages) -> List[Tuple[str, int]]:
+        paths = [path for path, _ in images.reader.samples]
+        return [(os.path.relpath(path, images.reader.root), os.path.getsize(path)) for path in paths]
+
+    if contents(train) == contents(val):
+        raise ValueError(
+            f'val_split: {shown(val.reader.root)} is a copy of {shown(train.reader.root)} (all names and sizes are the '
+            'same); validate on other images.'
+        )
+
+
+def _reload_folder(cfg: FinetuneCfg, mode: str, recorded: Dict[str, Any]) -> Data:
+    root = Path(str(cfg.data_dir))
+    folders_in(root)  # says what is wrong with it
+    lists = read_record(recorded, list)
+    names = [str(name) for name in recorded['label_names']]
+    class_to_idx = {name: index for index, name in enumerate(names)}
+    samples: Dict[str, List[Tuple[str, int]]] = {}
+    changed: List[str] = []
+    for split, files in lists.items():
+        samples[split] = []
+        for name, label, size in files:
+            path = root / name
+            samples[split].append((str(path), class_to_idx[label]))
+            if not path.is_file():
+                changed.append(f'{shown(name)} (gone)')
+            elif path.stat().st_size != size:
+                changed.append(f'{shown(name)} ({path.stat().st_size} bytes, not {size})')
+    if changed:
+        more = f' and {len(changed) - 5} more' if len(changed) > 5 else ''
+        raise ValueError(
+            f'data_dir: images of this run are gone or changed in {shown(root)}: {", ".join(changed[:5])}{more}; put '
+            'them back, or begin another run.'
+        )
+    known: Set[str] = {path for split in samples.values() for path, _ in split}
+    if len(known) < sum(map(len, samples.values())):
+        raise ValueError('recorded: an image is named twice; begin another run.')
+    found = find_images(root)
+    left_out = {path: reason for path, reason in found.left_out.items() if path not in known}
+    left_out.update({path: 'not part of this run' for path in found.images if path not in known})
+    sets: List[Subset] = []
+    for split in ('train', 'validation'):
+        images = LabelledImages(FolderReader(root, samples[split], class_to_idx), mode)
+        if not cfg.no_check:
+            images.check('It could be read when the run began; put it back.')
+        sets.append(Subset(images, range(len(images)), mode))
+    return _folder_data(root, *sets, recorded['description'], left_out)
+
+
+def read_record(recorded: Dict[str, Any], kind: type) -> Dict[str, Any]:
+    """Return the two sets of a record; ValueError where it is none of an image folder (list) or a dataset (dict)."""
+    what = 'an image folder' if kind is list else 'a named dataset'
+    try:
+        sets = {name: recorded[name] for name in ('train', 'validation')}
+        labels, description = recorded['label_names'], recorded['description']
+    except (KeyError, TypeError) as error:
+        raise ValueError(f'recorded: the record of the images lacks {error}.') from None
+    good = isinstance(labels, list) and isinstance(description, str)
+    good = good and all(isinstance(value, kind) for value in sets.values())
+    if good and kind is list:
+        known = {str(label) for label in labels}
+        files = [file for value in sets.values() for file in value]
+        good = all(isinstance(file, (list, tuple)) and len(file) == 3 for file in files)
+        good = good and all(isinstance(name, str) and label in known for name, label, _ in files)
+    if not good:
+        raise ValueError(f'recorded: the run was not on {what}, or its record of the images is damaged.')
+    return sets
+
+
+def class_counts(targets: List[int], num_classes: int) -> List[int]:
+    """Return how many there are of each class index."""
     counter = Counter(targets)
     return [counter[index] for index in range(num_classes)]
 
 
-class ImageFolder(ImageDataset):
-    """timm's `ImageDataset` of a folder with one sub-folder per class, opened by `open_image`.
+class FolderReader(Reader):
+    """timm's reader of files that are known: (path, class index) each, and class name -> index."""
 
-    Args:
-        root: The folder.
-        class_map: Class name -> index; by default the sub-folders' names in natural order.
-        check: Open every image now: an unreadable one is an error.
-        skip_bad: Leave unreadable images out (they are listed in `skipped`) instead of failing.
+    def __init__(self, root: Union[str, Path], samples: List[Tuple[str, int]], class_to_idx: Dict[str, int]):
+        super().__init__()
+        self.root = str(root)
+        self.samples = samples
+        self.class_to_idx = class_to_idx
 
-    Raises:
-        FileNotFoundError: for a missing or empty folder.
-        ValueError: for images outside class folders, a class without an image, an unknown class, or an unreadable
-            image; the message names it.
-    """
+    def __getitem__(self, index: int):
+        path, target = self.samples[index]
+        return open(path, 'rb'), target
 
-    def __init__(
-        self,
-        root: Union[str, Path],
-        class_map: Optional[Dict[str, int]] = None,
-        input_img_mode: str = 'RGB',
-        check: bool = True,
-        skip_bad: bool = False,
-    ):
-        root = Path(root)
-        if not root.is_dir():
-            raise FileNotFoundError(f'data_dir: {root} is not a folder.')
-        try:
-            super().__init__(str(root), input_img_mode=input_img_mode)
-        except RuntimeError as error:
-            raise FileNotFoundError(f'data_dir: {error}') from None
-        found = self.reader.class_to_idx
-        if '' in found:
-            raise ValueError(f'data_dir: {root} holds images outside class folders; put each into its class folder.')
-        self._check_folders(root)
-        if class_map is not None:
-            unknown = sorted(found.keys() - class_map.keys())
-            if unknown:
-                raise ValueError(f'data_dir: {root} has classes that the training data lacks: {", ".join(unknown)}.')
-            names = {index: name for name, index in found.items()}
-            self.reader.samples = [(path, class_map[names[target]]) for path, target in self.reader.samples]
-            self.reader.class_to_idx = class_map
-        self.skipped: List[str] = self._check_images(skip_bad) if check else []
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def _filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:
+        path = self.samples[index][0]
+        return os.path.basename(path) if basename else path if absolute else os.path.relpath(path, self.root)
+
+
+class LabelledImages(ImageDataset):
+    """timm's `ImageDataset` of files with classes, opened by `open_image`."""
+
+    def __init__(self, reader: FolderReader, input_img_mode: str = 'RGB'):
+        super().__init__(reader.root, reader=reader, input_img_mode=input_img_mode)
 
     @property
     def targets(self) -> List[int]:
@@ -175,35 +255,86 @@ class ImageFolder(ImageDataset):
         image = open_image(path, self.input_img_mode)
         return image if self.transform is None else self.transform(image), target
 
-    def _check_folders(self, root: Path) -> None:
-        filled = {Path(path).parent for path, _ in self.reader.samples}
-        for folder in sorted(folder for folder in root.rglob('*') if folder.is_dir()):
-            is_leaf = not any(child.is_dir() for child in folder.iterdir())
-            if is_leaf and folder not in filled and not folder.name.startswith('.'):
-                raise ValueError(f'data_dir: the class folder {folder} has no image; add some, or remove it.')
+    def check(self, advice: str) -> None:
+        """Open every image; ValueError, with an advice, for the first that can't be read."""
+        bad = self._unreadable()
+        if bad:
+            path, reason = next(iter(bad.items()))
+            more = f' {len(bad) - 1} more cannot be read either.' if len(bad) > 1 else ''
+            raise ValueError(f'image: {shown(path)} {reason}.{more} {advice}')
 
-    def _check_images(self, skip_bad: bool) -> List[str]:
+    def _unreadable(self) -> Dict[str, str]:
         def problem(sample: Tuple[str, int]) -> Optional[str]:
             try:
                 open_image(sample[0], self.input_img_mode)
-            except ValueError as error:
-                return str(error)
+            except (OSError, ValueError) as error:
+                return str(error).removeprefix(f'image: {shown(sample[0])} ').rstrip('.')
             return None
 
         samples = self.reader.samples
-        with ThreadPoolExecutor() as pool:
+        pool = ThreadPoolExecutor()
+        try:
             bar = tqdm(pool.map(problem, samples), total=len(samples), desc='checking images', leave=False)
             problems = list(bar)
-        bad = [text for text in problems if text]
-        if bad and not skip_bad:
-            more = f' {len(bad) - 1} more cannot be read either.' if len(bad) > 1 else ''
-            raise ValueError(f'{bad[0]}{more} Mend or remove it, or leave such images out with --skip-bad.')
-        kept = [sample for sample, text in zip(samples, problems) if not text]
-        missing = {target for _, target in samples} - {target for _, target in kept}
+        finally:
+            pool.shutdown(cancel_futures=True)  # or an interrupted check would first open all images that are left
+        return {path: text for (path, _), text in zip(samples, problems) if text}
+
+
+class ImageFolder(LabelledImages):
+    """A folder with one sub-folder per class; images anywhere below a sub-folder are of its class.
+
+    Args:
+        root: The folder.
+        class_map: Class name -> index; by default the sub-folders' names in natural order.
+        check: Open every image now: an unreadable one is an error.
+        skip_bad: Leave unreadable images out (they are listed in `left_out`) instead of failing.
+        any_name: Let a class have the name of a split, such as 'train'.
+
+    Attributes:
+        left_out: The reason for each path that is no image of the set.
+
+    Raises:
+        FileNotFoundError: for a missing or empty folder.
+        ValueError: for images outside class folders, a class without an image, an unknown class, folders that can be
+            read in two ways, or an unreadable image; the message names it.
+    """
+
+    def __init__(
+        self,
+        root: Union[str, Path],
+        class_map: Optional[Dict[str, int]] = None,
+        input_img_mode: str = 'RGB',
+        check: bool = True,
+        skip_bad: bool = False,
+        any_name: bool = False,
+    ):
+        found = find_classes(root, any_name)
+        class_map = class_map or {name: index for index, name in enumerate(found.names)}
+        unknown = [shown(name) for name in found.names if name not in class_map]
+        if unknown:
+            raise ValueError(f'data_dir: {shown(root)} has classes that the training data lacks: {", ".join(unknown)}.')
+        samples = [(path, class_map[name]) for path, name in found.samples]
+        super().__init__(FolderReader(root, samples, class_map), input_img_mode)
+        self.left_out = found.left_out
+        if check and skip_bad:
+            self._leave_out(self._unreadable())
+        elif check:
+            self.check('Mend or remove it, or leave such images out with --skip-bad.')
+
+    @property
+    def skipped(self) -> List[str]:
+        """The paths that are left out."""
+        return list(self.left_out)
+
+    def _leave_out(self, bad: Dict[str, str]) -> None:
+        kept = [sample for sample in self.reader.samples if sample[0] not in bad]
+        missing = set(self.targets) - {target for _, target in kept}
         if missing:
-            raise ValueError(f'data_dir: none of the images of class {self.classes[min(missing)]!r} can be read.')
+            name = shown(self.classes[min(missing)])
+            raise ValueError(f'data_dir: none of the images of class {name!r} can be read.')
         self.reader.samples = kept
-        return [sample[0] for sample, text in zip(samples, problems) if text]
+        self.left_out = {**self.left_out, **bad}
 
 
 def class_names(dataset: Dataset) -> List[str]:
@@ -237,10 +368,12 @@ def stratified_split(targets: Sequence[int], fraction: float, seed: int = 0) -> 
     """Split indices into two parts, class by class: the second holds `fraction` of each, and at least one.
 
     Raises:
-        ValueError: for a fraction outside (0, 1), or a class of fewer than two.
+        ValueError: for a fraction outside (0, 1), a seed below 0, or a class of fewer than two.
     """
-    if not 0 < fraction < 1:
+    if not isinstance(fraction, (int, float)) or not 0 < fraction < 1:
         raise ValueError(f'val_frac: got {fraction}, expected a fraction between 0 and 1.')
+    if seed < 0:
+        raise ValueError(f'seed: got {seed}, expected 0 or more.')
     generator = np.random.default_rng(seed)
     labels = np.asarray(targets)
     first: List[int] = []

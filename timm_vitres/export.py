@@ -7,8 +7,10 @@ import json
 import shutil
 import tempfile
 import warnings
+import zipfile
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Callable, Dict, List, NamedTuple, Optional, Union
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple, Union
 
 import torch
 import torch.nn.functional as F
@@ -18,14 +20,15 @@ from tqdm import tqdm
 
 from .config import check_choice
 from .data import data_config
-from .files import replacing
-from .fold import fold
+from .files import WEIGHTS_SUFFIXES, check_output, replacing
+from .fold import copy_model, fold
 from .predict import label_names
-from .prepare import InOut, check_example, difference, forward_only, quantise_
+from .prepare import InOut, check_example, check_outputs, difference, forward_only, quantise_
 
 # what each runtime can compute on CPU: TorchScript knows no torchao, onnxruntime no bfloat16 convolutions
 FORMATS = {'onnx': ('fp32', 'int8'), 'torchscript': ('fp32', 'bf16'), 'pt2': ('fp32', 'bf16', 'int8')}
-_SUFFIXES = {'onnx': '.onnx', 'torchscript': '.pt', 'pt2': '.pt2'}
+# the first is what the runtime's own functions expect
+SUFFIXES = {'onnx': ('.onnx',), 'torchscript': ('.pt', '.ts', '.torchscript'), 'pt2': ('.pt2',)}
 CONFIG_ENTRY = 'config.json'  # what the file says of its images and classes
 # of the outputs' norm: runtimes add up in other orders; what a low precision costs is reported, but 1 is another model
 _TOLERANCE = {'fp32': 1e-4, 'bf16': 1.0, 'int8': 1.0}
@@ -60,7 +63,7 @@ class MapsOut(InOut):
 def export(
     model: nn.Module,
     path: Union[str, Path],
-    format: str = 'onnx',
+    format: Optional[str] = None,
     precision: str = 'fp32',
     dynamic: bool = True,
     example: Optional[torch.Tensor] = None,
@@ -71,10 +74,12 @@ def export(
     `dynamic`, on another size.
 
     Args:
-        model: A timm model of this package (also with features_only), in evaluation mode, on the CPU.
-        path: The file, which is replaced if it is there.
+        model: A timm model of this package (also with features_only), in evaluation mode, on the CPU. One in another
+            precision is exported, and compared, as its copy in float32.
+        path: The file. An older export there is replaced, a checkpoint or a model's config is not.
         format: 'onnx' for onnxruntime and others (`pip install timm-vitres[export]`); 'torchscript' for
-            `torch.jit.load`; 'pt2' for `torch.export.load`.
+            `torch.jit.load`; 'pt2' for `torch.export.load`. By default what the file's name says: '.onnx', '.pt'
+            ('.ts', '.torchscript') or '.pt2'.
         precision: 'fp32'; 'bf16' (not ONNX); 'int8' (not TorchScript), whose linear layers are quantised (weights
             per channel, activations as they come), by torchao or, of ONNX, by onnxruntime. With an example, ONNX's
             convolutions are, too: their activations' ranges are then those of the example's images.
@@ -83,21 +88,25 @@ def export(
         example: Images (B, C, H, W) like those to come. By default noise of the model's own size.
 
     Raises:
-        ValueError: for an unknown format, a precision that it can't have, or a missing package.
-        RuntimeError: where what was written does not compute what the model does.
+        ValueError: for a format that is unknown or not the one of the file's name, a precision that it can't have, a
+            missing package, and for models and examples as in `prepare`.
+        OSError: where the file can't be written, or would replace what is no export.
+        RuntimeError: where the format can't hold the model, or what was written does not compute what it does.
     """
-    path = Path(path)
-    check_choice('format', format, tuple(FORMATS))
-    if precision not in FORMATS[format]:
-        raise ValueError(f"precision: got '{precision}', format '{format}' can be {' or '.join(FORMATS[format])}.")
+    path, format = check_target(path, format, precision)
+    check_choice('dynamic', dynamic, (False, True))
     images = check_example(model, example)
     if images.device.type != 'cpu':
         raise ValueError(f'model: it is on {images.device}, and is exported from the CPU; model.cpu() moves it.')
-    if format == 'onnx':
-        _import_onnx()
+    if next(model.parameters()).dtype != torch.float32:
+        model = copy_model(model).float()
+    images = images.float()
     folded = fold(model)
     own = forward_only(model)
     expected = own(images)
+    if not isinstance(expected, (torch.Tensor, list)):
+        raise ValueError(f'model: it returns a {type(expected).__name__}, expected logits, or the list of a pyramid.')
+    check_outputs(expected)
     dtype = torch.bfloat16 if precision == 'bf16' else torch.float32
     out = (LogitsOut if torch.is_tensor(expected) else MapsOut)(folded.to(dtype), dtype).eval()
     if format == 'pt2' and precision == 'int8':
@@ -112,8 +121,10 @@ def export(
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f'.{path.name}.', dir=path.parent) as folder, warnings.catch_warnings():
         warnings.simplefilter('ignore')  # of torch to itself
-        file = Path(folder) / f'model{_SUFFIXES[format]}'
-        _WRITERS[format](out, captured, sizes, file, _config(model), precision, None if example is None else images)
+        file = Path(folder) / f'model{SUFFIXES[format][0]}'
+        calibration = None if example is None else images
+        with _one_sentence(f'{path}: format {format!r} can not hold this model'):
+            _WRITERS[format](out, captured, sizes, file, _config(model), precision, calibration)
         steps.update()
         steps.set_description('comparing')
         run = load(file, format)
@@ -129,6 +140,54 @@ def export(
     shape = 'any height and width' if dynamic else f'{images.shape[2]}x{images.shape[3]} pixels'
     report = f'{path}: {format}, {precision}, for {shape}; its outputs differ by {error:.1e} of their norm.'
     return Exported(path, error, report)
+
+
+def check_target(path: Union[str, Path], format: Optional[str], precision: str) -> Tuple[Path, str]:
+    """Return a file's path and its format, by its name where none is given, before anything is computed.
+
+    Raises:
+        ValueError, OSError: as `export`.
+    """
+    check_choice('format', format, (None, *FORMATS))
+    path = check_output('path', path)
+    by_name = next((name for name, suffixes in SUFFIXES.items() if path.suffix.lower() in suffixes), None)
+    if format is None and by_name is None:
+        known = ', '.join(suffix for suffixes in SUFFIXES.values() for suffix in suffixes)
+        raise ValueError(
+            f'format: not given, and the name of {path} does not say it ({known} do); expected one of '
+            f'{", ".join(map(repr, FORMATS))}.'
+        )
+    if format and by_name and format != by_name:
+        raise ValueError(f'format: got {format!r}, but {path.name} is the name of {by_name!r}; change one of them.')
+    format = format or by_name or ''
+    if precision not in FORMATS[format]:
+        raise ValueError(f'precision: got {precision!r}, format {format!r} can be {" or ".join(FORMATS[format])}.')
+    if path.is_file() and (path.suffix in (*WEIGHTS_SUFFIXES, '.json', '.md') or _is_checkpoint(path)):
+        raise FileExistsError(f'{path}: holds no export, but a part of a model, which is not written over.')
+    if format == 'onnx':
+        _import_onnx()
+    return path, format
+
+
+def _is_checkpoint(path: Path) -> bool:
+    """Return whether a file is one of torch.save, which are called .pt as scripts are, but hold no code."""
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as file:
+        names = [name.partition('/')[2] for name in file.namelist()]
+    return 'data.pkl' in names and not any(name.startswith('code/') for name in names)
+
+
+@contextmanager
+def _one_sentence(what: str) -> Iterator[None]:
+    """Turn what a capturing compiler raises, in its own words and at any length, into one sentence."""
+    try:
+        yield
+    except (OSError, MemoryError):  # the world's
+        raise
+    except Exception as error:
+        reason = next((line for line in map(str.strip, str(error).splitlines()) if line), type(error).__name__)
+        raise RuntimeError(f'{what}: {reason}') from error
 
 
 def load(path: Path, format: str) -> Callable[[torch.Tensor], Any]:

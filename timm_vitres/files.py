@@ -41,6 +41,31 @@ TEMPORARY = '.timm-vitres-'  # how all begins that is written beside something, 
 Result = TypeVar('Result')
 
 
+def check_output(name: str, path: Union[str, Path]) -> Path:
+    """Return a path where a file can be written, before long work is done for it.
+
+    Args:
+        name: The argument that says the path.
+
+    Raises:
+        ValueError: for an empty path.
+        OSError: where a folder or a device is, or no file can be made.
+    """
+    if not isinstance(path, (str, Path)) or not Path(path).name:
+        raise ValueError(f'{name}: got {str(path)!r}, expected the path of a file.')
+    path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f'{name}: {path} is a folder, expected the path of a file.')
+    if path.exists() and not path.is_file():
+        raise OSError(f'{name}: {path} is no ordinary file, and is not written over.')
+    above = next(folder for folder in path.absolute().parents if os.path.lexists(folder))
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        raise OSError(
+            f'{name}: {path} can not be written, since {above} is {"not writable" if above.is_dir() else "no folder"}.'
+        )
+    return path
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a path beside `path` to write to, which replaces it when the block ends, and only then.

@@ -1,209 +1,390 @@
-"""A model's folder: written by one process at a time, its model replaced whole or not at all.
+"""Folders of images on disk: what is an image, which class it belongs to, and what is left out and why.
 
-weights, config.json, card -> `replace_model`: a hidden folder inside, complete and on the disk -> named by the weights'
-sha256 -> its files renamed into place, one after the other. A kill anywhere leaves the old model or the new one.
+folder -> `find_images` -> its images -> `find_classes` -> each with its class; `find_splits` says which folder of a
+data folder is trained on, and which one validates.
 """
 
-import json
+import heapq
 import logging
 import os
 import re
-import secrets
-import shutil
-import threading
-from contextlib import contextmanager
+import stat
+import unicodedata
 from pathlib import Path
-from typing import Any, Dict, Iterator, Mapping, Optional, Tuple
+from typing import Dict, FrozenSet, Iterable, List, NamedTuple, Optional, Sequence, Set, Tuple, Union
 
-import torch
-
-from .files import (
-    CARD_NAME,
-    CONFIG_NAME,
-    SHA256_FIELD,
-    TEMPORARY,
-    WEIGHTS_NAME,
-    remember,
-    sync,
-    write_safetensors,
-)
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
+from PIL import Image, ImageFile
 
 _logger = logging.getLogger(__name__)
-_READY = re.compile(re.escape(TEMPORARY) + '[0-9a-f]{64}')
-# (device, inode) of the folders that this process holds -> the thread that does, the descriptor that is locked
-_held: Dict[Tuple[int, int], Tuple[int, int]] = {}
+
+# Names of split folders, as they are compared: in lower case, without what `split_role` takes off.
+SPLITS = {
+    'training': ('train', 'training', 'trn'),
+    'validation': ('val', 'valid', 'validation', 'validate', 'eval', 'evaluation', 'dev'),
+    'test': ('test', 'testing', 'tst', 'holdout'),
+}
+# Folders that operating systems add; the thumbnails in them are images.
+SYSTEM_FOLDERS = ('__MACOSX', '@eaDir', '$RECYCLE.BIN', 'System Volume Information', 'lost+found')
+UNDECODABLE = ('MPEG',)  # Pillow recognises the format, but decodes none of its files
+DEFAULT_TRAIN, DEFAULT_VAL = 'train', 'validation'
+
+Identity = Tuple[int, int]  # device and inode
 
 
-def _close_in_child() -> None:
-    """Let a forked loader process hold no lock, or the folder would stay locked until it ends, too."""
-    for _, descriptor in _held.values():
-        if descriptor >= 0:
-            os.close(descriptor)
-    _held.clear()
+class Found(NamedTuple):
+    """What is in a folder, however deep: images in natural order, and the reason for each path that is left out."""
+
+    images: List[str]
+    left_out: Dict[str, str]
+    same: Dict[str, str]  # path of a file that is left out because it is another one by link -> path of that one
 
 
-if hasattr(os, 'register_at_fork'):
-    os.register_at_fork(after_in_child=_close_in_child)
+class Classes(NamedTuple):
+    """Images with their classes, class names in natural order, and the reason for each path that is left out."""
+
+    samples: List[Tuple[str, str]]
+    names: List[str]
+    left_out: Dict[str, str]
 
 
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold a folder, made if it is missing, alone, and finish or clear what a killed writer left in it.
+class Splits(NamedTuple):
+    """The folder to train on, the one to validate on where there is one, and what beside them is left out."""
 
-    The lock is the operating system's, so it ends with the process; a thread that holds it may take it again.
+    train: Path
+    validation: Optional[Path]
+    left_out: Dict[str, str]
+
+
+def shown(path: Union[str, Path]) -> str:
+    """Return a path as it can be printed on one line: control characters and undecodable bytes are escaped."""
+    return ''.join(c if c.isprintable() else c.encode('unicode_escape').decode() for c in str(path))
+
+
+def natural_order(name: str) -> Tuple[list, str]:
+    """Sort key: as timm's `natural_key` (numbers by value, case ignored), then by the name itself."""
+    parts: list = re.split(r'(\d+)', name.lower())
+    parts[1::2] = [int(number) for number in parts[1::2]]
+    return parts, name
+
+
+def image_suffixes() -> FrozenSet[str]:
+    """Return the suffixes, in lower case, of the formats that Pillow decodes here, registered plug-ins included."""
+    suffixes = Image.registered_extensions()  # which imports Pillow's own plug-ins
+    decoders = {name: factory for name, (factory, _) in Image.OPEN.items() if name not in UNDECODABLE}
+    stubs = {name for name, factory in decoders.items() if _is_stub(factory)}
+    return frozenset(suffix.lower() for suffix, name in suffixes.items() if name in decoders.keys() - stubs)
+
+
+def _is_stub(factory: object) -> bool:
+    return isinstance(factory, type) and issubclass(factory, ImageFile.StubImageFile)
+
+
+def split_role(name: str) -> Optional[str]:
+    """Return which split a folder is named like ('training', 'validation', 'test'): Train, val2017, test-set."""
+    core = re.sub(r'(19|20)\d\d$', '', name.casefold())
+    core = re.sub(r'[\s_.-]', '', core)
+    core = re.sub(r'(data|images?|imgs?|split|set)+$', '', core)
+    return next((role for role, names in SPLITS.items() if core in names), None)
+
+
+def find_images(root: Union[str, Path]) -> Found:
+    """Find all images below a folder. Links to folders are followed once; a file or folder is never taken twice.
 
     Raises:
-        OSError: at once, where another process or thread holds the folder, or it can't be made.
+        OSError: for a folder that can't be read; the message names it.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OSError(f'{folder}: is no folder, and can not be made one ({error.strerror}).') from error
-    status = folder.stat()
-    key = (status.st_dev, status.st_ino)
-    if _held.get(key, (None,))[0] == threading.get_ident():
-        yield
-        return
-    descriptor = _lock(folder)
-    _held[key] = (threading.get_ident(), descriptor)
-    try:
-        _recover(folder)
-        yield
-    finally:
-        _held.pop(key, None)
-        if descriptor >= 0:
-            os.close(descriptor)
+    return _Walk(str(Path(root))).found()
 
 
-def _lock(folder: Path) -> int:
-    """Return a descriptor of a folder that is locked; -1 where the system, or its file system, knows no such locks."""
-    if fcntl is None:
-        return -1
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise OSError(f'{folder}: is being written by another process; wait for it, or name another folder.') from None
-    except OSError as error:  # some network file systems
-        os.close(descriptor)
-        _logger.warning('%s: can not be locked (%s); let one process at a time write to it.', folder, error)
-        return -1
-    return descriptor
+def _is_hidden(name: str) -> bool:
+    return name.startswith('.') or name in SYSTEM_FOLDERS
 
 
-def _recover(folder: Path) -> None:
-    """Finish what a killed writer had begun to put in place, remove what else it left. The caller holds the lock."""
-    for path in folder.glob(f'{TEMPORARY}*'):
-        if not path.is_dir() or path.is_symlink():
-            path.unlink(missing_ok=True)
-            continue
-        begun = not (path / WEIGHTS_NAME).exists() or not (path / CONFIG_NAME).exists()
-        if _READY.fullmatch(path.name) and (begun or not (folder / CONFIG_NAME).exists()):
-            _move(path, folder)
+def _identity(info: os.stat_result) -> Identity:
+    return info.st_dev, info.st_ino
+
+
+class _Walk:
+    """A walk through a folder: real folders first, then links in their order, so that every order is the same."""
+
+    def __init__(self, root: str):
+        self.root = root
+        self.suffixes = image_suffixes()
+        self.left_out: Dict[str, str] = {}
+        self.files: List[Tuple[bool, str, Identity]] = []  # is it reached by a link, path, identity
+        self.folders = [root]
+        self.links: List[str] = []
+        self.seen: Dict[Identity, str] = {}
+        self.above = {_identity(os.stat(parent)) for parent in Path(root).resolve().parents}
+
+    def found(self) -> Found:
+        linked = False
+        while self.folders or self.links:
+            linked = linked or not self.folders
+            self._read(self.folders.pop() if self.folders else heapq.heappop(self.links), linked)
+        first: Dict[Identity, str] = {}
+        same: Dict[str, str] = {}
+        images: List[str] = []
+        for _, path, identity in sorted(self.files):
+            if identity[1] and identity in first:  # a file system without inodes says 0
+                same[path] = first[identity]
+                self.left_out[path] = f'the same file as {shown(first[identity])}'
+            else:
+                first[identity] = path
+                images.append(path)
+        return Found(sorted(images, key=natural_order), self.left_out, same)
+
+    def _read(self, folder: str, linked: bool) -> None:
+        try:
+            identity = _identity(os.stat(folder))
+            if identity in self.above or identity in self.seen:
+                self.left_out[folder] = self._circle(folder, identity)
+                return
+            self.seen[identity] = folder
+            with os.scandir(folder) as entries:
+                inside = sorted(entries, key=lambda entry: entry.name)
+        except OSError as error:
+            raise type(error)(f'the folder {shown(folder)} cannot be read ({error.strerror}).') from error
+        for entry in inside:
+            self._sort_in(Path(folder), entry, linked)
+
+    def _circle(self, folder: str, identity: Identity) -> str:
+        before = self.seen.get(identity)
+        if before is None or Path(before) in Path(folder).parents:
+            return 'a link that leads in a circle'
+        return f'a link to {shown(before)}, which is read already'
+
+    def _sort_in(self, folder: Path, entry: os.DirEntry, linked: bool) -> None:
+        path, is_link = str(folder / entry.name), entry.is_symlink()
+        try:
+            info = os.stat(path)
+        except OSError as error:
+            reason = f'a link to nothing ({shown(os.readlink(path))})' if is_link else f'{error.strerror}'
+            self.left_out[path] = reason
+            return
+        if stat.S_ISDIR(info.st_mode):
+            if _is_hidden(entry.name):
+                self.left_out[path] = f'hidden{_count_files(path)}'
+            elif is_link:
+                heapq.heappush(self.links, path)
+            else:
+                self.folders.append(path)
+        elif not stat.S_ISREG(info.st_mode):
+            self.left_out[path] = 'no regular file'
+        elif _is_hidden(entry.name):
+            self.left_out[path] = 'hidden'
+        elif os.path.splitext(entry.name)[1].lower() not in self.suffixes:
+            self.left_out[path] = 'no image, by its suffix'
         else:
-            shutil.rmtree(path)
+            self.files.append((linked or is_link, path, _identity(info)))
 
 
-def _move(ready: Path, folder: Path, config_first: bool = True) -> None:
-    names = (CONFIG_NAME, WEIGHTS_NAME) if config_first else (WEIGHTS_NAME, CONFIG_NAME)
-    for name in (*names, CARD_NAME):
-        if (ready / name).exists():
-            os.replace(ready / name, folder / name)
-    ready.rmdir()
+def _count_files(folder: str) -> str:
+    if os.path.islink(folder):
+        return ''
+    count = sum(len(files) for _, _, files in os.walk(folder))
+    return f', with {count} file{"s" * (count != 1)}'
 
 
-def replace_model(
-    folder: Path,
-    tensors: Mapping[str, torch.Tensor],
-    config: Dict[str, Any],
-    card: Optional[bytes],
-    finds_pending: bool,
-) -> None:
-    """Replace the model in a folder. The caller holds the lock.
+def folders_in(root: Union[str, Path]) -> List[str]:
+    """Return the names of the folders that are not hidden, in natural order.
 
-    A model of this package finds its new weights wherever they are once config.json has its place, so that one is
-    renamed first. timm's own loader reads `model.safetensors` alone: where the config changes by more than the sha256,
-    the old one goes first, and a kill in between leaves a folder that is refused rather than one that is mixed; the
-    next writer completes it.
+    Raises:
+        FileNotFoundError, NotADirectoryError: where there is no folder.
+        ValueError: for two names that are one on machines which ignore case.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        hint = '; unpack it' if root.is_file() and root.suffix in ('.zip', '.tar', '.gz', '.tgz', '.bz2', '.xz') else ''
+        kind = NotADirectoryError if root.exists() else FileNotFoundError
+        raise kind(f'data_dir: {shown(root)} is not a folder{hint}.')
+    names = sorted((name for name in _listed(root) if (root / name).is_dir()), key=natural_order)
+    alike: Dict[str, str] = {}
+    for name in names:
+        other = alike.setdefault(unicodedata.normalize('NFC', name).casefold(), name)
+        if other != name:
+            raise ValueError(
+                f'data_dir: {shown(root)} has the folders {shown(other)!r} and {shown(name)!r}, which are one folder '
+                'on machines that ignore case; rename one of them, or put their images together.'
+            )
+    return names
+
+
+def _listed(root: Path) -> List[str]:
+    try:
+        return [name for name in os.listdir(root) if not _is_hidden(name)]
+    except OSError as error:
+        raise type(error)(f'the folder {shown(root)} cannot be read ({error.strerror}).') from error
+
+
+def find_classes(root: Union[str, Path], any_name: bool = False) -> Classes:
+    """Find the images of a folder that has one folder per class; images anywhere below a class folder are of its class.
 
     Args:
-        folder: Where; whatever else is in it stays.
-        config: Of config.json, without the sha256 of the weights, which is added.
-        card: README.md, whose head is told the sha256 if it tells one; None leaves the one that is there.
-        finds_pending: Whether the model's loader looks for weights with the sha256 that config.json tells.
+        root: The folder.
+        any_name: Let a class have the name of a split, such as 'train'.
 
     Raises:
-        OSError: where writing fails; the old model stays.
+        FileNotFoundError: where there is no folder, or no image in it.
+        ValueError: for images outside class folders, a class without an image, and whatever lets the classes be read
+            in two ways; the message names the folder.
     """
-    _recover(folder)  # if the last replacement failed in this very process, which may hold the lock ever since
-    stage = folder / f'{TEMPORARY}{secrets.token_hex(8)}'
-    try:
-        for name in (WEIGHTS_NAME, CONFIG_NAME, CARD_NAME):
-            if (folder / name).is_dir():
-                raise OSError(f'{name} is a folder')
-        stage.mkdir()
-        digest = write_safetensors(tensors, stage / WEIGHTS_NAME)
-        text = json.dumps(_told(config, digest), indent=2, allow_nan=False) + '\n'
-        (stage / CONFIG_NAME).write_text(text, encoding='utf-8')
-        if card is not None:
-            (stage / CARD_NAME).write_bytes(with_sha256(card, digest))
-        for path in stage.iterdir():
-            sync(path)
-        ready = folder / f'{TEMPORARY}{digest}'
-        os.replace(stage, ready)
-    except (OSError, RuntimeError) as error:  # torch has errors of its own for memory that runs out
-        shutil.rmtree(stage, ignore_errors=True)
-        message = f'{folder / WEIGHTS_NAME} could not be written ({error}); the model that is there, if any, stays.'
-        raise OSError(message) from error
-    except BaseException:
-        shutil.rmtree(stage, ignore_errors=True)
-        raise
-    try:
-        if not finds_pending and _config(folder) not in (None, _untold(config)):
-            (folder / CONFIG_NAME).unlink()
-        _move(ready, folder, config_first=finds_pending)
-    except OSError as error:
-        raise OSError(f'{folder}: the new model could not take its place ({error}); save it again.') from error
-    remember(folder / WEIGHTS_NAME, digest)
+    root = Path(root)
+    names = folders_in(root)
+    found = find_images(root)
+    if not found.images:
+        left_out = f' ({len(found.left_out)} files or folders are left out)' if found.left_out else ''
+        raise FileNotFoundError(f'data_dir: Found 0 images in {shown(root)} and its folders{left_out}.')
+    places = [Path(path).relative_to(root).parts for path in found.images]
+    loose = [parts[0] for parts in places if len(parts) == 1]
+    if loose:
+        raise ValueError(
+            f'data_dir: {shown(root)} holds images outside class folders, such as {shown(loose[0])}; put each into its '
+            'class folder.'
+        )
+    _check_names(root, names, any_name)
+    filled = {parts[0] for parts in places}
+    for name in names:
+        if name not in filled:
+            why = found.left_out.get(str(root / name))
+            reason = f', since it is {why}' if why else ''
+            raise ValueError(
+                f'data_dir: the class folder {shown(root / name)} has no image{reason}; add some, or remove it.'
+            )
+        if (root / name / 'model.safetensors').is_file():
+            raise ValueError(f'data_dir: {shown(root / name)} holds a model and is no class; move it elsewhere.')
+    for path, other in found.same.items():
+        if Path(path).relative_to(root).parts[0] != Path(other).relative_to(root).parts[0]:
+            raise ValueError(f'data_dir: {shown(path)} and {shown(other)} are one file in two classes; remove one.')
+    _check_nested(root, names, places)
+    return Classes([(path, parts[0]) for path, parts in zip(found.images, places)], names, found.left_out)
 
 
-def _told(config: Dict[str, Any], digest: str) -> Dict[str, Any]:
-    """Return a config that tells the sha256 of the weights: at its top, and in what timm hands on of it to a loader."""
-    config = _untold(config)
-    cfg = config['pretrained_cfg']
-    return {
-        **config,
-        'pretrained_cfg': {**cfg, 'notes': [*cfg.get('notes', ()), f'{SHA256_FIELD}: {digest}']},
-        SHA256_FIELD: digest,
-    }
+def _check_names(root: Path, names: Sequence[str], any_name: bool) -> None:
+    for name in names:
+        if any(unicodedata.category(c) in ('Cc', 'Cs') for c in name):
+            raise ValueError(f'data_dir: the class folder {shown(root / name)} has a name that is no text; rename it.')
+    splits = [] if any_name else [name for name in names if split_role(name)]
+    if splits:
+        others = [name for name in names if name not in splits]
+        beside = f' beside {_some(others)}' if others else ''
+        raise ValueError(
+            f'data_dir: {shown(root)} holds {_some(splits)}{beside}, named like a split and not like a class. Images '
+            f"to train on belong into {root.name or root}/train/<class>; train_split '' lets it be a class."
+        )
 
 
-def _untold(config: Dict[str, Any]) -> Dict[str, Any]:
-    cfg = dict(config.get('pretrained_cfg') or {})
-    notes = [note for note in cfg.pop('notes', None) or () if not str(note).startswith(f'{SHA256_FIELD}: ')]
-    config = {**config, 'pretrained_cfg': {**cfg, 'notes': notes} if notes else cfg}
-    config.pop(SHA256_FIELD, None)
-    return config
+def _check_nested(root: Path, names: Sequence[str], places: Sequence[Tuple[str, ...]]) -> None:
+    """Refuse folders in class folders that may be the classes themselves; log that there are others."""
+    nested = [parts for parts in places if len(parts) > 2]
+    if not nested:
+        return
+    inner: Dict[str, Set[str]] = {name: set() for name in names}
+    for parts in nested:
+        inner[parts[0]].add(parts[1])
+    for name, *folders in sorted({parts[:-1] for parts in nested}):
+        others = {other.casefold() for other in names if other != name}
+        wrong = [folder for folder in folders if split_role(folder) or folder.casefold() in others]
+        if wrong:
+            kind = 'a split' if split_role(wrong[0]) else 'a class'
+            raise ValueError(
+                f'data_dir: the class folder {shown(root / name)} holds the folder {shown(wrong[0])!r}, named like '
+                f'{kind}; classes are the first level of folders, so move it, or rename it.'
+            )
+    first = inner[names[0]]
+    if (
+        len(nested) == len(places)
+        and len(first) > 1
+        and (len(names) == 1 or all(folders == first for folders in inner.values()))
+    ):
+        raise ValueError(
+            f'data_dir: {_some(names)} in {shown(root)} hold no image, but each the folders {_some(sorted(first))}; '
+            'either could be the classes. Classes are the first level of folders: move the images or the folders up.'
+        )
+    _logger.warning(
+        'data_dir: %d of %d images of %s are in folders inside class folders, such as %s; they belong to the class '
+        'folder, whatever the inner folders are named.',
+        *(len(nested), len(places), shown(root), shown('/'.join(nested[0]))),
+    )
 
 
-def _config(folder: Path) -> Optional[Dict[str, Any]]:
-    """Return what a folder's config.json says but for the sha256; None where there is none that can be read."""
-    try:
-        config = json.loads((folder / CONFIG_NAME).read_text(encoding='utf-8'))
-    except (OSError, ValueError):
+def find_splits(root: Union[str, Path], train_split: str, val_split: str) -> Splits:
+    """Find the folders of the training and the validation images in a data folder.
+
+    Args:
+        root: The data folder: class folders, or folders of splits with class folders in them.
+        train_split: Name of the training folder; '' takes the folders of `root` for classes, whatever their names.
+        val_split: Name of the validation folder; '' for none.
+
+    Raises:
+        FileNotFoundError: for a missing folder.
+        ValueError: for split folders beside class folders, and what else can be read in two ways.
+    """
+    root = Path(root)
+    names = folders_in(root)
+    if not train_split:
+        if val_split and (root / val_split).is_dir():
+            raise ValueError(f"val_split: {val_split!r} is a folder, but train_split '' says that there is no split.")
+        return Splits(root, None, {})
+    if train_split == val_split:
+        raise ValueError(f"val_split: got {val_split!r}, the same as train_split; '' holds a part of it out.")
+    train = _split_folder(root, names, train_split, 'train_split', DEFAULT_TRAIN)
+    validation = _split_folder(root, names, val_split, 'val_split', DEFAULT_VAL)
+    if train is None:
+        if validation is not None or any(split_role(name) for name in names):
+            splits = [validation] if validation else [name for name in names if split_role(name)]
+            others = [name for name in names if name not in splits]
+            beside = f' beside {_some(others)}' if others else ''
+            raise ValueError(
+                f'data_dir: {shown(root)} holds {_some(splits)}{beside}, named like a split, but no folder '
+                f"{train_split}/; put the class folders to train on into it (train_split '' lets a class have such a "
+                'name).'
+            )
+        return Splits(root, None, {})
+    if validation is not None and os.path.samefile(root / train, root / validation):
+        raise ValueError(f'val_split: {validation}/ and {train}/ in {shown(root)} are the same folder.')
+    used = {Path(name).parts[0] for name in (train, validation) if name}
+    beside = _beside_splits(root, used, train, custom=train_split != DEFAULT_TRAIN and not split_role(train_split))
+    return Splits(root / train, root / validation if validation else None, beside)
+
+
+def _split_folder(root: Path, names: Sequence[str], name: str, argument: str, default: str) -> Optional[str]:
+    """Return the name of the folder of a split, or of the one that is named alike; None where it need not be."""
+    if not name:
         return None
-    return _untold(config) if isinstance(config, dict) else None
+    if Path(name).is_absolute() or '..' in Path(name).parts or not Path(name).parts:
+        raise ValueError(f'{argument}: got {name!r}, expected the name of a folder in data_dir.')
+    if (root / name).is_dir():
+        return name
+    role = split_role(name)
+    alike = [other for other in names if role and split_role(other) == role]
+    if len(alike) > 1:
+        raise ValueError(f'{argument}: {shown(root)} has no {name}/, but {_some(alike)}; name one of them.')
+    if not alike and name != default:
+        raise FileNotFoundError(f'{argument}: {shown(root)} has no folder {name!r}.')
+    return alike[0] if alike else None
 
 
-def with_sha256(card: bytes, digest: str) -> bytes:
-    """Return a card whose head, if it tells a sha256 of the weights, tells this one; nothing else is changed."""
-    head, end, text = card.partition(b'\n---')
-    if not card.startswith(b'---') or not end:
-        return card
-    return re.sub(rf'(?m)^{SHA256_FIELD}:.*$'.encode(), f'{SHA256_FIELD}: {digest}'.encode(), head) + end + text
+def _beside_splits(root: Path, used: Set[str], train: str, custom: bool) -> Dict[str, str]:
+    left_out: Dict[str, str] = {}
+    for name in sorted(os.listdir(root), key=natural_order):
+        path = root / name
+        if name in used:
+            continue
+        if not path.is_dir() or _is_hidden(name):
+            left_out[str(path)] = 'hidden' if _is_hidden(name) else 'outside the folders of the splits'
+        elif custom or split_role(name):
+            left_out[str(path)] = f'a folder that this run does not use{_count_files(str(path))}'
+        elif find_images(path).images:
+            raise ValueError(
+                f'data_dir: {shown(root)} holds the split folder {train}/ beside {shown(name)}/ with images. Put class '
+                f"folders into {train}/; or, if {train} is a class, say so by train_split ''."
+            )
+        else:
+            left_out[str(path)] = 'a folder without images'
+    return left_out
+
+
+def _some(names: Iterable[str]) -> str:
+    names = [f'{shown(name)}/' for name in names]
+    return ', '.join(names[:5]) + (f' and {len(names) - 5} more' if len(names) > 5 else '')

@@ -16,8 +16,8 @@ from torch import nn
 from . import files
 from .cards import merge_cards, read_card, render_card, set_field, set_source
 from .files import CARD_NAME, CONFIG_NAME, SHA256_FIELD, WEIGHTS_NAME, retrying
-from .folders import locked
 from .loading import find_weights
+from .model_folder import locked
 from .saving import save
 
 # beside weights, config and card: how the training went

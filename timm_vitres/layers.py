@@ -21,17 +21,18 @@ from timm.layers import (
 from timm.models import checkpoint_seq
 
 # what every model of timm's offers features by is not among timm.models' public names
-from timm.models._features import feature_take_indices
+from timm.models._features import feature_take_indices as take_indices
 from torch import nn
 
-from .fold import batch_norms_of_convolutions, lay_out_, merge_batch_norm_
+from .checks import conform_indices
+from .fold import batch_norms_of_convolutions, check_plain, lay_out_, merge_batch_norm_
 
 __all__ = [
     'Conv2dSame',
     'MaxPool2dSame',
     'ResNetEmbed',
     'StdConv2dSame',
-    'check_shape',
+    'check_images',
     'feature_take_indices',
     'pad_to',
     'resample_pos_embed',
@@ -39,6 +40,17 @@ __all__ = [
 ]
 
 Size = Union[int, Tuple[int, int]]
+
+
+def feature_take_indices(num_features: int, indices: Optional[Union[int, List[int]]] = None) -> Tuple[List[int], int]:
+    """Return indices of features, counted from 0, and the highest: all of them, the last so many, or those listed.
+
+    Raises:
+        ValueError: for indices that the features do not have.
+    """
+    if not torch.jit.is_scripting() and indices is not None:
+        indices = conform_indices('indices', indices, num_features)
+    return take_indices(num_features, indices)
 
 
 def same_padding(size: int, kernel_size: int, stride: int, dilation: int = 1) -> int:
@@ -98,6 +110,7 @@ class StdConv2dSame(layers.StdConv2dSame):
 
     def fuse(self) -> nn.Conv2d:
         """Return a plain convolution with the standardised weight (timm's hook)."""
+        check_plain('a convolution that standardises its weight', self)
         reach = [(size - 1) * dilation for size, dilation in zip(self.kernel_size, self.dilation)]
         conv_cls, padding = nn.Conv2d, self.padding
         if self.pads and (self.stride != (1, 1) or any(total % 2 for total in reach)):
@@ -115,7 +128,8 @@ class StdConv2dSame(layers.StdConv2dSame):
             bias=self.bias is not None,
             device='meta',
         )
-        conv.weight, conv.bias = nn.Parameter(self.standardized_weight().detach()), self.bias
+        conv.weight = nn.Parameter(self.standardized_weight().detach(), requires_grad=self.weight.requires_grad)
+        conv.bias = self.bias
         lay_out_(conv)
         return conv.train(self.training)
 
@@ -186,10 +200,14 @@ def pad_to(x: torch.Tensor, size: Tuple[int, int]) -> torch.Tensor:
     return x
 
 
-def check_shape(shape: torch.Size, in_chans: int) -> None:
-    """Raise ValueError unless `shape` is (B, in_chans, H, W)."""
-    if len(shape) != 4 or shape[1] != in_chans:
-        raise ValueError(f'input: got shape {tuple(shape)}, expected (B, {in_chans}, H, W).')
+def check_images(x: torch.Tensor, in_chans: int) -> None:
+    """Raise ValueError unless x is a tensor (B, in_chans, H, W) of floating-point numbers."""
+    if not isinstance(x, torch.Tensor):
+        raise ValueError(f'input: got {type(x).__name__}, expected a tensor (B, {in_chans}, H, W).')
+    if x.ndim != 4 or x.shape[1] != in_chans:
+        raise ValueError(f'input: got shape {tuple(x.shape)}, expected (B, {in_chans}, H, W).')
+    if not x.is_floating_point():
+        raise ValueError(f'input: got {x.dtype}, expected floating-point numbers: images that are preprocessed.')
 
 
 @register_notrace_module  # its padding depends on the size, which torch.fx can't follow
@@ -262,22 +280,27 @@ class ResNetEmbed(HybridEmbed):
         stride_h, stride_w = ratio_h * patch_h, ratio_w * patch_w
         return (img_size[0] + stride_h - 1) // stride_h, (img_size[1] + stride_w - 1) // stride_w
 
-    def check_input(self, shape: torch.Size) -> None:
-        """Raise ValueError unless `shape` is (B, in_chans, H, W) with H and W of at least one token."""
-        check_shape(shape, self.in_chans)
-        # the ResNet alone takes a single pixel
-        min_h, min_w = cast(Tuple[int, int], self.feat_ratio(as_scalar=False))
-        if not isinstance(self.proj, nn.Conv2d):
+    def check_input(self, x: torch.Tensor) -> None:
+        """Raise ValueError unless x is (B, in_chans, H, W), in floating point, with H and W of at least one token."""
+        check_images(x, self.in_chans)
+        self.check_size((x.shape[2], x.shape[3]))
+
+    def check_size(self, img_size: Size, patch_size: Optional[Size] = None) -> None:
+        """Raise ValueError unless images of a height and width, in pixels, have at least one token."""
+        height, width = cast(Tuple[int, int], to_2tuple(img_size))
+        patch_h, patch_w = cast(Tuple[int, int], to_2tuple(patch_size or self.patch_size))
+        min_h, min_w = self.feature_ratio[0] * patch_h, self.feature_ratio[1] * patch_w
+        if not isinstance(self.proj, nn.Conv2d):  # the ResNet alone takes a single pixel
             min_h = min_w = 1
-        if shape[2] < min_h or shape[3] < min_w:
+        if height < min_h or width < min_w:
             raise ValueError(
-                f'input: got an image of {shape[2]}x{shape[3]} pixels, which is smaller than one token; '
+                f'input: got an image of {height}x{width} pixels, which is smaller than one token; '
                 f'height and width must be at least {min_h}x{min_w}.'
             )
         stride = self.backbone.feature_info[-1]['reduction'] if self.whole_strides else 1
-        if shape[2] % stride or shape[3] % stride:
+        if height % stride or width % stride:
             raise ValueError(
-                f'input: got an image of {shape[2]}x{shape[3]} pixels, but the anti-aliased pooling of this backbone '
+                f'input: got an image of {height}x{width} pixels, but the anti-aliased pooling of this backbone '
                 f'takes only multiples of {stride}.'
             )
 
@@ -293,7 +316,7 @@ class ResNetEmbed(HybridEmbed):
         """x: (B, C, H, W) -> tokens (B, H', W', D)."""
         # a compiled or exported graph has its shapes checked where it is captured
         if not torch.jit.is_scripting() and not torch.compiler.is_compiling():
-            self.check_input(x.shape)
+            self.check_input(x)
         return self.patchify(self.backbone(x))
 
     def forward_levels(self, x: torch.Tensor, num_levels: int) -> List[torch.Tensor]:
@@ -302,7 +325,7 @@ class ResNetEmbed(HybridEmbed):
         x: (B, C, H, W) -> `num_levels` of (B, num_chs, H / reduction, W / reduction). A script computes them all.
         """
         if not torch.jit.is_scripting() and not torch.compiler.is_compiling():
-            self.check_input(x.shape)
+            self.check_input(x)
         levels: List[torch.Tensor] = []
         if hasattr(self.backbone, 'layer1'):  # ResNet
             x = self.backbone.act1(self.backbone.bn1(self.backbone.conv1(x)))

@@ -11,31 +11,39 @@ import math
 from collections import OrderedDict
 from functools import partial
 from pathlib import Path
-from typing import Any, Dict, Mapping, Optional, Type, TypeVar, Union
+from typing import Any, Dict, Mapping, Optional, Sequence, Type, TypeVar, Union
+from urllib.parse import urlparse
 
 import torch
+from huggingface_hub.errors import HFValidationError
 from timm.models import PretrainedCfg, adapt_input_conv, build_model_with_cfg, resolve_pretrained_cfg
 from timm.models.vision_transformer import get_init_weights_vit
 from torch import nn
 
 from .checkpoints import (
-    StateDict,
+    INDEX_NAMES,
+    check_dtypes,
     check_keys,
+    checkpoint_files,
     checkpoint_filter_fn,
     classifier_keys,
-    convert_layout,
+    is_mapped,
     read_checkpoint,
     resample,
 )
+from .checks import WeightInit, conform, conform_arguments, conform_indices
 from .files import WEIGHTS_NAMES, check_noted, check_once, hub_file, url_file, weights_file
+from .layouts import StateDict, convert_layout
 
 ModelT = TypeVar('ModelT', bound=nn.Module)
+LABEL_KEYS = ('label_names', 'label_descriptions')  # of a pretrained cfg
 
 
 class Loadable(nn.Module):
     """How a hybrid takes weights in: any layout, tables of any size, nothing silently left out."""
 
     folded: bool = False  # by `fold`
+    __jit_unused_properties__ = ['_model_args']
 
     def train(self, mode: bool = True):
         """Set training mode, as torch does.
@@ -49,8 +57,19 @@ class Loadable(nn.Module):
 
     @torch.jit.ignore
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False):
-        """Load as torch does; other layouts (see `checkpoints`) are converted, tables of other sizes resampled."""
-        converted = OrderedDict(resample(convert_layout(dict(state_dict)), self))
+        """Load as torch does; other layouts (see `layouts`) are converted, tables of other sizes resampled.
+
+        A table with as many tokens as the model's is taken as it is: a state dict does not say what its grid was.
+
+        Raises:
+            RuntimeError: for wrong keys and shapes, as torch's, and for weights that are no floating-point numbers.
+            TypeError, ValueError: for what is no dict of names with tensors.
+        """
+        if not isinstance(state_dict, Mapping):
+            raise TypeError(f'state_dict: got {type(state_dict).__name__}, expected a dict of names with tensors.')
+        converted = convert_layout(dict(state_dict))
+        check_dtypes(converted, self)
+        converted = OrderedDict(resample(converted, self))
         if hasattr(state_dict, '_metadata'):  # torch's versions of modules
             converted._metadata = state_dict._metadata  # pyright: ignore[reportAttributeAccessIssue]
         return super().load_state_dict(converted, strict=strict, assign=assign)
@@ -61,6 +80,28 @@ class Loadable(nn.Module):
         state_dict, _ = read_checkpoint(Path(checkpoint_path))
         state_dict = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
         self.load_state_dict(state_dict)
+
+    def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
+        """Replace the head as timm does, and forget what the old one's classes were called."""
+        super().reset_classifier(num_classes, global_pool)  # pyright: ignore[reportAttributeAccessIssue]
+        self.forget_labels()
+
+    @torch.jit.ignore
+    def forget_labels(self) -> None:
+        """Take the names of classes out of the model's cfg, which may be another model's or the registry's, too."""
+        cfg = getattr(self, 'pretrained_cfg', None)  # there is none while the model is built
+        if cfg and any(key in cfg for key in LABEL_KEYS):
+            self.pretrained_cfg = {key: value for key, value in cfg.items() if key not in LABEL_KEYS}
+            self.default_cfg = self.pretrained_cfg  # as in timm
+
+    @property
+    def _model_args(self) -> Dict[str, Any]:
+        """The arguments that timm records, and writes into config.json; how weights were read is not one of them."""
+        return vars(self).get('model_args', {})
+
+    @_model_args.setter
+    def _model_args(self, args: Mapping[str, Any]) -> None:
+        vars(self)['model_args'] = {key: value for key, value in args.items() if key != 'mmap'}
 
     @torch.jit.ignore
     def init_non_persistent_buffers(self) -> None:
@@ -76,37 +117,96 @@ def build_hybrid(model_cls: Type[ModelT], variant: str, pretrained: bool, cfg: A
     Args:
         model_cls: Takes the config as `cfg`, and says with `num_pyramid` how many maps its pyramid has.
         cfg: The family's dataclass.
-        kwargs: As `timm.create_model` passes them.
+        kwargs: As `timm.create_model` passes them, and `mmap` (see `is_mapped`).
     """
+    mmap = is_mapped(kwargs.pop('mmap', None))
+    kwargs = conform_arguments(model_cls, cfg, kwargs, build_model_with_cfg, build_hybrid)
     fields = {field.name for field in dataclasses.fields(cfg)}
     cfg = dataclasses.replace(cfg, **{name: kwargs.pop(name) for name in fields & kwargs.keys()})
     feature_cfg: Dict[str, Any] = dict(feature_cls='getter')
     if kwargs.get('features_only'):
         kwargs['num_classes'] = 0
-    if kwargs.get('features_only') and 'out_indices' not in kwargs:  # the pyramid alone
         twin = model_cls(cfg, img_size=kwargs.get('img_size'), device='meta')
-        feature_cfg['out_indices'] = tuple(range(twin.num_pyramid))
+        indices = kwargs.pop('out_indices', None)
+        feature_cfg['out_indices'] = tuple(range(twin.num_pyramid))  # the pyramid alone
+        if indices is not None:
+            feature_cfg['out_indices'] = conform_indices('out_indices', indices, len(twin.feature_info))
     create: Any = model_cls
     if pretrained:  # timm would initialise all of the model, and then copy
         source = resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay'))
         img_size = (kwargs.get('pretrained_model_args') or {}).get('img_size')
-        create = partial(create_pretrained, model_cls, source, kwargs.get('cache_dir'), img_size)
-    return build_model_with_cfg(create, variant, False, model_cfg=cfg, feature_cfg=feature_cfg, **kwargs)
+        create = partial(create_pretrained, model_cls, source, kwargs.get('cache_dir'), img_size, mmap)
+    model = build_model_with_cfg(create, variant, False, model_cfg=cfg, feature_cfg=feature_cfg, **kwargs)
+    _forget_other_labels(model)
+    return model
+
+
+def _forget_other_labels(model: nn.Module) -> None:
+    """Take names out of a model's cfg that are not those of its classes: of another number, or before a new head."""
+    if not isinstance(model, Loadable):  # features have no classes
+        return
+    names = model.pretrained_cfg.get('label_names') or ()
+    counted = isinstance(names, (list, tuple, dict)) and len(names) in (0, model.num_classes)
+    if not counted or (model.pretrained_cfg.get('num_classes') or 0) < 0:  # see `_drop_other_head_`
+        model.forget_labels()
 
 
 def find_weights(cfg: PretrainedCfg, cache_dir: Union[None, str, Path] = None) -> Path:
     """Return the file that a pretrained cfg names, downloaded if need be. The order of its sources is timm's.
 
+    Returns:
+        The file; of a checkpoint in shards the index, beside which they lie.
+
     Raises:
         RuntimeError: where it names none.
+        ValueError: where what it names can't be a file, repository or address.
     """
     if cfg.source == 'local-dir' or (cfg.file and cfg.source != 'hf-hub'):
-        return weights_file(cfg.file or '')
+        if not cfg.file or not isinstance(cfg.file, (str, Path)):
+            raise ValueError(f'file: got {cfg.file!r:.80} in the pretrained_cfg, expected a path.')
+        return local_weights(cfg.file)
     if cfg.hf_hub_id:
-        return hub_file(cfg.hf_hub_id, [cfg.hf_hub_filename] if cfg.hf_hub_filename else WEIGHTS_NAMES, cache_dir)
+        return hub_weights(cfg.hf_hub_id, [cfg.hf_hub_filename] if cfg.hf_hub_filename else None, cache_dir)
     if cfg.url:
+        if not isinstance(cfg.url, str) or not urlparse(cfg.url).scheme:
+            raise ValueError(f'url: got {cfg.url!r:.200} in the pretrained_cfg, expected one like https://...')
         return url_file(cfg.url, cache_dir)
     raise RuntimeError(f'No pretrained weights exist for {cfg.architecture}. Use `pretrained=False` for random init.')
+
+
+def local_weights(path: Union[str, Path]) -> Path:
+    """Return a file itself, or the weights in a folder (see `weights_file`), or the index of those in shards."""
+    folder = Path(path)
+    if folder.is_dir() and not any((folder / name).is_file() for name in WEIGHTS_NAMES):
+        for name in INDEX_NAMES:
+            if (folder / name).is_file():
+                return folder / name
+    return weights_file(path)
+
+
+def hub_weights(
+    model_id: str, filenames: Optional[Sequence[str]] = None, cache_dir: Union[None, str, Path] = None
+) -> Path:
+    """Return the weights in a Hub repository, downloaded: a file, or the index of shards that lie beside it.
+
+    Args:
+        model_id: 'owner/name' or 'owner/name@revision'.
+        filenames: What to look for, in this order; by default all usual names.
+
+    Raises:
+        ValueError: for an impossible name.
+        OSError: as of `hub_file`.
+    """
+    try:
+        path = hub_file(model_id, filenames or (*WEIGHTS_NAMES, *INDEX_NAMES), cache_dir)
+        for shard in checkpoint_files(path):
+            if shard != path:  # of the same commit
+                hub_file(f'{model_id.partition("@")[0]}@{path.parent.name}', (shard.name,), cache_dir)
+    except (HFValidationError, AttributeError) as error:  # a name that is no text has no `partition`
+        raise ValueError(
+            f"hf_hub_id: got {model_id!r:.200}, expected 'owner/name' or 'owner/name@revision'."
+        ) from error
+    return path
 
 
 def create_pretrained(
@@ -114,6 +214,7 @@ def create_pretrained(
     source: PretrainedCfg,
     cache_dir: Union[None, str, Path] = None,
     source_img_size: Any = None,
+    mmap: Optional[bool] = None,
     device: Union[None, str, torch.device] = None,
     dtype: Optional[torch.dtype] = None,
     weight_init: str = '',
@@ -124,6 +225,7 @@ def create_pretrained(
     Args:
         source: Where the weights are, and what they were made for.
         source_img_size: Height and width that the checkpoint's position table was made for; by default, of `source`.
+        mmap: Whether weights are mapped into memory, where their file allows it; see `is_mapped`.
         device: Where the model shall be.
         dtype: Of its parameters, whatever the file's; torch's default dtype by default.
         weight_init: How a new head is initialised: timm's names for it.
@@ -135,16 +237,21 @@ def create_pretrained(
     device = torch.empty(0, device=device).device  # the default one, too
     if device.type == 'meta':
         raise ValueError("device: got 'meta', where no weights can be; use pretrained=False.")
+    conform('weight_init', weight_init, WeightInit)
     model = model_cls(device='meta', dtype=dtype, weight_init='skip', **kwargs)
     model.weight_init_mode = 'reset' if weight_init == 'skip' else weight_init
     model.pretrained_cfg = source.to_dict()
     if source.state_dict and not source.source:  # someone else's tensors: not to be shared
-        state_dict: Dict[str, Any] = {key: value.clone() for key, value in convert_layout(source.state_dict).items()}
+        state_dict: Dict[str, Any] = {
+            key: value.detach().clone(memory_format=torch.contiguous_format)
+            for key, value in convert_layout(source.state_dict).items()
+        }
     else:
         path = find_weights(source, cache_dir)
         try:
-            state_dict, _ = read_checkpoint(path)
-            check_once(path)
+            state_dict, _ = read_checkpoint(path, mmap=mmap)
+            for file in checkpoint_files(path):
+                check_once(file)
         except FileNotFoundError as error:
             raise OSError(f'{path}: was replaced while it was being read; load it again.') from error
         if source.source == 'local-dir':

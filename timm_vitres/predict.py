@@ -9,8 +9,9 @@ from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import nn
 from tqdm import tqdm
 
-from .data import open_image, preprocess
+from .data import data_config, image_mode, open_image, to_batch
 from .files import replacing
+from .folders import shown
 
 
 class Prediction(NamedTuple):
@@ -24,13 +25,13 @@ class Prediction(NamedTuple):
 def label_names(model: nn.Module) -> List[str]:
     """Return the names of a model's classes: those of its config, ImageNet's where it has ImageNet's number of
     classes, else 'class 0' and so on."""
-    cfg = getattr(model, 'pretrained_cfg', {})
-    names = cfg.get('label_names')
+    names = getattr(model, 'pretrained_cfg', {}).get('label_names')
     num_classes = int(model.num_classes)
-    if names:
-        names = [names[key] for key in sorted(names, key=int)] if isinstance(names, dict) else list(names)
-        if len(names) == num_classes:
-            return [str(name) for name in names]
+    if isinstance(names, dict):  # as transformers keeps them: {0: 'cat'}, or {'0': 'cat'} in JSON
+        names = {str(key): name for key, name in names.items()}
+        names = [names.get(str(index)) for index in range(len(names))]
+    if names is not None and len(names) == num_classes and None not in list(names):
+        return [str(name) for name in names]
     subset = infer_imagenet_subset(model)
     if subset:
         info = ImageNetInfo(subset)
@@ -47,23 +48,38 @@ def predict(model: nn.Module, images: Sequence[Union[str, Path]], topk: int = 5)
         topk: How many classes to return; all of them where there are fewer.
 
     Returns:
-        Predictions, and a sentence for each image that could not be read.
+        Predictions, and a sentence for each image that could not be read, or for which the model says nothing finite.
+
+    Raises:
+        ValueError: for a model without classes, or one that takes no images, and an impossible `topk`.
+        TypeError: for one path in place of several, and for what is no path.
     """
+    if isinstance(images, (str, Path)):
+        raise TypeError(f'images: got the one path {shown(images)}, expected a list of paths.')
+    if topk < 1:
+        raise ValueError(f'topk: got {topk}, expected a number from 1 up.')
     if not model.num_classes:
         raise ValueError('model: it has no classes (num_classes=0), so it predicts none; load one with a head.')
     names = label_names(model)
-    predictions, unreadable = [], []
+    config = data_config(model)
+    mode = image_mode(config['input_size'][0])
+    predictions: List[Prediction] = []
+    failed: List[str] = []
     for path in tqdm(images, desc='predicting', leave=False, disable=len(images) < 10):
         try:
-            x = preprocess(path, model)
+            x = to_batch(open_image(path, mode), model, config)
         except (OSError, ValueError) as error:
-            unreadable.append(str(error))
+            failed.append(str(error))
             continue
         with torch.inference_mode():
-            best = model(x)[0].float().softmax(-1).topk(min(topk, len(names)))
+            probabilities = model(x)[0].float().softmax(-1)
+        if not torch.isfinite(probabilities).all():
+            failed.append(f'image: for {shown(path)} the model gives no finite numbers, so there is no prediction.')
+            continue
+        best = probabilities.topk(min(topk, len(names)))
         labels = [names[index] for index in best.indices.tolist()]
         predictions.append(Prediction(str(path), labels, best.values.tolist()))
-    return predictions, unreadable
+    return predictions, failed
 
 
 def new_figure(purpose: str, width: float, height: float):
@@ -85,6 +101,6 @@ def plot_predictions(predictions: Sequence[Prediction], path: Path, titles: Sequ
         axes.imshow(open_image(prediction.image))
         axes.set_axis_off()
         best = f'{prediction.labels[0]}  {100 * prediction.probabilities[0]:.0f}%'
-        axes.set_title('\n'.join([*titles[index : index + 1], best]), fontsize=10)
+        axes.set_title('\n'.join([*titles[index : index + 1], best]), fontsize=10, parse_math=False)
     with replacing(path) as beside:
         figure.savefig(beside, dpi=100, format='png')

@@ -47,15 +47,18 @@ def prepare(
         Takes images (B, C, H, W) of any floating dtype, without gradients; returns what the model returns, in float32.
 
     Raises:
-        ValueError: for an unknown precision, an example of another shape, a model in training mode, or where torchao is
-            missing.
+        ValueError: for an unknown precision, an example of another shape, a model in training mode, one that `fold`
+            refuses or whose outputs are not finite, or where torchao is missing.
+        TypeError: for what is no module, or is prepared already.
         RuntimeError: where torch.compile can't compile here.
     """
     check_choice('precision', precision, PRECISIONS)
+    check_choice('compile', compile, (False, True))
     images = check_example(model, example)
     folded = fold(model)
     before = forward_only(InOut(model, next(model.parameters()).dtype))
     expected = before(images)
+    check_outputs(expected)
 
     steps = tqdm(total=3 if compile else 2, desc='measuring memory formats', leave=False, disable=None)
     dtypes = dict(fp32=[torch.float32], bf16=[torch.bfloat16], int8=[torch.bfloat16, torch.float32])[precision]
@@ -103,6 +106,8 @@ def prepare(
 class Prepared(nn.Module):
     """What `prepare` makes: images (B, C, H, W) in, the model's outputs in float32 out, never a gradient.
 
+    It is made for the machine and the process that it is in, so it is neither saved nor copied: TypeError says so.
+
     Attributes:
         report: What was done, and what was measured of it.
         precision: 'fp32', 'bf16' or 'int8'.
@@ -130,6 +135,22 @@ class Prepared(nn.Module):
             raise ValueError('model: it is prepared for inference, and has nothing left to train; train the original.')
         return super().train(mode)
 
+    def __reduce_ex__(self, protocol):
+        """Refuse pickle, torch.save and copy (TypeError)."""
+        raise TypeError('a prepared model is neither saved nor copied; save the original, and prepare it again.')
+
+    def state_dict(self, *args: Any, **kwargs: Any):
+        """Refuse (TypeError): these would be no weights that a model loads."""
+        raise TypeError('a prepared model has no state dict; save the original, and prepare it again.')
+
+    def load_state_dict(self, *args: Any, **kwargs: Any):
+        """Refuse (TypeError): weights are merged into one another here."""
+        raise TypeError('a prepared model loads no weights; load them into the original, and prepare it again.')
+
+    def __prepare_scriptable__(self):
+        """Refuse torch.jit.script (TypeError), which asks for this first."""
+        raise TypeError('a prepared model is not scripted; timm_vitres.export writes the original as TorchScript.')
+
     def compile_(self, images: torch.Tensor) -> None:
         """Let torch.compile compile it for images (B, C, H, W), and run it on them."""
         # launching its kernels one by one takes longer than running them, for small batches
@@ -146,6 +167,9 @@ class Prepared(nn.Module):
 
     def forward(self, x: torch.Tensor) -> Any:
         """x: (B, C, H, W) -> what the model returns, in float32."""
+        if not torch.is_tensor(x) or x.ndim != 4 or not x.is_floating_point():
+            got = f'shape {tuple(x.shape)} of {x.dtype}' if torch.is_tensor(x) else type(x).__name__
+            raise ValueError(f'input: got {got}, expected a tensor (B, C, H, W) of a floating dtype.')
         with torch.no_grad(), _compile_settings(x.device) if self.compiled else nullcontext():
             y = self.lowered(x)
         if self.graphed:  # the next call writes to the same memory
@@ -226,17 +250,40 @@ def fastest_training(
 
 
 def check_example(model: nn.Module, example: Optional[torch.Tensor]) -> torch.Tensor:
-    """Return images (B, C, H, W) on the model's device: the example, or one image of noise of the model's own size."""
-    device = next(model.parameters()).device
+    """Return images (B, C, H, W) on the model's device: the example, or one image of noise of the model's own size.
+
+    Raises:
+        TypeError: for a model that is no module, or is prepared.
+        ValueError: for a model without weights, and an example that is no such images.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f'model: got {type(model).__name__}, expected a torch.nn.Module.')
+    if isinstance(model, Prepared):
+        raise TypeError('model: it is prepared already; give the original.')
+    device = next((parameter.device for parameter in model.parameters()), None)
+    if device is None or device.type == 'meta':
+        raise ValueError(f'model: it has no weights{"" if device is None else " (it is on the device meta)"}.')
     shape = data_config(model)['input_size']
     if example is None:
         return torch.randn(1, *shape, generator=torch.Generator().manual_seed(0)).to(device)
-    expected = f'images (B, {shape[0]}, H, W) of a floating dtype'
+    expected = f'images (B, {shape[0]}, H, W), a tensor of a floating dtype'
     if not torch.is_tensor(example):
         raise ValueError(f'example: got {type(example).__name__}, expected {expected}.')
     if example.ndim != 4 or example.shape[1] != shape[0] or not example.is_floating_point() or not len(example):
         raise ValueError(f'example: got {tuple(example.shape)} of {example.dtype}, expected {expected}.')
+    if example.layout != torch.strided or example.is_meta:
+        raise ValueError(
+            f'example: got a tensor that is {"meta" if example.is_meta else "sparse"}, expected {expected}.'
+        )
+    if not example.isfinite().all():
+        raise ValueError('example: it has values that are not finite (nan, inf), expected normalised pixels.')
     return example.detach().to(device)
+
+
+def check_outputs(outputs: Any) -> None:
+    """Raise ValueError where a model's outputs for its example are not finite, since nothing can be compared then."""
+    if not all(one.isfinite().all() for one in ([outputs] if torch.is_tensor(outputs) else outputs)):
+        raise ValueError('model: its outputs for the example are not finite (nan, inf); its weights are broken.')
 
 
 def forward_only(model: nn.Module) -> Callable[[torch.Tensor], Any]:

@@ -24,9 +24,9 @@ from .cards import OURS, check_card, merge_cards, read_card, set_field
 from .config import check_choice
 from .data import data_config as model_data_config
 from .files import CARD_NAME, CONFIG_NAME, SHA256_FIELD
-from .folders import locked, replace_model
 from .labels import normalise_label_names
 from .loading import Loadable
+from .model_folder import locked, replace_model
 
 
 def save(

@@ -8,7 +8,7 @@ ends are the parents themselves: `depth=0` is the ResNet alone, `backbone=''` th
 
 import dataclasses
 from functools import partial
-from typing import Any, Dict, List, Optional, Tuple, Union
+from typing import Any, Dict, Iterable, List, Optional, Tuple, Union
 
 import torch
 from timm.data import (
@@ -32,27 +32,21 @@ from timm.models import (
 )
 from torch import nn
 
-from .backbone import backbone_blocks, create_backbone
-from .config import GLOBAL_POOLS, MLP_LAYERS, NO_CLASS_TOKEN, VitResNetCfg, check_choice, check_positive, check_rates
+from .backbone import RESNET_ARGS, backbone_blocks, check_effects, create_backbone
+from .checks import Device, FloatType, NumClasses, Rate, Size, WeightInit, Width, checked
+from .config import MLP_LAYERS, NO_CLASS_TOKEN, GlobalPool, PatchSize, VitResNetCfg, check_block
 from .fold import merge_layer_scale_
 from .layers import ResNetEmbed, feature_take_indices, resample_pos_embed, unflatten_tokens
 from .loading import Loadable, build_hybrid
 
 __all__ = ['VitResNet', 'VitResNetCfg']
 
-# The config's fields that are measures of a ResNet, and their names in timm's classes
-_RESNET_ARGS = {
-    **{
-        name: name
-        for name in (
-            *('layers', 'channels', 'block', 'stem_type', 'stem_width', 'stem_chs', 'replace_stem_pool', 'avg_down'),
-            *('cardinality', 'base_width', 'block_reduce_first', 'down_kernel_size', 'width_factor', 'bottle_ratio'),
-            'preact',
-        )
-    },
-    'backbone_norm_layer': 'norm_layer',
-    'backbone_act_layer': 'act_layer',
-}
+# Fields of a ViT's blocks, and those of them that a pooling with weights has a use for
+_VIT_FIELDS = (
+    *('num_heads', 'mlp_ratio', 'qkv_bias', 'qk_norm', 'proj_bias', 'init_values', 'final_norm', 'fc_norm'),
+    *('no_embed_class', 'norm_layer', 'act_layer', 'mlp_layer'),
+)
+_POOL_FIELDS = {'map': ('num_heads', 'mlp_ratio', 'norm_layer', 'act_layer'), 'prr': ('num_heads', 'norm_layer')}
 
 
 class VitResNet(Loadable, VisionTransformer):
@@ -78,33 +72,29 @@ class VitResNet(Loadable, VisionTransformer):
     resnet_maps: List[int]
     token_maps: List[Tuple[int, int]]
 
+    @checked
     def __init__(
         self,
         cfg: VitResNetCfg,
-        img_size: Union[int, Tuple[int, int]] = 224,
-        in_chans: int = 3,
-        num_classes: int = 1000,
-        drop_rate: float = 0.0,
-        pos_drop_rate: float = 0.0,
-        patch_drop_rate: float = 0.0,
-        proj_drop_rate: float = 0.0,
-        attn_drop_rate: float = 0.0,
-        drop_path_rate: float = 0.0,
-        weight_init: str = '',
+        img_size: Size = 224,
+        in_chans: Width = 3,
+        num_classes: NumClasses = 1000,
+        drop_rate: Rate = 0.0,
+        pos_drop_rate: Rate = 0.0,
+        patch_drop_rate: Rate = 0.0,
+        proj_drop_rate: Rate = 0.0,
+        attn_drop_rate: Rate = 0.0,
+        drop_path_rate: Rate = 0.0,
+        weight_init: WeightInit = '',
         fix_init: bool = False,
         dynamic_img_size: bool = True,
         dynamic_img_pad: bool = True,
         strict_img_size: bool = False,
-        device=None,
-        dtype=None,
+        device: Optional[Device] = None,
+        dtype: Optional[FloatType] = None,
     ):
-        check_positive('img_size', tuple(img_size) if isinstance(img_size, (tuple, list)) else img_size)
-        check_positive('in_chans', in_chans)
-        if num_classes < 0:
-            raise ValueError(f'num_classes: got {num_classes}, expected 0 (no head) or more.')
         rates = dict(drop_rate=drop_rate, pos_drop_rate=pos_drop_rate, patch_drop_rate=patch_drop_rate)
         rates.update(proj_drop_rate=proj_drop_rate, attn_drop_rate=attn_drop_rate)
-        check_rates(**rates, drop_path_rate=drop_path_rate)
         backbone = _create_backbone(cfg, in_chans=in_chans, device=device, dtype=dtype)
         has_vit = cfg.depth > 0
         cfg = _resolve_vit(cfg, backbone)
@@ -142,13 +132,33 @@ class VitResNet(Loadable, VisionTransformer):
             device=device,
             dtype=dtype,
         )
-        self.patch_embed.check_input(torch.Size((1, in_chans, *self.patch_embed.img_size)))
+        self.patch_embed.check_size(self.patch_embed.img_size)
         self.cfg = cfg
         # which convolution sees the image depends on the backbone, so it is a trait of the instance, not of the cfg
         first_conv = next(name for name, module in self.named_modules() if isinstance(module, nn.Conv2d))
         self._traits = dict(first_conv=first_conv, classifier=('head',))
         self._init_drop_path(drop_path_rate)
         self._init_feature_info()
+
+    @checked
+    @torch.jit.ignore
+    def init_weights(self, mode: WeightInit = '', needs_reset: bool = True) -> None:
+        """Initialise every parameter and buffer, as after building on the meta device and `to_empty`.
+
+        Args:
+            mode: timm's name for a way to do so; by default the one that the model was made with.
+            needs_reset: Whether to begin with the layers' own initialisation; False where they have just been made.
+        """
+        mode = mode or self.weight_init_mode  # pyright: ignore[reportAssignmentType]
+        if mode == 'jax_nlhb' and self.num_classes == 0:
+            mode = 'jax'  # there is no head to have a bias
+        super().init_weights('reset' if mode == 'skip' else mode, needs_reset)
+        if needs_reset:
+            if mode in ('reset', 'skip'):  # with which timm leaves out what is no layer's own
+                for module in self.modules():
+                    if module is not self and hasattr(module, 'init_weights'):
+                        module.init_weights()  # pyright: ignore[reportCallIssue]
+            self.init_non_persistent_buffers()
 
     def _init_drop_path(self, drop_path_rate: float) -> None:
         """Let the rate grow linearly from the first block of the ResNet to the last of the ViT."""
@@ -387,11 +397,8 @@ class VitResNet(Loadable, VisionTransformer):
             blocks=[(r'^blocks\.(\d+)', None), (r'^norm', (99999,))],
         )
 
-    def set_input_size(
-        self,
-        img_size: Optional[Union[int, Tuple[int, int]]] = None,
-        patch_size: Optional[Union[int, Tuple[int, int]]] = None,
-    ) -> None:
+    @checked
+    def set_input_size(self, img_size: Optional[Size] = None, patch_size: Optional[PatchSize] = None) -> None:
         """Make the position table for another size, and the projection for other patches; timm's resampling for both.
 
         Args:
@@ -399,30 +406,56 @@ class VitResNet(Loadable, VisionTransformer):
             patch_size: Height and width of a patch in the ResNet's pixels; the present ones by default.
 
         Raises:
-            ValueError: for an impossible size.
+            ValueError: for an impossible size, or patches that the model's output_stride rules out.
         """
-        for name, value in (('img_size', img_size), ('patch_size', patch_size)):
-            check_positive(name, tuple(value) if isinstance(value, (tuple, list)) else value)
-        if patch_size is not None and not isinstance(self.patch_embed.proj, nn.Conv2d):
-            raise ValueError(f'patch_size: got {patch_size}, but with depth=0 the model is the ResNet alone.')
-        super().set_input_size(img_size=img_size, patch_size=patch_size)
+        changes: Dict[str, Any] = {}
         if patch_size is not None:
+            if not isinstance(self.patch_embed.proj, nn.Conv2d):
+                raise ValueError(f'patch_size: got {patch_size}, but with depth=0 the model is the ResNet alone.')
+            changes['patch_size'] = patch_size
+            if self.cfg.output_stride is not None:  # which is that of the tokens, so it goes with their size
+                changes['output_stride'] = self._output_stride(patch_size)
+        old_size, old_patch_size = self.patch_embed.img_size, self.patch_embed.patch_size
+        self.patch_embed.check_size(img_size or old_size, patch_size or old_patch_size)
+        super().set_input_size(img_size=img_size, patch_size=patch_size)
+        if changes:
+            self._change_cfg(**changes)
             self._init_feature_info()
 
-    def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
+    def _output_stride(self, patch_size: PatchSize) -> int:
+        """Return the config's `output_stride` with which this very ResNet goes with other patches."""
+        ratio = self.patch_embed.feature_ratio[0]
+        stride = ratio * max(to_2tuple(patch_size))
+        if stride not in (8, 16, 32):
+            raise ValueError(
+                f"patch_size: got {patch_size}, with which the tokens would be {stride} pixels apart, but the model's "
+                f'output_stride ({self.cfg.output_stride}) can only become 8, 16 or 32; make the model anew for these '
+                f'patches.'
+            )
+        return stride
+
+    def _change_cfg(self, **changes: Any) -> None:
+        """Keep config and saved arguments those of the model that this one has become."""
+        self.cfg = dataclasses.replace(self.cfg, **changes)
+        self._model_args = {**getattr(self, '_model_args', {}), **changes}  # where timm keeps them
+
+    @checked
+    def reset_classifier(self, num_classes: NumClasses, global_pool: Optional[GlobalPool] = None) -> None:
         """Replace the head by a new one of `num_classes` (0: none), and the pooling if one is given.
+
+        The final norm stays where it is, before or after the pooling; `fc_norm` is recorded accordingly.
 
         Raises:
             ValueError: for an unknown pooling, or one that the model's tokens can't serve.
         """
-        if num_classes < 0:
-            raise ValueError(f'num_classes: got {num_classes}, expected 0 (no head) or more.')
-        check_choice('global_pool', global_pool, (None, *GLOBAL_POOLS))
         if global_pool == 'token' and not self.has_class_token:
             raise ValueError(NO_CLASS_TOKEN)
         if global_pool in ('map', 'prr') and global_pool != self.global_pool:
             raise ValueError(f'global_pool: got {global_pool!r}, whose weights are made only with the model.')
         super().reset_classifier(num_classes, global_pool)
+        if global_pool is not None:
+            self.pool_include_prefix = global_pool == 'prr'  # timm leaves it as it was
+            self._change_cfg(global_pool=global_pool, fc_norm=not isinstance(self.fc_norm, nn.Identity))
 
 
 def _blocks_between(depth: int, patch_size: Tuple[int, int]) -> List[Tuple[int, int]]:
@@ -434,13 +467,21 @@ def _blocks_between(depth: int, patch_size: Tuple[int, int]) -> List[Tuple[int, 
     return [(round(depth * i / (missing + 1)) - 1, 2 ** (missing + 1 - i)) for i in range(1, missing + 1)]
 
 
+def _backbone_arguments(cfg: VitResNetCfg) -> Dict[str, Any]:
+    """Return the arguments of `create_backbone` that a config gives."""
+    patch_stride = max(to_2tuple(cfg.patch_size or (1 if cfg.backbone else 16)))
+    return dict(
+        stage=cfg.stage,
+        stem_stride=cfg.stem_stride,
+        output_stride=cfg.output_stride // patch_stride if cfg.output_stride else None,
+        **{arg: getattr(cfg, field) for field, arg in RESNET_ARGS.items() if getattr(cfg, field) is not None},
+    )
+
+
 def _create_backbone(cfg: VitResNetCfg, **kwargs) -> nn.Module:
     """Build the config's ResNet, and check that its strides suit `output_stride`."""
-    measures = {arg: getattr(cfg, field) for field, arg in _RESNET_ARGS.items() if getattr(cfg, field) is not None}
+    backbone = create_backbone(cfg.backbone, **_backbone_arguments(cfg), **kwargs)
     patch_stride = max(to_2tuple(cfg.patch_size or (1 if cfg.backbone else 16)))
-    output_stride = cfg.output_stride // patch_stride if cfg.output_stride else None
-    stem_stride = cfg.stem_stride
-    backbone = create_backbone(cfg.backbone, cfg.stage, stem_stride, output_stride, **measures, **kwargs)
     stride = patch_stride * (backbone.feature_info[-1]['reduction'] if cfg.backbone else 1)
     if cfg.output_stride and stride > cfg.output_stride:
         raise ValueError(
@@ -448,6 +489,23 @@ def _create_backbone(cfg: VitResNetCfg, **kwargs) -> nn.Module:
             f'pixels: dilation replaces the strides of ResNet stages 2 to 4, not those of the stem or of the patches.'
         )
     return backbone
+
+
+def _check_overrides(cfg: VitResNetCfg, names: Iterable[str]) -> None:
+    """Raise ValueError for one of the fields `names` that changes nothing of what the whole config describes."""
+    measures = [RESNET_ARGS[name] for name in names if name in RESNET_ARGS]
+    if cfg.backbone and measures:
+        check_effects(cfg.backbone, measures, **_backbone_arguments(cfg))
+    alone = set(_VIT_FIELDS) - set(_POOL_FIELDS.get(cfg.global_pool or '', ())) if cfg.depth == 0 else set()
+    defaults = {field.name: field.default for field in dataclasses.fields(cfg)}
+    for name in names:
+        value = getattr(cfg, name)
+        if name in alone and value != defaults[name] and not (name in ('fc_norm', 'final_norm') and not value):
+            raise ValueError(f'{name}: got {value!r}, but with depth=0 the model is the ResNet alone.')
+        if name == 'fc_norm' and value and not cfg.final_norm:
+            raise ValueError(
+                f'{name}: got {value!r}, but with final_norm=False there is no norm to come after pooling.'
+            )
 
 
 def _resolve_vit(cfg: VitResNetCfg, backbone: nn.Module) -> VitResNetCfg:
@@ -458,11 +516,6 @@ def _resolve_vit(cfg: VitResNetCfg, backbone: nn.Module) -> VitResNetCfg:
         raise ValueError(NO_CLASS_TOKEN)
     if cfg.depth > 0:
         embed_dim = cfg.embed_dim or 384
-        if embed_dim % cfg.num_heads:
-            raise ValueError(
-                f'num_heads: got {cfg.num_heads}, which does not divide embed_dim ({embed_dim}); '
-                f'embed_dim must be a multiple of num_heads.'
-            )
     else:
         width = int(backbone.feature_info[-1]['num_chs'])
         embed_dim = cfg.embed_dim or width
@@ -473,6 +526,8 @@ def _resolve_vit(cfg: VitResNetCfg, backbone: nn.Module) -> VitResNetCfg:
             raise ValueError(f'class_token, reg_tokens, pre_norm: {alone}, which has none of them.')
         if cfg.patch_size not in (None, 1, (1, 1)):
             raise ValueError(f'patch_size: got {cfg.patch_size}; {alone}, so it must be 1.')
+    if cfg.depth > 0 or global_pool in _POOL_FIELDS:
+        check_block(embed_dim, cfg.num_heads, cfg.mlp_ratio, cfg.mlp_layer)
     patch_size = cfg.patch_size or (1 if cfg.backbone else 16)
     resolved = dict(embed_dim=embed_dim, class_token=class_token, global_pool=global_pool, patch_size=patch_size)
     return dataclasses.replace(cfg, **resolved)
@@ -480,6 +535,8 @@ def _resolve_vit(cfg: VitResNetCfg, backbone: nn.Module) -> VitResNetCfg:
 
 def _create_vitresnet(variant: str, pretrained: bool, cfg: VitResNetCfg, **kwargs) -> VitResNet:
     """Build a variant; keyword arguments named like the config's fields override them."""
+    overrides = {field.name: kwargs[field.name] for field in dataclasses.fields(cfg) if field.name in kwargs}
+    _check_overrides(dataclasses.replace(cfg, **overrides), overrides)
     # The position table must have the checkpoint's own grid; timm passes img_size on only where sizes are fixed.
     source = resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay'))
     kwargs.setdefault('img_size', source.input_size[-2:])

@@ -19,6 +19,8 @@ arXiv:2105.03889), whose published weights load unchanged. Its figure 2, as it s
         head_resnet    (sum)     head_vit
 """
 
+import dataclasses
+import math
 from functools import partial
 from typing import Any, Dict, List, Optional, Set, Tuple, Union
 
@@ -31,9 +33,10 @@ from timm.models.resnet import Bottleneck, downsample_conv
 from timm.models.vision_transformer import Block, get_init_weights_vit
 from torch import nn
 
-from .config import DUAL_GLOBAL_POOLS, VitResNetDualCfg, check_choice, check_positive, check_rates
+from .checks import Device, FloatType, NumClasses, Rate, Size, WeightInit, Width, checked
+from .config import DualGlobalPool, VitResNetDualCfg
 from .fold import merge_batch_norm_
-from .layers import check_shape, feature_take_indices, pad_to, unflatten_tokens
+from .layers import check_images, feature_take_indices, pad_to, unflatten_tokens
 from .loading import Loadable, build_hybrid
 
 __all__ = ['VitResNetDual', 'VitResNetDualCfg']
@@ -56,7 +59,7 @@ class Stem(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         # a compiled or exported graph has its shapes checked where it is captured
         if not torch.jit.is_scripting() and not torch.compiler.is_compiling():
-            check_shape(x.shape, self.in_chans)
+            check_images(x, self.in_chans)
         return self.act1(self.bn1(self.conv1(x)))
 
     def reparameterize(self) -> None:
@@ -208,33 +211,26 @@ class VitResNetDual(Loadable):
         TypeError: for an unknown argument.
     """
 
+    @checked
     def __init__(
         self,
         cfg: VitResNetDualCfg,
-        img_size: Union[None, int, Tuple[int, int]] = None,
-        in_chans: int = 3,
-        num_classes: int = 1000,
-        drop_rate: float = 0.0,
-        proj_drop_rate: float = 0.0,
-        attn_drop_rate: float = 0.0,
-        drop_path_rate: float = 0.0,
-        weight_init: str = '',
+        img_size: Optional[Size] = None,
+        in_chans: Width = 3,
+        num_classes: NumClasses = 1000,
+        drop_rate: Rate = 0.0,
+        proj_drop_rate: Rate = 0.0,
+        attn_drop_rate: Rate = 0.0,
+        drop_path_rate: Rate = 0.0,
+        weight_init: WeightInit = '',
         dynamic_img_size: bool = True,
         dynamic_img_pad: bool = True,
         strict_img_size: bool = False,
-        device=None,
-        dtype=None,
+        device: Optional[Device] = None,
+        dtype: Optional[FloatType] = None,
     ):
         super().__init__()
         dd = dict(device=device, dtype=dtype)
-        check_positive('img_size', tuple(img_size) if isinstance(img_size, (tuple, list)) else img_size)
-        check_positive('in_chans', in_chans)
-        check_rates(
-            drop_rate=drop_rate,
-            proj_drop_rate=proj_drop_rate,
-            attn_drop_rate=attn_drop_rate,
-            drop_path_rate=drop_path_rate,
-        )
         self.cfg = cfg
         self.in_chans = in_chans
         self.embed_dim = cfg.embed_dim
@@ -284,14 +280,25 @@ class VitResNetDual(Loadable):
 
         self.weight_init_mode = 'reset' if weight_init == 'skip' else weight_init
         if weight_init != 'skip':
-            self.init_weights(weight_init)
+            self.init_weights(needs_reset=False)
 
+    @checked
     @torch.jit.ignore
-    def init_weights(self, mode: str = '') -> None:
-        """Initialise as published; `mode` is timm's name for another way to do so with the linear layers."""
+    def init_weights(self, mode: WeightInit = '', needs_reset: bool = True) -> None:
+        """Initialise every parameter and buffer as published, also after building on the meta device and `to_empty`.
+
+        Args:
+            mode: timm's name for another way to do so with the linear layers; by default the one that the model was
+                made with.
+            needs_reset: Whether to begin with the layers' own initialisation; False where they have just been made.
+        """
+        mode = mode or self.weight_init_mode  # pyright: ignore[reportAssignmentType]
         trunc_normal_(self.cls_token, std=0.02)
-        init_linear = get_init_weights_vit(mode)
+        head_bias = -math.log(self.num_classes) if mode == 'jax_nlhb' and self.num_classes > 0 else 0.0
+        init_linear = get_init_weights_vit('reset' if mode == 'skip' else mode, head_bias, needs_reset)
         for name, module in self.named_modules():
+            if needs_reset and hasattr(module, 'reset_parameters'):
+                module.reset_parameters()  # pyright: ignore[reportCallIssue]
             # the projections between the parts are 1x1 convolutions in the paper
             if isinstance(module, nn.Conv2d) or name.endswith(('.down.proj', '.up.proj')):
                 nn.init.kaiming_normal_(module.weight, mode='fan_out', nonlinearity='relu')
@@ -323,22 +330,22 @@ class VitResNetDual(Loadable):
         """Return the ResNet's head and the ViT's."""
         return self.head_resnet, self.head_vit
 
-    def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
+    @checked
+    def reset_classifier(self, num_classes: NumClasses, global_pool: Optional[DualGlobalPool] = None) -> None:
         """Replace both heads by new ones of `num_classes` (0: none), and the pooling if one is given.
 
         Raises:
             ValueError: for an impossible number of classes, or an unknown pooling.
         """
-        if num_classes < 0:
-            raise ValueError(f'num_classes: got {num_classes}, expected 0 (no heads) or more.')
-        check_choice('global_pool', global_pool, (None, *DUAL_GLOBAL_POOLS))
         if global_pool is not None:
             self.global_pool = global_pool
+            self.cfg = dataclasses.replace(self.cfg, global_pool=global_pool)
         self.num_classes = num_classes
         dd = dict(device=self.cls_token.device, dtype=self.cls_token.dtype)
         widths = (self.cfg.channels[-1], self.cfg.embed_dim)
         heads = [nn.Linear(width, num_classes, **dd) if num_classes > 0 else nn.Identity() for width in widths]
         self.head_resnet, self.head_vit = (head.train(self.training) for head in heads)
+        self.forget_labels()
 
     def _begin(self, stem: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor, Tuple[int, int]]:
         """Return the map (stride 4), the class token, and the grid of patch tokens, that the first unit takes."""

@@ -15,7 +15,7 @@ import timm
 import torch
 from conftest import randomise_
 
-from timm_vitres import files, folders, loading
+from timm_vitres import files, loading, model_folder
 from timm_vitres.cards import render_card
 from timm_vitres.convert import convert
 from timm_vitres.saving import save
@@ -104,7 +104,7 @@ def test_killed_at_every_write_a_folder_is_the_old_or_the_new_model(after, die, 
         assert found in (old, new), f'write {count}: the folder holds another model'
         seen.add(found == new)
         # whoever comes next finishes it, or clears it away
-        with folders.locked(folder):
+        with model_folder.locked(folder):
             assert fingerprint(folder) == found
         left = {path.name for path in folder.iterdir()}
         assert left == {'model.safetensors', 'config.json', 'README.md', 'mine.txt'}
@@ -130,7 +130,7 @@ def test_a_model_of_timm_is_never_mixed(after, die, tmp_path):
             assert fingerprint(folder) in (old, new), f'write {count}: the folder holds another model'
         except FileNotFoundError:
             refused += 1
-        with folders.locked(folder):
+        with model_folder.locked(folder):
             assert fingerprint(folder) in (old, new)
     assert refused <= 3
     # as a run saves one epoch after another, with the same config, every moment loads
@@ -155,7 +155,7 @@ def test_a_first_save_that_is_killed_leaves_no_model_or_the_model(die, tmp_path)
         if not die(lambda folder=folder: save(model, folder, **facts), count):
             break
         if folder.is_dir():
-            with folders.locked(folder):
+            with model_folder.locked(folder):
                 names = {path.name for path in folder.iterdir()}
             assert names in (set(), {'model.safetensors', 'config.json', 'README.md'})
             assert not names or fingerprint(folder) == whole
@@ -366,12 +366,12 @@ def test_weights_that_changed_after_the_config_was_read_are_noticed(tmp_path, mo
 def test_a_lock_is_refused_to_others_and_ends_with_its_process(tmp_path):
     folder = tmp_path / 'run'
     sentence = f'{folder}: is being written by another process'
-    with folders.locked(folder), folders.locked(folder):  # the same thread may
+    with model_folder.locked(folder), model_folder.locked(folder):  # the same thread may
         errors = []
 
         def other():
             try:
-                with folders.locked(folder):
+                with model_folder.locked(folder):
                     errors.append(None)
             except OSError as error:
                 errors.append(str(error))
@@ -380,7 +380,7 @@ def test_a_lock_is_refused_to_others_and_ends_with_its_process(tmp_path):
         thread.start()
         thread.join()
         assert errors and errors[0].startswith(sentence)
-        code = f'import pathlib, timm_vitres.folders as f\nwith f.locked(pathlib.Path({str(folder)!r})): pass'
+        code = f'import pathlib, timm_vitres.model_folder as f\nwith f.locked(pathlib.Path({str(folder)!r})): pass'
         result = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
         assert result.returncode == 1 and sentence in result.stderr
         # a loader process that outlives its run, as after kill -9, does not keep the folder
@@ -391,7 +391,7 @@ def test_a_lock_is_refused_to_others_and_ends_with_its_process(tmp_path):
         assert result.returncode == 0, result.stderr
     finally:
         child.kill()
-    with pytest.raises(OSError, match='is no folder'), folders.locked(Path(__file__)):
+    with pytest.raises(OSError, match='is no folder'), model_folder.locked(Path(__file__)):
         pass
 
 

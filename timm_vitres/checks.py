@@ -1,0 +1,270 @@
+"""Arguments are what their annotations say: one checker for configs, constructors and methods.
+
+An annotation is a plain type (bool, int, float, str), a choice (`Literal`), a tuple or `Optional` of them, or a type
+with a rule (`Annotated[int, between(1, 64)]`). `conform` compares a value with it, and returns the value in plain
+Python: a list becomes a tuple, a number of NumPy's a number of Python's.
+"""
+
+import difflib
+import functools
+import inspect
+import math
+import numbers
+import typing
+from dataclasses import dataclass
+from typing import Annotated, Any, Callable, Dict, Iterable, List, Literal, Optional, ParamSpec, Tuple, TypeVar, Union
+
+import numpy as np
+import torch
+from timm.layers import get_act_layer, get_norm_act_layer, get_norm_layer
+
+Params = ParamSpec('Params')
+Result = TypeVar('Result')
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What a value must be, beside its type."""
+
+    allows: Callable[[Any], bool]
+    expected: str  # ends the sentence 'got ..., expected'
+
+
+def between(low: float, high: float, above: bool = False, below: bool = False) -> Rule:
+    """Return the rule that a number is from `low` to `high`; `above` and `below` leave these two themselves out."""
+
+    def allows(value: float) -> bool:
+        return (low < value if above else low <= value) and (value < high if below else value <= high)
+
+    kind = 'a whole number' if isinstance(low, int) and isinstance(high, int) else 'a number'
+    start = f'above {low:g}' if above else f'from {low:g}'
+    end = f'up to, but not including, {high:g}' if below else f'to {high}'
+    return Rule(allows, f'{kind} {start} {end}')
+
+
+def _has_device(value: Any) -> bool:
+    if isinstance(value, bool) or not isinstance(value, (str, int, torch.device)):
+        return False
+    try:
+        torch.empty(0, device=value)
+    except Exception:  # torch has several kinds for a device that it can't use
+        return False
+    return True
+
+
+@functools.cache
+def normalises_tokens(name: str) -> bool:
+    """Return whether a norm of timm's takes tokens (B, N, D)."""
+    try:
+        return get_norm_layer(name)(8)(torch.ones(2, 3, 8)).shape == (2, 3, 8)  # pyright: ignore[reportOptionalCall]
+    except Exception:  # an unknown name, or a layer for another number of dimensions
+        return False
+
+
+@functools.cache
+def normalises_maps(name: str) -> bool:
+    """Return whether a norm of timm's takes the maps (B, C, H, W) of a ResNet."""
+    for find in (get_norm_layer, get_norm_act_layer):  # those of `ResNet`, those of `ResNetV2`
+        try:
+            if find(name)(64)(torch.ones(2, 64, 3, 5)).shape == (2, 64, 3, 5):  # pyright: ignore[reportOptionalCall]
+                return True
+        except Exception:  # as above
+            continue
+    return False
+
+
+def _is_activation(name: str) -> bool:
+    try:
+        return get_act_layer(name) is not None
+    except KeyError:
+        return False
+
+
+# The bounds are generous: they keep a mistyped number from taking all memory, or all day
+Width = Annotated[int, between(1, 16384)]
+Count = Annotated[int, between(1, 512)]
+Factor = Annotated[int, between(1, 1024)]
+Ratio = Annotated[float, between(0, 64.0, above=True)]
+Rate = Annotated[float, between(0, 1.0, below=True)]
+PatchSide = Annotated[int, between(1, 1024)]
+ImageSide = Annotated[int, between(1, 32768)]
+Size = Union[ImageSide, Tuple[ImageSide, ImageSide]]
+NumClasses = Annotated[int, between(0, 2**24)]
+Device = Annotated[Any, Rule(_has_device, "a device that torch can use here, such as 'cpu', 'meta' or 'cuda:0'")]
+FloatType = Annotated[
+    torch.dtype,
+    Rule(
+        lambda dtype: dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64),
+        'torch.float32, float64, float16 or bfloat16',
+    ),
+]
+_NAME = 'the name, which can be saved (a class can not), of'
+TokenNorm = Annotated[str, Rule(normalises_tokens, f"{_NAME} a norm of timm's for tokens: 'layernorm', 'rmsnorm', ...")]
+MapNorm = Annotated[str, Rule(normalises_maps, f"{_NAME} a norm of timm's for maps: 'batchnorm2d', 'groupnorm', ...")]
+Activation = Annotated[str, Rule(_is_activation, f"{_NAME} an activation that timm's get_act_layer knows")]
+WeightInit = Literal['', 'jax', 'jax_nlhb', 'moco', 'reset', 'skip']
+
+
+class _Misfit(Exception):
+    pass
+
+
+def conform(name: str, value: Any, annotation: Any) -> Any:
+    """Return a value as plain Python, if it is what an annotation says.
+
+    Raises:
+        ValueError: where it is not; the message has the name, the value, and what is allowed.
+    """
+    try:
+        return _fit(value, annotation)
+    except _Misfit:
+        raise ValueError(f'{name}: got {show(value)}, expected {_describe(annotation)}.') from None
+
+
+def checked(function: Callable[Params, Result]) -> Callable[Params, Result]:
+    """Decorate a function so that its arguments are compared with its annotations, and arrive as plain Python.
+
+    Raises:
+        ValueError: in a call, for an argument that is not what its annotation says.
+        TypeError: in a call, for an argument that the function does not take.
+    """
+    signature = inspect.signature(function)
+
+    @functools.wraps(function)
+    def wrapper(*args: Params.args, **kwargs: Params.kwargs) -> Result:
+        try:
+            bound = signature.bind(*args, **kwargs)
+        except TypeError as error:
+            raise TypeError(f'{function.__qualname__}: {error}.') from None
+        for name, annotation in annotations_of(function).items():
+            if name in bound.arguments:
+                bound.arguments[name] = conform(name, bound.arguments[name], annotation)
+        return function(*bound.args, **bound.kwargs)
+
+    return wrapper
+
+
+def annotations_of(function: Any) -> Dict[str, Any]:
+    """Return the annotations of a function's arguments, or of a class's fields, by name."""
+    hints = typing.get_type_hints(function, include_extras=True)
+    hints.pop('return', None)
+    return hints
+
+
+def check_known(names: Iterable[str], known: Iterable[str], owner: str) -> None:
+    """Raise TypeError, with the names that are nearest, for a name that is not among those that are known."""
+    known = sorted(known)
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(name, known)
+            hint = f'; did you mean {" or ".join(near)}?' if near else '.'
+            raise TypeError(f'{name}: is no argument of {owner}{hint}')
+
+
+def conform_arguments(model_cls: type, cfg: Any, kwargs: Dict[str, Any], *builders: Callable) -> Dict[str, Any]:
+    """Return a model's keyword arguments in plain Python, each one an argument of its class or a field of its config.
+
+    Args:
+        builders: Functions that take some of the arguments for themselves.
+
+    Raises:
+        TypeError: for an argument that nobody knows.
+        ValueError: for one that is not what its annotation says.
+    """
+    annotations = {**annotations_of(model_cls.__init__), **annotations_of(type(cfg))}
+    features = ('features_only', 'out_indices', 'feature_cls', 'pruned')  # timm's builder takes them from its kwargs
+    taken = {name for builder in builders for name in inspect.signature(builder).parameters}
+    check_known(kwargs, {*annotations, *features, *taken}, model_cls.__name__)
+    return {
+        name: conform(name, value, annotations[name]) if name in annotations else value
+        for name, value in kwargs.items()
+    }
+
+
+def conform_indices(name: str, indices: Any, number: int) -> Union[int, List[int]]:
+    """Return indices of `number` features as timm takes them: the last so many, or a list (negative: from the end)."""
+    each = Annotated[int, between(-number, number - 1)]
+    return conform(name, indices, Union[Annotated[int, between(1, number)], Tuple[each, ...]])
+
+
+def check_choice(name: str, value: Any, choices: Tuple[Any, ...]) -> None:
+    """Raise ValueError unless a value is one of `choices`."""
+    conform(name, value, Literal[choices])  # pyright: ignore[reportInvalidTypeArguments]
+
+
+def show(value: Any) -> str:
+    """Return a value as code, on one line, and no longer than a sentence can bear."""
+    text = ' '.join(repr(value).split())
+    return text if len(text) <= 80 else f'{text[:77]}...'
+
+
+def _fit(value: Any, annotation: Any) -> Any:
+    origin, args = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is Annotated:
+        value = _fit(value, args[0])
+        if not all(rule.allows(value) for rule in args[1:]):
+            raise _Misfit
+        return value
+    if origin is Union:
+        for option in args:
+            try:
+                return _fit(value, option)
+            except _Misfit:
+                continue
+        raise _Misfit
+    if origin is tuple:
+        if not isinstance(value, (list, tuple)) or len(value) == 0:
+            raise _Misfit
+        options = args[:1] * len(value) if args[-1] is Ellipsis else args
+        if len(options) != len(value):
+            raise _Misfit
+        return tuple(_fit(item, option) for item, option in zip(value, options))
+    if origin is Literal:
+        for choice in args:
+            if choice is None and value is None:
+                return None
+            try:
+                if choice is not None and _fit(value, type(choice)) == choice:
+                    return choice
+            except _Misfit:
+                continue
+        raise _Misfit
+    return _fit_plain(value, annotation)
+
+
+def _fit_plain(value: Any, kind: Any) -> Any:
+    if kind is Any:
+        return value
+    if kind is bool and isinstance(value, (bool, np.bool_)):
+        return bool(value)
+    if kind is str and isinstance(value, str):
+        return str(value)
+    if kind in (int, float) and isinstance(value, bool):
+        raise _Misfit
+    if kind is int and isinstance(value, numbers.Integral):
+        return int(value)
+    if kind is float and isinstance(value, numbers.Real):
+        try:
+            number = float(value)
+        except OverflowError:
+            raise _Misfit from None
+        if math.isfinite(number):
+            return number
+    elif kind not in (bool, str, int) and isinstance(value, kind):
+        return value
+    raise _Misfit
+
+
+def _describe(annotation: Any) -> str:
+    origin, args = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is Annotated:
+        return args[1].expected
+    if origin is Union:
+        return ' or '.join(_describe(option) for option in args if option is not type(None))
+    if origin is tuple:
+        number = 'a tuple of values' if args[-1] is Ellipsis else f'a tuple of {len(args)} values'
+        return f'{number}, each {_describe(args[0])}'
+    if origin is Literal:
+        return f'one of {", ".join(repr(choice) for choice in args if choice is not None)}'
+    plain: Dict[Any, Optional[str]] = {bool: 'True or False', int: 'a whole number', float: 'a number', str: 'a string'}
+    return plain.get(annotation) or f'a {annotation.__name__}'
