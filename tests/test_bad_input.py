@@ -35,7 +35,7 @@ from hub_server import HubServer
 
 from timm_vitres import VitResNetCfg, VitResNetDualCfg, cli, hub
 
-SECONDS = 10  # after which a call counts as endless
+SECONDS = 60  # after which a call counts as endless
 # what torch says of its insides, and Python of ours
 FOREIGN = re.compile(
     r'size mismatch|mat1 and mat2|INTERNAL ASSERT|Expected (input|all|tensor|\d)|invalid combination of arguments|'
