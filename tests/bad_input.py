@@ -147,7 +147,7 @@ WORDS = {
         'images': ('nowhere/at/all', 'notes.txt', 'model'),
     },
     'convert': {
-        'source': (*NO_FILE, 'images', 'picture.png', 'notes.txt'),
+        'source': ('nowhere/at/all', 'images', 'picture.png', 'notes.txt'),
         'output': NO_FOLDER,
         'model': ('vitresnet_giant', 'vitresnet_small', 'resnet18'),
         'label_names': (*NO_FILE, 'images', 'picture.png', 'notes.txt'),
@@ -223,7 +223,7 @@ def names(dest: str, value: str) -> str:
     told = [rf'\b{dest.replace("_", "[-_]").removesuffix("s")}s?\b']
     told += ['[Uu]nknown model', 'pretrained', 'architecture'] if dest == 'model' else []
     value = value.removeprefix('local-dir:')
-    told += [re.escape(part) for part in (value, *value.split('=')[:1]) if len(part) > 3]
+    told += [re.escape(part) for part in (value, Path(value).name, *value.split('=')[:1]) if len(part) > 3]
     return '|'.join(told)
 
 
