@@ -5,59 +5,22 @@ folder or name -> `load_data` -> `Data`: a training and a validation set of PIL 
 """
 
 import os
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Set, Tuple, Union
+from typing import Any, Dict, List, Optional, Set, Tuple, Union
 
-import numpy as np
 from timm.data import ImageDataset
 from timm.data.readers.reader import Reader
-from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from .data import open_image
 from .folders import find_classes, find_images, find_splits, folders_in, shown
+from .named_datasets import load_named, reload_named
 from .settings import FinetuneCfg
+from .splits import Data, Subset, check_fraction, class_counts, class_names, read_record, stratified_split
 
 # Names of datasets that are an image folder: timm's, and what it would open by its folder reader or torchvision's.
 FOLDER_NAMES = ('', 'folder', 'image_folder', 'imagefolder', 'torch/folder', 'torch/image_folder')
-NAMED = 10  # paths that are named for one reason; there can be a text file beside each of a million images
-
-
-class Data(NamedTuple):
-    """What a run trains on."""
-
-    train: Dataset
-    val: Dataset
-    label_names: List[str]
-    counts: Optional[List[int]]  # training images of each class, where known
-    description: str
-    left_out: Dict[str, str]  # path -> reason
-    lists: Dict[str, Any]  # what `record` says of the two sets
-
-    @property
-    def skipped(self) -> List[str]:
-        """A sentence for each path that is left out; where many are for one reason, the last one counts the others."""
-        by_reason: Dict[str, List[str]] = {}
-        for path, reason in self.left_out.items():
-            by_reason.setdefault(reason, []).append(f'{shown(path)}: {reason}')
-        sentences: List[str] = []
-        for reason, named in by_reason.items():
-            sentences += named[:NAMED]
-            if len(named) > NAMED:
-                sentences.append(f'{len(named) - NAMED} more: {reason}')
-        return sentences
-
-    def record(self) -> Dict[str, Any]:
-        """Return what `load_data` needs to open the same images again, as plain values for JSON.
-
-        Returns:
-            label_names, description, train and validation. Of a folder, either set is a list of [path relative to
-            the data folder, class name, bytes]; of a named dataset it is a dict of its split, the count and a sha256
-            of its labels, and, where it is a part of the split, the indices of that part.
-        """
-        return {'label_names': self.label_names, 'description': self.description, **self.lists}
 
 
 def load_data(cfg: FinetuneCfg, mode: str, recorded: Optional[Dict[str, Any]] = None) -> Data:
@@ -77,29 +40,34 @@ def load_data(cfg: FinetuneCfg, mode: str, recorded: Optional[Dict[str, Any]] = 
     if is_folder and not cfg.data_dir:
         raise ValueError('data_dir: no folder given; give an image folder.')
     if not is_folder:
-        from .named_datasets import load_named, reload_named
-
         return load_named(cfg, mode) if recorded is None else reload_named(cfg, mode, recorded)
     return _load_folder(cfg, mode) if recorded is None else _reload_folder(cfg, mode, recorded)
 
 
 def _load_folder(cfg: FinetuneCfg, mode: str) -> Data:
     root = Path(str(cfg.data_dir))
-    options = dict(input_img_mode=mode, check=not cfg.no_check, skip_bad=cfg.skip_bad)
     splits = find_splits(root, cfg.train_split, cfg.val_split)
-    train = val = ImageFolder(splits.train, any_name=splits.train != root or not cfg.train_split, **options)
+    any_name = splits.train != root or not cfg.train_split
+    # what names alone tell comes first: opening all images takes long
+    train = val = ImageFolder(splits.train, input_img_mode=mode, check=False, any_name=any_name)
     if len(train.classes) < 2:
         raise ValueError(
             f'data_dir: {shown(splits.train)} has the one class {shown(train.classes[0])!r}; at least two are needed.'
         )
-    left_out = {**splits.left_out, **train.left_out}
+    if splits.validation is None:
+        check_fraction(cfg.val_frac, cfg.seed)
+    else:
+        class_map = train.reader.class_to_idx
+        val = ImageFolder(splits.validation, class_map, input_img_mode=mode, check=False, any_name=True)
+        _check_apart(train, val)
+    for folder in [train] if train is val else [train, val]:
+        if not cfg.no_check:
+            folder.check_images(cfg.skip_bad)
+    left_out = {**splits.left_out, **train.left_out, **val.left_out}
     if splits.validation is None:
         train_indices, val_indices = stratified_split(train.targets, cfg.val_frac, cfg.seed)
         how = f'validation on {len(val_indices)} of them, held out class by class ({cfg.val_frac:g}, seed {cfg.seed})'
     else:
-        val = ImageFolder(splits.validation, class_map=train.reader.class_to_idx, any_name=True, **options)
-        _check_apart(train, val)
-        left_out.update(val.left_out)
         train_indices, val_indices = range(len(train)), range(len(val))
         how = f'validation on the {len(val)} images of {splits.validation.name}/'
     sets = Subset(train, train_indices, mode), Subset(val, val_indices, mode)
@@ -109,7 +77,7 @@ def _load_folder(cfg: FinetuneCfg, mode: str) -> Data:
     return _folder_data(root, *sets, description, left_out)
 
 
-def _folder_data(root: Path, train: 'Subset', val: 'Subset', description: str, left_out: Dict[str, str]) -> Data:
+def _folder_data(root: Path, train: Subset, val: Subset, description: str, left_out: Dict[str, str]) -> Data:
     lists = {'train': _files(root, train), 'validation': _files(root, val)}
     names = train.dataset.classes
     targets = train.dataset.targets
@@ -117,7 +85,7 @@ def _folder_data(root: Path, train: 'Subset', val: 'Subset', description: str, l
     return Data(train, val, names, counts, description, left_out, lists)
 
 
-def _files(root: Path, images: 'Subset') -> List[List[Any]]:
+def _files(root: Path, images: Subset) -> List[List[Any]]:
     samples, names = images.dataset.reader.samples, images.dataset.classes
     chosen = [samples[index] for index in images.indices]
     return [[Path(path).relative_to(root).as_posix(), names[target], os.path.getsize(path)] for path, target in chosen]
@@ -142,7 +110,7 @@ def _check_apart(train: 'LabelledImages', val: 'LabelledImages') -> None:
         paths = [path for path, _ in images.reader.samples]
         return [(os.path.relpath(path, images.reader.root), os.path.getsize(path)) for path in paths]
 
-    if contents(train) == contents(val):
+    if len(train) == len(val) and contents(train) == contents(val):
         raise ValueError(
             f'val_split: {shown(val.reader.root)} is a copy of {shown(train.reader.root)} (all names and sizes are the '
             'same); validate on other images.'
@@ -185,32 +153,6 @@ def _reload_folder(cfg: FinetuneCfg, mode: str, recorded: Dict[str, Any]) -> Dat
             images.check('It could be read when the run began; put it back.')
         sets.append(Subset(images, range(len(images)), mode))
     return _folder_data(root, *sets, recorded['description'], left_out)
-
-
-def read_record(recorded: Dict[str, Any], kind: type) -> Dict[str, Any]:
-    """Return the two sets of a record; ValueError where it is none of an image folder (list) or a dataset (dict)."""
-    what = 'an image folder' if kind is list else 'a named dataset'
-    try:
-        sets = {name: recorded[name] for name in ('train', 'validation')}
-        labels, description = recorded['label_names'], recorded['description']
-    except (KeyError, TypeError) as error:
-        raise ValueError(f'recorded: the record of the images lacks {error}.') from None
-    good = isinstance(labels, list) and isinstance(description, str)
-    good = good and all(isinstance(value, kind) for value in sets.values())
-    if good and kind is list:
-        known = {str(label) for label in labels}
-        files = [file for value in sets.values() for file in value]
-        good = all(isinstance(file, (list, tuple)) and len(file) == 3 for file in files)
-        good = good and all(isinstance(name, str) and label in known for name, label, _ in files)
-    if not good:
-        raise ValueError(f'recorded: the run was not on {what}, or its record of the images is damaged.')
-    return sets
-
-
-def class_counts(targets: List[int], num_classes: int) -> List[int]:
-    """Return how many there are of each class index."""
-    counter = Counter(targets)
-    return [counter[index] for index in range(num_classes)]
 
 
 class FolderReader(Reader):
@@ -317,17 +259,19 @@ class ImageFolder(LabelledImages):
         samples = [(path, class_map[name]) for path, name in found.samples]
         super().__init__(FolderReader(root, samples, class_map), input_img_mode)
         self.left_out = found.left_out
-        if check and skip_bad:
-            self._leave_out(self._unreadable())
-        elif check:
-            self.check('Mend or remove it, or leave such images out with --skip-bad.')
+        if check:
+            self.check_images(skip_bad)
 
     @property
     def skipped(self) -> List[str]:
         """The paths that are left out."""
         return list(self.left_out)
 
-    def _leave_out(self, bad: Dict[str, str]) -> None:
+    def check_images(self, skip_bad: bool = False) -> None:
+        """Open every image; ValueError for an unreadable one, or, with `skip_bad`, for a class that has none left."""
+        if not skip_bad:
+            return self.check('Mend or remove it, or leave such images out with --skip-bad.')
+        bad = self._unreadable()
         kept = [sample for sample in self.reader.samples if sample[0] not in bad]
         missing = set(self.targets) - {target for _, target in kept}
         if missing:
@@ -335,54 +279,3 @@ class ImageFolder(LabelledImages):
             raise ValueError(f'data_dir: none of the images of class {name!r} can be read.')
         self.reader.samples = kept
         self.left_out = {**self.left_out, **bad}
-
-
-def class_names(dataset: Dataset) -> List[str]:
-    """Return the class names of a dataset with one of timm's readers, by index; none where it names none."""
-    class_to_idx = getattr(getattr(dataset, 'reader', None), 'class_to_idx', None) or {}
-    return sorted(class_to_idx, key=class_to_idx.__getitem__)
-
-
-class Subset(Dataset):
-    """Some images of a map-style dataset in a PIL mode, with a transform of their own.
-
-    The dataset returns PIL images; `transform` is set by timm's `create_loader`.
-    """
-
-    def __init__(self, dataset: Dataset, indices: Sequence[int], mode: str = 'RGB'):
-        self.dataset = dataset
-        self.indices = list(indices)
-        self.mode = mode
-        self.transform: Optional[Callable] = None
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, index: int):
-        image, target = self.dataset[self.indices[index]]
-        image = open_image(image, self.mode)
-        return image if self.transform is None else self.transform(image), target
-
-
-def stratified_split(targets: Sequence[int], fraction: float, seed: int = 0) -> Tuple[List[int], List[int]]:
-    """Split indices into two parts, class by class: the second holds `fraction` of each, and at least one.
-
-    Raises:
-        ValueError: for a fraction outside (0, 1), a seed below 0, or a class of fewer than two.
-    """
-    if not isinstance(fraction, (int, float)) or not 0 < fraction < 1:
-        raise ValueError(f'val_frac: got {fraction}, expected a fraction between 0 and 1.')
-    if seed < 0:
-        raise ValueError(f'seed: got {seed}, expected 0 or more.')
-    generator = np.random.default_rng(seed)
-    labels = np.asarray(targets)
-    first: List[int] = []
-    second: List[int] = []
-    for target, count in sorted(Counter(labels.tolist()).items()):
-        if count < 2:
-            raise ValueError(f'val_frac: class {target} has {count} image, which cannot be split in two; add some.')
-        indices = generator.permutation(np.flatnonzero(labels == target)).tolist()
-        cut = min(max(round(count * fraction), 1), count - 1)
-        second += indices[:cut]
-        first += indices[cut:]
-    return sorted(first), sorted(second)

@@ -282,9 +282,9 @@ def _check_nested(root: Path, names: Sequence[str], places: Sequence[Tuple[str, 
     inner: Dict[str, Set[str]] = {name: set() for name in names}
     for parts in nested:
         inner[parts[0]].add(parts[1])
+    outer = {name.casefold(): name for name in names}
     for name, *folders in sorted({parts[:-1] for parts in nested}):
-        others = {other.casefold() for other in names if other != name}
-        wrong = [folder for folder in folders if split_role(folder) or folder.casefold() in others]
+        wrong = [folder for folder in folders if split_role(folder) or outer.get(folder.casefold(), name) != name]
         if wrong:
             kind = 'a split' if split_role(wrong[0]) else 'a class'
             raise ValueError(

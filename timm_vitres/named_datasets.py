@@ -13,9 +13,9 @@ from timm.data import create_dataset
 from torch.utils.data import Dataset, IterableDataset
 from tqdm import tqdm
 
-from .datasets import Data, Subset, class_counts, class_names, read_record, stratified_split
 from .folders import split_role
 from .settings import FinetuneCfg
+from .splits import Data, Subset, class_counts, class_names, read_record, stratified_split
 
 PREFIXES = ('torch', 'hfds', 'hfids', 'tfds', 'wds')
 # torchvision's datasets with two splits: timm takes any name but 'train' and 'training' for the test images
@@ -137,19 +137,24 @@ def _split(cfg: FinetuneCfg, split: str, argument: str) -> str:
 
 
 def _overlap(first: str, second: str) -> bool:
-    """Return whether two splits share images, as far as their names say: train and train[:10%] do."""
-    parts = [re.fullmatch(r'([^\[\]+]+)(?:\[(\d*)(%?):(\d*)(%?)\])?', split) for split in (first, second)]
-    if not parts[0] or not parts[1]:
-        return first == second
-    (name, *one), (other, *two) = (part.groups(default='') for part in parts if part)
-    if name != other:
+    """Return whether the names of two splits say that they may share images, as train+test and train[:10%] do."""
+    return any(_parts_overlap(one.strip(), other.strip()) for one in first.split('+') for other in second.split('+'))
+
+
+def _parts_overlap(first: str, second: str) -> bool:
+    if first.partition('[')[0] != second.partition('[')[0]:
         return False
-    units = {
-        unit for begin, unit_1, end, unit_2 in (one, two) for number, unit in ((begin, unit_1), (end, unit_2)) if number
-    }
-    ranges = [(int(begin or 0), float(end or 'inf')) for begin, _, end, _ in (one, two)]
-    # percents can't be compared with counts
-    return len(units) > 1 or max(ranges[0][0], ranges[1][0]) < min(ranges[0][1], ranges[1][1])
+    slices = [re.fullmatch(r'[^\[]+(?:\[(-?\d+%|\d*):(-?\d+%|\d*)\])?', split) for split in (first, second)]
+    ends = [end for found in slices if found for end in found.groups(default='')]
+    if None in slices or len({end.endswith('%') for end in ends if end}) > 1:
+        return True  # slices that are written otherwise, or in percent and in images, can't be compared
+
+    def place(end: str, default: float) -> float:
+        number = float(end.rstrip('%')) if end else default
+        return number + 100 if end.startswith('-') else number
+
+    (begin, end), (other_begin, other_end) = ((place(a, 0), place(b, float('inf'))) for a, b in (ends[:2], ends[2:]))
+    return max(begin, other_begin) < min(end, other_end)
 
 
 def _create(cfg: FinetuneCfg, mode: str, split: str, is_training: bool) -> Dataset:
@@ -165,7 +170,8 @@ def _create(cfg: FinetuneCfg, mode: str, split: str, is_training: bool) -> Datas
             seed=cfg.seed,
         )
     except Exception as error:  # torchvision, datasets, tensorflow-datasets and webdataset each raise their own
-        reason = ' '.join(str(error).split()) or type(error).__name__
+        reason = ' '.join(str(error).split()).rstrip('.') or type(error).__name__
+        reason = reason.replace('download=True', 'dataset_download')  # as the setting is named here
         raise ValueError(f'dataset: {cfg.dataset!r}, split {split!r}, cannot be opened ({reason}).') from error
 
 

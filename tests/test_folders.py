@@ -1,0 +1,264 @@
+"""Image folders as they are found on bad days: what is ambiguous, and what is left out."""
+
+import logging
+import os
+
+import numpy as np
+import pytest
+from conftest import stripes, write_folder
+
+from timm_vitres.datasets import ImageFolder, load_data
+from timm_vitres.settings import FinetuneCfg
+
+
+def load(root, **kwargs):
+    return load_data(FinetuneCfg(**{'data_dir': root and str(root), 'val_frac': 0.25, **kwargs}), 'RGB')
+
+
+def draw(path, seed=0):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    stripes(16, True, np.random.default_rng(seed)).save(path)
+    return path
+
+
+def names_of(folder) -> list:
+    return [os.path.relpath(path, folder.reader.root) for path, _ in folder.reader.samples]
+
+
+# What is ambiguous is refused or said
+
+
+def test_nested_folders_are_of_their_class_and_said(image_folder, caplog):
+    """They were classes of their own, by the name of the innermost folder."""
+    draw(image_folder / 'down' / 'monday' / 'early' / 'a.png')
+    with caplog.at_level(logging.WARNING):
+        folder = ImageFolder(image_folder)
+    assert folder.classes == ['across', 'down'] and len(folder) == 25
+    assert folder.targets[names_of(folder).index('down/monday/early/a.png')] == 1
+    assert '1 of 25 images' in caplog.text and 'down/monday/early/a.png' in caplog.text
+
+
+def test_one_folder_in_each_class_folder(tmp_path):
+    """Tiny ImageNet has n.../images/*; by their innermost folders they would be one class."""
+    for name in ('n1', 'n2'):
+        draw(tmp_path / name / 'images' / 'a.png')
+        (tmp_path / name / 'boxes.txt').write_text('')
+    folder = ImageFolder(tmp_path)
+    assert folder.classes == ['n1', 'n2'] and len(folder.left_out) == 2
+
+
+@pytest.mark.parametrize(
+    'paths, message',
+    [
+        (['cat/dog/1.png', 'cat/2.png', 'dog/1.png'], r"cat holds the folder 'dog', named like a class"),
+        (['cat/a/Dog/1.png', 'dog/1.png'], r"cat holds the folder 'Dog', named like a class"),
+        (['cat/train/1.png', 'dog/train/1.png'], r"cat holds the folder 'train', named like a split"),
+        (['a/cat/1.png', 'a/dog/1.png', 'b/cat/2.png', 'b/dog/2.png'], 'either could be the classes'),
+        (['images/cat/1.png', 'images/dog/2.png'], 'either could be the classes'),
+        (['cat/1.png', 'Cat/2.png', 'dog/1.png'], r"folders 'Cat' and 'cat', which are one folder"),
+        (['caf\u00e9/1.png', 'cafe\u0301/2.png'], 'which are one folder'),
+        (['a\nb/1.png', 'c/1.png'], r'a\\nb has a name that is no text'),
+        (['a\udcff/1.png', 'c/1.png'], r'a\\udcff has a name that is no text'),
+    ],
+)
+def test_what_can_be_read_in_two_ways_is_refused(paths, message, tmp_path):
+    for path in paths:
+        draw(tmp_path / 'data' / path)
+    for read in (ImageFolder, load):
+        with pytest.raises(ValueError, match=message) as caught:
+            read(tmp_path / 'data')
+        assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize('name', ['val', 'Val', 'VALID', 'val2017', 'test', 'Test-Set', 'eval', 'validation_images'])
+def test_split_folders_beside_class_folders_are_refused(name, image_folder):
+    draw(image_folder / name / 'a.png')
+    for read in (ImageFolder, load):
+        with pytest.raises(ValueError, match=f'{name}/ beside across/, down/, named like a split'):
+            read(image_folder)
+
+
+@pytest.mark.parametrize('name', ['train', 'Train', 'training', 'train2017'])
+def test_a_training_folder_beside_class_folders_is_refused(name, image_folder):
+    for number in range(2):
+        draw(image_folder / name / f'{number}.png')
+    with pytest.raises(ValueError, match=f"split folder {name}/ beside across/.*train_split ''"):
+        load(image_folder)
+    # a vehicle is said to be one
+    data = load(image_folder, train_split='')
+    assert data.label_names == ['across', 'down', name] and len(data.train) + len(data.val) == 26
+
+
+@pytest.mark.parametrize(
+    'train, val', [('train', 'val'), ('Train', 'Val'), ('training', 'validation'), ('TRAIN', 'eval'), ('train', 'dev')]
+)
+def test_split_folders_by_other_names(train, val, tmp_path):
+    write_folder(tmp_path / train, per_class=5)
+    write_folder(tmp_path / val, per_class=3, size=41)
+    write_folder(tmp_path / 'test', per_class=2)
+    (tmp_path / 'notes').mkdir()
+    (tmp_path / 'notes.txt').write_text('')
+    data = load(tmp_path)
+    assert (len(data.train), len(data.val), data.label_names) == (10, 6, ['across', 'down'])
+    assert f'validation on the 6 images of {val}/; 3 files or folders left out' in data.description
+    assert data.left_out == {
+        str(tmp_path / 'notes'): 'a folder without images',
+        str(tmp_path / 'notes.txt'): 'outside the folders of the splits',
+        str(tmp_path / 'test'): 'a folder that this run does not use, with 4 files',
+    }
+    # a class may have the name of a split where the splits are folders
+    draw(tmp_path / train / 'train' / '0.png')
+    assert load(tmp_path).label_names == ['across', 'down', 'train']
+
+
+def test_splits_that_are_no_splits(tmp_path):
+    write_folder(tmp_path / 'val', per_class=2)
+    with pytest.raises(ValueError, match='holds val/, named like a split, but no folder train/'):
+        load(tmp_path)
+    write_folder(tmp_path / 'train', per_class=2, size=41)
+    for kwargs, message in (
+        (dict(val_split='train'), "val_split: got 'train', the same as train_split"),
+        (dict(val_split='training'), 'train/ and train/ in .* are the same folder'),
+        (dict(val_split='fold2'), "val_split: .* has no folder 'fold2'"),
+        (dict(train_split='fold1'), "train_split: .* has no folder 'fold1'"),
+        (dict(train_split='../data'), "train_split: got '../data', expected the name of a folder"),
+        (dict(val_split='/tmp'), "val_split: got '/tmp', expected the name of a folder"),
+        (dict(train_split='', val_split='val'), "val_split: 'val' is a folder, but train_split ''"),
+    ):
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
+            load(tmp_path, **kwargs)
+    # folders of any name, where they are named
+    (tmp_path / 'train').rename(tmp_path / 'fold1')
+    (tmp_path / 'val').rename(tmp_path / 'fold2')
+    write_folder(tmp_path / 'fold3', per_class=2)
+    data = load(tmp_path, train_split='fold1', val_split='fold2')
+    assert len(data.train) == len(data.val) == 4 and list(data.left_out) == [str(tmp_path / 'fold3')]
+
+
+def test_a_copy_or_a_link_of_the_training_images_validates_nothing(tmp_path):
+    write_folder(tmp_path / 'train', per_class=3)
+    (tmp_path / 'val').symlink_to('train')
+    with pytest.raises(ValueError, match='are the same folder'):
+        load(tmp_path)
+    (tmp_path / 'val').unlink()
+    write_folder(tmp_path / 'val', per_class=3)
+    with pytest.raises(ValueError, match='is a copy of'):
+        load(tmp_path)
+    stripes(33, True, np.random.default_rng(7)).save(tmp_path / 'val' / 'down' / '0.png')
+    assert len(load(tmp_path).val) == 6
+    for link in ('symlink_to', 'hardlink_to'):
+        path = tmp_path / 'val' / 'down' / 'other.png'
+        getattr(path, link)(tmp_path / 'train' / 'down' / '1.png')
+        with pytest.raises(ValueError, match=r'1 of 7 validation images are training images, such as .*other\.png'):
+            load(tmp_path)
+        path.unlink()
+
+
+def test_a_validation_folder_that_lacks_a_class(tmp_path):
+    """By torchvision's folder reader 'down' would get the number of 'across'."""
+    write_folder(tmp_path / 'train', per_class=3)
+    draw(tmp_path / 'val' / 'down' / 'a.png')
+    for dataset in ('', 'folder', 'image_folder', 'ImageFolder', 'torch/folder', 'torch/image_folder'):
+        data = load(tmp_path, dataset=dataset)
+        assert data.label_names == ['across', 'down'] and data.val[0][1] == 1
+        assert data.record() == load(tmp_path).record()
+    with pytest.raises(ValueError, match='data_dir: no folder given'):
+        load(None, dataset='folder')
+
+
+# What is left out is counted and named
+
+
+def test_everything_that_is_left_out_is_named(image_folder, tmp_path):
+    down = image_folder / 'down'
+    (down / 'notes.txt').write_text('')
+    (down / 'no_suffix').write_bytes((down / '0.png').read_bytes())
+    (down / '.hidden.png').write_bytes((down / '0.png').read_bytes())
+    (down / 'dangling.png').symlink_to('gone.png')
+    (down / 'twin.png').hardlink_to(down / '1.png')
+    (down / 'link.png').symlink_to('2.png')
+    os.mkfifo(down / 'pipe.png')
+    draw(image_folder / '.thumbs' / 'a.png')
+    draw(image_folder / '__MACOSX' / 'down' / 'a.png')
+    (image_folder / 'README.md').write_text('')
+    (down / 'bad.png').write_text('')
+    data = load(image_folder, skip_bad=True)
+    assert len(data.train) + len(data.val) == 24
+    reasons = {os.path.relpath(path, image_folder): reason for path, reason in data.left_out.items()}
+    assert reasons.pop('down/bad.png').startswith('cannot be read as an image')
+    assert reasons == {
+        '.thumbs': 'hidden, with 1 file',
+        '__MACOSX': 'hidden, with 1 file',
+        'README.md': 'no image, by its suffix',
+        'down/.hidden.png': 'hidden',
+        'down/dangling.png': 'a link to nothing (gone.png)',
+        'down/link.png': f'the same file as {down}/2.png',
+        'down/no_suffix': 'no image, by its suffix',
+        'down/notes.txt': 'no image, by its suffix',
+        'down/pipe.png': 'no regular file',
+        'down/twin.png': f'the same file as {down}/1.png',
+    }
+    assert data.description.endswith('; 11 files or folders left out')
+    assert f'{down}/notes.txt: no image, by its suffix' in data.skipped and len(data.skipped) == 11
+    for index in range(1000):
+        (down / f'{index}.xml').write_text('')
+    data = load(image_folder, skip_bad=True)
+    assert len(data.left_out) == 1011 and '993 more: no image, by its suffix' in data.skipped
+    assert len(data.skipped) == 11 - 3 + 10 + 1
+
+
+def test_links_in_circles_and_to_other_folders(image_folder, tmp_path):
+    outside = write_folder(tmp_path / 'outside', per_class=2)
+    (image_folder / 'down' / 'up').symlink_to(image_folder)
+    (image_folder / 'down' / 'top').symlink_to('/')
+    (image_folder / 'down' / 'self').symlink_to('self')
+    (image_folder / 'across' / 'other').symlink_to(image_folder / 'down')
+    (image_folder / 'linked').symlink_to(outside / 'down')  # a class may be elsewhere
+    (outside / 'down' / 'back').symlink_to(image_folder / 'across')
+    folder = ImageFolder(image_folder)
+    assert folder.classes == ['across', 'down', 'linked'] and np.bincount(folder.targets).tolist() == [12, 12, 2]
+    reasons = {os.path.relpath(path, image_folder): reason for path, reason in folder.left_out.items()}
+    assert reasons == {
+        'across/other': f'a link to {image_folder}/down, which is read already',
+        'down/self': 'a link to nothing (self)',
+        'down/top': 'a link that leads in a circle',
+        'down/up': 'a link that leads in a circle',
+        'linked/back': f'a link to {image_folder}/across, which is read already',
+    }
+    (image_folder / 'again').symlink_to('down')
+    with pytest.raises(ValueError, match=r'again has no image, since it is a link to .*down, which is read already'):
+        ImageFolder(image_folder)
+
+
+def test_one_file_in_two_classes_is_refused(image_folder):
+    (image_folder / 'down' / 'x.png').hardlink_to(image_folder / 'across' / '0.png')
+    with pytest.raises(ValueError, match=r'down/x\.png and .*across/0\.png are one file in two classes'):
+        ImageFolder(image_folder)
+
+
+def test_a_folder_that_cannot_be_read_is_named(image_folder, monkeypatch):
+    scandir = os.scandir
+
+    def refuse(path):
+        if str(path).endswith('down'):
+            raise PermissionError(13, 'Permission denied', str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, 'scandir', refuse)
+    with pytest.raises(PermissionError, match=r'the folder .*down cannot be read \(Permission denied\)'):
+        ImageFolder(image_folder)
+
+
+@pytest.mark.parametrize('name', ['images.tar', 'images.zip', 'image.png'])
+def test_a_file_is_no_folder(name, tmp_path):
+    (tmp_path / name).write_text('')
+    hint = '' if name.endswith('png') else '; unpack it'
+    with pytest.raises(NotADirectoryError, match=f'{name} is not a folder{hint}'):
+        load(tmp_path / name)
+
+
+def test_a_models_folder_is_no_class(image_folder):
+    draw(image_folder / 'output' / 'curves.png')
+    (image_folder / 'output' / 'model.safetensors').write_text('')
+    with pytest.raises(ValueError, match='output holds a model and is no class'):
+        ImageFolder(image_folder)
