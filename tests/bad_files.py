@@ -58,7 +58,7 @@ def checkpoints(rng: random.Random) -> Iterator[Case]:
             make(root, root / file)
 
         def inside(root: Path, file=file, make=make) -> None:
-            _config(lambda config: config.pop('model_sha256', None))(root)  # which would say it at once
+            _config(_unbind)(root)
             make(root, root / file)
             (root / 'model/model.safetensors').unlink()
             os.replace(root / file, root / 'model' / _weights_name(file))
@@ -338,6 +338,12 @@ def _config(change: Any) -> Callable[[Path], Any]:
             path.write_bytes(change)
 
     return spoil
+
+
+def _unbind(config: Dict[str, Any]) -> None:
+    """Take the sha256 of the weights out, which would say at once that they are others."""
+    config.pop('model_sha256', None)
+    config['pretrained_cfg'].pop('notes', None)
 
 
 def _set(*keys_and_value: Any) -> Callable[[Dict[str, Any]], Any]:
