@@ -123,7 +123,8 @@ def main() -> None:
     for seed in args.seeds:
         output = args.output / f'model-seed{seed}'
         # an interrupted demo goes on where it was
-        cfg = FinetuneCfg(data_dir=str(root / 'train'), output=str(output), seed=seed, resume=True, **RECIPE)
+        begun = (output / 'run.json').is_file()
+        cfg = FinetuneCfg(data_dir=str(root / 'train'), output=str(output), seed=seed, resume=begun, **RECIPE)
         finetune(cfg)
         with (output / 'summary.csv').open() as file:
             seconds = sum(float(row['seconds']) for row in csv.DictReader(file))

@@ -1,7 +1,9 @@
 """Weights of timm's hybrids as others name and shape them, for files to test against."""
 
+import json
 import re
 
+import safetensors.torch
 import torch
 
 
@@ -128,3 +130,17 @@ def mmpretrain_layout(state_dict):
             key = key.replace('.mlp.fc1.', '.ffn.layers.0.0.').replace('.mlp.fc2.', '.ffn.layers.1.')
         result[('head.' if 'cls_head' in key else 'backbone.') + key] = value
     return result
+
+
+def write_shards(model, folder, suffix='safetensors'):
+    """Write a model as Hugging Face's libraries write large ones; return the index."""
+    folder.mkdir(exist_ok=True)
+    weights, index = dict(model.state_dict()), {}
+    for number in range(3):
+        name = f'model-{number + 1:05}-of-00003.{suffix}'
+        part = {key: weights[key].clone() for key in list(weights)[number::3]}
+        torch.save(part, folder / name) if suffix == 'bin' else safetensors.torch.save_file(part, folder / name)
+        index.update(dict.fromkeys(part, name))
+    path = folder / ('pytorch_model.bin.index.json' if suffix == 'bin' else 'model.safetensors.index.json')
+    path.write_text(json.dumps(dict(metadata=dict(total_size=1), weight_map=index)))
+    return path

@@ -1,7 +1,14 @@
 import argparse
+import io
+import json
 import os
+import random
+import struct
 import subprocess
 import sys
+import warnings
+import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,10 +16,11 @@ import safetensors.torch
 import timm
 import torch
 from conftest import randomise_, relative_difference
-from layouts import google_layout, hybrid_layout
+from layouts import google_layout, hybrid_layout, write_shards
 
 import timm_vitres
-from timm_vitres.checkpoints import read_checkpoint
+from timm_vitres.checkpoints import checkpoint_files, read_checkpoint
+from timm_vitres.convert import convert
 from timm_vitres.vitresnet import default_cfgs
 
 TAGS = [
@@ -269,3 +277,364 @@ def test_patch_projection_is_resampled():
         expected = model.patch_embed(flat)
         actual = larger.patch_embed(torch.full((1, 3, 128, 128), 0.7))
     torch.testing.assert_close(actual.mean((1, 2)), expected.mean((1, 2)), rtol=0.1, atol=0.05)
+
+
+@pytest.fixture(scope='module')
+def wide(tmp_path_factory):
+    """Timm's class for 64 x 256 pixels, whose 2 x 8 tokens could be 4 x 4, too, and a file of its weights."""
+    model = randomise_(timm.create_model('vit_tiny_r_s16_p8_224', img_size=(64, 256), num_classes=5))
+    path = tmp_path_factory.mktemp('wide') / 'weights.pth'
+    torch.save(model.state_dict(), path)
+    return model, path
+
+
+WAYS = {
+    'checkpoint_path': lambda path, folder: dict(model_name='vitresnet_tiny', checkpoint_path=str(path)),
+    'file': lambda path, folder: dict(
+        model_name='vitresnet_tiny', pretrained=True, pretrained_cfg_overlay=dict(file=str(path))
+    ),
+    'folder': lambda path, folder: dict(
+        model_name=f'local-dir:{convert(path, folder, "vitresnet_tiny", img_size=(64, 256))}', pretrained=True
+    ),
+}
+
+
+@pytest.mark.parametrize('way', WAYS)
+def test_a_table_that_fits_is_kept(way, wide, tmp_path):
+    reference, path = wide
+    model = timm.create_model(**WAYS[way](path, tmp_path / 'out'), num_classes=5, img_size=(64, 256)).eval()
+    x = torch.randn(1, 3, 64, 256)
+    with torch.inference_mode():
+        assert relative_difference(model(x), reference(x)) < 1e-6
+    assert torch.equal(model.pos_embed, reference.pos_embed)
+    again = timm.create_model('vitresnet_tiny', num_classes=5, img_size=(64, 256)).eval()
+    again.load_state_dict(model.state_dict())
+    assert torch.equal(again.pos_embed, reference.pos_embed)
+
+
+@pytest.mark.parametrize('size', [(128, 128), (256, 64), (96, 160)])
+def test_a_table_of_another_grid_with_as_many_tokens_is_resampled(size, wide, tmp_path):
+    """Where the folder says that the grid was 2 x 8, it is resampled from that, and not from 4 x 4."""
+    reference, path = wide
+    folder = convert(path, tmp_path, 'vitresnet_tiny', img_size=(64, 256))
+    model = timm.create_model(f'local-dir:{folder}', pretrained=True, img_size=size)
+    expected = timm.layers.resample_abs_pos_embed(
+        reference.pos_embed, [size[0] // 32, size[1] // 32], [2, 8], num_prefix_tokens=1
+    )
+    assert torch.equal(model.pos_embed, expected) and not torch.equal(expected, reference.pos_embed)
+
+
+def test_the_models_own_size_tells_the_tables_grid(wide, tmp_path):
+    """Images of 128 x 128, and a table of 2 x 8 that timm's train.py was given by --model-kwargs."""
+    reference, path = wide
+    args = argparse.Namespace(img_size=128, model_kwargs=dict(img_size=[64, 256]))
+    checkpoint = dict(state_dict=torch.load(path), args=args, arch='vit_tiny_r_s16_p8_224')
+    torch.save(checkpoint, tmp_path / 'last.pth.tar')
+    model = timm.create_model(f'local-dir:{convert(tmp_path / "last.pth.tar", tmp_path / "out")}', pretrained=True)
+    assert torch.equal(model.pos_embed, reference.pos_embed) and model.patch_embed.img_size == (64, 256)
+    assert tuple(timm.data.resolve_model_data_config(model)['input_size']) == (3, 128, 128)
+
+
+DUAL = 'test_vitresnet_dual'  # it has BatchNorm, and so counts of batches
+
+
+def dual():
+    return randomise_(timm.create_model(DUAL, num_classes=3))
+
+
+def load(weights, way):
+    """Load a state dict by a pretrained cfg, or by torch's method."""
+    if way == 'pretrained':
+        overlay = dict(state_dict=weights, num_classes=3)
+        return timm.create_model(DUAL, pretrained=True, num_classes=3, pretrained_cfg_overlay=overlay).eval()
+    model = timm.create_model(DUAL, num_classes=3).eval()
+    model.load_state_dict(weights)
+    return model
+
+
+@pytest.mark.parametrize('way', ['pretrained', 'load_state_dict'])
+@pytest.mark.parametrize('dtype', [torch.int8, torch.uint8, torch.int64, torch.bool, torch.cfloat, torch.float8_e4m3fn])
+def test_weights_that_are_no_floating_point_numbers_are_refused(dtype, way):
+    for key in ('head_vit.weight', 'stem.conv1.weight', 'units.1.block.norm1.bias'):
+        weights = dual().state_dict()
+        weights[key] = weights[key].to(dtype)
+        with pytest.raises(RuntimeError, match=rf'{key} is {dtype} for torch\.float32'):
+            load(weights, way)
+
+
+@pytest.mark.parametrize('way', ['pretrained', 'load_state_dict'])
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float64])
+def test_state_dicts_that_were_cast_load(dtype, way):
+    """Also their counts, which become floating-point numbers where everything is cast."""
+    weights = {key: value.to(dtype) for key, value in dual().state_dict().items()}
+    for key, value in load(weights, way).state_dict().items():
+        assert torch.equal(value, weights[key].to(value.dtype)), key
+    weights['stem.bn1.num_batches_tracked'] = torch.tensor(True)
+    with pytest.raises(RuntimeError, match=r'stem\.bn1\.num_batches_tracked is torch\.bool for torch\.int64'):
+        load(weights, way)
+
+
+def test_an_integer_file_is_no_candidate_for_conversion(tmp_path):
+    weights = {key: value.to(torch.int8) for key, value in dual().state_dict().items()}
+    safetensors.torch.save_file(weights, tmp_path / 'model.safetensors')
+    with pytest.raises(RuntimeError, match='holds other numbers than weights'):
+        convert(tmp_path, tmp_path / 'out', DUAL)
+    assert not (tmp_path / 'out').exists()
+
+
+def test_counts_of_batches_are_filled_in(tmp_path):
+    """Old torch, and programs that leave them out: torch takes them as 0."""
+    model = dual()
+    weights = {key: value for key, value in model.state_dict().items() if 'num_batches_tracked' not in key}
+    assert len(weights) < len(model.state_dict())
+    torch.save(weights, tmp_path / 'weights.pth')
+    overlay = dict(file=str(tmp_path / 'weights.pth'), num_classes=3)
+    loaded = [
+        load(weights, 'load_state_dict'),
+        timm.create_model(DUAL, pretrained=True, num_classes=3, pretrained_cfg_overlay=overlay),
+        timm.create_model(f'local-dir:{convert(tmp_path / "weights.pth", tmp_path / "out", DUAL)}', pretrained=True),
+    ]
+    x = torch.randn(2, 3, 64, 64)
+    for one in loaded:
+        count = one.stem.bn1.num_batches_tracked
+        assert count.dtype == torch.int64 and count.device.type == 'cpu' and count == 0
+        with torch.inference_mode():
+            assert torch.equal(one.eval()(x), model(x))
+    weights.pop('stem.bn1.running_var')
+    with pytest.raises(RuntimeError, match=r'missing keys: .*stem\.bn1\.running_var'):
+        load(weights, 'pretrained')
+
+
+def shared(model):
+    """Return a state dict whose tensors share memory in every way that torch.save keeps."""
+    weights = dict(model.state_dict())
+    weights['blocks.0.norm1.weight'] = weights['blocks.0.norm2.weight']  # one storage
+    parameter = torch.nn.Parameter(weights['blocks.0.norm1.bias'].clone())
+    weights['blocks.0.norm1.bias'] = weights['blocks.0.norm2.bias'] = parameter  # one object
+    flat = torch.randn(192)
+    weights['blocks.1.norm1.weight'], weights['blocks.1.norm2.weight'] = flat[:64], flat[32:96]  # overlapping views
+    weights['norm.weight'] = torch.randn(1).expand(64)
+    weights['head.weight'] = weights['head.weight'].T.contiguous().T
+    return weights
+
+
+@pytest.mark.parametrize('zipped', [True, False])
+@pytest.mark.parametrize('from_file', [True, False])
+def test_what_shares_memory_is_not_tied(from_file, zipped, tmp_path):
+    weights = shared(timm.create_model('test_vitresnet', num_classes=3))
+    torch.save(weights, tmp_path / 'weights.pth', _use_new_zipfile_serialization=zipped)
+    source = dict(file=str(tmp_path / 'weights.pth')) if from_file else dict(state_dict=weights)
+    overlay = dict(**source, num_classes=3)
+    model = timm.create_model('test_vitresnet', pretrained=True, num_classes=3, pretrained_cfg_overlay=overlay)
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, weights[key]), key
+        assert value.is_contiguous() and value.untyped_storage().nbytes() == value.nbytes, key
+    pointers = [value.untyped_storage().data_ptr() for value in model.state_dict().values()]
+    assert len(set(pointers)) == len(pointers)
+    assert len(list(model.parameters())) == len(list(model.named_parameters(remove_duplicate=False)))
+    with torch.no_grad():
+        model.blocks[0].norm1.bias.add_(1)
+    assert torch.equal(model.blocks[0].norm2.bias, weights['blocks.0.norm2.bias'])
+
+
+@pytest.mark.parametrize('suffix', ['safetensors', 'bin'])
+def test_shards(suffix, tmp_path):
+    model = dual()
+    index = write_shards(model, tmp_path / 'shards', suffix)
+    timm_vitres.save(model, tmp_path / 'whole')
+    (index.parent / 'config.json').write_bytes((tmp_path / 'whole' / 'config.json').read_bytes())
+    overlay = dict(file=str(index), num_classes=3)
+    for loaded in (
+        timm.create_model(f'local-dir:{index.parent}', pretrained=True),
+        timm.create_model(DUAL, pretrained=True, num_classes=3, pretrained_cfg_overlay=overlay),
+        timm.create_model(f'local-dir:{convert(index.parent, tmp_path / "out")}', pretrained=True),
+    ):
+        for key, value in model.state_dict().items():
+            assert torch.equal(loaded.state_dict()[key], value), key
+    assert [path.name[:11] for path in checkpoint_files(index)] == ['model-00001', 'model-00002', 'model-00003']
+
+
+@pytest.mark.parametrize(
+    'change, error, message',
+    [
+        (lambda index, last: last.unlink(), OSError, r'model-00003-of-00003\.safetensors is missing'),
+        (lambda index, last: index['weight_map'].popitem(), OSError, 'in no shard as model.safetensors.index.json'),
+        (
+            lambda index, last: safetensors.torch.save_file({'stem.conv1.weight': torch.ones(1)}, last),
+            OSError,
+            'stem.conv1.weight, which is in model-00001-of-00003',
+        ),
+        (lambda index, last: index['weight_map'].update(more=last.name), OSError, 'holds more, but it does not'),
+        (lambda index, last: index['weight_map'].update(more='../x.bin'), ValueError, "names '../x.bin' as a shard"),
+        (lambda index, last: index.pop('weight_map'), ValueError, 'has no "weight_map"'),
+        (lambda index, last: last.write_bytes(last.read_bytes()[:999]), OSError, 'is damaged or incomplete'),
+    ],
+)
+def test_shards_that_do_not_match_their_index(change, error, message, tmp_path):
+    path = write_shards(dual(), tmp_path)
+    index = json.loads(path.read_text())
+    change(index, tmp_path / 'model-00003-of-00003.safetensors')
+    path.write_text(json.dumps(index))
+    with pytest.raises(error, match=message):
+        read_checkpoint(path)
+
+
+def test_an_index_that_is_no_json(tmp_path):
+    path = tmp_path / 'model.safetensors.index.json'
+    for text in (b'', b'{"weight_map": {', b'\xff', b'[' * 100_000):
+        path.write_bytes(text)
+        with pytest.raises(OSError, match=r'index\.json is damaged or incomplete'):
+            read_checkpoint(path)
+
+
+def containers(folder: Path):
+    """Return a small checkpoint's bytes in every container."""
+    weights = {'a.weight': torch.randn(4, 5), 'b': torch.randn(7), 'c': torch.tensor(3)}
+    checkpoint, arrays = dict(state_dict=weights, epoch=3), {key: value.numpy() for key, value in weights.items()}
+    safetensors.torch.save_file(weights, folder / 'a.safetensors')
+    torch.save(checkpoint, folder / 'zip.pth')
+    torch.save(checkpoint, folder / 'old.pth', _use_new_zipfile_serialization=False)
+    np.savez(folder / 'a.npz', **arrays)
+    np.savez_compressed(folder / 'small.npz', **arrays)
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def damaged(data: bytes, rng: random.Random) -> bytes:
+    """Return bytes cut, or with bits flipped, overwritten, removed, added, or with a number made huge."""
+    changed, start = bytearray(data), rng.randrange(len(data))
+    kind = rng.randrange(6)
+    if kind == 0:
+        return data[:start]
+    if kind == 1:
+        for index in rng.sample(range(len(data)), rng.choice((1, 1, 8))):
+            changed[index] ^= 1 << rng.randrange(8)
+    elif kind == 2:
+        changed[start : start + 4] = rng.choice((b'\xff', b'\0', b'\x7f')) * 4
+    elif kind == 3:
+        del changed[start : start + rng.randrange(1, 40)]
+    elif kind == 4:
+        changed[start:start] = rng.randbytes(rng.randrange(1, 20))
+    else:
+        digit = rng.choice([index for index, byte in enumerate(data) if chr(byte).isdigit()])
+        changed[digit : digit + 1] = rng.choice((b'999999999999', b'-1', b'9' * 30))
+    return bytes(changed)
+
+
+def test_damaged_files_end_in_one_sentence(tmp_path):
+    """1500 seeded ways to break a file: each is read, or is an OSError or ValueError that names it."""
+    rng = random.Random(0)
+    (tmp_path / 'whole').mkdir()
+    files = containers(tmp_path / 'whole')
+    refused = dict.fromkeys(files, 0)
+    for _ in range(300):
+        for name, data in files.items():
+            path = tmp_path / name
+            path.write_bytes(damaged(data, rng))
+            try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter('ignore')  # torch's, of a pickle of another version
+                    read_checkpoint(path)
+            except (OSError, ValueError) as error:
+                assert str(error).startswith(str(path)) and '\n' not in str(error), repr(error)
+                assert 'alloc' not in str(error), error  # no memory was asked for that a file can't fill
+                refused[name] += 1
+    assert min(refused.values()) > 200, refused
+
+
+def huge_header(path):
+    path.write_bytes(struct.pack('<Q', 2**60) + b'{"a":{}}')
+
+
+def huge_safetensors(path):
+    header = json.dumps({'a': dict(dtype='F32', shape=[2**40, 2**20], data_offsets=[0, 2**62])}).encode()
+    path.write_bytes(struct.pack('<Q', len(header)) + header + bytes(64))
+
+
+def huge_npz(path):
+    with zipfile.ZipFile(path, 'w') as archive:
+        header = "{'descr': '<f4', 'fortran_order': False, 'shape': (1099511627776, 1000), }".ljust(117) + '\n'
+        archive.writestr('a.npy', b'\x93NUMPY\x01\x00' + struct.pack('<H', len(header)) + header.encode())
+
+
+def huge_old_torch(path):
+    torch.save({'a': torch.zeros(300)}, path, _use_new_zipfile_serialization=False)
+    data = path.read_bytes()
+    assert b'M,\x01' in data  # 300 of the storage
+    path.write_bytes(data.replace(b'M,\x01', b'\x8a\x06' + (2**46).to_bytes(6, 'little')))
+
+
+def huge_torch(path):
+    torch.save({'a': torch.zeros(300)}, path)
+    with zipfile.ZipFile(path) as archive:
+        parts = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, 'w') as archive:
+        for name, data in parts.items():
+            archive.writestr(name, data.replace(b'M,\x01', b'J\x00\x00\x00\x40'))
+
+
+@pytest.mark.parametrize('write', [huge_header, huge_safetensors, huge_npz, huge_old_torch, huge_torch])
+def test_a_file_that_promises_more_than_it_has(write, tmp_path):
+    path = tmp_path / 'weights'
+    write(path)
+    with pytest.raises(OSError, match='weights is damaged or incomplete') as caught:
+        read_checkpoint(path)
+    assert 'alloc' not in str(caught.value)
+
+
+def script(path):
+    torch.jit.script(torch.nn.Linear(2, 2)).save(str(path))
+
+
+@pytest.mark.parametrize(
+    'write, message',
+    [
+        (lambda path: path.mkdir(), 'is a folder, expected a file'),
+        (lambda path: os.mkfifo(path), 'is no regular file'),
+        (lambda path: path.touch(), 'is no safetensors, torch or npz file'),
+        (script, 'is a TorchScript archive'),
+        (lambda path: zipfile.ZipFile(path, 'w').close(), 'is a zip archive without weights'),
+        (lambda path: torch.save({1: torch.ones(1)}, path), 'holds no state dict'),
+        (lambda path: torch.save({'a': torch.eye(2).to_sparse()}, path), 'a is quantised, sparse or empty'),
+        (lambda path: torch.save({'a': torch.empty(2, device='meta')}, path), 'a is quantised, sparse or empty'),
+        (lambda path: path.write_bytes(npz(np.array(['text']))), 'has the dtype <U4, expected numbers'),
+        (lambda path: path.write_bytes(npz(np.ones(2, np.longdouble))), 'unknown to torch'),
+    ],
+)
+def test_what_is_no_checkpoint(write, message, tmp_path):
+    write(tmp_path / 'weights')
+    with pytest.raises(ValueError, match=f'weights.*{message}'):
+        read_checkpoint(tmp_path / 'weights')
+
+
+def npz(array):
+    file = io.BytesIO()
+    np.savez(file, a=array)
+    return file.getvalue()
+
+
+def test_files_that_can_not_be_opened(tmp_path, monkeypatch):
+    with pytest.raises(FileNotFoundError, match='there is no such file'):
+        read_checkpoint(tmp_path / 'none')
+
+    def refuse(path, *args):
+        raise PermissionError(13, 'Permission denied', str(path))
+
+    (tmp_path / 'mine').touch()
+    monkeypatch.setattr(Path, 'open', refuse)
+    with pytest.raises(PermissionError, match='mine could not be opened: Permission denied'):
+        read_checkpoint(tmp_path / 'mine')
+
+
+def test_arrays_of_the_other_byte_order(tmp_path):
+    array = np.arange(6, dtype='>f4').reshape(2, 3).T
+    (tmp_path / 'weights').write_bytes(npz(array))
+    weights, _ = read_checkpoint(tmp_path / 'weights')
+    assert weights['a'].dtype == torch.float32 and torch.equal(weights['a'], torch.arange(6.0).view(2, 3).T)
+
+
+def test_a_dict_that_holds_itself(tmp_path):
+    checkpoint = dict(epoch=1)
+    checkpoint['model'] = checkpoint
+    torch.save(checkpoint, tmp_path / 'weights.pth')
+    with pytest.raises(ValueError, match='holds no state dict'):
+        read_checkpoint(tmp_path / 'weights.pth')

@@ -9,6 +9,7 @@ import torch
 from conftest import randomise_, relative_difference, write_folder
 from layouts import conformer_layout, google_layout, hybrid_layout, mmpretrain_layout
 
+import timm_vitres
 from timm_vitres.cli import main
 from timm_vitres.convert import convert
 
@@ -152,3 +153,73 @@ def test_conformers_become_ours(told, tmp_path):
     assert timm.data.resolve_model_data_config(loaded)['crop_pct'] == 0.875
     layout = 'Conformer layout' if told else 'mmpretrain Conformer layout'
     assert layout in (folder / 'README.md').read_text()
+
+
+@pytest.mark.parametrize('names', [{'1': 'dog', '0': 'cat'}, {1: 'dog', 0: 'cat'}, np.array(['cat', 'dog'])])
+def test_names_are_given_in_any_form(names, tmp_path):
+    torch.save(timm.create_model('test_vitresnet', num_classes=2).state_dict(), tmp_path / 'a.pth')
+    folder = convert(tmp_path / 'a.pth', tmp_path / 'out', 'test_vitresnet', names)
+    config = json.loads((folder / 'config.json').read_text())
+    assert config['label_names'] == ['cat', 'dog'] and 'cat, dog' in (folder / 'README.md').read_text()
+    assert timm.create_model(f'local-dir:{folder}', pretrained=True).pretrained_cfg['label_names'] == ['cat', 'dog']
+
+
+@pytest.mark.parametrize('names', [['cat'], {'0': 'cat', '2': 'dog'}, {'cat': 0, 'dog': 1}, 'ab', [b'cat', b'dog']])
+def test_names_that_are_none(names, tmp_path):
+    torch.save(timm.create_model('test_vitresnet', num_classes=2).state_dict(), tmp_path / 'a.pth')
+    with pytest.raises(ValueError, match='label_names: '):
+        convert(tmp_path / 'a.pth', tmp_path / 'out', 'test_vitresnet', names)
+    assert not (tmp_path / 'out').exists()
+
+
+FLAT = dict(
+    **dict(architecture='test_vitresnet', num_classes=2, num_features=64, input_size=[3, 64, 64], crop_pct=0.8),
+    **dict(mean=[0.1, 0.2, 0.3], std=[0.4, 0.5, 0.6], interpolation='bilinear', labels=['cat', 'dog']),
+    **dict(fixed_input_size=False, classifier='head', first_conv='patch_embed.backbone.stem.conv'),
+)
+
+
+@pytest.mark.parametrize('flat', [True, False])
+def test_timms_older_config_is_read(flat, tmp_path):
+    """The pretrained cfg at the top of config.json, where timm had it, means what it means below `pretrained_cfg`."""
+    model = randomise_(timm.create_model('test_vitresnet', num_classes=2, img_size=64))
+    safetensors.torch.save_file(model.state_dict(), tmp_path / 'model.safetensors')
+    cfg = {key: value for key, value in FLAT.items() if key not in ('architecture', 'num_features', 'labels')}
+    nested = dict(architecture='test_vitresnet', num_classes=2, label_names=['cat', 'dog'], pretrained_cfg=cfg)
+    (tmp_path / 'config.json').write_text(json.dumps(FLAT if flat else nested))
+    loaded = timm.create_model(f'local-dir:{convert(tmp_path, tmp_path / "out")}', pretrained=True)
+    assert torch.equal(logits(loaded, 64), logits(model, 64))
+    assert loaded.pretrained_cfg['label_names'] == ['cat', 'dog']
+    data = timm.data.resolve_model_data_config(loaded)
+    assert tuple(data['mean']) == (0.1, 0.2, 0.3) and tuple(data['std']) == (0.4, 0.5, 0.6)
+    assert data['crop_pct'] == 0.8 and data['interpolation'] == 'bilinear' and tuple(data['input_size']) == (3, 64, 64)
+
+
+def test_what_is_converted_again_is_the_same(tmp_path):
+    """A model trained on images of another size than its table's keeps both."""
+    model = randomise_(timm.create_model('test_vitresnet', num_classes=2))
+    data = dict(timm.data.resolve_model_data_config(model), input_size=(3, 64, 64), crop_pct=0.7)
+    first = timm_vitres.save(model, tmp_path / 'first', ['cat', 'dog'], data)
+    loaded = timm.create_model(f'local-dir:{convert(first, tmp_path / "out")}', pretrained=True)
+    found = timm.data.resolve_model_data_config(loaded)
+    assert tuple(found['input_size']) == (3, 64, 64) and found['crop_pct'] == 0.7
+    assert loaded.patch_embed.img_size == (96, 96) and torch.equal(loaded.pos_embed, model.pos_embed)
+
+
+@pytest.mark.parametrize('text', ['{', '[1]', '"text"', '\ud800'])
+def test_a_config_beside_that_is_none(text, tmp_path):
+    torch.save(timm.create_model('test_vitresnet', num_classes=2).state_dict(), tmp_path / 'a.pth')
+    for name in ('config.json', 'preprocessor_config.json'):
+        (tmp_path / name).write_bytes(text.encode(errors='surrogatepass'))
+        with pytest.raises(ValueError, match=rf'{name} (is no JSON|holds \w+, expected an object)'):
+            convert(tmp_path, tmp_path / 'out', 'test_vitresnet')
+        (tmp_path / name).unlink()
+
+
+def test_settings_as_a_dict(tmp_path):
+    model = randomise_(timm.create_model('test_vitresnet', num_classes=2, img_size=64))
+    checkpoint = dict(state_dict=model.state_dict(), args=dict(model='test_vitresnet', img_size=64, crop_pct=0.6))
+    torch.save(checkpoint, tmp_path / 'a.pth')
+    loaded = timm.create_model(f'local-dir:{convert(tmp_path / "a.pth", tmp_path / "out")}', pretrained=True)
+    assert torch.equal(logits(loaded, 64), logits(model, 64))
+    assert timm.data.resolve_model_data_config(loaded)['crop_pct'] == 0.6

@@ -140,7 +140,14 @@ def test_a_part_that_is_not_there_is_not_explained(photograph):
     'kwargs, message',
     [
         (dict(target=9), 'target: got 9'),
+        (dict(target=-1), 'target: got -1, expected a class index from 0 to 4'),
+        (dict(target=True), 'target: got True'),
+        (dict(target=1.0), r'target: got 1\.0'),
         (dict(target='zebra'), "target: got 'zebra'"),
+        (dict(target='1'), "target: got '1'"),
+        (dict(size='big'), "size: got 'big'"),
+        (dict(size=1.5), r'size: got 1\.5'),
+        (dict(size=2100), 'size: the image of 160x70 pixels would be seen as 4800x2100, which is 9900 tokens'),
         (dict(size=0), 'size: got 0'),
         (dict(size=8), 'smaller than one token'),
     ],
@@ -148,6 +155,49 @@ def test_a_part_that_is_not_there_is_not_explained(photograph):
 def test_mistakes_are_named(photograph, kwargs, message):
     with pytest.raises(ValueError, match=message):
         explain(create(), photograph, **kwargs)
+
+
+def test_a_very_long_image_is_refused_before_it_is_resized(tmp_path):
+    """What would be 2.2 million pixels wide costs nothing."""
+    Image.new('L', (10000, 1)).save(tmp_path / 'long.png')
+    serial, resnet = create(), create('vitresnet', backbone='resnet18', depth=0)
+    for model in (serial, resnet, create('test_vitresnet_dual')):
+        with pytest.raises(
+            ValueError, match=r'size: the image of 10000x1 pixels would be seen as .* give a smaller size'
+        ):
+            explain(model, tmp_path / 'long.png')
+    assert explain(serial, Image.new('L', (10000, 100)), size=32).vit.shape == (32, 3200)
+
+
+def test_the_names_of_classes_come_first(photograph, tmp_path, capsys):
+    """Of classes named 1, 2, 3 and so on, `--target 1` is the one of that name; an int is always an index."""
+    model = create()
+    model.pretrained_cfg['label_names'] = ['1', '2', '3', '0', '-1']
+    assert explain(model, photograph, target=1, size=64).label == '2'
+    assert explain(model, photograph, target=np.int64(1), size=64).label == '2'
+    assert explain(model, photograph, target='1', size=64).label == '1'
+    folder = timm_vitres.save(model, tmp_path / 'model', label_names=['1', '2', '3', '0', '-1'])
+    command = ['explain', str(photograph), '--model', f'local-dir:{folder}', '--size', '64']
+    command += ['--output', str(tmp_path / 'drawn.png'), '--target']
+    for target, label in (('1', '1'), ('0', '0'), ('-1', '-1'), ('4', '-1')):
+        assert cli.main([*command, target]) == 0
+        assert capsys.readouterr().out.startswith(f'{label} (')
+    for target in ('5', '-2'):
+        assert cli.main([*command, target]) == 1
+        assert f'target: got {target}, expected a class index from 0 to 4' in capsys.readouterr().err
+    timm_vitres.save(model, folder, label_names=['crane', 'cat', 'crane', 'dog', 'owl'])
+    assert cli.main([*command, 'crane']) == 1
+    assert "target: got 'crane', the name of several classes; give the index of one: [0, 2]" in capsys.readouterr().err
+    assert cli.main([*command, '2']) == 0
+
+
+def test_what_can_not_be_explained_is_named(photograph):
+    model = create()
+    with pytest.raises(ValueError, match='model: it is in training mode'):
+        explain(create().train(), photograph)
+    torch.nn.init.constant_(model.head.weight, float('nan'))
+    with pytest.raises(ValueError, match='model: its outputs for the image are not finite'):
+        explain(model, photograph)
 
 
 def test_other_models_are_named(photograph):

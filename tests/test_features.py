@@ -188,7 +188,7 @@ def test_forms_of_forward_intermediates():
         same(result['image_intermediates'], [maps[1], maps[4]])
         same(result['image_intermediates_prefix'][1:], [pairs[1][1]])
         assert torch.equal(result['image_features'], features)
-    with pytest.raises(AssertionError, match='range'):
+    with pytest.raises(ValueError, match='indices: got'):
         model.forward_intermediates(x, indices=[16])
     with pytest.raises(ValueError, match='output_fmt'):
         model.forward_intermediates(x, output_fmt='NHWC')

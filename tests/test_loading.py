@@ -1,6 +1,8 @@
+import copy
 import http.server
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -11,10 +13,12 @@ import safetensors.torch
 import timm
 import torch
 from conftest import randomise_, relative_difference
+from layouts import write_shards
 
 import timm_vitres
-from timm_vitres import files, loading
+from timm_vitres import files, loading, predict
 from timm_vitres.checkpoints import read_checkpoint
+from timm_vitres.files import WEIGHTS_NAME
 
 OPTIONS = [
     {},
@@ -154,6 +158,174 @@ def test_where_files_can_not_be_replaced_they_are_read(tmp_path, monkeypatch):
     monkeypatch.undo()
     assert not is_mapped(path)
     assert all(torch.equal(tensors[key], value) for key, value in model.state_dict().items())
+
+
+def refill(path):
+    """Overwrite a file in place, as `cp` does, with bytes that are numbers, too."""
+    size, inode = path.stat().st_size, path.stat().st_ino
+    with path.open('r+b') as file:
+        file.write(b'\x3e' * size)
+    assert path.stat().st_ino == inode and path.stat().st_size == size
+
+
+@pytest.mark.parametrize('way', ['argument', 'variable', 'features'])
+def test_weights_that_are_not_mapped(way, tmp_path, monkeypatch):
+    """Whatever another program does to the file, the model stays what it was, where a mapped one does not."""
+    path = timm_vitres.save(randomise_(timm.create_model('test_vitresnet', num_classes=3)), tmp_path / 'model')
+    file = path / 'model.safetensors'
+    options = dict(features_only=True) if way == 'features' else {}
+    if way == 'variable':
+        monkeypatch.setenv('TIMM_VITRES_MMAP', '0')
+    else:
+        options['mmap'] = False
+    model = timm.create_model(f'local-dir:{path}', pretrained=True, **options).eval()
+    assert not is_mapped(file)
+    monkeypatch.setenv('TIMM_VITRES_MMAP', '')
+    mapped = timm.create_model(f'local-dir:{path}', pretrained=True, **{**options, 'mmap': True}).eval()
+    assert is_mapped(file)
+    x = torch.randn(2, 3, 96, 96)
+    with torch.inference_mode():
+        before, same = outputs(model, x), outputs(mapped, x)
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(before, same))
+        refill(file)
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(outputs(model, x), before))
+        assert not all(torch.equal(ours, theirs) for ours, theirs in zip(outputs(mapped, x), before))
+
+
+def outputs(model, x):
+    found = model(x)
+    return found if isinstance(found, (list, tuple)) else [found]
+
+
+def test_a_mapped_file_that_safetensors_replaces(tmp_path):
+    """What the floor of safetensors is for: its versions before 0.8 write into the file itself."""
+    path = timm_vitres.save(randomise_(timm.create_model('test_vitresnet', num_classes=3)), tmp_path) / WEIGHTS_NAME
+    model = timm.create_model(f'local-dir:{tmp_path}', pretrained=True).eval()
+    assert is_mapped(path)
+    x = torch.randn(2, 3, 96, 96)
+    with torch.inference_mode():
+        before = model(x)
+        other = {key: value + 1 for key, value in model.state_dict().items()}
+        safetensors.torch.save_file(other, path)
+        assert torch.equal(model(x), before)
+
+
+def test_unmapped_weights_begin_where_torchs_do(tmp_path):
+    """Files of other programs put tensors anywhere, and a matrix product may round by where its operands begin."""
+    weights = {f'{index}': torch.randn(3 + index) for index in range(20)}
+    safetensors.torch.save_file(weights, tmp_path / 'a.safetensors')
+    found, _ = read_checkpoint(tmp_path / 'a.safetensors', mmap=False)
+    assert found.keys() == weights.keys() and not is_mapped(tmp_path / 'a.safetensors')
+    for key, value in weights.items():
+        assert torch.equal(found[key], value) and found[key].data_ptr() % files.ALIGNMENT == 0, key
+
+
+@pytest.mark.parametrize('name', ['test_vitresnet', 'test_vitresnet_dual'])
+def test_how_weights_were_read_is_not_saved(name, tmp_path):
+    folder = timm_vitres.save(timm.create_model(name, num_classes=3, mmap=True), tmp_path / 'first')
+    model = timm.create_model(f'local-dir:{folder}', pretrained=True, mmap=False, drop_path_rate=0.1)
+    assert model._model_args['drop_path_rate'] == 0.1 and 'mmap' not in timm.models.get_model_args(model)
+    again = timm_vitres.save(model, tmp_path / 'again')
+    assert (again / 'config.json').read_bytes() == (folder / 'config.json').read_bytes()
+    assert 'mmap' not in (again / 'config.json').read_text()
+    assert copy.deepcopy(model)._model_args == model._model_args
+
+
+def test_what_is_no_way_to_read_weights(source, monkeypatch):
+    for mmap in ('no', 0, 1, [False]):
+        for pretrained in (True, False):
+            with pytest.raises(ValueError, match=rf'mmap: got {re.escape(repr(mmap))}, expected True or False'):
+                timm.create_model(f'local-dir:{source[1]}', pretrained=pretrained, mmap=mmap)
+    monkeypatch.setenv('TIMM_VITRES_MMAP', 'off')
+    with pytest.raises(ValueError, match="TIMM_VITRES_MMAP: got 'off', expected 0"):
+        timm.create_model(f'local-dir:{source[1]}', pretrained=True)
+
+
+@pytest.mark.parametrize('name', ['test_vitresnet', 'test_vitresnet_dual'])
+def test_a_new_head_has_no_old_names(name, tmp_path):
+    """Neither in the model, nor in what is saved of it; the cfg that it was made from is another's."""
+    model = timm.create_model(name, num_classes=2)
+    assert predict.label_names(model) == ['class 0', 'class 1']
+    folder = timm_vitres.save(model, tmp_path, label_names=['cat', 'dog'])
+    loaded = timm.create_model(f'local-dir:{folder}', pretrained=True)
+    assert predict.label_names(loaded) == ['cat', 'dog']
+    cfg = loaded.pretrained_cfg
+    loaded.reset_classifier(2)
+    assert predict.label_names(loaded) == ['class 0', 'class 1'] and cfg['label_names'] == ['cat', 'dog']
+    assert loaded.default_cfg is loaded.pretrained_cfg and 'label_names' not in loaded.pretrained_cfg
+    assert loaded.pretrained_cfg == {key: value for key, value in cfg.items() if key != 'label_names'}
+    saved = timm_vitres.save(loaded, tmp_path / 'again')
+    assert 'cat' not in (saved / 'config.json').read_text()
+
+
+def test_another_number_of_classes_has_no_old_names(tmp_path):
+    folder = timm_vitres.save(timm.create_model('test_vitresnet', num_classes=2), tmp_path, label_names=['cat', 'dog'])
+    for classes, expected in ((2, ['cat', 'dog']), (3, None), (0, None)):
+        model = timm.create_model(f'local-dir:{folder}', pretrained=True, num_classes=classes)
+        assert model.pretrained_cfg.get('label_names') == expected
+    # timm's train.py --pretrained-path: as many classes, and a new head
+    overlay = dict(num_classes=-1)
+    model = timm.create_model(f'local-dir:{folder}', pretrained=True, num_classes=2, pretrained_cfg_overlay=overlay)
+    assert 'label_names' not in model.pretrained_cfg
+
+
+@pytest.mark.parametrize(
+    'overlay, error, message',
+    [
+        (dict(file='none.pth'), FileNotFoundError, 'none.pth: there is no such file or folder'),
+        (dict(file=5), ValueError, 'file: got 5 in the pretrained_cfg, expected a path'),
+        (dict(source='local-dir'), ValueError, 'file: got None in the pretrained_cfg, expected a path'),
+        (dict(hf_hub_id='a/b/c'), ValueError, "hf_hub_id: got 'a/b/c', expected 'owner/name'"),
+        (dict(hf_hub_id='a b'), ValueError, "hf_hub_id: got 'a b', expected 'owner/name'"),
+        (dict(hf_hub_id=['a']), ValueError, r"hf_hub_id: got \['a'\], expected 'owner/name'"),
+        (dict(url='weights.pth'), ValueError, "url: got 'weights.pth' in the pretrained_cfg, expected one like http"),
+        (dict(url=3), ValueError, 'url: got 3 in the pretrained_cfg'),
+        (dict(state_dict={'a': 1}), ValueError, "state_dict: 'a' has int, expected names with tensors"),
+    ],
+)
+def test_a_source_that_is_none(overlay, error, message):
+    with pytest.raises(error, match=message):
+        timm.create_model('test_vitresnet', pretrained=True, pretrained_cfg_overlay=overlay)
+
+
+def test_a_folder_without_weights(tmp_path):
+    (tmp_path / 'model.safetensors').mkdir()
+    with pytest.raises((OSError, ValueError), match=r'model\.safetensors is a folder|holds no weights'):
+        timm.create_model('test_vitresnet', pretrained=True, pretrained_cfg_overlay=dict(file=str(tmp_path)))
+
+
+def test_load_state_dict_takes_a_dict():
+    with pytest.raises(TypeError, match='state_dict: got list, expected a dict of names with tensors'):
+        timm.create_model('test_vitresnet').load_state_dict([1])
+
+
+def test_shards_of_the_hub(tmp_path, monkeypatch):
+    """In the Hub's cache, as a download leaves it, with no network; each shard is checked against its checksum."""
+    monkeypatch.setattr(files.constants, 'HF_HUB_OFFLINE', True)
+    monkeypatch.setattr(files.constants, 'HF_HOME', str(tmp_path / 'home'))
+    model = randomise_(timm.create_model('test_vitresnet', num_classes=3))
+    revision = '0123456789abcdef0123456789abcdef01234567'
+    repo = tmp_path / 'models--me--large'
+    snapshot = repo / 'snapshots' / revision
+    for folder in (repo / 'refs', repo / 'blobs', snapshot):
+        folder.mkdir(parents=True)
+    (repo / 'refs' / 'main').write_text(revision)
+    index = write_shards(model, snapshot)
+    for shard in sorted(snapshot.glob('*.safetensors')):
+        blob = shard.rename(repo / 'blobs' / files.sha256(shard))
+        shard.symlink_to(blob)
+    options = dict(pretrained=True, num_classes=3, cache_dir=tmp_path)
+    overlay = dict(hf_hub_id='me/large', num_classes=3)
+    loaded = timm.create_model('test_vitresnet', pretrained_cfg_overlay=overlay, **options)
+    for key, value in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[key], value), key
+    assert loading.hub_weights('me/large@main', cache_dir=tmp_path) == index
+    flip(blob)
+    with pytest.raises(OSError, match='is damaged, or was changed'):
+        timm.create_model('test_vitresnet', pretrained_cfg_overlay=overlay, **options)
+    shard.unlink()
+    with pytest.raises(FileNotFoundError, match=r'me/large@.*model-00003-of-00003\.safetensors is not in the cache'):
+        timm.create_model('test_vitresnet', pretrained_cfg_overlay=overlay, **options)
 
 
 def test_meta_is_refused(source):

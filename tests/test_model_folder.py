@@ -229,6 +229,10 @@ def test_a_class_as_an_argument_is_refused_before_anything_is_touched(tmp_path):
 
 
 def test_plain_values_are_made_of_what_users_give(tmp_path):
+    measures = dict(embed_dim=np.int64(48), img_size=(np.int32(64), 96), init_values=np.float32(0.5))
+    model = timm.create_model('test_vitresnet', num_classes=2, **measures)
+    loaded = timm.create_model(f'local-dir:{save(model, tmp_path / "numpy")}', pretrained=True)
+    assert loaded.cfg == model.cfg and loaded.patch_embed.img_size == (64, 96)
     model = randomise_(timm.create_model('test_vitresnet', num_classes=2))
     config = dict(mean=torch.tensor([0.25, 0.5, 0.75]), std=np.float32(0.5), crop_pct=np.float64(0.5))
     save(model, tmp_path, label_names=np.array([3, 7]), data_config=config)

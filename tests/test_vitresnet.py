@@ -1,4 +1,5 @@
 import dataclasses
+import math
 
 import pytest
 import safetensors.torch
@@ -421,3 +422,102 @@ def test_pooling_with_weights_comes_only_with_the_model():
     model = timm.create_model('test_vitresnet', global_pool='map')
     model.reset_classifier(5, 'map')
     assert model(torch.randn(1, 3, 96, 96)).shape == (1, 5)
+
+
+CHANGED = [
+    *(('reset_classifier', dict(global_pool=old), (4, new)) for old in ('prr', 'map') for new in ('', 'avg', 'token')),
+    *(
+        ('reset_classifier', dict(global_pool=old, fc_norm=fc_norm), (4, new))
+        for old, new in (('token', 'avg'), ('avg', 'token'), ('max', ''), ('', 'avgmax'))
+        for fc_norm in (None, True, False)
+    ),
+    ('set_input_size', dict(), ((64, 128),)),
+    ('set_input_size', dict(no_embed_class=True), ([128, 96], 2)),
+    *(('set_input_size', dict(output_stride=16), (None, size)) for size in (1, 2, (1, 2), (2, 2), 3)),
+    ('set_input_size', dict(output_stride=16, patch_size=2), (None, 1)),
+    ('set_input_size', dict(output_stride=32), (None, 3)),
+    ('prune_intermediate_layers', dict(), (1,)),
+    ('prune_intermediate_layers', dict(global_pool='avg'), (1, True)),
+    ('prune_intermediate_layers', dict(), ([0],)),
+    ('prune_intermediate_layers', dict(depth=0, stage=0, embed_dim=32, class_token=False), ([0],)),
+    ('set_grad_checkpointing', dict(), ()),
+]
+
+
+@pytest.mark.parametrize('method, kwargs, args', CHANGED)
+def test_a_changed_model_is_saved_as_it_is_or_refused(method, kwargs, args, tmp_path):
+    """What is loaded is equal to what was saved; what could not be, `save` or the method itself refuses."""
+    kwargs = {key: value for key, value in kwargs.items() if value is not None}
+    kwargs = {'reg_tokens': 0 if kwargs.get('depth') == 0 else 1, **kwargs}
+    model = randomise_(timm.create_model('test_vitresnet', num_classes=3, **kwargs))
+    try:
+        getattr(model, method)(*args)
+        folder = timm_vitres.save(model, tmp_path)
+    except ValueError as error:
+        assert method in ('set_input_size', 'prune_intermediate_layers'), error
+        assert args[-1] == 3 or 'prune' in method
+        return
+    loaded = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
+    assert loaded.cfg == model.cfg
+    assert loaded.state_dict().keys() == model.state_dict().keys()
+    x = torch.randn(2, 3, 128, 160)
+    with torch.inference_mode():
+        assert torch.equal(loaded(x), model(x))
+
+
+def test_output_stride_follows_the_patches():
+    model = timm.create_model('test_vitresnet', output_stride=16)
+    model.set_input_size(patch_size=2)
+    assert model.cfg.output_stride == 32
+    assert model.cfg.patch_size == 2
+    with pytest.raises(ValueError, match='patch_size: got 3, with which the tokens would be 48 pixels apart'):
+        model.set_input_size(patch_size=3)
+    model = timm.create_model('test_vitresnet', output_stride=32)  # no stride is replaced, so any patch will do
+    model.set_input_size(patch_size=3)
+    assert model.cfg.output_stride is None
+
+
+INITIALISED = [
+    *(('test_vitresnet', {'weight_init': mode}) for mode in ('', 'jax', 'jax_nlhb', 'moco', 'reset')),
+    *(('test_vitresnet_dual', {'weight_init': mode}) for mode in ('', 'jax', 'jax_nlhb', 'moco', 'reset')),
+    ('test_vitresnet', dict(global_pool='map', reg_tokens=2, init_values=0.1, qk_norm=True, fix_init=True)),
+    ('vitresnet_nano', {}),
+    ('vitresnet_tiny', {}),
+    ('vitresnet_dual_tiny', {}),
+    ('vitresnet', dict(backbone='resnetblur18', layers=(1, 1), channels=(16, 24), depth=1, embed_dim=48)),
+    ('vitresnet', dict(backbone='ecaresnet26t', stage=2, depth=1, embed_dim=48, norm_layer='rmsnorm')),
+]
+
+
+@pytest.mark.parametrize('name, kwargs', INITIALISED)
+def test_init_weights_leaves_nothing_out(name, kwargs):
+    """On memory that was full of nan, it makes what building makes: the same constants, the same distributions."""
+    torch.manual_seed(0)
+    reference = timm.create_model(name, num_classes=10, **kwargs)
+    model = timm.create_model(name, num_classes=10, device='meta', **kwargs).to_empty(device='cpu')
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    with torch.no_grad():
+        for tensor in tensors.values():
+            tensor.fill_(math.nan if tensor.is_floating_point() else 77)
+    model.init_weights()
+    for key, expected in (*reference.named_parameters(), *reference.named_buffers()):
+        tensor = tensors.pop(key).detach()
+        assert torch.isfinite(tensor).all(), key
+        if expected.unique().numel() == 1:
+            assert torch.equal(tensor, expected), key
+            continue
+        # of absolute values: timm's truncated normal has an outlier of 100 sigma once in a million values
+        means = [value.detach().double().abs().clamp(max=1).mean().item() for value in (tensor, expected)]
+        assert means[0] == pytest.approx(means[1], rel=max(0.02, 6 / expected.numel() ** 0.5)), key
+    assert not tensors
+
+
+@pytest.mark.parametrize(
+    'name, heads', [('test_vitresnet', ['head']), ('test_vitresnet_dual', ['head_resnet', 'head_vit'])]
+)
+def test_jax_nlhb_begins_with_rare_classes(name, heads):
+    model = timm.create_model(name, num_classes=20, weight_init='jax_nlhb')
+    for head in heads:
+        assert torch.equal(model.get_submodule(head).bias, torch.full((20,), -math.log(20)))
+        assert not model.get_submodule(head).weight.any()
+    assert timm.create_model(name, num_classes=0, weight_init='jax_nlhb').num_classes == 0  # no head, no logarithm

@@ -10,7 +10,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from conformer_reference import GOLDEN, SIZES, VARIANTS, fill_, heads, images
-from conftest import relative_difference
+from conftest import randomise_, relative_difference
 from layouts import conformer_layout, mmpretrain_layout
 from timm.layers import DropPath
 from timm.models import group_parameters
@@ -461,3 +461,18 @@ def test_published_weights_are_verified_by_the_name_of_their_file(tmp_path, monk
     assert str(cached) in capsys.readouterr().err
     with pytest.raises(OSError, match='sha256'):
         timm.create_model(SMALL, pretrained=True, pretrained_cfg_overlay=dict(url=f'file://{published}'))
+
+
+@pytest.mark.parametrize('new', ['', 'avg', 'token'])
+def test_another_pooling_is_saved(new, tmp_path):
+    for old in ('', 'avg', 'token'):
+        model = randomise_(create(global_pool=old, num_classes=3))
+        model.reset_classifier(4, new)
+        randomise_(model)
+        loaded = timm.create_model(f'local-dir:{timm_vitres.save(model, tmp_path / old)}', pretrained=True).eval()
+        assert loaded.cfg == model.cfg
+        x = torch.randn(1, 3, 96, 64)
+        with torch.inference_mode():
+            expected, actual = model(x), loaded(x)
+        for one, other in zip(*((expected, actual) if new == '' else ([expected], [actual]))):
+            assert torch.equal(one, other)

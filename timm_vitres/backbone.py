@@ -189,7 +189,7 @@ def check_effects(name: str, given: Iterable[str], **arguments: Any) -> None:
         arguments: Of `create_backbone`, the other measures among them.
     """
     defaults = inspect.signature(_resnet_class(name).__init__).parameters
-    with_all = _structure(name, arguments)
+    with_all = _describe(create_backbone(name, device='meta', **arguments))
     for measure in given:
         value = arguments[measure]
         without = {key: other for key, other in arguments.items() if key != measure}
@@ -205,11 +205,17 @@ def check_effects(name: str, given: Iterable[str], **arguments: Any) -> None:
 
 
 def _structure(name: str, arguments: Dict[str, Any]) -> Optional[str]:
+    """Return what a backbone consists of; None where these measures do not fit together."""
     try:
-        backbone = create_backbone(name, device='meta', **arguments)
+        return _describe(create_backbone(name, device='meta', **arguments))
     except ValueError:
         return None
-    return f'{backbone} {backbone.feature_info}'
+
+
+def _describe(backbone: nn.Module) -> str:
+    # what was taken out is no part of it, whether timm makes it or not
+    lines = [line for line in str(backbone).splitlines() if 'Identity()' not in line]
+    return '\n'.join([*lines, *map(str, backbone.feature_info)])
 
 
 def _other(measure: str, value: Any) -> Any:

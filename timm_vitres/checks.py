@@ -12,7 +12,7 @@ import math
 import numbers
 import typing
 from dataclasses import dataclass
-from typing import Annotated, Any, Callable, Dict, Iterable, List, Literal, Optional, ParamSpec, Tuple, TypeVar, Union
+from typing import Annotated, Any, Callable, Dict, Iterable, Literal, Optional, ParamSpec, Tuple, TypeVar, Union
 
 import numpy as np
 import torch
@@ -181,10 +181,13 @@ def conform_arguments(model_cls: type, cfg: Any, kwargs: Dict[str, Any], *builde
     }
 
 
-def conform_indices(name: str, indices: Any, number: int) -> Union[int, List[int]]:
+def conform_indices(name: str, indices: Any, number: int, distinct: bool = False) -> Any:
     """Return indices of `number` features as timm takes them: the last so many, or a list (negative: from the end)."""
     each = Annotated[int, between(-number, number - 1)]
-    return conform(name, indices, Union[Annotated[int, between(1, number)], Tuple[each, ...]])
+    plain = conform(name, indices, Union[Annotated[int, between(1, number)], Tuple[each, ...]])
+    if distinct and isinstance(plain, tuple) and len({index % number for index in plain}) < len(plain):
+        raise ValueError(f'{name}: got {indices!r}, expected every level once.')
+    return plain
 
 
 def check_choice(name: str, value: Any, choices: Tuple[Any, ...]) -> None:

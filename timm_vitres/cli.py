@@ -2,21 +2,49 @@
 
 import argparse
 import dataclasses
+import io
 import json
+import math
+import os
 import sys
+import traceback
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence
+from typing import List, Optional, Sequence
 
-import timm
 from timm.utils import ParseKwargs
 
 from . import __version__
-from .files import is_transient
+from .arguments import (
+    MISTAKES,
+    check_branch,
+    check_count,
+    check_new_folder,
+    check_picture,
+    check_repo_id,
+    class_of,
+    load_model,
+    one_line,
+    read_names,
+    size_of,
+)
+from .files import check_output, is_transient
+
+READER_GONE = 141  # 128 + SIGPIPE, as 130 is 128 + SIGINT
+
+
+class _Arguments(ParseKwargs):
+    """timm's action for name=value; anything else is the user's mistake, not a stack trace."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        wrong = [value for value in values if not value.partition('=')[0].isidentifier() or '=' not in value]
+        if wrong:
+            raise argparse.ArgumentError(self, f'got {wrong[0]!r}, expected name=value')
+        super().__call__(parser, namespace, values, option_string)
 
 
 def add_finetune(subparsers) -> None:
-    """`timm-vitres finetune`: every field of `FinetuneCfg` is a flag."""
-    from .finetune import FinetuneCfg
+    """`timm-vitres finetune`: every field of `FinetuneCfg` is a flag; what is not given is not in the namespace."""
+    from .settings import FinetuneCfg, kind_of
 
     parser = subparsers.add_parser(
         'finetune', help='fine-tune a model on an image folder or dataset', formatter_class=_Formatter
@@ -24,19 +52,19 @@ def add_finetune(subparsers) -> None:
     parser.add_argument('data', nargs='?', metavar='DIR', help='the same as --data-dir')
     short = {'batch_size': ['-b'], 'workers': ['-j']}
     for field in dataclasses.fields(FinetuneCfg):
-        metadata: Dict[str, Any] = dict(field.metadata)
+        options = {name: field.metadata[name] for name in ('help', 'nargs', 'choices') if name in field.metadata}
         flags = [*short.get(field.name, []), '--' + field.name.replace('_', '-')]
         if field.name == 'resume':
-            metadata.update(nargs='?', const=True, metavar='PATH')
+            options.update(nargs='?', const=True, metavar='PATH')
         elif field.name == 'model_kwargs':
-            metadata.update(action=ParseKwargs)
-        elif isinstance(field.default, bool):
-            metadata.update(action='store_true')
-        elif 'type' not in metadata and isinstance(field.default, (int, float)):
-            metadata.update(type=type(field.default))
-        elif field.name == 'img_size':
-            metadata.update(type=int)
-        parser.add_argument(*flags, default=field.default, dest=field.name, **metadata)
+            options.update(action=_Arguments)
+        elif kind_of(field.name) is bool:
+            options.update(action='store_true')
+        else:
+            options.update(type=kind_of(field.name))
+        if field.default not in (None, False, ''):
+            options['help'] += f' (default: {field.default})'
+        parser.add_argument(*flags, default=argparse.SUPPRESS, dest=field.name, **options)
     parser.set_defaults(run=run_finetune)
 
 
@@ -44,10 +72,13 @@ def run_finetune(args: argparse.Namespace) -> int:
     """Fine-tune, and say where the model is and how it is loaded."""
     from .finetune import FinetuneCfg, finetune
 
-    values = {field.name: getattr(args, field.name) for field in dataclasses.fields(FinetuneCfg)}
-    values['data_dir'] = values['data_dir'] or args.data
-    values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
-    folder = finetune(FinetuneCfg(**values))
+    names = {field.name for field in dataclasses.fields(FinetuneCfg)}
+    given = {name: value for name, value in vars(args).items() if name in names}
+    if args.data is not None:
+        if 'data_dir' in given and given['data_dir'] != args.data:
+            raise ValueError(f'data_dir: got {args.data} and {given["data_dir"]}; give one.')
+        given['data_dir'] = args.data
+    folder = finetune(FinetuneCfg(**given), given)
     print(f"The best epoch is in {folder}; timm.create_model('local-dir:{folder}', pretrained=True) loads it.")
     return 0
 
@@ -68,10 +99,14 @@ def run_predict(args: argparse.Namespace) -> int:
     """Print names and probabilities of the likeliest classes of every image; 1 if an image could not be read."""
     from .predict import plot_predictions, predict
 
-    if args.topk < 1:
-        raise ValueError(f'topk: got {args.topk}, expected a number from 1 up.')
-    model = timm.create_model(args.model, pretrained=True).to(args.device).eval()
+    check_count('topk', args.topk)
+    if args.plot is not None:
+        check_picture('plot', args.plot, args.images)
+    model = load_model(args.model, args.device)
     predictions, unreadable = predict(model, args.images, topk=args.topk)
+    for prediction in predictions:
+        if not all(map(math.isfinite, prediction.probabilities)):
+            raise ValueError(f'model: its outputs for {prediction.image} are not finite; its weights are broken.')
     if args.json:
         print(json.dumps([prediction._asdict() for prediction in predictions], indent=2))
     else:
@@ -89,7 +124,11 @@ def add_explain(subparsers) -> None:
     parser = subparsers.add_parser('explain', help='draw where a model looks', formatter_class=_Formatter)
     parser.add_argument('image', type=Path, metavar='IMAGE', help='image file, of any size')
     parser.add_argument('--model', required=True, help='a hybrid: name.tag, local-dir:<folder>, hf-hub:<id>')
-    parser.add_argument('--target', metavar='CLASS', help='class to explain, by name or index; else the likeliest one')
+    parser.add_argument(
+        '--target',
+        metavar='CLASS',
+        help='class to explain: its name, or, where none has that name, its index; else the likeliest one',
+    )
     parser.add_argument('--size', type=int, metavar='PIXELS', help="shorter side; else the model's own size")
     parser.add_argument('--output', type=Path, default=Path('explain.png'), metavar='PNG', help='where to draw')
     parser.add_argument('--device', default='cpu', help='torch device')
@@ -100,9 +139,12 @@ def run_explain(args: argparse.Namespace) -> int:
     """Draw an image, what the ResNet sees of it, and what the ViT sees of it."""
     from .explain import explain, plot_explanation
 
-    model = timm.create_model(args.model, pretrained=True).to(args.device).eval()
-    target = int(args.target) if args.target and args.target.isdecimal() else args.target
-    explanation = explain(model, args.image, target=target, size=args.size)
+    check_count('size', args.size)
+    check_picture('output', args.output, [args.image])
+    if not args.image.exists():
+        raise FileNotFoundError(f'image: there is no file {args.image}.')
+    model = load_model(args.model, args.device)
+    explanation = explain(model, args.image, target=class_of(args.target, model), size=args.size)
     plot_explanation(explanation, args.output)
     print(f'{explanation.label} ({100 * explanation.probability:.1f}%): {args.output} shows where the model looks.')
     return 0
@@ -110,13 +152,22 @@ def run_explain(args: argparse.Namespace) -> int:
 
 def add_export(subparsers) -> None:
     """`timm-vitres export`."""
+    from .export import FORMATS
+
     parser = subparsers.add_parser(
         'export', help='write a model for onnxruntime, TorchScript or torch.export', formatter_class=_Formatter
     )
     parser.add_argument('model', metavar='MODEL', help="a timm model's name.tag, local-dir:<folder>, hf-hub:<id>")
     parser.add_argument('--output', required=True, type=Path, metavar='FILE', help='where to')
-    parser.add_argument('--format', default='onnx', help='onnx, torchscript, or pt2 (torch.export)')
-    parser.add_argument('--precision', default='fp32', help='fp32; bf16 (not onnx); int8 (not torchscript)')
+    parser.add_argument(
+        '--format', choices=list(FORMATS), help='of onnxruntime, torch.jit or torch.export; else what FILE ends in says'
+    )
+    parser.add_argument(
+        '--precision',
+        default='fp32',
+        choices=('fp32', 'bf16', 'int8'),
+        help='bf16 not of onnx, int8 not of torchscript',
+    )
     parser.add_argument(
         '--images', nargs='+', type=Path, metavar='IMAGE', help='files or folders, to compare on, and for int8 ranges'
     )
@@ -129,11 +180,15 @@ def add_export(subparsers) -> None:
 def run_export(args: argparse.Namespace) -> int:
     """Export, and say what was written."""
     from .data import example_images
-    from .export import export
+    from .export import check_target, export
 
-    model = timm.create_model(args.model, pretrained=True, img_size=_size(args.img_size)).eval()
+    check_count('num_images', args.num_images)
+    size = size_of(args.img_size)
+    check_output('output', args.output)
+    path, format = check_target(args.output, args.format, args.precision)
+    model = load_model(args.model, img_size=size)
     example = example_images(args.images, model, args.num_images) if args.images else None
-    print(export(model, args.output, args.format, args.precision, not args.static, example).report)
+    print(export(model, path, format, args.precision, not args.static, example).report)
     return 0
 
 
@@ -149,7 +204,7 @@ def add_convert(subparsers) -> None:
     parser.add_argument('--label-names', type=Path, metavar='TXT', help='names of the classes, one a line')
     parser.add_argument('--no-ema', action='store_true', help='take the plain weights, not the averaged ones')
     parser.add_argument(
-        '--model-kwargs', nargs='*', default={}, action=ParseKwargs, help="the model's other arguments, name=value"
+        '--model-kwargs', nargs='*', default={}, action=_Arguments, help="the model's other arguments, name=value"
     )
     parser.set_defaults(run=run_convert)
 
@@ -158,8 +213,11 @@ def run_convert(args: argparse.Namespace) -> int:
     """Convert, and say how the model is loaded."""
     from .convert import convert
 
-    names = args.label_names.read_text(encoding='utf-8').splitlines() if args.label_names else None
-    size = _size(args.img_size)
+    if args.source in ('', 'local-dir:', 'hf-hub:'):
+        raise ValueError(f'source: got {args.source!r}, expected a file, a folder, or hf-hub:<id>.')
+    names = read_names(args.label_names) if args.label_names else None
+    size = size_of(args.img_size)
+    check_new_folder('output', args.output)
     folder = convert(args.source, args.output, args.model, names, size, not args.no_ema, args.model_kwargs)
     print(f"{folder} holds the model; timm.create_model('local-dir:{folder}', pretrained=True) loads it.")
     return 0
@@ -182,6 +240,10 @@ def run_push(args: argparse.Namespace) -> int:
     from .files import sha256
     from .hub import check_folder, push, push_files
 
+    check_repo_id('repo_id', args.repo_id)
+    check_branch('revision', args.revision)
+    if not args.message.strip():
+        raise ValueError(f'message: got {args.message!r}, expected some words.')
     if args.yes:
         address = push(args.folder, args.repo_id, args.revision, args.private, commit_message=args.message)
         print(f"{address}\ntimm.create_model('hf-hub:{args.repo_id}', pretrained=True) loads it, anywhere.")
@@ -210,25 +272,28 @@ def run_verify(args: argparse.Namespace) -> int:
     """Print the sha256 of every model's weights; 1 if one is wrong, or nobody says what it should be."""
     from .hub import verify
 
+    if args.repo is not None:
+        check_repo_id('repo', args.repo.partition('@')[0])
     status = 0
     for name in args.name:
         try:
+            if not name:
+                raise ValueError("name: got '', expected name.tag, hf-hub:<id>, local-dir:<folder>, or a path.")
             file, digest, published_by = verify(name, repo_id=args.repo)
-        except (ValueError, OSError, RuntimeError) as error:
-            print(f'timm-vitres: {error}', file=sys.stderr)
+        except MISTAKES as error:
+            _say(error)
             status = 1
             continue
         print(f'{name}: sha256 {digest} ({file})')
         if published_by is None:
-            print(f'timm-vitres: {name}: nobody says what it should be; give --repo to ask the Hub.', file=sys.stderr)
+            remedy = (
+                'the Hub can not be asked while HF_HUB_OFFLINE is set' if args.repo else 'give --repo to ask the Hub'
+            )
+            print(f'timm-vitres: {name}: nobody says what it should be; {remedy}.', file=sys.stderr)
             status = 1
         else:
             print(f'{name}: is what was published, says {published_by}.')
     return status
-
-
-def _size(values: Optional[List[int]]) -> Any:
-    return values[0] if values and len(values) == 1 else values
 
 
 def _print_table(predictions: Sequence) -> None:
@@ -259,21 +324,33 @@ def create_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _say(error: BaseException) -> None:
+    traceback.clear_frames(error.__traceback__)  # progress bars in them are closed, so that the line is ours
+    print(f'timm-vitres: {one_line(error)}', file=sys.stderr)
+
+
 def main(argv: Optional[List[str]] = None) -> int:
     """Run a command line and return its exit status."""
-    args = create_parser().parse_args(argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors='backslashreplace')  # names of files and classes may be in any alphabet
     try:
-        return args.run(args)
-    except (ValueError, TypeError, OSError, RuntimeError) as error:
-        # the user's mistakes and the world's: torch and timm raise RuntimeError for unknown or weightless models
-        print(f'timm-vitres: {error}', file=sys.stderr)
-        return 1
+        try:
+            args = create_parser().parse_args(argv)
+            return args.run(args)
+        finally:
+            sys.stdout.flush()
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:  # whoever reads what is printed, such as `head`, wants no more; nor does the flush at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return READER_GONE
+    except MISTAKES as error:
+        _say(error)
+        return 1
     except Exception as error:
         if not is_transient(error):
             raise
-        print(f'timm-vitres: the Hub does not answer as it should ({error}); try again.', file=sys.stderr)
+        print(f'timm-vitres: the Hub does not answer as it should ({one_line(error)}); try again.', file=sys.stderr)
         return 1
 
 

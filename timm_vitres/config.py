@@ -27,6 +27,7 @@ from .checks import (
 __all__ = ['VitResNetCfg', 'VitResNetDualCfg', 'check_choice']
 
 GlobalPool = Literal['', 'avg', 'avgmax', 'max', 'token', 'map', 'prr']
+StemType = Literal['', 'deep', 'deep_tiered', 'tiered', 'fixed', 'deep_fixed', 'same', 'deep_same']
 DualGlobalPool = Literal['', 'avg', 'token']
 NO_CLASS_TOKEN = "global_pool: got 'token', but the model has no class token; use 'avg', 'max' or 'avgmax'."
 MLP_LAYERS = {'mlp': Mlp, 'glu': GluMlp, 'swiglu': SwiGLU, 'swiglupacked': SwiGLUPacked}
@@ -52,7 +53,7 @@ class VitResNetCfg:
     block: Optional[Literal['basic', 'bottleneck']] = None
     # 4; 2 leaves out the pooling; 1 makes the first convolution's stride 1, too
     stem_stride: Optional[Literal[1, 2, 4]] = None
-    stem_type: Optional[str] = None  # '', 'deep', 'deep_tiered'; ResNetV2 also: 'same', 'fixed', 'deep_same', ...
+    stem_type: Optional[StemType] = None  # ResNet: '', 'deep' or 'deep_tiered'; ResNetV2: all but 'deep_tiered'
     stem_width: Optional[Width] = None  # ResNet: width of a deep stem's first convolutions, half that of its last
     stem_chs: Optional[Width] = None  # ResNetV2: width of the stem
     replace_stem_pool: Optional[bool] = None  # ResNet: a convolution instead of the stem's max-pooling

@@ -6,7 +6,7 @@ Zuidema 2020, arXiv:2005.00928). image -> (1, C, H, W) of its whole -> maps (1, 
 
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Iterator, List, NamedTuple, Optional, Tuple, Union
+from typing import Iterator, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 import numpy as np
 import torch
@@ -22,7 +22,9 @@ from .vitresnet_dual import VitResNetDual
 
 RESNET_TITLE = 'ResNet: Grad-CAM of its last stage'
 VIT_TITLE = 'ViT: attention rollout'
-
+# beyond these an image of odd proportions would take gigabytes: attention has a value for every pair of tokens
+MAX_PIXELS = 4096 * 4096
+MAX_TOKENS = 4096
 
 Hybrid = Union[VitResNet, VitResNetDual]
 
@@ -72,36 +74,54 @@ def explain(
     Args:
         model: A hybrid of this package with a head, in evaluation mode.
         image: A path, a PIL image, or an array (H, W) or (H, W, C) of 8-bit values.
-        target: The class to explain, by index or name; by default the likeliest one.
+        target: The class to explain, an int being its index and a str its name; by default the likeliest one.
         size: Pixels of the image's shorter side; by default the model's own input size.
 
     Raises:
-        ValueError: for another model, one without a head, an unknown class, or an impossible size.
+        ValueError: for another model, one in training mode, without a head or whose outputs are not finite; for an
+            unknown class, or a name of several; for a size that is impossible, or that the image is too long for.
         FileNotFoundError, TypeError: as `open_image`.
     """
     if not isinstance(model, (VitResNet, VitResNetDual)):
         raise ValueError(f'model: got {type(model).__name__}, expected a hybrid of this package.')
     if model.num_classes == 0 or model.global_pool == '':
         raise ValueError('model: it has no head, or does not pool, so there is no prediction to explain.')
-    if size is not None and size < 1:
-        raise ValueError(f'size: got {size}, expected pixels from 1 up.')
+    if model.training:
+        raise ValueError('model: it is in training mode; call model.eval() before it is explained.')
+    if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
+        raise ValueError(f'size: got {size!r}, expected a whole number of pixels from 1 up.')
     names = label_names(model)
-    if isinstance(target, str):
-        if target not in names:
-            shown = ', '.join(names[:10]) + (', ...' if len(names) > 10 else '')
-            raise ValueError(f'target: got {target!r}, expected one of the classes: {shown}')
-        target = names.index(target)
-    if target is not None and not 0 <= target < len(names):
-        raise ValueError(f'target: got {target}, expected a class index from 0 to {len(names) - 1}.')
+    index = None if target is None else class_index(target, names)
 
     x, seen = _whole(image, model, size)
     with torch.inference_mode():
         probabilities = model(x)[0].float().softmax(-1)
-    index = int(probabilities.argmax()) if target is None else target
+    if not probabilities.isfinite().all():
+        raise ValueError('model: its outputs for the image are not finite (nan, inf); its weights are broken.')
+    index = int(probabilities.argmax()) if index is None else index
     parts = _parts(model)
     resnet = grad_cam(model, x, index)[0].cpu().numpy() if parts.resnet is not None else None
     vit = attention_rollout(model, x)[0].cpu().numpy() if parts.blocks else None
     return Explanation(seen, names[index], float(probabilities[index]), resnet, vit)
+
+
+def class_index(target: Union[int, str], names: Sequence[str]) -> int:
+    """Return the index of a class, given as that (int) or by its name (str).
+
+    Raises:
+        ValueError: where no class is meant, or several are.
+    """
+    if isinstance(target, str):
+        found = [index for index, name in enumerate(names) if name == target]
+        if len(found) > 1:
+            raise ValueError(f'target: got {target!r}, the name of several classes; give the index of one: {found}')
+        if not found:
+            shown = ', '.join(names[:10]) + (', ...' if len(names) > 10 else '')
+            raise ValueError(f'target: got {target!r}, expected one of the classes: {shown}')
+        return found[0]
+    if isinstance(target, bool) or not isinstance(target, (int, np.integer)) or not 0 <= target < len(names):
+        raise ValueError(f'target: got {target!r}, expected a class index from 0 to {len(names) - 1}.')
+    return int(target)
 
 
 def _whole(image: ImageLike, model: nn.Module, size: Optional[int]) -> Tuple[torch.Tensor, Image.Image]:
@@ -111,6 +131,14 @@ def _whole(image: ImageLike, model: nn.Module, size: Optional[int]) -> Tuple[tor
     opened = open_image(image, image_mode(channels))
     scale = (size or min(own_size)) / min(opened.size)
     width, height = (max(1, round(side * scale)) for side in opened.size)
+    parts = _parts(model)
+    rows, columns = -(-height // parts.token_stride[0]), -(-width // parts.token_stride[1])
+    if width * height > MAX_PIXELS or (parts.blocks and rows * columns > MAX_TOKENS):
+        raise ValueError(
+            f'size: the image of {opened.width}x{opened.height} pixels would be seen as {width}x{height}, which is '
+            f'{rows * columns} tokens; at most {MAX_TOKENS} tokens and {MAX_PIXELS} pixels are explained: give a '
+            f'smaller size, or a part of the image.'
+        )
     config.update(input_size=(channels, height, width), crop_pct=1.0, crop_mode='squash')
     return to_batch(opened, model, config), opened.convert('RGB').resize((width, height))
 

@@ -10,6 +10,7 @@ import re
 import secrets
 import stat
 import struct
+import tempfile
 import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -51,7 +52,7 @@ def check_output(name: str, path: Union[str, Path]) -> Path:
         ValueError: for an empty path.
         OSError: where a folder or a device is, or no file can be made.
     """
-    if not isinstance(path, (str, Path)) or not Path(path).name:
+    if not isinstance(path, (str, Path)) or not Path(path).name or '\0' in str(path):
         raise ValueError(f'{name}: got {str(path)!r}, expected the path of a file.')
     path = Path(path)
     if path.is_dir():
@@ -59,10 +60,13 @@ def check_output(name: str, path: Union[str, Path]) -> Path:
     if path.exists() and not path.is_file():
         raise OSError(f'{name}: {path} is no ordinary file, and is not written over.')
     above = next(folder for folder in path.absolute().parents if os.path.lexists(folder))
-    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
-        raise OSError(
-            f'{name}: {path} can not be written, since {above} is {"not writable" if above.is_dir() else "no folder"}.'
-        )
+    if not above.is_dir():
+        raise OSError(f'{name}: {path} can not be written, since {above} is no folder.')
+    try:
+        with tempfile.TemporaryFile(dir=above):
+            pass
+    except OSError as error:
+        raise OSError(f'{name}: {path} can not be written ({error.strerror} in {above}).') from error
     return path
 
 

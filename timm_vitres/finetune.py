@@ -1,91 +1,76 @@
 """Fine-tuning on timm.task, timm.data, timm.optim and timm.scheduler; the flags keep the names of timm's train.py.
 
-images -> `load_data` -> `finetune` -> folder/{model.safetensors, config.json, README.md, summary.csv, curves.png,
-last.pth.tar}. A run that was killed goes on with `resume`, from its last whole epoch, as if it had not been.
+images -> `load_data` -> `finetune` -> folder/{run.json, model.safetensors, config.json, README.md, summary.csv,
+curves.png, last.pth.tar}. A run that was killed goes on with `resume` as if it had not been, from its last whole epoch.
 """
 
-import csv
 import dataclasses
-import datetime
-import importlib.util
 import logging
+import math
 import time
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Tuple, Union
+from typing import Any, Collection, Dict, List, Optional, Tuple, Union
 
 import timm
 import torch
-from huggingface_hub import EvalResult
-from timm.data import Mixup, create_loader
+from timm.data import Mixup
 from timm.models import resolve_model_input_args
-from timm.optim import create_optimizer_v2
+from timm.optim import create_optimizer_v2, get_optimizer_info
 from timm.scheduler import create_scheduler_v2
-from timm.task import ClassificationEvaluator, ClassificationTask
+from timm.task import ClassificationTask
 from timm.utils import AverageMeter, NativeScaler, dispatch_clip_grad, random_seed
 from torch import nn
+from torch.nn.utils import get_total_norm
 from tqdm import tqdm
 
 from . import hub
-from .cards import render_card
 from .data import data_config, image_mode
 from .datasets import Data, load_data
-from .files import WEIGHTS_NAME, replacing
+from .files import CONFIG_NAME, WEIGHTS_NAME, replacing
+from .loaders import check_policy, create_loaders
 from .prepare import fastest_training
-from .settings import FinetuneCfg
+from .report import (
+    CURVES_NAME,
+    BalancedEvaluator,
+    best_epoch,
+    count_epochs,
+    draws_curves,
+    evaluate,
+    run_card,
+    write_summary,
+)
+from .runs import CHECKPOINT_NAME, RECORD_NAME, Record, given_settings, run_folder
+from .settings import FinetuneCfg, plain
 from .vitresnet_dual import VitResNetDual
 
+__all__ = ['BalancedEvaluator', 'EachHead', 'FinetuneCfg', 'create_finetune_model', 'evaluate', 'finetune', 'load_data']
 _logger = logging.getLogger(__name__)
 
-CHECKPOINT_NAME = 'last.pth.tar'
-SUMMARY_NAME = 'summary.csv'
-CURVES_NAME = 'curves.png'
 
-
-class BalancedEvaluator(ClassificationEvaluator):
-    """timm's evaluator (loss, top1, top5) with balanced accuracy: the mean over classes of the recall, in percent."""
-
-    metric_names = (*ClassificationEvaluator.metric_names, 'balanced')
-
-    def reset(self):
-        super().reset()
-        self.hits: List[torch.Tensor] = []
-        self.labels: List[torch.Tensor] = []
-
-    def update(self, output: torch.Tensor, target: torch.Tensor) -> None:
-        """Add a batch: logits (B, classes) and class indices (B,)."""
-        super().update(output, target)
-        self.hits.append((output.argmax(1) == target).cpu())
-        self.labels.append(target.cpu())
-
-    def compute(self, distributed: bool = False) -> Dict[str, float]:
-        """Return the metrics of all batches so far."""
-        metrics = super().compute(distributed)
-        hits, labels = torch.cat(self.hits), torch.cat(self.labels)
-        recalls = [hits[labels == label].double().mean().item() for label in labels.unique()]
-        metrics['balanced'] = 100 * sum(recalls) / len(recalls)
-        return metrics
-
-
-def evaluate(model: nn.Module, loader, device: Union[str, torch.device] = 'cpu', autocast=nullcontext) -> Dict:
-    """Return loss, top1, top5 and balanced accuracy (percent) of a model over a loader."""
-    model.eval()
-    evaluator = BalancedEvaluator(device=device)
-    with torch.inference_mode():
-        for x, target in tqdm(loader, desc='validation', leave=False):
-            with autocast():
-                output = model(x.to(device))
-            evaluator.update(output, target.to(device))
-    return dict(evaluator.compute())
+class Diverged(ValueError):
+    """A run's numbers are not finite any more."""
 
 
 def create_finetune_model(cfg: FinetuneCfg, num_classes: int) -> nn.Module:
-    """Create the model of a run, its position table made for the run's image size where it has one."""
+    """Create the model of a run, its position table made for the run's image size where it has one.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: for a model, or arguments of it, that timm does not know.
+    """
     kwargs = dict(cfg.model_kwargs or {})
+    for name in ('num_classes', 'pretrained', 'features_only'):
+        if name in kwargs:
+            raise ValueError(f'model_kwargs: {name} is not for a run to choose so; leave it out.')
     for name, value in (('in_chans', cfg.in_chans), ('drop_rate', cfg.drop), ('drop_path_rate', cfg.drop_path)):
         if value is not None:
             kwargs[name] = value
-    model = timm.create_model(cfg.model, pretrained=cfg.pretrained, num_classes=num_classes, **kwargs)
+    try:
+        model = timm.create_model(cfg.model, pretrained=cfg.pretrained, num_classes=num_classes, **kwargs)
+    except (TypeError, AttributeError, LookupError, AssertionError, ArithmeticError) as error:
+        # what a constructor says of an argument that it does not know, or can't work with
+        reason = f' ({error})' if str(error) else ''
+        raise TypeError(f'model_kwargs: {cfg.model} can not be made with {kwargs}{reason}.') from error
     if cfg.img_size is not None and hasattr(model, 'set_input_size'):
         model.set_input_size(img_size=_image_size(cfg.img_size))
     _set_head_loss_(model, cfg)
@@ -124,199 +109,208 @@ class EachHead(nn.Module):
 
 
 def _image_size(img_size: Union[int, Tuple[int, ...]]) -> Tuple[int, int]:
-    size = tuple(img_size) if isinstance(img_size, (tuple, list)) else (img_size,)
-    if len(size) not in (1, 2) or any(number <= 0 for number in size):
-        raise ValueError(f'img_size: got {img_size}, expected one or two numbers above 0 (height and width).')
+    size = img_size if isinstance(img_size, tuple) else (img_size,)
     return size[0], size[-1]
 
 
-def finetune(cfg: FinetuneCfg) -> Path:
+def finetune(cfg: FinetuneCfg, given: Optional[Collection[str]] = None) -> Path:
     """Fine-tune a model and return the folder of its best epoch, which `timm.create_model('local-dir:...')` loads.
 
+    The folder records what the run was started with before its first step. With `cfg.resume` the run that is recorded
+    goes on to its last epoch (`cfg.epochs`, if more than recorded: the schedule is then that of the longer run).
+
+    Args:
+        given: Names of the settings that must agree with the record of a run that goes on; by default those that are
+            not at their default, so the settings that started a run also resume it.
+
     Raises:
-        ValueError, FileNotFoundError: for impossible settings or data; the message says which.
-        OSError: where a file can't be written; the last whole epoch stays readable.
+        ValueError, TypeError, FileNotFoundError: for impossible settings or data, an output folder with anything in
+            it, or a record that says otherwise; the message says which.
+        ValueError: where the loss or the weights are not finite any more; the last good epoch and model are kept.
+        OSError: where a file can't be written, or another process writes to the folder; the last whole epoch stays
+            readable.
     """
-    folder = Path(cfg.output)
-    if importlib.util.find_spec('matplotlib') is None:
+    if not draws_curves():
         _logger.warning('%s is left out: it needs matplotlib, pip install "timm-vitres[plot]".', CURVES_NAME)
-    checkpoint = _find_checkpoint(cfg, folder)
-    device = torch.device(cfg.device or ('cuda' if torch.cuda.is_available() else 'cpu'))
+    given = given_settings(cfg) if given is None else given
+    with run_folder(cfg, given) as folder:
+        if not cfg.resume:
+            return _set_up(cfg, folder).train()
+        record = Record.read(folder).resumed(cfg, given)
+        state = _read_state(folder, record)
+        if state is not None and len(state['history']) >= record.cfg.epochs and _is_whole(folder, state['history']):
+            print(f'The run in {folder} is finished: all of its {record.cfg.epochs} epochs are trained.', flush=True)
+            return folder
+        return _set_up(record.cfg, folder, record, state).train()
+
+
+def _set_up(
+    cfg: FinetuneCfg, folder: Path, record: Optional[Record] = None, state: Optional[Dict[str, Any]] = None
+) -> '_Run':
+    """Return a run that is ready for its next step, and recorded; what can be wrong with the settings is found here."""
+    device = _check_device(cfg.device)
+    _check_optimizer(cfg.opt)
     kwargs = resolve_model_input_args(cfg.model, **{'in_chans': cfg.in_chans, **(cfg.model_kwargs or {})})
-    data = load_data(cfg, image_mode(kwargs.get('in_chans') or kwargs['pretrained_cfg']['input_size'][0]))
-    for path in data.skipped:
-        _logger.warning('left out, unreadable: %s', path)
+    in_chans = kwargs.get('in_chans') or kwargs['pretrained_cfg']['input_size'][0]
+    mode = image_mode(in_chans)
+    check_policy(cfg.aa, mode)
+    for name, values in (('mean', cfg.mean), ('std', cfg.std)):
+        if values is not None and len(values) not in (1, in_chans):
+            raise ValueError(f'{name}: got {values}, expected one number, or one for each of {in_chans} channels.')
 
+    data = load_data(cfg, mode, recorded=None if record is None else record.data)
+    for text in data.skipped:
+        _logger.warning('left out: %s', text)
     random_seed(cfg.seed)
-    model = create_finetune_model(cfg, num_classes=len(data.label_names)).to(device)
-    size = _image_size(cfg.img_size) if cfg.img_size is not None else None
-    given = dict(img_size=size, mean=cfg.mean, std=cfg.std, interpolation=cfg.interpolation, crop_pct=cfg.crop_pct)
-    config = data_config(model, **given)
-    state = None if checkpoint is None else _read_state(checkpoint)
-    if cfg.autotune:
-        cfg = _autotuned(cfg, model, len(data.label_names), config['input_size'], checkpoint, state)
-    run = _Run(cfg, folder, model, data, config, device)
-    if checkpoint is not None and state is not None:
-        run.restore(checkpoint, state)
-    return run.train()
-
-
-def _autotuned(
-    cfg: FinetuneCfg,
-    model: nn.Module,
-    num_classes: int,
-    input_size: Tuple[int, ...],
-    checkpoint: Optional[Path],
-    state: Optional[Dict[str, Any]],
-) -> FinetuneCfg:
-    """Return the settings with the fastest amp and channels_last; of a run that goes on, those that it began with."""
+    # a checkpoint has all weights, wherever those that the run started from may be by now
+    start = dataclasses.replace(cfg, pretrained=cfg.pretrained and state is None)
+    model = create_finetune_model(start, num_classes=len(data.label_names)).to(device)
+    if record is None:
+        size = _image_size(cfg.img_size) if cfg.img_size is not None else None
+        asked = dict(img_size=size, mean=cfg.mean, std=cfg.std, interpolation=cfg.interpolation, crop_pct=cfg.crop_pct)
+        config = plain('data_config', data_config(model, **asked))
+        # what the model's own config says must keep to what a setting may be, or validation would fail after an epoch
+        dataclasses.replace(cfg, **{name: config[name] for name in ('mean', 'std', 'interpolation', 'crop_pct')})
+        autotuned = _autotune(cfg, model, len(data.label_names), config['input_size']) if cfg.autotune else None
+        record = Record(cfg, data.record(), config, autotuned)
+    run = _Run(record, folder, model, data, device)
     if state is not None:
-        settings = state.get('autotuned')
-        if settings is None:
-            raise ValueError(f'resume: {checkpoint} is of a run without autotune; leave autotune out.')
-        return dataclasses.replace(cfg, **settings)
+        run.restore(state)
+    record.write(folder)
+    return run
+
+
+def _check_device(name: str) -> torch.device:
+    try:
+        device = torch.device(name or ('cuda' if torch.cuda.is_available() else 'cpu'))
+        torch.zeros(1, device=device).item()  # which 'meta' can't, nor a device that is not here
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = ' '.join(str(error).split()).partition('. ')[0].rstrip('.')
+        raise ValueError(f'device: got {name!r}, which can not be used here ({reason}).') from error
+    return device
+
+
+def _check_optimizer(opt: str) -> None:
+    try:
+        info = get_optimizer_info(opt.rpartition('_')[2])
+    except ValueError:
+        raise ValueError(f'opt: timm has no optimizer {opt!r}; timm.optim.list_optimizers() names them.') from None
+    if info.second_order:
+        raise ValueError(f'opt: {opt!r} needs second derivatives, which a run does not compute; use another.')
+
+
+def _autotune(cfg: FinetuneCfg, model: nn.Module, num_classes: int, input_size: Tuple[int, ...]) -> Dict[str, bool]:
+    """Return the fastest amp and channels_last."""
     with torch.random.fork_rng():  # so that a run with the same settings, named, is the same run
         settings, times = fastest_training(model, num_classes, (cfg.batch_size, *input_size), cfg.amp_dtype)
     print(f'autotune: {times}; training with {settings}.', flush=True)
-    return dataclasses.replace(cfg, **settings)
+    return settings
 
 
-def _find_checkpoint(cfg: FinetuneCfg, folder: Path) -> Optional[Path]:
-    own = folder / CHECKPOINT_NAME
-    if not cfg.resume:
-        if own.exists():
-            raise ValueError(f'output: {folder} holds a run already; go on with --resume, or name another folder.')
+def _read_state(folder: Path, record: Record) -> Optional[Dict[str, Any]]:
+    """Return the checkpoint of a run; None where it was killed before it had one."""
+    path = folder / CHECKPOINT_NAME
+    if not path.exists():
+        if (folder / WEIGHTS_NAME).exists():
+            raise FileNotFoundError(f'resume: {folder} holds a model, but no {CHECKPOINT_NAME} to go on from.')
         return None
-    path = own if cfg.resume is True else Path(cfg.resume)
-    path = path / CHECKPOINT_NAME if path.is_dir() else path
-    if path.exists():
-        return path
-    if cfg.resume is True and not (folder / WEIGHTS_NAME).exists():
-        return None  # killed before its first epoch was whole: begin
-    raise FileNotFoundError(f'resume: there is no checkpoint {path}.')
-
-
-def _read_state(path: Path) -> Dict[str, Any]:
     try:
         state = torch.load(path, map_location='cpu', weights_only=True)
     except Exception as error:  # a truncated file fails in the unpickler, in zip, or in torch, each its own way
         raise ValueError(f'resume: {path} is not a checkpoint of a fine-tuning run ({error}).') from error
-    if not isinstance(state, dict):
-        raise ValueError(f'resume: {path} is not a checkpoint of a fine-tuning run (it holds no settings).')
+    if not isinstance(state, dict) or not {'id', 'history', 'state_dict', 'optimizer'} <= state.keys():
+        raise ValueError(f'resume: {path} is not a checkpoint of a fine-tuning run (it lacks what one holds).')
+    if state['id'] != record.id:
+        raise ValueError(f'resume: {path} is of another run than {RECORD_NAME} beside it.')
     return state
+
+
+def _is_whole(folder: Path, history: List[Dict[str, float]]) -> bool:
+    """Whether all that follows the last checkpoint was written; the table of epochs is written last."""
+    files = (folder / WEIGHTS_NAME, folder / CONFIG_NAME)
+    return count_epochs(folder) == len(history) and all(path.is_file() for path in files)
+
+
+def _are_finite(tensors: List[torch.Tensor]) -> bool:
+    numbers = [tensor.detach() for tensor in tensors if tensor.is_floating_point() and tensor.numel()]
+    return bool(torch.isfinite(get_total_norm(numbers, math.inf)))
 
 
 class _Run:
     """One fine-tuning run: what changes from epoch to epoch, and how it is written down."""
 
-    def __init__(self, cfg: FinetuneCfg, folder: Path, model: nn.Module, data: Data, config: Dict, device):
-        self.cfg = cfg
+    def __init__(self, record: Record, folder: Path, model: nn.Module, data: Data, device: torch.device):
+        self.record = record
+        self.cfg = cfg = record.trained_cfg
         self.folder = folder
         self.model = model
-        self.data = data
-        self.config = config
         self.device = device
         self.history: List[Dict[str, float]] = []
         if cfg.channels_last:
             model.to(memory_format=torch.channels_last)
-        self.loader_train, self.loader_val = self._create_loaders()
-
-        num_classes = len(data.label_names)
+        self.train_batches, self.val_batches = create_loaders(cfg, data, record.data_config, record.data)
         self.mixup = None
         if cfg.mixup > 0 or cfg.cutmix > 0:
+            num_classes = len(record.label_names)
             self.mixup = Mixup(cfg.mixup, cfg.cutmix, label_smoothing=cfg.smoothing, num_classes=num_classes)
-        self.task = ClassificationTask(model, device=device, verbose=False, **self._loss())
+        self.task = ClassificationTask(model, device=device, verbose=False, **self._loss(data.counts))
         self.task.criterion = EachHead(self.task.criterion)
-        self.optimizer = create_optimizer_v2(
-            model, opt=cfg.opt, lr=cfg.lr, weight_decay=cfg.weight_decay, layer_decay=cfg.layer_decay
-        )
-        self.scheduler, self.num_epochs = create_scheduler_v2(
-            self.optimizer,
-            sched=cfg.sched,
-            num_epochs=cfg.epochs,
-            warmup_epochs=min(cfg.warmup_epochs, cfg.epochs / 2),
-            warmup_lr=cfg.warmup_lr,
-            min_lr=cfg.min_lr,
-            step_on_epochs=False,
-            updates_per_epoch=len(self.loader_train),
-        )
+        self.optimizer, self.scheduler = self._create_optimizer()
         dtype = torch.bfloat16 if cfg.amp_dtype == 'bfloat16' else torch.float16
         self.autocast = (lambda: torch.autocast(device.type, dtype)) if cfg.amp else nullcontext
         self.scaler = NativeScaler(device.type) if cfg.amp and cfg.amp_dtype == 'float16' else None
 
-    def _create_loaders(self):
+    def _create_optimizer(self) -> Tuple[torch.optim.Optimizer, Any]:
         cfg = self.cfg
-        shared = dict(
-            input_size=self.config['input_size'],
-            interpolation=self.config['interpolation'],
-            mean=self.config['mean'],
-            std=self.config['std'],
-            num_workers=cfg.workers,
-            use_prefetcher=False,
-            device=self.device,
-        )
-        batch_size = cfg.batch_size
-        if 0 < len(self.data.train) < batch_size:
-            # timm's training loader drops the last batch where it is not full
-            batch_size = max(len(self.data.train) // 2 * 2, 1)
-            _logger.warning('batch_size: %d, since there are no more images to train on.', batch_size)
-        train = create_loader(
-            self.data.train,
-            batch_size=batch_size,
-            is_training=True,
-            no_aug=cfg.no_aug,
-            scale=tuple(cfg.scale),
-            ratio=tuple(cfg.ratio),
-            hflip=cfg.hflip,
-            vflip=cfg.vflip,
-            # timm's colour jitter wants colours
-            color_jitter=cfg.color_jitter if self.config['input_size'][0] == 3 else 0.0,
-            auto_augment=cfg.aa,
-            re_prob=cfg.reprob,
-            re_mode='pixel',
-            **shared,
-        )
-        val = create_loader(
-            self.data.val,
-            batch_size=cfg.validation_batch_size or cfg.batch_size,
-            crop_pct=self.config['crop_pct'],
-            crop_mode=self.config['crop_mode'],
-            **shared,
-        )
-        return train, val
+        options = dict(lr=cfg.lr, weight_decay=cfg.weight_decay, layer_decay=cfg.layer_decay)
+        try:
+            optimizer = create_optimizer_v2(self.model, opt=cfg.opt, **options)
+        except Exception as error:  # one that needs a package, a GPU, or another kind of parameters
+            raise ValueError(f'opt: {cfg.opt!r} can not be used here ({error}).') from error
+        try:
+            scheduler, _ = create_scheduler_v2(
+                optimizer,
+                sched=cfg.sched,
+                num_epochs=cfg.epochs,
+                warmup_epochs=min(cfg.warmup_epochs, cfg.epochs / 2),
+                warmup_lr=cfg.warmup_lr,
+                min_lr=cfg.min_lr,
+                step_on_epochs=False,
+                updates_per_epoch=len(self.train_batches),
+            )
+        except (ValueError, AssertionError) as error:
+            reason = str(error).rstrip('.')
+            raise ValueError(f'sched: {cfg.sched!r} can not be used for {cfg.epochs} epochs ({reason}).') from error
+        return optimizer, scheduler
 
-    def _loss(self) -> Dict[str, Any]:
+    def _loss(self, counts: Optional[List[int]]) -> Dict[str, Any]:
         if not self.cfg.balance_classes:
             return dict(criterion_kwargs=dict(smoothing=self.cfg.smoothing, soft_targets=self.mixup is not None))
-        counts = self.data.counts
         if counts is None or self.mixup is not None:
             raise ValueError('balance_classes: needs a dataset that knows its labels, and no mixup or cutmix.')
         weight = torch.tensor([sum(counts) / (len(counts) * max(count, 1)) for count in counts])
         return dict(criterion=nn.CrossEntropyLoss(weight=weight, label_smoothing=self.cfg.smoothing))
 
-    @property
-    def best(self) -> Dict[str, float]:
-        """The row of the best epoch so far."""
-        sign = -1 if self.cfg.eval_metric == 'loss' else 1
-        return max(self.history, key=lambda row: sign * row[f'eval_{self.cfg.eval_metric}'])
-
     def train(self) -> Path:
-        """Train the epochs that are left, and write the folder of the finished model."""
-        if self.history and self.best is self.history[-1]:
-            self._save_best()  # a kill may have come between the checkpoint and this
-        for epoch in range(len(self.history), self.num_epochs):
+        """Train the epochs that are left, and return the folder of the finished model."""
+        if self.history and not _is_whole(self.folder, self.history):
+            self._write_results()  # a kill came between the checkpoint and this
+        for epoch in range(len(self.history), self.cfg.epochs):
             start = time.perf_counter()
             # each epoch draws from its own seed, so that a resumed run is the run that was not interrupted
             random_seed(self.cfg.seed + epoch)
-            train_loss = self._train_epoch(epoch)
-            metrics = evaluate(self.model, self.loader_val, self.device, self.autocast)
+            try:
+                train_loss = self._train_epoch(epoch)
+                metrics = self._validate(epoch)
+            except Diverged:
+                if not self.history:  # with these settings there is nothing to go on with
+                    (self.folder / RECORD_NAME).unlink()
+                raise
             row = dict(epoch=epoch, train_loss=train_loss, **{f'eval_{name}': metrics[name] for name in metrics})
             row.update(lr=self.optimizer.param_groups[0]['lr'], seconds=round(time.perf_counter() - start, 1))
             self.history.append(row)
             self._write_checkpoint()
-            if self.best is row:
-                self._save_best()
-            self._write_summary()
+            self._write_results()
             print(
                 f'epoch {epoch}: train loss {train_loss:.3f}, validation loss {row["eval_loss"]:.3f}, '
                 f'top1 {row["eval_top1"]:.2f}, balanced {row["eval_balanced"]:.2f}, {row["seconds"]:.0f} s',
@@ -326,9 +320,11 @@ class _Run:
 
     def _train_epoch(self, epoch: int) -> float:
         self.model.train()
+        self.train_batches.set_epoch(epoch)
         losses = AverageMeter()
-        num_updates = epoch * len(self.loader_train)
-        with tqdm(self.loader_train, desc=f'epoch {epoch + 1}/{self.num_epochs}', leave=False) as bar:
+        num_updates = epoch * len(self.train_batches)
+        tensors = [*self.model.parameters(), *self.model.buffers()]
+        with tqdm(self.train_batches, desc=f'epoch {epoch + 1}/{self.cfg.epochs}', leave=False) as bar:
             for x, target in bar:
                 x, target = x.to(self.device), target.to(self.device)
                 if self.mixup is not None:
@@ -338,15 +334,30 @@ class _Run:
                 with self.autocast():
                     loss = self.task(x, target)['loss']
                 self.optimizer.zero_grad()
-                self._step(loss)
-                losses.update(loss.item(), len(x))
                 if not torch.isfinite(loss):
-                    raise ValueError(f'lr: the loss became {loss.item()} in epoch {epoch}; lower lr or set clip_grad.')
+                    raise self._diverged(f'the loss became {loss.item()}', epoch)
+                self._step(loss)
+                if not _are_finite(tensors):
+                    raise self._diverged('the weights became infinite, or no numbers,', epoch)
+                losses.update(loss.item(), len(x))
                 num_updates += 1
                 if self.scheduler is not None:
                     self.scheduler.step_update(num_updates=num_updates)
                 bar.set_postfix(loss=f'{losses.avg:.3f}')
         return losses.avg
+
+    def _validate(self, epoch: int) -> Dict[str, float]:
+        metrics = evaluate(self.model, self.val_batches, self.device, self.autocast)
+        for name, value in metrics.items():
+            if not math.isfinite(value):
+                raise self._diverged(f'the {name} on the validation images became {value}', epoch)
+        return metrics
+
+    def _diverged(self, what: str, epoch: int) -> Diverged:
+        kept = ''
+        if self.history:
+            kept = f' {self.folder} keeps the model of epoch {int(self.best["epoch"])}, the best one.'
+        return Diverged(f'lr: {what} in epoch {epoch}; lower lr, which is {self.cfg.lr:g}, or set clip_grad.{kept}')
 
     def _step(self, loss: torch.Tensor) -> None:
         clip_grad = self.cfg.clip_grad
@@ -358,129 +369,41 @@ class _Run:
             dispatch_clip_grad(self.model.parameters(), value=clip_grad)
         self.optimizer.step()
 
-    def _identity(self) -> Dict[str, Any]:
-        """What a checkpoint must agree on with the run that goes on from it."""
-        cfg = self.model.pretrained_cfg
-        shapes = {name: tuple(tensor.shape) for name, tensor in self.model.state_dict().items()}
-        settings = dict(opt=self.cfg.opt, head_loss=self.cfg.head_loss)
-        return dict(arch=cfg['architecture'], label_names=self.data.label_names, **settings, shapes=shapes)
-
-    def _save_best(self) -> None:
-        hub.save(self.model, self.folder, self.data.label_names, self.config, self._card())
+    @property
+    def best(self) -> Dict[str, float]:
+        """The row of the best epoch so far."""
+        return best_epoch(self.history, self.cfg.eval_metric)
 
     def _write_checkpoint(self) -> None:
         state = dict(
-            **self._identity(),
-            epoch=len(self.history) - 1,
+            id=self.record.id,
             history=self.history,
+            epoch=len(self.history) - 1,
             state_dict=self.model.state_dict(),
             optimizer=self.optimizer.state_dict(),
         )
-        if self.cfg.autotune:
-            state['autotuned'] = dict(amp=self.cfg.amp, channels_last=self.cfg.channels_last)
         if self.scaler is not None:
             state['scaler'] = self.scaler.state_dict()
         with replacing(self.folder / CHECKPOINT_NAME) as path:
             torch.save(state, path)
 
-    def restore(self, path: Path, state: Dict[str, Any]) -> None:
-        """Go on from a checkpoint, whose content was read.
+    def _write_results(self) -> None:
+        """Write the model, if the last epoch is the best one, and then the table of epochs, the last thing."""
+        if self.best is self.history[-1]:
+            card = run_card(self.record, self.best, self.model, self.folder.resolve().name)
+            hub.save(self.model, self.folder, self.record.label_names, self.record.data_config, card)
+        write_summary(self.history, self.folder)
 
-        Raises:
-            ValueError: for a file that is no checkpoint of this run's architecture, classes and optimizer.
-        """
+    def restore(self, state: Dict[str, Any]) -> None:
+        """Go on from the content of a checkpoint; ValueError where it does not fit the recorded run."""
         try:
-            found = {name: state[name] for name in self._identity()}
-        except KeyError as error:
-            raise ValueError(f'resume: {path} is not a checkpoint of a fine-tuning run ({error}).') from error
-        for name, own in self._identity().items():
-            if found[name] != own:
-                what = ('other weights', 'these') if name == 'shapes' else (found[name], own)
-                raise ValueError(f'resume: {path} is of another run: its {name} is {what[0]}, not {what[1]}.')
-        self.model.load_state_dict(state['state_dict'])
-        self.optimizer.load_state_dict(state['optimizer'])
-        if self.scaler is not None and 'scaler' in state:
-            self.scaler.load_state_dict(state['scaler'])
+            self.model.load_state_dict(state['state_dict'])
+            self.optimizer.load_state_dict(state['optimizer'])
+            if self.scaler is not None:
+                self.scaler.load_state_dict(state['scaler'])
+        except (RuntimeError, KeyError, ValueError) as error:
+            reason = ' '.join(str(error).split())
+            raise ValueError(f'resume: {CHECKPOINT_NAME} does not fit the model of the run ({reason}).') from error
         self.history = state['history']
-
-    def _write_summary(self) -> None:
-        with replacing(self.folder / SUMMARY_NAME) as path, path.open('w', newline='') as file:
-            writer = csv.DictWriter(file, fieldnames=list(self.history[0]), lineterminator='\n')
-            writer.writeheader()
-            writer.writerows(self.history)
-        if importlib.util.find_spec('matplotlib') is not None:
-            with replacing(self.folder / CURVES_NAME) as path:
-                plot_curves(self.history, path)
-
-    def _card(self) -> str:
-        cfg, best = self.cfg, self.best
-        data_name = cfg.dataset or Path(str(cfg.data_dir)).resolve().name
-        # huggingface_hub tells results apart by type and config of the data, not by its name
-        task = dict(
-            task_type='image-classification',
-            dataset_type='imagefolder',
-            dataset_name=data_name,
-            dataset_config=data_name,
-        )
-        results = [
-            EvalResult(
-                **task, metric_type='accuracy', metric_name='top-1 (%)', metric_value=round(best['eval_top1'], 2)
-            ),
-            EvalResult(
-                **task,
-                metric_type='balanced_accuracy',
-                metric_name='balanced accuracy (%)',
-                metric_value=round(best['eval_balanced'], 2),
-            ),
-        ]
-        start = f'the weights `{self.model.pretrained_cfg.get("tag")}`' if cfg.pretrained else 'random weights'
-        settings = {field.name: getattr(cfg, field.name) for field in dataclasses.fields(cfg)}
-        recipe = ', '.join(
-            f'{name}={settings[name]}'
-            for name in (
-                'epochs',
-                'batch_size',
-                'opt',
-                'lr',
-                'weight_decay',
-                'sched',
-                'layer_decay',
-                'smoothing',
-                *(['head_loss'] if cfg.head_loss != 'sum' else []),
-                'seed',
-            )
-        )
-        return render_card(
-            self.model,
-            model_name=self.folder.resolve().name,
-            description=f'`{cfg.model}` fine-tuned with timm-vitres from {start}.',
-            recipe=f'{self.data.description}. {recipe}.',
-            source='local-dir:.',
-            label_names=self.data.label_names,
-            data_config=self.config,
-            results=results,
-            result_note=(
-                f'Measured after epoch {int(best["epoch"])} on {datetime.date.today().isoformat()}, on the validation '
-                f'images, by which this epoch was chosen ({cfg.eval_metric}).'
-            ),
-            license=self.model.pretrained_cfg.get('license') if cfg.pretrained else None,
-            picture=CURVES_NAME if importlib.util.find_spec('matplotlib') is not None else None,
-        )
-
-
-def plot_curves(history: List[Dict[str, float]], path: Path) -> None:
-    """Draw loss and accuracy by epoch as a PNG."""
-    from matplotlib.figure import Figure
-
-    epochs = [row['epoch'] + 1 for row in history]
-    figure = Figure(figsize=(9, 3.5), layout='constrained')
-    loss, accuracy = figure.subplots(1, 2)
-    loss.plot(epochs, [row['train_loss'] for row in history], marker='.', label='training')
-    loss.plot(epochs, [row['eval_loss'] for row in history], marker='.', label='validation')
-    accuracy.plot(epochs, [row['eval_top1'] for row in history], marker='.', label='top-1')
-    accuracy.plot(epochs, [row['eval_balanced'] for row in history], marker='.', label='balanced')
-    for axes, name in ((loss, 'loss'), (accuracy, 'validation accuracy (%)')):
-        axes.set(xlabel='epoch', ylabel=name)
-        axes.grid(alpha=0.3)
-        axes.legend()
-    figure.savefig(path, dpi=120, format='png')
+        if self.scheduler is not None:  # where there are more epochs than before, this is another schedule
+            self.scheduler.step_update(num_updates=len(self.history) * len(self.train_batches))

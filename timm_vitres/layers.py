@@ -283,10 +283,10 @@ class ResNetEmbed(HybridEmbed):
     def check_input(self, x: torch.Tensor) -> None:
         """Raise ValueError unless x is (B, in_chans, H, W), in floating point, with H and W of at least one token."""
         check_images(x, self.in_chans)
-        self.check_size((x.shape[2], x.shape[3]))
+        self.check_size('input', (x.shape[2], x.shape[3]))
 
-    def check_size(self, img_size: Size, patch_size: Optional[Size] = None) -> None:
-        """Raise ValueError unless images of a height and width, in pixels, have at least one token."""
+    def check_size(self, name: str, img_size: Size, patch_size: Optional[Size] = None) -> None:
+        """Raise ValueError, about the argument `name`, unless images of a height and width have at least one token."""
         height, width = cast(Tuple[int, int], to_2tuple(img_size))
         patch_h, patch_w = cast(Tuple[int, int], to_2tuple(patch_size or self.patch_size))
         min_h, min_w = self.feature_ratio[0] * patch_h, self.feature_ratio[1] * patch_w
@@ -294,13 +294,13 @@ class ResNetEmbed(HybridEmbed):
             min_h = min_w = 1
         if height < min_h or width < min_w:
             raise ValueError(
-                f'input: got an image of {height}x{width} pixels, which is smaller than one token; '
+                f'{name}: got an image of {height}x{width} pixels, which is smaller than one token; '
                 f'height and width must be at least {min_h}x{min_w}.'
             )
         stride = self.backbone.feature_info[-1]['reduction'] if self.whole_strides else 1
         if height % stride or width % stride:
             raise ValueError(
-                f'input: got an image of {height}x{width} pixels, but the anti-aliased pooling of this backbone '
+                f'{name}: got an image of {height}x{width} pixels, but the anti-aliased pooling of this backbone '
                 f'takes only multiples of {stride}.'
             )
 

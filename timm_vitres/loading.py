@@ -130,7 +130,7 @@ def build_hybrid(model_cls: Type[ModelT], variant: str, pretrained: bool, cfg: A
         indices = kwargs.pop('out_indices', None)
         feature_cfg['out_indices'] = tuple(range(twin.num_pyramid))  # the pyramid alone
         if indices is not None:
-            feature_cfg['out_indices'] = conform_indices('out_indices', indices, len(twin.feature_info))
+            feature_cfg['out_indices'] = conform_indices('out_indices', indices, len(twin.feature_info), distinct=True)
     create: Any = model_cls
     if pretrained:  # timm would initialise all of the model, and then copy
         source = resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay'))

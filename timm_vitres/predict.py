@@ -1,6 +1,7 @@
 """Classes of images: names, probabilities, and a picture of both."""
 
 import math
+from contextlib import suppress
 from pathlib import Path
 from typing import List, NamedTuple, Sequence, Tuple, Union
 
@@ -12,6 +13,7 @@ from tqdm import tqdm
 from .data import data_config, image_mode, open_image, to_batch
 from .files import replacing
 from .folders import shown
+from .labels import normalise_label_names
 
 
 class Prediction(NamedTuple):
@@ -25,13 +27,10 @@ class Prediction(NamedTuple):
 def label_names(model: nn.Module) -> List[str]:
     """Return the names of a model's classes: those of its config, ImageNet's where it has ImageNet's number of
     classes, else 'class 0' and so on."""
-    names = getattr(model, 'pretrained_cfg', {}).get('label_names')
+    cfg = getattr(model, 'pretrained_cfg', {})
     num_classes = int(model.num_classes)
-    if isinstance(names, dict):  # as transformers keeps them: {0: 'cat'}, or {'0': 'cat'} in JSON
-        names = {str(key): name for key, name in names.items()}
-        names = [names.get(str(index)) for index in range(len(names))]
-    if names is not None and len(names) == num_classes and None not in list(names):
-        return [str(name) for name in names]
+    with suppress(ValueError):  # names that are missing, or those of other classes
+        return normalise_label_names(cfg.get('label_names'), num_classes)
     subset = infer_imagenet_subset(model)
     if subset:
         info = ImageNetInfo(subset)

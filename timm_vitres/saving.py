@@ -13,6 +13,7 @@ from typing import Any, Dict, Optional, Sequence, Tuple, Union
 import numpy as np
 import timm
 import torch
+from timm.models import get_model_args
 
 # timm's public `save_for_hf` writes straight into the folder, so that a kill in between leaves half a file; the
 # function that makes its config.json is private.
@@ -101,16 +102,23 @@ def render_config(
     names = label_names if label_names is not None else _own_label_names(model)
     names = normalise_label_names(names, model.num_classes) if names is not None else None
     data_config = _plain_data_config(data_config) if data_config else model_data_config(model)
+    model_config = {'label_names': names} if names else None
     with tempfile.TemporaryDirectory() as temporary:
         path = Path(temporary) / CONFIG_NAME
-        save_config_for_hf(
-            model, str(path), model_config={'label_names': names} if names else None, data_config=data_config
-        )
+        # numbers of NumPy become plain; a class, which JSON can't hold, is left for timm to refuse by name
+        args = {name: _item(value) for name, value in get_model_args(model).items()}
+        save_config_for_hf(model, str(path), model_config, model_args=args, data_config=data_config)
         config = json.loads(path.read_text(encoding='utf-8'))
     # config.json says these at its top; transformers passes num_classes on from there, too, and would meet it twice
     config.get('model_args', {}).pop('num_classes', None)
     config['pretrained_cfg'].pop('label_names', None)
     return config
+
+
+def _item(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return tuple(_item(one) for one in value)
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def _own_label_names(model: nn.Module) -> Any:

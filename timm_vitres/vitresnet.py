@@ -23,6 +23,7 @@ from timm.layers import (
     to_2tuple,
 )
 from timm.models import (
+    ResNetV2,
     VisionTransformer,
     checkpoint,
     generate_default_cfgs,
@@ -132,7 +133,7 @@ class VitResNet(Loadable, VisionTransformer):
             device=device,
             dtype=dtype,
         )
-        self.patch_embed.check_size(self.patch_embed.img_size)
+        self.patch_embed.check_size('img_size', self.patch_embed.img_size)
         self.cfg = cfg
         # which convolution sees the image depends on the backbone, so it is a trait of the instance, not of the cfg
         first_conv = next(name for name, module in self.named_modules() if isinstance(module, nn.Conv2d))
@@ -156,7 +157,9 @@ class VitResNet(Loadable, VisionTransformer):
         if needs_reset:
             if mode in ('reset', 'skip'):  # with which timm leaves out what is no layer's own
                 for module in self.modules():
-                    if module is not self and hasattr(module, 'init_weights'):
+                    if isinstance(module, ResNetV2):
+                        module.init_weights(zero_init_last=False)  # as its constructor
+                    elif module is not self and hasattr(module, 'init_weights'):
                         module.init_weights()  # pyright: ignore[reportCallIssue]
             self.init_non_persistent_buffers()
 
@@ -370,6 +373,8 @@ class VitResNet(Loadable, VisionTransformer):
         return take_indices
 
     def _prune_to_resnet(self, level: int) -> None:
+        if self.cfg.stage == 0 and level == 0:
+            self._change_cfg(stem_stride=min(self.cfg.stem_stride or 4, 2))  # a stem without its pooling
         self.patch_embed.prune(level)
         self.cls_token = self.reg_token = self.pos_embed = None
         self.num_prefix_tokens = self.num_reg_tokens = 0
@@ -416,15 +421,19 @@ class VitResNet(Loadable, VisionTransformer):
             if self.cfg.output_stride is not None:  # which is that of the tokens, so it goes with their size
                 changes['output_stride'] = self._output_stride(patch_size)
         old_size, old_patch_size = self.patch_embed.img_size, self.patch_embed.patch_size
-        self.patch_embed.check_size(img_size or old_size, patch_size or old_patch_size)
+        name = 'img_size' if img_size is not None else 'patch_size'
+        self.patch_embed.check_size(name, img_size or old_size, patch_size or old_patch_size)
         super().set_input_size(img_size=img_size, patch_size=patch_size)
         if changes:
             self._change_cfg(**changes)
             self._init_feature_info()
 
-    def _output_stride(self, patch_size: PatchSize) -> int:
+    def _output_stride(self, patch_size: PatchSize) -> Optional[int]:
         """Return the config's `output_stride` with which this very ResNet goes with other patches."""
         ratio = self.patch_embed.feature_ratio[0]
+        undilated = _create_backbone(dataclasses.replace(self.cfg, output_stride=None), device='meta')
+        if not self.cfg.backbone or undilated.feature_info[-1]['reduction'] == ratio:
+            return None  # it keeps all its strides
         stride = ratio * max(to_2tuple(patch_size))
         if stride not in (8, 16, 32):
             raise ValueError(

@@ -1,0 +1,132 @@
+"""Arguments of the command line, checked before anything long is done: models, devices, sizes, files, repositories.
+
+text -> what it means, or one sentence (ValueError, OSError) that names the argument.
+"""
+
+import os
+import re
+from pathlib import Path
+from typing import Any, List, Optional, Sequence, Union
+
+import timm
+import torch
+from huggingface_hub.utils import HFValidationError, validate_repo_id
+from torch import nn
+
+from .files import check_output, is_transient
+from .predict import label_names, new_figure
+
+# the user's mistakes and the world's: torch and timm raise RuntimeError for unknown or weightless models, TypeError for
+# unknown arguments; anything else is a mistake of ours, and shows its stack trace
+MISTAKES = (ValueError, TypeError, OSError, RuntimeError, MemoryError)
+
+
+def load_model(name: str, device: str = 'cpu', **kwargs: Any) -> nn.Module:
+    """Return a pretrained model in evaluation mode, on a device.
+
+    Raises:
+        ValueError: where the device can't be used, or the model can't be loaded, whatever timm says of its name, of its
+            config.json or of its weights.
+    """
+    try:
+        usable = torch.empty(0, device=device).device
+    except Exception as error:  # torch has many
+        reason = one_line(error).partition('. ')[0]
+        raise ValueError(f'device: got {device!r}, which can not be used here ({reason}).') from error
+    if usable.type == 'meta':
+        raise ValueError("device: got 'meta', where nothing is computed.")
+    try:
+        model = timm.create_model(name, pretrained=True, **kwargs)
+    except Exception as error:
+        if is_transient(error):
+            raise
+        raise ValueError(f'model: {name!r} can not be loaded: {one_line(error)}') from error
+    return model.to(usable).eval()
+
+
+def check_count(name: str, value: Optional[int]) -> None:
+    """Raise ValueError for a number below 1; None is none."""
+    if value is not None and value < 1:
+        raise ValueError(f'{name}: got {value}, expected a number from 1 up.')
+
+
+def check_picture(name: str, path: Path, images: Sequence[Path]) -> None:
+    """Raise, before anything long is done, where a picture can't be drawn to a path."""
+    check_output(name, path)
+    if path.suffix.lower() != '.png':
+        raise ValueError(f'{name}: got {path}, expected the name of a PNG (.png).')
+    if path.resolve() in [image.resolve() for image in images]:
+        raise ValueError(f'{name}: {path} is an image to be read, and is not written over.')
+    new_figure(name, 1, 1)
+
+
+def check_new_folder(name: str, folder: Path) -> None:
+    """Raise OSError unless a folder is new or empty, and can be written to."""
+    if folder.is_dir():
+        if any(folder.iterdir()):
+            raise FileExistsError(f'{name}: {folder} is not empty, and is not written over; give a new folder.')
+        folder = folder / 'model'
+    elif os.path.lexists(folder):
+        raise FileExistsError(f'{name}: {folder} is no folder, and is not written over; give a new folder.')
+    check_output(name, folder)
+
+
+def check_branch(name: str, branch: Optional[str]) -> None:
+    """Raise ValueError for what git does not take as the name of a branch."""
+    if branch is None:
+        return
+    broken = any(not part or part.startswith('.') or part.endswith(('.', '.lock')) for part in branch.split('/'))
+    if broken or branch.startswith('-') or re.search(r'[\s~^:?*\[\\\x00-\x1f\x7f]|\.\.|@\{', branch):
+        raise ValueError(f'{name}: got {branch!r}, expected the name of a branch.')
+
+
+def check_repo_id(name: str, repo_id: str) -> None:
+    """Raise ValueError unless a repository is called by its owner and its name."""
+    try:
+        validate_repo_id(repo_id)
+        owned = repo_id.count('/') == 1
+    except HFValidationError:
+        owned = False
+    if not owned:
+        raise ValueError(f"{name}: got {repo_id!r}, expected 'owner/name', of letters, digits, '-', '_' and '.'.")
+
+
+def class_of(text: Optional[str], model: nn.Module) -> Union[None, int, str]:
+    """Return what `--target` means: the class of that name, or, where none has it, the one of that index."""
+    if text is None or not re.fullmatch(r'-?\d+', text) or not getattr(model, 'num_classes', 0):
+        return text
+    return text if text in label_names(model) else int(text)
+
+
+def read_names(path: Path) -> List[str]:
+    """Return the names of classes that a text file holds, one a line; ValueError says which line has none."""
+    try:
+        text = path.read_text(encoding='utf-8-sig')
+    except UnicodeDecodeError as error:
+        raise ValueError(f'label_names: {path} is no text in UTF-8 ({error}).') from error
+    except OSError as error:
+        raise OSError(f'label_names: {path} can not be read ({error.strerror}).') from error
+    if '\0' in text:
+        raise ValueError(f'label_names: {path} is no text (it has a byte that is 0).')
+    names = [line.strip() for line in text.rstrip().split('\n')]
+    if '' in names:
+        raise ValueError(f'label_names: line {names.index("") + 1} of {path} is empty, expected the name of a class.')
+    return names
+
+
+def size_of(values: Optional[List[int]]) -> Any:
+    """Return a height and width, in pixels, as timm takes them: one number, or a pair."""
+    if values is None:
+        return None
+    if len(values) > 2 or min(values) < 1:
+        shown = ' '.join(map(str, values))
+        raise ValueError(f'img_size: got {shown}, expected one or two numbers of pixels from 1 up.')
+    return values[0] if len(values) == 1 else (values[0], values[1])
+
+
+def one_line(error: BaseException) -> str:
+    """Return what an error says in one line; what torch and the Hub say may have many."""
+    told = ' '.join(str(error).split()) or ('there is not enough memory' if isinstance(error, MemoryError) else '')
+    if told and isinstance(error, MISTAKES):
+        return told
+    return f'{type(error).__name__} {told}'.strip()

@@ -1,0 +1,285 @@
+"""What the images of a run go through: augmentation, seeds, batches.
+
+`Data` -> `create_loaders` -> batches of images (B, C, H, W) and class indices (B,). What is random about an image
+depends on the seed of the run, the epoch and the image's place in the data: neither on how many workers there are, nor
+on whether the run was interrupted.
+"""
+
+import copy
+import itertools
+import logging
+import multiprocessing
+import random
+import re
+from contextlib import contextmanager
+from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.data import auto_augment_transform, create_transform, rand_augment_transform
+from timm.data.auto_augment import AugmentOp, augment_and_mix_transform
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, default_collate, get_worker_info
+
+from .datasets import Data
+from .settings import FinetuneCfg
+
+_logger = logging.getLogger(__name__)
+# timm reads a section that it does not understand as if it were not there
+_POLICY = re.compile(r'(rand|augmix|original|originalr|v0|v0r|3a)(-([a-su-z][a-z]*\d{1,3}(\.\d+)?|t(weights|3aw?)))*')
+
+
+def create_loaders(
+    cfg: FinetuneCfg, data: Data, config: Dict[str, Any], lists: Dict[str, Any]
+) -> Tuple['Batches', 'Batches']:
+    """Return the batches that a run trains on, and those that it is validated on.
+
+    Args:
+        config: timm's data config: input_size, interpolation, mean, std, crop_pct, crop_mode.
+        lists: What `Data.record` says of both sets; an image that fails is called by its name there.
+    """
+    shared = {name: config[name] for name in ('input_size', 'interpolation', 'mean', 'std')}
+    train = create_transform(
+        **shared,
+        is_training=True,
+        no_aug=cfg.no_aug,
+        scale=cfg.scale,
+        ratio=cfg.ratio,
+        hflip=cfg.hflip,
+        vflip=cfg.vflip,
+        color_jitter=cfg.color_jitter if config['input_size'][0] == 3 else 0.0,  # timm's colour jitter wants colours
+        auto_augment=cfg.aa or None,
+        re_prob=cfg.reprob,
+        re_mode='pixel',
+    )
+    data.train.transform = mend_(train)
+    data.val.transform = create_transform(**shared, crop_pct=config['crop_pct'], crop_mode=config['crop_mode'])
+    batch_size = cfg.batch_size
+    if 0 < len(data.train) < batch_size:
+        # the last batch is dropped where it is not full
+        batch_size = max(len(data.train) // 2 * 2, 1)
+        _logger.warning('batch_size: %d, since there are no more images to train on.', batch_size)
+    val_batch_size = cfg.validation_batch_size or cfg.batch_size
+    return (
+        Batches(data.train, batch_size, cfg.workers, cfg.seed, _names(lists['train']), shuffle=True),
+        Batches(data.val, val_batch_size, cfg.workers, cfg.seed, _names(lists['validation'])),
+    )
+
+
+def _names(rows: Any) -> List[str]:
+    return [str(row[0]) for row in rows] if isinstance(rows, (list, tuple)) else []
+
+
+def check_policy(aa: Optional[str], mode: str) -> None:
+    """Raise ValueError unless timm has an augmentation policy, and can do all of it to images of PIL's mode `mode`."""
+    if not aa:
+        return
+    transforms = dict(rand=rand_augment_transform, augmix=augment_and_mix_transform)
+    make = transforms.get(aa.partition('-')[0], auto_augment_transform)
+    try:
+        if not _POLICY.fullmatch(aa):
+            raise ValueError('its parts are a name, letters and a number each')
+        policy = mend_(make(aa, dict(translate_const=1, img_mean=(128,) * len(mode))))
+    except (AssertionError, ValueError) as error:
+        reason = f' ({error})' if str(error) else ''
+        message = f'aa: got {aa!r}, expected a policy of timm, e.g. rand-m9-mstd0.5-inc1, augmix-m5-w4, original or 3a'
+        raise ValueError(f'{message}{reason}.') from None
+    image = Image.new(mode, (8, 8))
+    certain = [copy.copy(operation) for operation in _operations(policy)]
+    for operation in certain:
+        operation.prob = 1.0
+    for step in (*certain, policy):
+        try:
+            with seeded(0):
+                step(image)
+        except Exception as error:  # each operation of Pillow fails its own way
+            what = f'{step.name} ' if isinstance(step, AugmentOp) else ''
+            raise ValueError(f'aa: got {aa!r}, but {what}fails on images of mode {mode} ({error}).') from error
+
+
+def mend_(transform: Any) -> Any:
+    """Let the posterization inside of one of timm's transforms keep one bit at least, and return the transform.
+
+    At its strongest, timm's asks for none, which recent versions of Pillow refuse.
+    """
+    for operation in _operations(transform):
+        if operation.name.startswith('Posterize'):
+            operation.aug_fn = _AtLeastOneBit(operation.aug_fn)
+    return transform
+
+
+class _AtLeastOneBit:
+    """Posterization by `function` that keeps one bit or more."""
+
+    def __init__(self, function: Any):
+        self.function = function
+
+    def __call__(self, image: Image.Image, bits_to_keep: int, **kwargs: Any) -> Image.Image:
+        return self.function(image, max(bits_to_keep, 1), **kwargs)
+
+
+def _operations(transform: Any) -> List[AugmentOp]:
+    """Return the operations of timm's policies inside of a transform, wherever they are."""
+    if isinstance(transform, AugmentOp):
+        return [transform]
+    parts = transform if isinstance(transform, (list, tuple)) else ()
+    for name in ('transforms', 'ops', 'policy'):
+        parts = getattr(transform, name, parts)
+    return [operation for part in parts for operation in _operations(part)]
+
+
+@contextmanager
+def seeded(*key: int) -> Iterator[None]:
+    """Let Python, numpy and torch (on the CPU) draw from generators that `key` seeds, and then go on as before."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    seed = derived(*key)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the accelerators', too
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+
+
+def derived(*key: int) -> int:
+    """Return a seed of 63 bits that other numbers give another one of."""
+    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]) >> 1
+
+
+class Failure(NamedTuple):
+    """What takes a sample's place where it could not be made; an exception would cross processes as a stack trace."""
+
+    sentence: str
+
+
+class _Epoch:
+    """The number of an epoch, which loader processes see change."""
+
+    def __init__(self):
+        self.shared = multiprocessing.Value('q', 0, lock=False)
+
+    def set(self, epoch: int) -> None:
+        self.shared.value = epoch
+
+    def get(self) -> int:
+        return self.shared.value
+
+
+class _Seeded(Dataset):
+    """A dataset whose samples are random by (seed, epoch, index) alone."""
+
+    def __init__(self, dataset: Any, seed: int, epoch: _Epoch, names: Sequence[str]):
+        self.dataset, self.seed, self.epoch, self.names = dataset, seed, epoch, names
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Any:
+        try:
+            with seeded(self.seed, self.epoch.get(), index):
+                return self.dataset[index]
+        except Exception as error:
+            name = self.names[index] if index < len(self.names) else f'image {index}'
+            return Failure(_sentence(name, error))
+
+
+class _SeededStream(IterableDataset):
+    """A stream whose samples are random by (seed, epoch, worker, position): the same for the same number of workers."""
+
+    def __init__(self, dataset: Any, seed: int, epoch: _Epoch):
+        self.dataset, self.seed, self.epoch = dataset, seed, epoch
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __iter__(self) -> Iterator[Any]:
+        worker = get_worker_info()
+        samples: Optional[Iterator[Any]] = None
+        for position in itertools.count():
+            try:
+                with seeded(self.seed, self.epoch.get(), worker.id if worker else 0, position):
+                    samples = samples or iter(self.dataset)
+                    sample = next(samples, None)
+            except Exception as error:
+                sample = Failure(_sentence(f'image {position} of the stream', error))
+            if sample is None:
+                return
+            yield sample
+
+
+def _sentence(name: str, error: Exception) -> str:
+    text = ' '.join(str(error).split()) or type(error).__name__
+    return text if name in text else f'{name}: {text}'
+
+
+class _Shuffled(Sampler):
+    """The indices of a dataset in an order that (seed, epoch) decides."""
+
+    def __init__(self, length: int, seed: int, epoch: _Epoch):
+        self.length, self.seed, self.epoch = length, seed, epoch
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(derived(self.seed, self.epoch.get()))
+        yield from torch.randperm(self.length, generator=generator).tolist()
+
+
+class Batches:
+    """Batches of a dataset's images (B, C, H, W) and class indices (B,); those to train on are shuffled and full.
+
+    Iterating raises ValueError where an image can't be read or augmented; the message names it.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        batch_size: int,
+        workers: int,
+        seed: int,
+        names: Sequence[str],
+        shuffle: bool = False,
+    ):
+        self.dataset = dataset
+        self.epoch = _Epoch()
+        options: Dict[str, Any] = {}
+        if isinstance(dataset, IterableDataset):
+            if hasattr(dataset, 'set_loader_cfg'):
+                dataset.set_loader_cfg(num_workers=workers)  # how timm's streams estimate their length
+            wrapped: Dataset = _SeededStream(dataset, seed, self.epoch)
+        else:
+            wrapped = _Seeded(dataset, seed, self.epoch, names)
+            options = dict(sampler=_Shuffled(len(dataset), seed, self.epoch)) if shuffle else {}
+        self.loader = DataLoader(
+            wrapped,
+            batch_size=batch_size,
+            drop_last=shuffle,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            collate_fn=_collate,
+            generator=torch.Generator(),  # torch's own would be drawn from when workers start
+            **options,
+        )
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Let what is random be that of an epoch, from the next iteration on."""
+        self.epoch.set(epoch)
+        if hasattr(self.dataset, 'set_epoch'):
+            self.dataset.set_epoch(epoch)
+
+    def __iter__(self) -> Iterator[Tuple[torch.Tensor, torch.Tensor]]:
+        for batch in self.loader:
+            if isinstance(batch, Failure):
+                raise ValueError(batch.sentence)
+            yield batch
+
+
+def _collate(samples: List[Any]) -> Any:
+    return next((sample for sample in samples if isinstance(sample, Failure)), None) or default_collate(samples)
