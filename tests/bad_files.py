@@ -9,7 +9,7 @@ import shutil
 import struct
 import zlib
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Tuple
+from typing import Any, Callable, Iterator
 
 import numpy as np
 import torch
@@ -142,7 +142,7 @@ def _flipped_png(path: Path) -> None:
     path.write_bytes(data)
 
 
-IMAGES: List[Tuple[str, Callable[[Path], Any]]] = [
+IMAGES: list[tuple[str, Callable[[Path], Any]]] = [
     ('text', _text),
     ('zero-bytes', _bytes(b'')),
     ('truncated-png', _truncated('PNG')),
@@ -161,7 +161,7 @@ IMAGES: List[Tuple[str, Callable[[Path], Any]]] = [
 ]
 
 # what a folder's reader leaves out, and names; given by name, it is an error
-NO_FILES: List[Tuple[str, Callable[[Path], Any]]] = [
+NO_FILES: list[tuple[str, Callable[[Path], Any]]] = [
     ('directory', lambda path: path.mkdir()),
     ('dangling-link', lambda path: path.symlink_to('gone.png')),
     ('circular-link', lambda path: path.symlink_to(path.name)),
@@ -186,7 +186,7 @@ def _copied(source: str, *targets: str) -> Callable[[Path], Any]:
     return make
 
 
-def _moved(*pairs: Tuple[str, str]) -> Callable[[Path], Any]:
+def _moved(*pairs: tuple[str, str]) -> Callable[[Path], Any]:
     return lambda root: [(root / old).rename(root / new) for old, new in pairs]
 
 
@@ -194,7 +194,7 @@ def _each(folder: str, make: Callable[[Path], Any]) -> Callable[[Path], Any]:
     return lambda root: [make(file) for file in (root / folder).glob('*.png')]
 
 
-FOLDERS: List[Tuple[str, str, Callable[[Path], Any]]] = [
+FOLDERS: list[tuple[str, str, Callable[[Path], Any]]] = [
     ('missing', 'images', lambda root: shutil.rmtree(root / 'images')),
     ('empty', 'images', _emptied),
     ('a-file', 'images', lambda root: (shutil.rmtree(root / 'images'), (root / 'images').write_text('no folder'))),
@@ -212,7 +212,7 @@ FOLDERS: List[Tuple[str, str, Callable[[Path], Any]]] = [
     ('hidden-class', 'across|hidden', _moved(('images/down', 'images/.hidden'))),
 ]
 
-LEFT_OUT: List[Tuple[str, str, Callable[[Path], Any]]] = [
+LEFT_OUT: list[tuple[str, str, Callable[[Path], Any]]] = [
     ('link-back', 'again', _link_back),
     ('dangling-class', 'third', lambda root: (root / 'images/third').symlink_to('gone')),
     ('hidden-beside', 'hidden', _copied('images/down', 'images/.hidden')),
@@ -221,11 +221,11 @@ LEFT_OUT: List[Tuple[str, str, Callable[[Path], Any]]] = [
 ]
 
 
-def _files(root: Path) -> List[Tuple[int, Path]]:
+def _files(root: Path) -> list[tuple[int, Path]]:
     return list(enumerate(sorted((root / 'images').rglob('*.png'))))
 
 
-SPLITS: List[Tuple[str, str, Callable[[Path], Any]]] = [
+SPLITS: list[tuple[str, str, Callable[[Path], Any]]] = [
     ('training', 'training', _moved(('split/train', 'split/training'))),
     ('Train', 'Train', _moved(('split/train', 'split/Train'))),
     ('train-alone', 'train', lambda root: shutil.rmtree(root / 'split/train')),
@@ -246,7 +246,7 @@ class _Code:
         return os.system, ('touch executed',)
 
 
-def _checkpoints(rng: random.Random) -> Iterator[Tuple[str, str, str, Callable[[Path, Path], Any]]]:
+def _checkpoints(rng: random.Random) -> Iterator[tuple[str, str, str, Callable[[Path, Path], Any]]]:
     """Return (name, file, what else may be named, what writes it)."""
     size = 170_000
     yield 'empty', 'bad.safetensors', 'empty', lambda root, path: path.write_bytes(b'')
@@ -315,7 +315,7 @@ def _flipped(source: str, place: int, bit: int) -> Callable[[Path, Path], Any]:
     return _changed(source, lambda d: d[:place] + bytes([d[place] ^ 1 << bit]) + d[place + 1 :])
 
 
-def _tensors(change: Callable[[Dict[str, torch.Tensor]], Dict[str, torch.Tensor]]) -> Callable[[Path, Path], Any]:
+def _tensors(change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> Callable[[Path, Path], Any]:
     def make(root: Path, path: Path) -> None:
         tensors = change(load_file(root / 'model/model.safetensors'))
         save_file(tensors, path) if path.suffix == '.safetensors' else torch.save(tensors, path)
@@ -323,7 +323,7 @@ def _tensors(change: Callable[[Dict[str, torch.Tensor]], Dict[str, torch.Tensor]
     return make
 
 
-def _as(tensors: Dict[str, torch.Tensor], dtype: torch.dtype) -> Dict[str, torch.Tensor]:
+def _as(tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
     return {key: (100 * value).to(dtype) for key, value in tensors.items()}
 
 
@@ -340,16 +340,16 @@ def _config(change: Any) -> Callable[[Path], Any]:
     return spoil
 
 
-def _unbind(config: Dict[str, Any]) -> None:
+def _unbind(config: dict[str, Any]) -> None:
     """Take the sha256 of the weights out, which would say at once that they are others."""
     config.pop('model_sha256', None)
     config['pretrained_cfg'].pop('notes', None)
 
 
-def _set(*keys_and_value: Any) -> Callable[[Dict[str, Any]], Any]:
+def _set(*keys_and_value: Any) -> Callable[[dict[str, Any]], Any]:
     *keys, last, value = keys_and_value
 
-    def change(config: Dict[str, Any]) -> None:
+    def change(config: dict[str, Any]) -> None:
         for key in keys:
             config = config[key]
         config[last] = value
@@ -358,7 +358,7 @@ def _set(*keys_and_value: Any) -> Callable[[Dict[str, Any]], Any]:
 
 
 NAN = float('nan')
-CONFIGS: List[Tuple[str, str, Any]] = [
+CONFIGS: list[tuple[str, str, Any]] = [
     ('empty', 'JSON', b''),
     ('text', 'JSON', b'architecture: test_vitresnet'),
     ('cut', 'JSON', b'{"architecture": "test_vitres'),
@@ -400,7 +400,7 @@ CONFIGS: List[Tuple[str, str, Any]] = [
 ]
 
 BODY = '\n# A model\n\nMy own words.\n'
-CARDS: List[Tuple[str, Any]] = [
+CARDS: list[tuple[str, Any]] = [
     ('broken-yaml', f'---\nlicense: [mit\n---\n{BODY}'),
     ('tabs', f'---\nlicense:\n\t- mit\n---\n{BODY}'),
     ('duplicate-colon', f'---\nlicense: mit: again\n---\n{BODY}'),
@@ -416,7 +416,7 @@ CARDS: List[Tuple[str, Any]] = [
     ('tags-number', f'---\ntags: 3\n---\n{BODY}'),
     ('index-text', f'---\nmodel-index: none\n---\n{BODY}'),
 ]
-FOLDERS_TO_PUSH: List[Tuple[str, str, Callable[[Path], Any]]] = [
+FOLDERS_TO_PUSH: list[tuple[str, str, Callable[[Path], Any]]] = [
     ('no-weights', r'model\.safetensors', lambda root: (root / 'model/model.safetensors').unlink()),
     ('no-config', r'config\.json', lambda root: (root / 'model/config.json').unlink()),
     ('no-json', r'config\.json', _config(b'{')),

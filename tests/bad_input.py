@@ -11,21 +11,7 @@ import math
 import random
 import re
 from pathlib import Path
-from typing import (
-    Any,
-    Callable,
-    Dict,
-    Iterator,
-    List,
-    Literal,
-    NamedTuple,
-    Optional,
-    Tuple,
-    Union,
-    get_args,
-    get_origin,
-    get_type_hints,
-)
+from typing import Any, Callable, Iterator, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 from timm_vitres import VitResNet, VitResNetCfg, VitResNetDual, VitResNetDualCfg
 from timm_vitres.cli import create_parser
@@ -36,9 +22,9 @@ class Case(NamedTuple):
 
     kind: str
     name: str
-    call: Union[List[str], Tuple[str, Dict[str, Any]]]  # a command line, or what timm.create_model is called with
+    call: list[str] | tuple[str, dict[str, Any]]  # a command line, or what timm.create_model is called with
     says: str  # a regular expression for what the sentence must name
-    spoil: Optional[Callable[[Path], Any]] = None  # makes files of that folder bad, before the call
+    spoil: Callable[[Path], Any] | None = None  # makes files of that folder bad, before the call
     is_said: bool = False  # the call goes well, and a warning names what was left out
 
 
@@ -109,7 +95,7 @@ NUMBERS = ('nan', 'inf', '-1', '0', '1.5', '2', '1e30', str(10**30), 'abc', '')
 NO_FILE = ('nowhere/at/all', '')
 NO_MODEL = ('vitresnet_giant', 'test_vitresnet', 'local-dir:nowhere', 'local-dir:notes.txt', 'local-dir:images', '')
 NO_DRAWING = ('images', 'notes.txt/below.png', '', 'picture.png')  # the last one is what shall be drawn
-NO_FOLDER = ('notes.txt', 'notes.txt/below', 'images', 'images/across', 'images/new', '', '.')
+NO_FOLDER = ('notes.txt', 'notes.txt/below', 'images', 'images/across', '', '.')
 NO_DEVICE = ('cuda:99', 'gpu', 'cpu:x')
 NO_KWARGS = ('foo', 'depht=2', 'depth=-1', 'depth=2.5', 'num_heads=5', 'layers=x', 'global_pool=mean', '=1')
 WORDS = {
@@ -122,7 +108,7 @@ WORDS = {
         'opt': ('adamz', ''),
         'sched': ('cosin', 'plateau', ''),
         'aa': ('rand-x9', 'foo', 'rand-mx', 'rand-m9-mstd0.5-inc'),
-        'output': (*NO_FOLDER, 'model'),
+        'output': (*NO_FOLDER, 'images/new', 'model'),
         'resume': ('nowhere', 'picture.png', 'model', 'weights.pth', 'images'),
         'device': NO_DEVICE,
     },
@@ -227,7 +213,7 @@ def names(dest: str, value: str) -> str:
     return '|'.join(told)
 
 
-def actions() -> Iterator[Tuple[str, str, argparse.Action]]:
+def actions() -> Iterator[tuple[str, str, argparse.Action]]:
     """Return (command, dest, action) of all that a value can be given for."""
     groups = create_parser()._subparsers._group_actions  # pyright: ignore[reportOptionalMemberAccess]
     for command, parser in groups[0].choices.items():  # pyright: ignore[reportOptionalMemberAccess]
@@ -264,14 +250,14 @@ RESNET = dict(backbone='resnet18', stage=1, depth=1, embed_dim=32, num_heads=2, 
 DUAL = dict(num_classes=3)
 BASES = {'test_vitresnet': SERIAL, 'vitresnet': RESNET, 'test_vitresnet_dual': DUAL}
 # by type: what no field of it takes
-WRONG: Dict[type, Tuple[Any, ...]] = {
+WRONG: dict[type, tuple[Any, ...]] = {
     bool: ('yes', 2, 0.5, [True]),
     int: (-1, 2.5, math.nan, math.inf, 'abc', [3], True),
     float: (math.nan, math.inf, 'abc', [1.0], True),
     str: (3, 1.5, ['x'], b'x'),
     tuple: ('abc', (0, 1), (1.5, 2), [[1]], (), (math.nan,), (True,), {'a': 1}, 2.5),
 }
-CHOICES: Dict[str, Tuple[Any, ...]] = {
+CHOICES: dict[str, tuple[Any, ...]] = {
     'block': ('basic', 'bottleneck'),
     'stem_type': ('deep', 'deep_tiered'),
     'global_pool': ('avg', 'token'),
@@ -282,7 +268,7 @@ CHOICES: Dict[str, Tuple[Any, ...]] = {
     'mlp_layer': ('swiglu', 'swiglupacked'),
     'backbone': ('resnet18', 'resnet26d', 'resnetv2'),
 }
-NUMBERS_OF: Dict[str, Tuple[Any, ...]] = {
+NUMBERS_OF: dict[str, tuple[Any, ...]] = {
     'num_heads': (0, 5),
     'embed_dim': (0, 37),
     'mlp_ratio': (0, -1.0),
@@ -358,7 +344,7 @@ def wrong_values(field: str, hint: Any, model: str) -> Iterator[Any]:
         yield from NUMBERS_OF.get(field, ())
 
 
-def kinds(hint: Any) -> List[Any]:
+def kinds(hint: Any) -> list[Any]:
     """Return the types that an annotation takes, None left out."""
     if get_origin(hint) is Literal:
         return list(dict.fromkeys(type(value) for value in get_args(hint)))
@@ -371,7 +357,7 @@ def _fits(value: Any, kind: type) -> bool:
     return kind is tuple and isinstance(value, (list, tuple))
 
 
-def _half(values: List[Any], model: str, rng: random.Random) -> List[Any]:
+def _half(values: list[Any], model: str, rng: random.Random) -> list[Any]:
     if model == 'test_vitresnet_dual' or len(values) < 4:
         return values
     return values[::2] if model == 'vitresnet' else values[1::2]

@@ -22,7 +22,7 @@ import tempfile
 import traceback
 from collections import Counter
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, NamedTuple, Optional
+from typing import Any, Iterator, NamedTuple
 
 import bad_files
 import bad_input
@@ -46,7 +46,7 @@ FOREIGN = re.compile(
 ERRORS = (ValueError, TypeError, RuntimeError, OSError)
 
 
-def make_cases() -> List[Case]:
+def make_cases() -> list[Case]:
     """Return all cases: the same ones every time."""
     makers = (
         bad_input.calls,
@@ -88,7 +88,7 @@ def write_world(root: Path) -> None:
     torch.save(model.state_dict(), root / 'weights.pth')
 
 
-def snapshot(root: Path) -> Dict[str, Any]:
+def snapshot(root: Path) -> dict[str, Any]:
     """Return all that is in a folder, but for the output folder that a call may make."""
     found = {}
     for path in sorted(root.rglob('*')):
@@ -136,7 +136,7 @@ def run(call: Any) -> Outcome:
         logging.getLogger().removeHandler(warnings)
 
 
-def complaint(case: Case, outcome: Outcome) -> Optional[str]:
+def complaint(case: Case, outcome: Outcome) -> str | None:
     """Return what is wrong with how a case ended, None where all is as it should be."""
     if case.is_said:
         is_right = outcome.how == 'exit 0' and re.search(case.says, outcome.text)
@@ -173,10 +173,10 @@ class World:
     def __init__(self, root: Path):
         self.root = root
         self.clean = contextlib.ExitStack()
-        self.process: Optional[subprocess.Popen] = None
+        self.process: subprocess.Popen | None = None
         write_world(root / 'world')
 
-    def try_case(self, case: Case) -> 'tuple[Outcome, Optional[str]]':
+    def try_case(self, case: Case) -> tuple[Outcome, str | None]:
         """Return how a case ended, and what is wrong with that, if anything."""
         with tempfile.TemporaryDirectory(dir=self.root) as folder:
             here = os.getcwd()
@@ -196,7 +196,7 @@ class World:
             wrong = f'{wrong or outcome.how}; written: {", ".join(touched)}'
         return outcome, wrong
 
-    def run_with_hub(self, call: List[str]) -> Outcome:
+    def run_with_hub(self, call: list[str]) -> Outcome:
         if self.process is None:
             self.server = self.clean.enter_context(HubServer(self.root / 'hub'))
             environment = self.server.environment(self.root / 'home', 'token-me')
@@ -305,7 +305,7 @@ def spell(case: Case) -> str:
 
 def main(pattern: str = '') -> None:
     """Print how the cases ended, by kind, and those that ended wrong."""
-    table: Dict[str, Counter] = {}
+    table: dict[str, Counter] = {}
     with open_world() as world:
         for case in CASES:
             if re.search(pattern, f'{case.kind} {case.name}'):
