@@ -1,6 +1,7 @@
 """What every benchmark writes beside its figures: when, where, with what, and by which command."""
 
 import csv
+import dataclasses
 import datetime
 import os
 import platform
@@ -14,6 +15,7 @@ import timm
 import torch
 
 import timm_vitres
+from timm_vitres.settings import FinetuneCfg
 
 
 def conditions() -> dict:
@@ -52,6 +54,13 @@ def write_row(name: str, row: dict, record: bool) -> None:
         append_row(Path(__file__).parent / 'results' / f'{name}.csv', row)
     else:
         print(', '.join(f'{key}={value}' for key, value in row.items()), flush=True)
+
+
+def train(cfg: FinetuneCfg) -> Path:
+    """Fine-tune and return the folder; a run that was interrupted there goes on."""
+    from timm_vitres.finetune import finetune
+
+    return finetune(dataclasses.replace(cfg, resume=(Path(cfg.output) / 'run.json').is_file()))
 
 
 def seconds(function: Callable[[torch.Tensor], Any], x: torch.Tensor, repeats: int) -> float:

@@ -12,10 +12,10 @@ import argparse
 import csv
 from pathlib import Path
 
-from common import write_row
+from common import train, write_row
 from elpv import RECIPE, evaluate, write_folders
 
-from timm_vitres.finetune import FinetuneCfg, finetune
+from timm_vitres.settings import FinetuneCfg
 
 LOSSES = ('sum', 'both', 'resnet', 'vit')
 OWN = dict(model='vitresnet_dual_tiny', epochs=1, warmup_epochs=0.5, lr=5e-4, drop_path=0.1)
@@ -34,10 +34,8 @@ def main() -> None:
     for seed in args.seeds:
         for loss in args.losses:
             output = args.output / f'{loss}-seed{seed}'
-            cfg = FinetuneCfg(
-                data_dir=str(root / 'train'), output=str(output), seed=seed, head_loss=loss, resume=True, **settings
-            )
-            finetune(cfg)
+            cfg = FinetuneCfg(data_dir=str(root / 'train'), output=str(output), seed=seed, head_loss=loss, **settings)
+            train(cfg)
             with (output / 'summary.csv').open() as file:
                 (epoch,) = csv.DictReader(file)
             figures = evaluate(output, root / 'test', output / 'predictions.png')

@@ -20,11 +20,11 @@ from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
-from common import append_row
+from common import append_row, train
 
 import timm_vitres
 from timm_vitres.datasets import ImageFolder, stratified_split
-from timm_vitres.finetune import FinetuneCfg, finetune
+from timm_vitres.settings import FinetuneCfg
 
 CLASSES = ('functional', 'defective')
 # What the demo trains with; a photograph has no up and no left
@@ -122,10 +122,7 @@ def main() -> None:
     print(f'{len(ImageFolder(test, check=False))} cells are held out in {test}.')
     for seed in args.seeds:
         output = args.output / f'model-seed{seed}'
-        # an interrupted demo goes on where it was
-        begun = (output / 'run.json').is_file()
-        cfg = FinetuneCfg(data_dir=str(root / 'train'), output=str(output), seed=seed, resume=begun, **RECIPE)
-        finetune(cfg)
+        train(FinetuneCfg(data_dir=str(root / 'train'), output=str(output), seed=seed, **RECIPE))
         with (output / 'summary.csv').open() as file:
             seconds = sum(float(row['seconds']) for row in csv.DictReader(file))
         picture = args.output / f'predictions-seed{seed}.png'

@@ -14,12 +14,12 @@ from pathlib import Path
 
 import numpy as np
 import timm
-from common import append_row
+from common import append_row, train
 from PIL import Image
 from skimage import data
 
 from timm_vitres.explain import explain, plot_explanation
-from timm_vitres.finetune import FinetuneCfg, finetune
+from timm_vitres.settings import FinetuneCfg
 
 RESULTS = Path(__file__).parent / 'results'
 PHOTOGRAPHS = ('astronaut', 'cat', 'coffee', 'hubble_deep_field', 'retina', 'rocket')
@@ -53,7 +53,7 @@ def main() -> None:
     parser.add_argument('--record', action='store_true', help='write the picture and a row to benchmarks/results')
     args = parser.parse_args()
     crops = write_crops(args.output / 'crops')
-    folder = finetune(FinetuneCfg(data_dir=str(crops), output=str(args.output / 'model'), **RECIPE))
+    folder = train(FinetuneCfg(data_dir=str(crops), output=str(args.output / 'model'), **RECIPE))
     with (folder / 'summary.csv').open() as file:
         best = max(float(row['eval_top1']) for row in csv.DictReader(file))
     model = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()

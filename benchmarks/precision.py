@@ -20,14 +20,15 @@ from typing import Callable
 
 import timm
 import torch
-from common import write_row
+from common import train, write_row
 from timm.data import create_loader
 from tqdm import tqdm
 
 import timm_vitres
 from timm_vitres.data import data_config
+from timm_vitres.datasets import load_data
 from timm_vitres.export import export, load
-from timm_vitres.finetune import FinetuneCfg, finetune, load_data
+from timm_vitres.settings import FinetuneCfg
 
 SETTINGS = {'fp32': {}, 'bf16': dict(amp=True)}
 PATHS = ('fp32', 'bf16', 'int8', 'onnxruntime int8')
@@ -90,13 +91,12 @@ def main() -> None:
         color_jitter=0.0,
         workers=args.workers,
         device=args.device,
-        resume=True,
     )
     data = load_data(replace(cfg, val_split='validation'), 'RGB')  # whose validation split is the test set
     for seed in args.seeds:
         for setting in args.settings:
             folder = args.output / f'{args.model}-{setting}-seed{seed}'
-            finetune(replace(cfg, output=str(folder), seed=seed, **SETTINGS[setting]))
+            train(replace(cfg, output=str(folder), seed=seed, **SETTINGS[setting]))
             model = timm.create_model(f'local-dir:{folder}', pretrained=True).eval().to(args.device)
             config = data_config(model)
             loader = create_loader(

@@ -130,7 +130,7 @@ SENTENCES = [
     ([*PREDICT, 'local-dir:null'], "model: 'local-dir:null' can not be loaded", 1),
     ([*PREDICT, 'hf-hub:a/b/c'], "model: 'hf-hub:a/b/c' can not be loaded", 1),
     ([*PREDICT, 'vitresnet_nano.no_such'], 'can not be loaded: Invalid pretrained tag', 1),
-    ([*PREDICT, 'local-dir:nan', '--json'], r'model: its outputs for picture\.png are not finite', 1),
+    ([*PREDICT, 'local-dir:nan', '--json'], r'image: for .*picture\.png the model gives no finite numbers', 1),
     ([*PREDICT, 'local-dir:headless'], 'model: it has no classes', 1),
     ([*PREDICT, 'local-dir:model', '--topk', '-1'], 'topk: got -1, expected a number from 1 up', 1),
     ([*PREDICT, 'local-dir:model', '--topk', 'all'], "argument --topk: invalid int value: 'all'", 2),

@@ -199,7 +199,7 @@ class Odd:
         (dict(label_names=[b'a', b'b']), 'label_names: the name of class 0 is'),
         (dict(label_names={0: 'a', 2: 'b'}), 'label_names: got a dict with the keys'),
         (dict(label_names=[Odd(), Odd()]), 'label_names: the name of class 0 is'),
-        (dict(data_config=dict(mean=Odd())), 'data_config: mean: got Odd'),
+        (dict(data_config=dict(mean=Odd())), 'data_config: mean: got <test_model_folder.Odd'),
         (dict(data_config=dict(mean=(0.5, float('nan'), 0.5))), 'data_config: mean: got'),
         (dict(data_config=dict(std=0.0)), 'data_config: std: got'),
         (dict(data_config=dict(crop_pct=-1)), 'data_config: crop_pct: got'),

@@ -13,6 +13,7 @@ import torch
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from torch import nn
 
+from .config_file import read_config
 from .files import check_output, is_transient
 from .predict import label_names, new_figure
 
@@ -36,6 +37,8 @@ def load_model(name: str, device: str = 'cpu', **kwargs: Any) -> nn.Module:
     if usable.type == 'meta':
         raise ValueError("device: got 'meta', where nothing is computed.")
     try:
+        if name.startswith('local-dir:'):  # timm's own words for what is wrong with it name no file
+            read_config(Path(name.removeprefix('local-dir:')))
         model = timm.create_model(name, pretrained=True, **kwargs)
     except Exception as error:
         if is_transient(error):

@@ -28,6 +28,7 @@ from .checkpoints import (
     classifier_keys,
     read_checkpoint,
 )
+from .checks import show
 from .files import CONFIG_NAME, check_once, hub_file
 from .labels import normalise_label_names
 from .layouts import StateDict, convert_layout, find_layout
@@ -143,6 +144,9 @@ def _read_json(path: Path) -> Dict[str, Any]:
         raise ValueError(
             f'{path} holds {type(found).__name__}, expected an object with names; mend it, or take it away.'
         )
+    for name in ('model_args', 'pretrained_cfg'):
+        if not isinstance(found.get(name) or {}, dict):
+            raise ValueError(f'{path}: {name}: got {show(found[name])}, expected names with values.')
     return found
 
 

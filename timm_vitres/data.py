@@ -18,6 +18,7 @@ from timm.models import get_model_input_config
 from torch import nn
 from tqdm import tqdm
 
+from .config_file import check_data_config
 from .folders import find_images, shown
 
 _logger = logging.getLogger(__name__)
@@ -161,7 +162,7 @@ def data_config(model: nn.Module, **overrides: Any) -> Dict[str, Any]:
         overrides['input_size'] = (channels, *to_2tuple(overrides.pop('img_size')))
     elif tuple(size) != tuple(to_2tuple(own_size)):
         overrides['input_size'] = (channels, *size)
-    return resolve_input_data_config(model, args=overrides)
+    return check_data_config("the model's data config", resolve_input_data_config(model, args=overrides))
 
 
 def preprocess(image: ImageLike, model: nn.Module) -> torch.Tensor:

@@ -120,8 +120,9 @@ def finetune(cfg: FinetuneCfg, given: Optional[Collection[str]] = None) -> Path:
     goes on to its last epoch (`cfg.epochs`, if more than recorded: the schedule is then that of the longer run).
 
     Args:
-        given: Names of the settings that must agree with the record of a run that goes on; by default those that are
-            not at their default, so the settings that started a run also resume it.
+        given: Names of the settings that must agree with the record of a run that goes on; all others are taken from
+            it. By default those that are not at their default: the settings that started a run also resume it, and a
+            default that contradicts the record gives way to it.
 
     Raises:
         ValueError, TypeError, FileNotFoundError: for impossible settings or data, an output folder with anything in

@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple, TypeVar, Union
 
 import timm
-from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, RepoFile, constants
+from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, constants
 from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.hf_api import RepoFile  # where older versions have it, too
 from timm.models import PretrainedCfg, get_pretrained_cfg, parse_model_name
 from torch import nn
 
 from . import files
 from .cards import merge_cards, read_card, render_card, set_field, set_source
+from .config_file import read_config
 from .files import CARD_NAME, CONFIG_NAME, SHA256_FIELD, WEIGHTS_NAME, retrying
 from .loading import find_weights
 from .model_folder import locked
@@ -37,6 +39,7 @@ def check_folder(folder: Path) -> nn.Module:
                 f'{folder}: has no {name}; `timm_vitres.save` or `timm-vitres convert` make a folder that is complete.'
             )
     try:
+        read_config(folder)
         return timm.create_model(f'local-dir:{folder}', pretrained=True)
     except Exception as error:  # whatever is wrong with it, it must not go to the Hub
         raise ValueError(f'{folder}: is not pushed, since it does not load: {error}') from error

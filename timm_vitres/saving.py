@@ -4,7 +4,6 @@ model -> `save` -> folder/{model.safetensors, config.json, README.md} -> timm.cr
 """
 
 import json
-import math
 import tempfile
 import warnings
 from pathlib import Path
@@ -22,7 +21,7 @@ from timm.utils import unwrap_model
 from torch import nn
 
 from .cards import OURS, check_card, merge_cards, read_card, set_field
-from .config import check_choice
+from .config_file import check_data_config
 from .data import data_config as model_data_config
 from .files import CARD_NAME, CONFIG_NAME, SHA256_FIELD
 from .labels import normalise_label_names
@@ -101,7 +100,7 @@ def render_config(
     """
     names = label_names if label_names is not None else _own_label_names(model)
     names = normalise_label_names(names, model.num_classes) if names is not None else None
-    data_config = _plain_data_config(data_config) if data_config else model_data_config(model)
+    data_config = check_data_config('data_config', data_config) if data_config else model_data_config(model)
     model_config = {'label_names': names} if names else None
     with tempfile.TemporaryDirectory() as temporary:
         path = Path(temporary) / CONFIG_NAME
@@ -124,42 +123,6 @@ def _item(value: Any) -> Any:
 def _own_label_names(model: nn.Module) -> Any:
     names = model.pretrained_cfg.get('label_names')
     return names if names is not None and len(names) == model.num_classes else None
-
-
-def _plain_data_config(config: Dict[str, Any]) -> Dict[str, Any]:
-    """Return a data config in numbers and strings, as JSON holds them, its values checked."""
-    config = {name: _plain(f'data_config: {name}', value) for name, value in config.items() if value is not None}
-    for name, low in (('mean', -math.inf), ('std', 0.0)):
-        values = config.get(name, [])
-        for value in values if isinstance(values, list) else [values]:
-            if not isinstance(value, (int, float)) or not low < value < math.inf:
-                above = ' above 0' if name == 'std' else ''
-                raise ValueError(f'data_config: {name}: got {values}, expected finite numbers{above}.')
-    for name in ('input_size', 'test_input_size'):
-        size = config.get(name, [1, 1, 1])
-        if not isinstance(size, list) or len(size) != 3 or not all(isinstance(n, int) and n > 0 for n in size):
-            raise ValueError(f'data_config: {name}: got {size}, expected channels, height and width.')
-    for name in ('crop_pct', 'test_crop_pct'):
-        value = config.get(name, 1.0)
-        if not isinstance(value, (int, float)) or not 0 < value < math.inf:
-            raise ValueError(f'data_config: {name}: got {value!r}, expected a number above 0.')
-    check_choice('data_config: crop_mode', config.get('crop_mode'), (None, 'center', 'squash', 'border'))
-    interpolations = (None, 'nearest', 'bilinear', 'bicubic', 'box', 'hamming', 'lanczos', 'random')
-    check_choice('data_config: interpolation', config.get('interpolation'), interpolations)
-    return config
-
-
-def _plain(name: str, value: Any) -> Any:
-    """Return a value of numbers, strings, lists and dicts alone; tensors and numpy's values become such."""
-    if isinstance(value, (torch.Tensor, np.ndarray, np.generic)):
-        value = value.tolist()
-    if isinstance(value, (list, tuple)):
-        return [_plain(name, one) for one in value]
-    if isinstance(value, dict):
-        return {str(key): _plain(name, one) for key, one in value.items()}
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    raise ValueError(f'{name}: got {type(value).__name__}, expected numbers or text, which config.json can hold.')
 
 
 def check_unchanged(model: nn.Module, config: Dict[str, Any]) -> None:
