@@ -188,7 +188,7 @@ def flags(rng: random.Random) -> Iterator[Case]:
             bad += [number for number in NUMBERS if not is_legal(number, action.type, INTERVALS[command][dest])]
         if action.choices:
             bad += [typo(rng.choice(list(action.choices)), rng), '']
-        for value in bad:
+        for value in dict.fromkeys(bad):
             if action.option_strings:
                 values = [value] * (action.nargs if isinstance(action.nargs, int) else 1)
                 positional = [] if dest == 'data_dir' else POSITIONAL[command]

@@ -61,7 +61,7 @@ def make_cases() -> list[Case]:
 
 
 CASES = make_cases()
-SAMPLE = CASES[::8]
+SAMPLE = CASES[::4]
 
 
 class Outcome(NamedTuple):
