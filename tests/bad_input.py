@@ -1,4 +1,4 @@
-"""Bad calls as data: flags of the command, and arguments of `timm.create_model`. Bad files are in `bad_files`.
+"""Bad calls as data: flags of the command, and arguments of `timm.create_model`. Bad files are in others.
 
 Every case must end in one sentence that names what was wrong. Which values are legal is told here, by ranges and names;
 the flags and fields themselves are asked for, so that a new one is covered, or missed by a test, from its first day.

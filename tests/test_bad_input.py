@@ -1,7 +1,7 @@
 """Bad calls and files, hundreds of them: each ends in one sentence that names what was wrong, and nothing is lost.
 
-The cases are in `bad_input` and `bad_files`. `python tests/test_bad_input.py [PATTERN]` runs those whose name holds the
-pattern, and prints a table of how they ended.
+The cases are in `bad_input`, `bad_images` and `bad_models`. `python tests/test_bad_input.py [PATTERN]` makes those
+whose kind or name matches the pattern, and prints a table of how they ended.
 """
 
 import contextlib
@@ -24,8 +24,9 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, Iterator, NamedTuple
 
-import bad_files
+import bad_images
 import bad_input
+import bad_models
 import pytest
 import timm
 import torch
@@ -51,11 +52,13 @@ def make_cases() -> list[Case]:
     makers = (
         bad_input.calls,
         bad_input.flags,
-        bad_files.folders,
-        bad_files.images,
-        bad_files.checkpoints,
-        bad_files.configs,
-        bad_files.cards,
+        bad_images.folders,
+        bad_images.images,
+        bad_models.checkpoints,
+        bad_models.trainings,
+        bad_models.configs,
+        bad_models.models,
+        bad_models.cards,
     )
     return [case for make in makers for case in make(random.Random(0))]
 
@@ -244,7 +247,7 @@ def world():
 
 def test_there_are_hundreds_and_none_is_there_twice():
     kinds = Counter(case.kind for case in CASES)
-    assert len(CASES) >= 1000 and all(count > 8 for count in kinds.values()), kinds
+    assert len(CASES) >= 1300 and all(count > 5 for count in kinds.values()), kinds
     assert len({(case.kind, case.name) for case in CASES}) == len(CASES)
     assert {case.kind for case in SAMPLE} == set(kinds)
 

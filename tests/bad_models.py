@@ -1,5 +1,6 @@
-"""Bad files as data: image folders, images, checkpoints, config.json, cards, each with calls that must refuse it."""
+"""What models are loaded from, as data: checkpoints, config.json, folders and cards that are damaged or hostile."""
 
+import argparse
 import json
 import os
 import pickle
@@ -7,47 +8,17 @@ import random
 import re
 import shutil
 import struct
-import zlib
 from pathlib import Path
 from typing import Any, Callable, Iterator
 
 import numpy as np
+import timm
 import torch
+from bad_images import NO_FILES, write_text
 from bad_input import FLAGS, POSITIONAL, SERIAL, Case
-from PIL import Image
 from safetensors.torch import load_file, save_file
 
-DRAW = Image.linear_gradient('L').resize((32, 32)).convert('RGB')
-
-
-def folders(rng: random.Random) -> Iterator[Case]:
-    """Image folders that `finetune` can't train on, or would misread."""
-    for name, says, spoil in FOLDERS:
-        yield Case('image folders', name, ['finetune', 'images', *FLAGS['finetune']], says, spoil)
-    for name, says, spoil in SPLITS:
-        argv = ['finetune', 'split', *FLAGS['finetune']]
-        yield Case('image folders', name, argv, says, spoil)
-    for name, says, spoil in LEFT_OUT:
-        yield Case('image folders', name, ['finetune', 'images', *FLAGS['finetune']], says, spoil, is_said=True)
-    for name, make in IMAGES:  # one bad image in a good folder
-        file = f'images/{rng.choice(["across", "down"])}/bad.png'
-        yield Case(
-            'image folders', f'holds-{name}', ['finetune', 'images', *FLAGS['finetune']], 'bad', _one(file, make)
-        )
-
-
-def images(rng: random.Random) -> Iterator[Case]:
-    """Files that are no image, or a broken one, for the commands that take images."""
-    for name, make in (*IMAGES, *NO_FILES):
-        argv = ['predict', 'bad.png', *FLAGS['predict']]
-        yield Case('images', f'predict-{name}', argv, r'bad\.png', _one('bad.png', make))
-        argv = ['predict', 'picture.png', 'bad.png', *FLAGS['predict'], *rng.choice(([], ['--json']))]
-        yield Case('images', f'predict-two-{name}', argv, r'bad\.png', _one('bad.png', make))
-        argv = ['explain', 'bad.png', *FLAGS['explain']]
-        yield Case('images', f'explain-{name}', argv, r'bad\.png', _one('bad.png', make))
-    for name, make in IMAGES[::3]:
-        argv = ['export', 'local-dir:model', *FLAGS['export'], '--images', 'picture.png', 'bad.png']
-        yield Case('images', f'export-{name}', argv, r'bad\.png', _one('bad.png', make))
+from timm_vitres import hub
 
 
 def checkpoints(rng: random.Random) -> Iterator[Case]:
@@ -74,9 +45,21 @@ def checkpoints(rng: random.Random) -> Iterator[Case]:
             yield Case('checkpoints', f'checkpoint_path-{name}', call, says, beside)
 
 
+def trainings(rng: random.Random) -> Iterator[Case]:
+    """Checkpoints of timm's train.py whose settings are none."""
+    for name, says, about in TRAININGS:
+
+        def spoil(root: Path, about=about) -> None:
+            torch.save({'state_dict': load_file(root / 'model/model.safetensors'), **about}, root / 'bad.pth')
+
+        argv = ['convert', 'bad.pth', *FLAGS['convert']]
+        yield Case('checkpoints', f'convert-training-{name}', argv, rf'bad\.pth|{says}', spoil)
+
+
 def _weights_name(file: str) -> str:
     """Return what weights of a container are called in a folder."""
-    return {'.safetensors': 'model.safetensors', '.npz': 'bad.npz'}.get(Path(file).suffix, 'pytorch_model.bin')
+    names = {'.safetensors': 'model.safetensors', '.npz': 'bad.npz', '.json': 'model.safetensors.index.json'}
+    return names.get(Path(file).suffix, 'pytorch_model.bin')
 
 
 def configs(rng: random.Random) -> Iterator[Case]:
@@ -85,6 +68,24 @@ def configs(rng: random.Random) -> Iterator[Case]:
         for door in ('predict', 'verify' if 'sha256' in name else rng.choice(['convert', 'push', 'export'])):
             argv = [door, *POSITIONAL[door], *FLAGS[door]]
             yield Case('config.json', f'{door}-{name}', argv, rf'config\.json|{says}', _config(change))
+
+
+def models(rng: random.Random) -> Iterator[Case]:
+    """Folders of models in which a file is missing or is no file, and models that can't do what is asked."""
+    for file in ('model.safetensors', 'config.json'):
+        for name, make in (('missing', lambda path: None), *NO_FILES):
+            for door in ('predict', rng.choice(['explain', 'export']), 'push'):
+
+                def spoil(root: Path, path=f'model/{file}', make=make) -> None:
+                    (root / path).unlink()
+                    make(root / path)
+
+                argv = [door, *POSITIONAL[door], *FLAGS[door]]
+                yield Case('models', f'{door}-{file}-{name}', argv, rf'{re.escape(file)}|no weights', spoil)
+    for name, says, doors, options in MODELS:
+        for door in doors:
+            argv = [door, *POSITIONAL[door], *FLAGS[door]]
+            yield Case('models', f'{door}-{name}', argv, says, _saved(**options))
 
 
 def cards(rng: random.Random) -> Iterator[Case]:
@@ -101,144 +102,6 @@ def cards(rng: random.Random) -> Iterator[Case]:
         yield Case('cards', f'push-{name}', ['push', 'model', f'me/folder{index}', '--yes'], says, spoil)
 
 
-def _one(file: str, make: Callable[[Path], Any]) -> Callable[[Path], Any]:
-    return lambda root: make(root / file)
-
-
-def _text(path: Path) -> None:
-    path.write_text('This is no picture.')
-
-
-def _bytes(data: bytes) -> Callable[[Path], Any]:
-    return lambda path: path.write_bytes(data)
-
-
-def _truncated(format: str) -> Callable[[Path], Any]:
-    def make(path: Path) -> None:
-        noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8))
-        noise.save(path, format=format)
-        path.write_bytes(path.read_bytes()[:900])
-
-    return make
-
-
-def _png(width: int, height: int, pixels: bytes = b'') -> bytes:
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack('>I', len(data)) + kind + data + struct.pack('>I', zlib.crc32(kind + data))
-
-    head = chunk(b'IHDR', struct.pack('>IIBBBBB', width, height, 8, 2, 0, 0, 0))
-    return b'\x89PNG\r\n\x1a\n' + head + chunk(b'IDAT', zlib.compress(pixels)) + chunk(b'IEND', b'')
-
-
-def _exif(path: Path) -> None:
-    orientation = struct.pack('<HHI4s', 0x0112, 2, 4, b'abc')  # text, where a number belongs
-    DRAW.save(path, format='PNG', exif=b'Exif\0\0II*\0' + struct.pack('<IH', 8, 1) + orientation + bytes(4))
-
-
-def _flipped_png(path: Path) -> None:
-    DRAW.save(path)
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 16
-    path.write_bytes(data)
-
-
-IMAGES: list[tuple[str, Callable[[Path], Any]]] = [
-    ('text', _text),
-    ('zero-bytes', _bytes(b'')),
-    ('truncated-png', _truncated('PNG')),
-    ('truncated-jpeg', _truncated('JPEG')),
-    ('truncated-webp', _truncated('WEBP')),
-    ('truncated-tiff', _truncated('TIFF')),
-    ('flipped-bit', _flipped_png),
-    ('signature-alone', _bytes(b'\x89PNG\r\n\x1a\n')),
-    ('bomb', _bytes(_png(60000, 60000))),
-    ('no-pixels', _bytes(_png(64, 64))),
-    ('no-width', _bytes(_png(0, 64))),
-    ('html', _bytes(b'<!DOCTYPE html><title>404</title>')),
-    ('lfs-pointer', _bytes(b'version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n')),
-    ('mistyped-exif', _exif),
-    ('line', _bytes(_png(10000, 1, bytes(30001)))),
-]
-
-# what a folder's reader leaves out, and names; given by name, it is an error
-NO_FILES: list[tuple[str, Callable[[Path], Any]]] = [
-    ('directory', lambda path: path.mkdir()),
-    ('dangling-link', lambda path: path.symlink_to('gone.png')),
-    ('circular-link', lambda path: path.symlink_to(path.name)),
-    ('fifo', os.mkfifo),
-]
-
-
-def _link_back(root: Path) -> None:
-    (root / 'images/across/again').symlink_to('../..', target_is_directory=True)
-
-
-def _emptied(root: Path) -> None:
-    shutil.rmtree(root / 'images')
-    (root / 'images').mkdir()
-
-
-def _copied(source: str, *targets: str) -> Callable[[Path], Any]:
-    def make(root: Path) -> None:
-        for target in targets:
-            shutil.copytree(root / source, root / target)
-
-    return make
-
-
-def _moved(*pairs: tuple[str, str]) -> Callable[[Path], Any]:
-    return lambda root: [(root / old).rename(root / new) for old, new in pairs]
-
-
-def _each(folder: str, make: Callable[[Path], Any]) -> Callable[[Path], Any]:
-    return lambda root: [make(file) for file in (root / folder).glob('*.png')]
-
-
-FOLDERS: list[tuple[str, str, Callable[[Path], Any]]] = [
-    ('missing', 'images', lambda root: shutil.rmtree(root / 'images')),
-    ('empty', 'images', _emptied),
-    ('a-file', 'images', lambda root: (shutil.rmtree(root / 'images'), (root / 'images').write_text('no folder'))),
-    ('loose-files', 'images', lambda root: [f.rename(root / 'images' / f'{i}.png') for i, f in _files(root)]),
-    ('loose-file-beside', 'loose', lambda root: DRAW.save(root / 'images/loose.png')),
-    ('one-class', 'across', lambda root: shutil.rmtree(root / 'images/down')),
-    ('class-without-image', 'third', lambda root: (root / 'images/third').mkdir()),
-    ('class-of-text', 'third', lambda root: ((root / 'images/third').mkdir(), _text(root / 'images/third/a.txt'))),
-    ('class-of-one', 'third', lambda root: ((root / 'images/third').mkdir(), DRAW.save(root / 'images/third/a.png'))),
-    ('class-all-broken', 'across', _each('images/across', _text)),
-    ('all-broken', 'images', lambda root: [_text(file) for _, file in _files(root)]),
-    ('case-twins', 'Across|across', _copied('images/across', 'images/Across')),
-    ('val-beside-classes', 'val', _copied('images', 'images/val')),
-    ('train-beside-classes', 'train', _copied('images', 'images/train')),
-    ('hidden-class', 'across|hidden', _moved(('images/down', 'images/.hidden'))),
-]
-
-LEFT_OUT: list[tuple[str, str, Callable[[Path], Any]]] = [
-    ('link-back', 'again', _link_back),
-    ('dangling-class', 'third', lambda root: (root / 'images/third').symlink_to('gone')),
-    ('hidden-beside', 'hidden', _copied('images/down', 'images/.hidden')),
-    ('text-beside', r'notes\.txt', lambda root: _text(root / 'images/down/notes.txt')),
-    *((name, 'bad', _one('images/down/bad.png', make)) for name, make in NO_FILES[1:]),
-]
-
-
-def _files(root: Path) -> list[tuple[int, Path]]:
-    return list(enumerate(sorted((root / 'images').rglob('*.png'))))
-
-
-SPLITS: list[tuple[str, str, Callable[[Path], Any]]] = [
-    ('training', 'training', _moved(('split/train', 'split/training'))),
-    ('Train', 'Train', _moved(('split/train', 'split/Train'))),
-    ('train-alone', 'train', lambda root: shutil.rmtree(root / 'split/train')),
-    ('empty-train', 'train', lambda root: (shutil.rmtree(root / 'split/train'), (root / 'split/train').mkdir())),
-    ('empty-val', 'val', lambda root: (shutil.rmtree(root / 'split/val'), (root / 'split/val').mkdir())),
-    ('val-has-more', 'third', _copied('split/val/across', 'split/val/third')),
-    ('Val', 'Val', _moved(('split/val', 'split/Val'))),
-    ('two-vals', 'valid', _copied('split/val', 'split/valid')),
-    ('classes-beside', 'third', _copied('split/val/across', 'split/third')),
-    ('broken-val', 'across', _each('split/val/across', _text)),
-]
-
-
 class _Code:
     """What a pickle may run when it is opened."""
 
@@ -250,7 +113,7 @@ def _checkpoints(rng: random.Random) -> Iterator[tuple[str, str, str, Callable[[
     """Return (name, file, what else may be named, what writes it)."""
     size = 170_000
     yield 'empty', 'bad.safetensors', 'empty', lambda root, path: path.write_bytes(b'')
-    yield 'text', 'bad.pth', '', lambda root, path: _text(path)
+    yield 'text', 'bad.pth', '', lambda root, path: write_text(path)
     pointer = b'version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n'
     yield 'lfs-pointer', 'bad.safetensors', 'Git LFS', lambda root, path: path.write_bytes(pointer)
     for end in sorted(rng.sample(range(8, size), 4)):
@@ -286,6 +149,8 @@ def _checkpoints(rng: random.Random) -> Iterator[tuple[str, str, str, Callable[[
     for name, value in (('list', [1, 2]), ('text-values', {'a': 'b'}), ('number', 3), ('wrapped', {'state_dict': 3})):
         yield name, 'bad.pth', '', lambda root, path, value=value: torch.save(value, path)
     yield 'numbered', 'bad.pth', '', lambda root, path: torch.save({1: torch.zeros(3)}, path)
+    for name, index in INDICES:
+        yield f'index-{name}', 'bad-model.safetensors.index.json', r'shard|gone|model\.safetensors', _written(index)
     objects = np.array([{'a': 1}], dtype=object)
     yield 'objects', 'bad.npz', '', lambda root, path: np.savez(path, **{'embedding/kernel': objects})
     yield 'strings', 'bad.npz', '', lambda root, path: np.savez(path, **{'embedding/kernel': np.array(['a', 'b'])})
@@ -305,6 +170,41 @@ _NAMES = ('cls_token', 'pos_embed', 'norm.weight', 'head.weight', 'blocks.0.attn
 _KEYS = 'model.safetensors|position embeddings|missing keys|unexpected keys|wrong shapes|' + '|'.join(
     map(re.escape, _NAMES)
 )
+
+
+def _told(**settings: Any) -> dict[str, Any]:
+    return {'args': argparse.Namespace(**{'model': 'test_vitresnet', 'model_kwargs': _KWARGS, **settings})}
+
+
+_KWARGS = dict(layers=(1,), channels=(128,), depth=1, embed_dim=32)
+INDICES: list[tuple[str, str]] = [
+    ('text', 'no JSON'),
+    ('list', '[]'),
+    ('no-map', '{}'),
+    ('empty-map', '{"weight_map": {}}'),
+    ('numbers', '{"weight_map": {"cls_token": 3}}'),
+    ('gone', '{"weight_map": {"cls_token": "gone.safetensors"}}'),
+    ('outside', '{"weight_map": {"cls_token": "../notes.txt"}}'),
+    ('absolute', '{"weight_map": {"cls_token": "/etc/hostname"}}'),
+]
+TRAININGS: list[tuple[str, str, dict[str, Any]]] = [
+    ('nothing-told', 'model', {}),
+    ('args-number', 'args|model', {'args': 3}),
+    ('arch-list', 'arch|model', {'arch': ['test_vitresnet']}),
+    ('arch-unknown', 'vitresnet_giant', {'arch': 'vitresnet_giant'}),
+    ('kwargs-text', 'model_kwargs', _told(model_kwargs='depth=1')),
+    ('size-text', 'img_size', _told(img_size='large')),
+    ('size-0', 'img_size', _told(img_size=-32)),
+    ('input-size', 'input_size', _told(input_size=(3,))),
+    ('mean-text', 'mean', _told(mean='grey')),
+    ('std-0', 'std', _told(std=(0.0, 0.0, 0.0))),
+    ('crop-pct', 'crop_pct', _told(crop_pct=-1.0)),
+    ('interpolation', 'interpolation', _told(interpolation='bycubic')),
+]
+
+
+def _written(text: str) -> Callable[[Path, Path], Any]:
+    return lambda root, path: path.write_text(text)
 
 
 def _changed(source: str, change: Callable[[bytes], bytes]) -> Callable[[Path, Path], Any]:
@@ -397,6 +297,27 @@ CONFIGS: list[tuple[str, str, Any]] = [
     ('pretrained-cfg-list', 'pretrained_cfg', _set('pretrained_cfg', [1])),
     ('sha256', 'sha256', _set('model_sha256', 64 * '0')),
     ('sha256-short', 'sha256', _set('model_sha256', 'abc')),
+]
+
+
+def _saved(architecture: str = 'test_vitresnet', scale: float = 1.0, **kwargs: Any) -> Callable[[Path], Any]:
+    def spoil(root: Path) -> None:
+        shutil.rmtree(root / 'model')
+        base = SERIAL if architecture == 'test_vitresnet' else {}
+        model = timm.create_model(architecture, **{**base, **kwargs})
+        for parameter in model.parameters():
+            parameter.data *= scale
+        hub.save(model, root / 'model')
+
+    return spoil
+
+
+MODELS: list[tuple[str, str, tuple[str, ...], dict[str, Any]]] = [
+    ('headless', 'num_classes|head', ('predict', 'explain'), dict(num_classes=0)),
+    ('five-channels', 'in_chans', ('predict', 'explain'), dict(in_chans=5)),
+    ('not-finite', 'finite', ('predict', 'explain', 'export'), dict(scale=NAN)),
+    ('no-hybrid', 'hybrid|timm-vitres', ('explain', 'convert'), dict(architecture='test_resnet', num_classes=3)),
+    ('unpooled', 'pool', ('explain',), dict(global_pool='')),
 ]
 
 BODY = '\n# A model\n\nMy own words.\n'
