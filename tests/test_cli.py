@@ -150,7 +150,11 @@ SENTENCES = [
     (['explain', 'picture.png', '--model', 'local-dir:other'], 'model: got VisionTransformer, expected a hybrid', 1),
     (['explain', 'picture.png', '--model', 'local-dir:headless'], 'model: it has no head', 1),
     (['explain', 'none.png', '--model', 'local-dir:none'], r'image: there is no file none\.png', 1),
-    (['explain', 'long.png', '--model', 'local-dir:model'], 'size: the image of 10000x1 pixels would be', 1),
+    (
+        ['explain', 'long.png', '--model', 'local-dir:model'],
+        r'long\.png .*its longer side may be up to',
+        1,
+    ),
     ([*EXPORT, 'model.bin'], r'format: not given, and the name of model\.bin does not say it', 1),
     ([*EXPORT, 'model.onnx', '--format', 'pt2'], r"format: got 'pt2', but model\.onnx is the name of 'onnx'", 1),
     ([*EXPORT, 'model.onnx', '--format', 'tflite'], "argument --format: invalid choice: 'tflite'", 2),

@@ -261,7 +261,9 @@ def test_what_is_no_export_is_not_written_over(tmp_path):
     (tmp_path / 'text').write_text('mine')
     before = {path: path.read_bytes() for path in tmp_path.rglob('*') if path.is_file()}
     for name in ('model/model.safetensors', 'model/config.json', 'best.pt'):
-        with pytest.raises(FileExistsError, match=f'{name}: holds no export, but a part of a model'):
+        with pytest.raises(
+            FileExistsError, match=f'{name}: holds no export, by its name or content, and is not written over'
+        ):
             export(model, tmp_path / name, 'torchscript')
     for path, message in (
         (tmp_path / 'model', 'model is a folder, expected the path of a file'),

@@ -14,7 +14,7 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from torch import nn
 
 from .config_file import read_config
-from .files import check_output, is_transient
+from .files import CONFIG_NAME, check_output, is_transient
 from .predict import label_names, new_figure
 
 # the user's mistakes and the world's: torch and timm raise RuntimeError for unknown or weightless models, TypeError for
@@ -37,8 +37,9 @@ def load_model(name: str, device: str = 'cpu', **kwargs: Any) -> nn.Module:
     if usable.type == 'meta':
         raise ValueError("device: got 'meta', where nothing is computed.")
     try:
-        if name.startswith('local-dir:'):  # timm's own words for what is wrong with it name no file
-            read_config(Path(name.removeprefix('local-dir:')))
+        folder = name.removeprefix('local-dir:')
+        if name.startswith('local-dir:') and folder and (Path(folder) / CONFIG_NAME).exists():
+            read_config(Path(folder))  # timm's own words for what is wrong with it name no file
         model = timm.create_model(name, pretrained=True, **kwargs)
     except Exception as error:
         if is_transient(error):

@@ -4,7 +4,6 @@ import argparse
 import dataclasses
 import io
 import json
-import math
 import os
 import sys
 import traceback
@@ -104,10 +103,7 @@ def run_predict(args: argparse.Namespace) -> int:
         check_picture('plot', args.plot, args.images)
     model = load_model(args.model, args.device)
     predictions, unreadable = predict(model, args.images, topk=args.topk)
-    for prediction in predictions:
-        if not all(map(math.isfinite, prediction.probabilities)):
-            raise ValueError(f'model: its outputs for {prediction.image} are not finite; its weights are broken.')
-    if args.json:
+    if args.json and predictions:
         print(json.dumps([prediction._asdict() for prediction in predictions], indent=2))
     else:
         _print_table(predictions)

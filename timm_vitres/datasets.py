@@ -65,7 +65,7 @@ def _load_folder(cfg: FinetuneCfg, mode: str) -> Data:
             folder.check_images(cfg.skip_bad)
     left_out = {**splits.left_out, **train.left_out, **val.left_out}
     if splits.validation is None:
-        train_indices, val_indices = stratified_split(train.targets, cfg.val_frac, cfg.seed)
+        train_indices, val_indices = stratified_split(train.targets, cfg.val_frac, cfg.seed, train.classes)
         how = f'validation on {len(val_indices)} of them, held out class by class ({cfg.val_frac:g}, seed {cfg.seed})'
     else:
         train_indices, val_indices = range(len(train)), range(len(val))

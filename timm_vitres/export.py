@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from .config import check_choice
 from .data import data_config
-from .files import WEIGHTS_SUFFIXES, check_output, replacing
+from .files import check_output, replacing
 from .fold import copy_model, fold
 from .predict import label_names
 from .prepare import InOut, check_example, check_outputs, difference, forward_only, quantise_
@@ -162,8 +162,8 @@ def check_target(path: Union[str, Path], format: Optional[str], precision: str) 
     format = format or by_name or ''
     if precision not in FORMATS[format]:
         raise ValueError(f'precision: got {precision!r}, format {format!r} can be {" or ".join(FORMATS[format])}.')
-    if path.is_file() and (path.suffix in (*WEIGHTS_SUFFIXES, '.json', '.md') or _is_checkpoint(path)):
-        raise FileExistsError(f'{path}: holds no export, but a part of a model, which is not written over.')
+    if path.is_file() and (by_name is None or _is_checkpoint(path)):
+        raise FileExistsError(f'{path}: holds no export, by its name or content, and is not written over.')
     if format == 'onnx':
         _import_onnx()
     return path, format

@@ -151,7 +151,12 @@ def _set_up(
     """Return a run that is ready for its next step, and recorded; what can be wrong with the settings is found here."""
     device = _check_device(cfg.device)
     _check_optimizer(cfg.opt)
-    kwargs = resolve_model_input_args(cfg.model, **{'in_chans': cfg.in_chans, **(cfg.model_kwargs or {})})
+    try:
+        kwargs = resolve_model_input_args(cfg.model, **{'in_chans': cfg.in_chans, **(cfg.model_kwargs or {})})
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f'model: {cfg.model} can not be made with in_chans and model_kwargs as given ({error}).'
+        ) from error
     in_chans = kwargs.get('in_chans') or kwargs['pretrained_cfg']['input_size'][0]
     mode = image_mode(in_chans)
     check_policy(cfg.aa, mode)

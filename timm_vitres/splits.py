@@ -113,7 +113,9 @@ def check_fraction(fraction: float, seed: int) -> None:
         raise ValueError(f'seed: got {seed}, expected 0 or more.')
 
 
-def stratified_split(targets: Sequence[int], fraction: float, seed: int = 0) -> Tuple[List[int], List[int]]:
+def stratified_split(
+    targets: Sequence[int], fraction: float, seed: int = 0, names: Sequence[str] = ()
+) -> Tuple[List[int], List[int]]:
     """Split indices into two parts, class by class: the second holds `fraction` of each, and at least one.
 
     Raises:
@@ -126,7 +128,8 @@ def stratified_split(targets: Sequence[int], fraction: float, seed: int = 0) -> 
     second: List[int] = []
     for target, count in sorted(Counter(labels.tolist()).items()):
         if count < 2:
-            raise ValueError(f'val_frac: class {target} has {count} image, which cannot be split in two; add some.')
+            name = repr(names[target]) if names else target
+            raise ValueError(f'val_frac: class {name} has {count} image, which cannot be split in two; add some.')
         indices = generator.permutation(np.flatnonzero(labels == target)).tolist()
         cut = min(max(round(count * fraction), 1), count - 1)
         second += indices[:cut]
