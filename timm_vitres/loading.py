@@ -22,6 +22,7 @@ from torch import nn
 
 from .checkpoints import (
     INDEX_NAMES,
+    add_batch_counts,
     check_dtypes,
     check_keys,
     checkpoint_files,
@@ -79,6 +80,8 @@ class Loadable(nn.Module):
         """Load a checkpoint file of any layout, Google's npz too, which must have the model's classes and channels."""
         state_dict, _ = read_checkpoint(Path(checkpoint_path))
         state_dict = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
+        state_dict = add_batch_counts(resample(convert_layout(state_dict), self), self)
+        check_keys(state_dict, self)
         self.load_state_dict(state_dict)
 
     def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
