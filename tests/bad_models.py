@@ -164,7 +164,7 @@ def _checkpoints(rng: random.Random) -> Iterator[tuple[str, str, str, Callable[[
 
 
 # timm opens what `checkpoint_path` names, and says what is damaged; these are left to the model
-_OURS = ('torch.int8', 'torch.int64', 'torch.bool', 'complex', 'numbered', 'table', 'flat-table', 'short', 'objects')
+_OURS = ('torch.int8', 'torch.int64', 'torch.bool', 'complex', 'table', 'flat-table', 'short', 'objects')
 _NAMES = ('cls_token', 'pos_embed', 'norm.weight', 'head.weight', 'blocks.0.attn.qkv.weight')
 # a sentence may name the tensor in place of the file
 _KEYS = 'model.safetensors|position embeddings|missing keys|unexpected keys|wrong shapes|' + '|'.join(
