@@ -19,7 +19,7 @@ from .labels import normalise_label_names
 _Channels = Annotated[int, between(1, 1024)]
 _Pixels = Tuple[_Channels, ImageSide, ImageSide]
 _Positive = Annotated[float, between(0, 1000.0, above=True)]
-_DATA_FIELDS: Dict[str, Any] = {
+DATA_FIELDS: Dict[str, Any] = {
     'input_size': _Pixels,
     'test_input_size': _Pixels,
     'img_size': Union[ImageSide, Tuple[ImageSide, ImageSide]],
@@ -43,8 +43,8 @@ def check_data_config(where: str, config: Mapping[str, Any]) -> Dict[str, Any]:
     """
     plain = {name: _plain(f'{where}: {name}', value) for name, value in config.items() if value is not None}
     for name, value in plain.items():
-        if name in _DATA_FIELDS:
-            plain[name] = conform(f'{where}: {name}', value, _DATA_FIELDS[name])
+        if name in DATA_FIELDS:
+            plain[name] = conform(f'{where}: {name}', value, DATA_FIELDS[name])
     channels = plain.get('input_size', (3,))[0]
     for name in ('mean', 'std'):
         value = plain.get(name)
@@ -74,10 +74,10 @@ def read_config(folder: Path) -> Dict[str, Any]:
         ValueError: where it is damaged, or says what no model is; the message names the file and the field.
     """
     path = folder / CONFIG_NAME
+    if not path.is_file():
+        raise FileNotFoundError(f'{folder}: has no {CONFIG_NAME}.')
     try:
         config = json.loads(path.read_text(encoding='utf-8'))
-    except FileNotFoundError:
-        raise FileNotFoundError(f'{folder}: has no {CONFIG_NAME}.') from None
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f'{path}: is no JSON that can be read ({error}).') from error
     if not isinstance(config, dict):
@@ -91,7 +91,7 @@ def read_config(folder: Path) -> Dict[str, Any]:
     if num_classes is not None:
         num_classes = conform(f'{path}: num_classes', num_classes, NumClasses)
     _check_labels(path, config.get('label_names', cfg.get('label_names', cfg.get('labels'))), num_classes)
-    check_data_config(str(path), {name: cfg[name] for name in _DATA_FIELDS if name in cfg})
+    check_data_config(str(path), {name: cfg[name] for name in DATA_FIELDS if name in cfg})
     told = config.get(SHA256_FIELD)
     if told is not None and not (isinstance(told, str) and len(told) == 64 and set(told) <= set('0123456789abcdef')):
         raise ValueError(f'{path}: {SHA256_FIELD}: got {show(told)}, expected the 64 digits of a sha256.')

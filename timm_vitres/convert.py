@@ -5,6 +5,7 @@ README.md}. What the file and its neighbours say (architecture, classes, size, p
 the rest, and whatever he says counts.
 """
 
+import argparse
 import dataclasses
 import json
 import math
@@ -30,6 +31,7 @@ from .checkpoints import (
 )
 from .checks import Size as ImageSize
 from .checks import conform, show
+from .config_file import DATA_FIELDS, check_data_config
 from .files import CONFIG_NAME, check_once, hub_file
 from .labels import normalise_label_names
 from .layouts import StateDict, convert_layout, find_layout
@@ -93,8 +95,7 @@ def convert(
     weights, about = read_checkpoint(path, use_ema)
     layout = find_layout(weights)
     state_dict = convert_layout(weights)
-    args = about.get('args') or {}
-    args = dict(args) if isinstance(args, dict) else vars(args)
+    args = _settings(path, about)
     name, kwargs = _architecture(model, args, about, config, state_dict)
     kwargs.update(model_kwargs or {})
     trained_size = img_size or _trained_size(args, config)
@@ -165,6 +166,19 @@ def _nested(config: Dict[str, Any]) -> Dict[str, Any]:
     }
 
 
+def _settings(path: Path, about: Dict[str, Any]) -> Dict[str, Any]:
+    """Return the settings in a checkpoint of a training run; ValueError, naming them, where they are none."""
+    args = about.get('args') or {}
+    args = vars(args) if isinstance(args, argparse.Namespace) else args
+    if not isinstance(args, dict):
+        raise ValueError(f'{path}: args: got {show(args)}, expected the settings of a training run.')
+    if not isinstance(args.get('model_kwargs') or {}, dict):
+        raise ValueError(f'{path}: model_kwargs: got {show(args["model_kwargs"])}, expected names with values.')
+    # where timm's train.py was told nothing, it says None or ''
+    check_data_config(str(path), {name: args[name] for name in DATA_FIELDS if args.get(name)})
+    return dict(args)
+
+
 def _architecture(
     model: Optional[str], args: Dict[str, Any], about: Dict[str, Any], config: Dict[str, Any], state_dict: StateDict
 ) -> Tuple[str, Dict[str, Any]]:
@@ -197,7 +211,10 @@ def _architecture(
 
 
 def _on_meta(name: str, **kwargs: Any) -> Loadable:
-    model = timm.create_model(name, **kwargs, device='meta')
+    try:
+        model = timm.create_model(name, **kwargs, device='meta')
+    except TypeError as error:
+        raise TypeError(f'model: {name!r} does not take these arguments ({error}).') from error
     if not isinstance(model, Loadable):
         raise ValueError(f"model: got '{name}', which is none of timm-vitres; see timm.list_models('vitresnet*').")
     return model
@@ -266,7 +283,7 @@ def _data_config(
     cfgs = get_arch_pretrained_cfgs(model.pretrained_cfg['architecture']).values()
     published = [cfg.to_dict() for cfg in cfgs if tuple(cfg.input_size[-2:]) == tuple(input_size[-2:])]
     told: Dict[str, Any] = dict(published[0] if published else model.pretrained_cfg)  # pyright: ignore
-    told.update(config.get('pretrained_cfg') or {}, input_size=input_size)
+    told.update(check_data_config(CONFIG_NAME, config.get('pretrained_cfg') or {}), input_size=input_size)
     if preprocessor:
         told['crop_pct'] = 1.0
         told.update(
