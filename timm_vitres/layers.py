@@ -48,7 +48,8 @@ def feature_take_indices(num_features: int, indices: Optional[Union[int, List[in
     Raises:
         ValueError: for indices that the features do not have.
     """
-    if not torch.jit.is_scripting() and indices is not None:
+    # a compiled graph has its indices checked where it is captured
+    if not torch.jit.is_scripting() and not torch.compiler.is_compiling() and indices is not None:
         indices = conform_indices('indices', indices, num_features)
     return take_indices(num_features, indices)
 
