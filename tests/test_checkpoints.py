@@ -462,7 +462,7 @@ def test_shards(suffix, tmp_path):
         (
             lambda index, last: safetensors.torch.save_file({'stem.conv1.weight': torch.ones(1)}, last),
             OSError,
-            'stem.conv1.weight, which is in model-0000[12]-of-00003',
+            r'stem\.conv1\.weight, which is in model-0000\d-of-00003',
         ),
         (lambda index, last: index['weight_map'].update(more=last.name), OSError, 'holds more, but it does not'),
         (lambda index, last: index['weight_map'].update(more='../x.bin'), ValueError, "names '../x.bin' as a shard"),

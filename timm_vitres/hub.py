@@ -16,6 +16,7 @@ from torch import nn
 
 from . import files
 from .cards import merge_cards, read_card, render_card, set_field, set_source
+from .checkpoints import checkpoint_files
 from .config_file import read_config
 from .files import CARD_NAME, CONFIG_NAME, SHA256_FIELD, WEIGHTS_NAME, retrying
 from .loading import find_weights
@@ -254,6 +255,8 @@ def verify(
     cfg = _pretrained_cfg(name)
     path = find_weights(cfg, cache_dir)
     in_name = files.hash_in_name(path.name) if cfg.url and not (cfg.file or cfg.hf_hub_id) else None
+    for shard in checkpoint_files(path):  # the path is then that of their index
+        files.check(shard)
     actual = files.check(path, in_name)
     hub_id = repo_id or (cfg.hf_hub_id if cfg.source != 'local-dir' and not cfg.file else None)
     if hub_id and not constants.HF_HUB_OFFLINE:
