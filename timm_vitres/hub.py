@@ -255,8 +255,9 @@ def verify(
     cfg = _pretrained_cfg(name)
     path = find_weights(cfg, cache_dir)
     in_name = files.hash_in_name(path.name) if cfg.url and not (cfg.file or cfg.hf_hub_id) else None
-    for shard in checkpoint_files(path):  # the path is then that of their index
-        files.check(shard)
+    for shard in checkpoint_files(path):
+        if shard != path:  # which is then their index
+            files.check(shard)
     actual = files.check(path, in_name)
     hub_id = repo_id or (cfg.hf_hub_id if cfg.source != 'local-dir' and not cfg.file else None)
     if hub_id and not constants.HF_HUB_OFFLINE:
