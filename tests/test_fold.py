@@ -77,17 +77,22 @@ def test_any_backbone(backbone):
 
 @pytest.mark.parametrize('name', ['test_vitresnet', 'vitresnet_nano', 'test_vitresnet_dual'])
 def test_low_precision_is_not_lower(name):
-    """Folded and then in bfloat16 the error against float32 is no larger than the model's own."""
-    model = create(name, num_classes=100)
-    x = torch.randn(16, 3, 96, 96)
-    expected = outputs(model, x)[0]
-    half = copy.deepcopy(model).bfloat16()
-    own = relative_difference(outputs(half, x.bfloat16())[0].float(), expected)
-    folded = outputs(fold(model).bfloat16(), x.bfloat16())[0]
-    assert relative_difference(folded.float(), expected) <= 1.1 * own
-    # the other way round, weights are rounded twice
-    folded = outputs(fold(half), x.bfloat16())[0]
-    assert folded.dtype == torch.bfloat16 and relative_difference(folded.float(), expected) <= 2 * own
+    """Folded and then in bfloat16 the error against float32 is no larger than the model's own, in the mean."""
+    first, other_way = [], []
+    for seed in range(6):  # of one model, rounding may be lucky: the ratio is 0.4 to 1.4
+        torch.manual_seed(seed)
+        model = create(name, num_classes=100)
+        x = torch.randn(16, 3, 96, 96)
+        expected = outputs(model, x)[0]
+        half = copy.deepcopy(model).bfloat16()
+        own = relative_difference(outputs(half, x.bfloat16())[0].float(), expected)
+        folded = outputs(fold(model).bfloat16(), x.bfloat16())[0]
+        first.append(relative_difference(folded.float(), expected) / own)
+        # the other way round, weights are rounded twice
+        folded = outputs(fold(half), x.bfloat16())[0]
+        assert folded.dtype == torch.bfloat16
+        other_way.append(relative_difference(folded.float(), expected) / own)
+    assert sum(first) / len(first) <= 1.05 and sum(other_way) / len(other_way) <= 1.6
 
 
 @pytest.mark.parametrize('name', [pytest.param('test_vitresnet', marks=pytest.mark.slow), 'vitresnet_nano'])
