@@ -22,6 +22,7 @@ def photograph(tmp_path):
     return path
 
 
+@pytest.mark.recent
 @pytest.mark.parametrize('name', ['vitresnet_small', 'vitresnet_tiny', 'vitresnet_nano'])
 def test_grad_cam_is_that_of_pytorch_grad_cam(name):
     from pytorch_grad_cam import GradCAM

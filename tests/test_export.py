@@ -64,6 +64,7 @@ def test_torchscript(name, tmp_path):
     check(torch.jit.load(str(tmp_path / 'model.pt')), model)
 
 
+@pytest.mark.recent
 @pytest.mark.parametrize('name, features_only', CASES)
 def test_torch_export(name, features_only, tmp_path):
     model = create(name, features_only)
@@ -72,6 +73,7 @@ def test_torch_export(name, features_only, tmp_path):
     check(torch.export.load(tmp_path / 'model.pt2').module(), model)
 
 
+@pytest.mark.recent
 @pytest.mark.parametrize(
     'name, features_only',
     [
@@ -151,6 +153,7 @@ def test_inductor():
     check(torch.compile(model, dynamic=True), model)
 
 
+@pytest.mark.recent
 def test_torch_fx():
     """timm's feature extraction by graph, at a size that was not traced."""
     model = create('test_vitresnet')
@@ -164,6 +167,7 @@ LAYERS = dict(backbone='resnet18', stage=1, depth=1, embed_dim=32, num_heads=2, 
 TOLERANCE = {'fp32': 1e-5, 'bf16': 5e-2, 'int8': 8e-2}
 
 
+@pytest.mark.recent
 @pytest.mark.parametrize(
     'format, precision', [(format, precision) for format, precisions in FORMATS.items() for precision in precisions]
 )
@@ -196,6 +200,7 @@ def config_of(path, format):
     return files['config.json']
 
 
+@pytest.mark.recent
 @pytest.mark.parametrize('format', list(FORMATS))
 def test_a_pyramid_as_a_file(format, tmp_path):
     model = create('vitresnet', **{**LAYERS, 'num_classes': 0}, features_only=True)
@@ -205,6 +210,7 @@ def test_a_pyramid_as_a_file(format, tmp_path):
         assert relative_difference(y, expected) < 1e-5
 
 
+@pytest.mark.recent
 def test_onnx_ranges_of_images(tmp_path):
     """With images, convolutions are int8, too."""
     model = create('vitresnet', **LAYERS)
@@ -239,6 +245,7 @@ def test_mistakes_in_exports_are_named(kwargs, message, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.recent
 @pytest.mark.parametrize(
     'name, format', [('m.onnx', 'onnx'), ('m.pt', 'torchscript'), ('m.TS', 'torchscript'), ('m.pt2', 'pt2')]
 )
@@ -320,6 +327,7 @@ def test_a_wrong_export_leaves_the_old_file(tmp_path, monkeypatch):
     assert path.read_text() == 'the old one' and len(list(tmp_path.iterdir())) == 1
 
 
+@pytest.mark.recent
 def test_the_command(tmp_path, capsys):
     model = create('vitresnet_nano', num_classes=2, img_size=32)
     folder = hub.save(model, tmp_path / 'model', label_names=['across', 'down'])

@@ -95,6 +95,7 @@ def test_low_precision_is_not_lower(name):
     assert sum(first) / len(first) <= 1.05 and sum(other_way) / len(other_way) <= 1.6
 
 
+@pytest.mark.recent
 @pytest.mark.parametrize('name', [pytest.param('test_vitresnet', marks=pytest.mark.slow), 'vitresnet_nano'])
 def test_it_scripts_exports_and_compiles(name):
     folded = fold(create(name))

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 import timm
 from conftest import stripes, write_folder
 from layouts import google_layout
@@ -23,6 +24,7 @@ def snippets(language: str):
     return re.findall(rf'```{language}\n(.*?)```', README, re.DOTALL)
 
 
+@pytest.mark.recent
 def test_python_snippets_run(tmp_path):
     """All of them, top to bottom, in one process: a reader does that, too."""
     assert len(snippets('python')) >= 4

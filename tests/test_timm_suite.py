@@ -49,6 +49,7 @@ def suite(tmp_path_factory):
     return folder
 
 
+@pytest.mark.recent
 def test_timms_suite(suite):
     chosen = f'({" or ".join(OURS)}) and not ({" or ".join(DESELECTED)})'
     command = [sys.executable, '-m', 'pytest', '-p', 'timm_vitres', '-p', 'no:cacheprovider', '-rs', '-v']

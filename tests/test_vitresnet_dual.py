@@ -338,7 +338,8 @@ def test_folding(features_only):
             assert relative_difference(third, other) < 1e-5
     with torch.inference_mode():
         twice = reparameterize_model(folded)(x)
-    assert all(torch.equal(a, b) for a, b in zip(twice, got))
+    # bit-equal in recent versions of torch; older kernels round by where in memory a tensor begins
+    assert all(relative_difference(a, b) < 1e-6 for a, b in zip(twice, got))
     with pytest.raises(ValueError, match='training mode'):
         reparameterize_model(model.train())
 
