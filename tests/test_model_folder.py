@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -187,6 +188,27 @@ def test_convert_is_killed_at_every_write(die, tmp_path):
             break
         if (folder / 'config.json').exists():
             assert fingerprint(folder) == whole
+
+
+def test_weights_in_shards_that_a_killed_writer_replaces_are_not_read(die, tmp_path):
+    """The new model's config.json has its place, its weights have not: the shards beside it are the old model's."""
+    (first, of_first), (second, of_second) = two()
+    new = fingerprint(save(second, tmp_path / 'new', **of_second))
+    folder = save(first, tmp_path / 'model', **of_first)
+    (folder / 'model.safetensors').rename(folder / 'model-00001-of-00001.safetensors')
+    names = dict.fromkeys(first.state_dict(), 'model-00001-of-00001.safetensors')
+    (folder / 'model.safetensors.index.json').write_text(json.dumps({'weight_map': names}))
+    old, count = fingerprint(folder), 0
+    seen = set()
+    while True:
+        count += 1
+        copied = shutil.copytree(folder, tmp_path / str(count))
+        if not die(lambda copied=copied: save(second, copied, **of_second), count):
+            break
+        found = fingerprint(copied)
+        assert found in (old, new)
+        seen.add(found == new)
+    assert seen == {False, True}
 
 
 class Odd:

@@ -269,9 +269,7 @@ def weights_file(path: Union[str, Path]) -> Path:
         return path
     if not path.is_dir():
         raise FileNotFoundError(f'{path}: there is no such file or folder.')
-    told = told_sha256(path)
-    pending = path / f'{TEMPORARY}{told}' / WEIGHTS_NAME
-    if told and pending.is_file():  # the writer was killed after config.json had its place, before the weights had
+    if pending := pending_weights(path):
         return pending
     for name in WEIGHTS_NAMES:
         if (path / name).is_file():
@@ -283,6 +281,13 @@ def weights_file(path: Union[str, Path]) -> Path:
         if found:
             return found[0]
     raise FileNotFoundError(f'{path}: holds no weights ({", ".join(WEIGHTS_NAMES)}).')
+
+
+def pending_weights(folder: Path) -> Optional[Path]:
+    """Return the weights that config.json tells of, where their writer was killed before he put them in their place."""
+    told = told_sha256(folder)
+    pending = folder / f'{TEMPORARY}{told}' / WEIGHTS_NAME
+    return pending if told and pending.is_file() else None
 
 
 def sha256(path: Path) -> str:

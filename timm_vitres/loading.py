@@ -33,7 +33,7 @@ from .checkpoints import (
     resample,
 )
 from .checks import WeightInit, conform, conform_arguments, conform_indices
-from .files import WEIGHTS_NAMES, check_noted, check_once, hub_file, url_file, weights_file
+from .files import WEIGHTS_NAMES, check_noted, check_once, hub_file, pending_weights, url_file, weights_file
 from .layouts import StateDict, convert_layout
 
 ModelT = TypeVar('ModelT', bound=nn.Module)
@@ -180,7 +180,8 @@ def find_weights(cfg: PretrainedCfg, cache_dir: Union[None, str, Path] = None) -
 def local_weights(path: Union[str, Path]) -> Path:
     """Return a file itself, or the weights in a folder (see `weights_file`), or the index of those in shards."""
     folder = Path(path)
-    if folder.is_dir() and not any((folder / name).is_file() for name in WEIGHTS_NAMES):
+    whole = pending_weights(folder) or any((folder / name).is_file() for name in WEIGHTS_NAMES)
+    if folder.is_dir() and not whole:
         for name in INDEX_NAMES:
             if (folder / name).is_file():
                 return folder / name
