@@ -37,6 +37,13 @@ def stripes(size: int, vertical: bool, rng: np.random.Generator) -> Image.Image:
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 
+def draw(path: Path, seed: int = 0) -> Path:
+    """Write a small picture of stripes, and the folders that it lies in."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    stripes(16, True, np.random.default_rng(seed)).save(path)
+    return path
+
+
 def write_folder(root: Path, per_class: int = 12, size: int = 40) -> Path:
     rng = np.random.default_rng(0)
     for name in ('across', 'down'):

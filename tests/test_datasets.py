@@ -7,7 +7,7 @@ import threading
 
 import numpy as np
 import pytest
-from conftest import stripes, write_folder
+from conftest import draw, stripes, write_folder
 from PIL import features
 
 from timm_vitres.datasets import ImageFolder, load_data, stratified_split
@@ -20,12 +20,6 @@ def cfg(root, **kwargs) -> FinetuneCfg:
 
 def load(root, recorded=None, **kwargs):
     return load_data(cfg(root, **kwargs), 'RGB', recorded)
-
-
-def draw(path, seed=0):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    stripes(16, True, np.random.default_rng(seed)).save(path)
-    return path
 
 
 def names_of(folder) -> list:

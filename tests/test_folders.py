@@ -5,7 +5,7 @@ import os
 
 import numpy as np
 import pytest
-from conftest import stripes, write_folder
+from conftest import draw, stripes, write_folder
 
 from timm_vitres.datasets import ImageFolder, load_data
 from timm_vitres.settings import FinetuneCfg
@@ -13,12 +13,6 @@ from timm_vitres.settings import FinetuneCfg
 
 def load(root, **kwargs):
     return load_data(FinetuneCfg(**{'data_dir': root and str(root), 'val_frac': 0.25, **kwargs}), 'RGB')
-
-
-def draw(path, seed=0):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    stripes(16, True, np.random.default_rng(seed)).save(path)
-    return path
 
 
 def names_of(folder) -> list:

@@ -315,7 +315,8 @@ def told_sha256(folder: Path) -> Optional[str]:
     """
     config: Any = None
     with suppress(OSError, ValueError):
-        config = json.loads((folder / CONFIG_NAME).read_text(encoding='utf-8'))
+        if (folder / CONFIG_NAME).is_file():  # opening a pipe would wait for a writer
+            config = json.loads((folder / CONFIG_NAME).read_text(encoding='utf-8'))
     if isinstance(config, dict) and SHA256_FIELD in config:
         told = config[SHA256_FIELD]
         if not isinstance(told, str) or not re.fullmatch('[0-9a-f]{64}', told):

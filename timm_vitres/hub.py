@@ -297,8 +297,6 @@ def _pretrained_cfg(name: str) -> PretrainedCfg:
     if source == 'hf-hub':
         return PretrainedCfg(hf_hub_id=model_id, source=source)
     if source == 'local-dir':
-        if (Path(model_id) / CONFIG_NAME).is_file():
-            read_config(Path(model_id))
         return PretrainedCfg(file=model_id, source=source)
     cfg = get_pretrained_cfg(model_id, allow_unregistered=False)
     if cfg is None:
