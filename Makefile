@@ -2,7 +2,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-slow test-vithybrid test-lowest lint format clean
+.PHONY: help demo test test-one test-slow test-vithybrid test-lowest lint format clean
+
+help:  ## what there is
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1\t/' | expand -t 18
 
 .venv/installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -12,8 +15,11 @@ BIN := .venv/bin
 demo: .venv/installed  ## fine-tune vitresnet_nano on photographs of solar cells, a few minutes on 2 cores
 	$(BIN)/python benchmarks/elpv.py --output demo
 
-test: .venv/installed lint  ## lint, types and the default suite
+test: .venv/installed lint  ## lint, types and the default suite (about 15 minutes on 2 cores)
 	$(BIN)/python -m pytest -m 'not slow'
+
+test-one: .venv/installed  ## one file or test of the suite: make test-one T=tests/models/test_backbone.py::test_levels
+	$(BIN)/python -m pytest $(or $(T),$(error T: not given, expected a file of tests or one of its tests))
 
 # the last transformers with ViTHybrid that runs on this torch
 .venv-vithybrid/installed: Makefile
@@ -22,25 +28,25 @@ test: .venv/installed lint  ## lint, types and the default suite
 		tokenizers==0.19.1 huggingface_hub==0.36.2 safetensors numpy pillow
 	touch $@
 
-test-slow: .venv/installed .venv-vithybrid/installed  ## what takes long
+test-slow: .venv/installed .venv-vithybrid/installed  ## the tests that take long (downloads gigabytes)
 	$(BIN)/python -m pytest -m slow
 
 test-vithybrid: .venv/installed .venv-vithybrid/installed  ## our loader against transformers 4.40.2 (downloads gigabytes)
 	$(BIN)/python -m pytest -m slow tests/test_vithybrid.py
 
-lint: .venv/installed
+lint: .venv/installed  ## ruff and pyright
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
-format: .venv/installed
+format: .venv/installed  ## let ruff format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-test-lowest:  ## the suite on exactly the oldest versions that pyproject.toml allows (downloads gigabytes)
+test-lowest:  ## the suite on the oldest versions that pyproject.toml allows (downloads gigabytes)
 	test -x .venv-lowest/bin/python || $(PYTHON) -m venv .venv-lowest
 	.venv-lowest/bin/python -m pip install --quiet --editable '.[test]' --constraint tests/lowest.txt
 	.venv-lowest/bin/python -m pytest -m 'not slow and not recent' --ignore tests/test_downstream.py  # whose programs are newer
 
-clean:
+clean:  ## remove the environments and what the demo made
 	rm -rf .venv .venv-lowest .venv-vithybrid demo dist

@@ -15,7 +15,7 @@ import timm
 import torch
 
 import timm_vitres
-from timm_vitres.settings import FinetuneCfg
+from timm_vitres.training.settings import FinetuneCfg
 
 
 def conditions() -> dict:
@@ -58,7 +58,7 @@ def write_row(name: str, row: dict, record: bool) -> None:
 
 def train(cfg: FinetuneCfg) -> Path:
     """Fine-tune and return the folder; a run that was interrupted there goes on."""
-    from timm_vitres.finetune import finetune
+    from timm_vitres.training.loop import finetune
 
     return finetune(dataclasses.replace(cfg, resume=(Path(cfg.output) / 'run.json').is_file()))
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from common import train, write_row
 from elpv import RECIPE, evaluate, write_folders
 
-from timm_vitres.settings import FinetuneCfg
+from timm_vitres.training.settings import FinetuneCfg
 
 LOSSES = ('sum', 'both', 'resnet', 'vit')
 OWN = dict(model='vitresnet_dual_tiny', epochs=1, warmup_epochs=0.5, lr=5e-4, drop_path=0.1)

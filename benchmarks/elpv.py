@@ -23,8 +23,8 @@ import numpy as np
 from common import append_row, train
 
 import timm_vitres
-from timm_vitres.datasets import ImageFolder, stratified_split
-from timm_vitres.settings import FinetuneCfg
+from timm_vitres.training.datasets import ImageFolder, stratified_split
+from timm_vitres.training.settings import FinetuneCfg
 
 CLASSES = ('functional', 'defective')
 # What the demo trains with; a photograph has no up and no left
@@ -79,7 +79,8 @@ def evaluate(model_folder: Path, test: Path, picture: Path) -> dict:
     import timm
     import torch
 
-    from timm_vitres.predict import plot_predictions, predict
+    from timm_vitres.pictures import plot_predictions
+    from timm_vitres.prediction import predict
 
     model = timm.create_model(f'local-dir:{model_folder}', pretrained=True).eval()
     folder = ImageFolder(test, check=False)

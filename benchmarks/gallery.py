@@ -18,8 +18,9 @@ from common import append_row, train
 from PIL import Image
 from skimage import data
 
-from timm_vitres.explain import explain, plot_explanation
-from timm_vitres.settings import FinetuneCfg
+from timm_vitres.explanation import explain
+from timm_vitres.pictures import plot_explanation
+from timm_vitres.training.settings import FinetuneCfg
 
 RESULTS = Path(__file__).parent / 'results'
 PHOTOGRAPHS = ('astronaut', 'cat', 'coffee', 'hubble_deep_field', 'retina', 'rocket')

@@ -22,7 +22,8 @@ import timm
 from common import append_row
 
 import timm_vitres  # noqa: F401  (registers the models)
-from timm_vitres.files import sha256, write_safetensors
+from timm_vitres.weights.checksums import sha256
+from timm_vitres.weights.files import write_safetensors
 
 PAIRS = {
     'vitresnet_tiny.augreg_in21k_ft_in1k': 'vit_tiny_r_s16_p8_224.augreg_in21k_ft_in1k',

@@ -26,9 +26,9 @@ from tqdm import tqdm
 
 import timm_vitres
 from timm_vitres.data import data_config
-from timm_vitres.datasets import load_data
-from timm_vitres.export import export, load
-from timm_vitres.settings import FinetuneCfg
+from timm_vitres.inference.exports import export, load
+from timm_vitres.training.datasets import load_data
+from timm_vitres.training.settings import FinetuneCfg
 
 SETTINGS = {'fp32': {}, 'bf16': dict(amp=True)}
 PATHS = ('fp32', 'bf16', 'int8', 'onnxruntime int8')

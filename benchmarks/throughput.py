@@ -33,7 +33,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import timm_vitres
-from timm_vitres.prepare import difference
+from timm_vitres.inference.lowering import difference
 
 # ours: timm's class, and what makes the generic model the same architecture
 PAIRS = {
@@ -59,7 +59,7 @@ def prepared(model: nn.Module, x: torch.Tensor, **kwargs) -> nn.Module:
 
 def onnxruntime(model: nn.Module, x: torch.Tensor, precision: str) -> Callable[[torch.Tensor], torch.Tensor]:
     """Return a model as a session of onnxruntime, for the shape of x."""
-    from timm_vitres.export import export, load
+    from timm_vitres.inference.exports import export, load
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / 'model.onnx'

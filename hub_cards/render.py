@@ -19,7 +19,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from timm.models import PretrainedCfg
 from torch import nn
 
-from timm_vitres import vitresnet, vitresnet_dual
+from timm_vitres.models import vitresnet, vitresnet_dual
 
 FOLDER = Path(__file__).parent
 

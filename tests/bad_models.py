@@ -18,7 +18,7 @@ from bad_images import NO_FILES, write_text
 from bad_input import FLAGS, POSITIONAL, SERIAL, Case
 from safetensors.torch import load_file, save_file
 
-from timm_vitres import hub
+from timm_vitres.publishing import hub
 
 
 def checkpoints(rng: random.Random) -> Iterator[Case]:

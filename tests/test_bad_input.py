@@ -34,7 +34,8 @@ from bad_input import Case
 from conftest import write_folder
 from hub_server import HubServer
 
-from timm_vitres import VitResNetCfg, VitResNetDualCfg, cli, hub
+from timm_vitres import VitResNetCfg, VitResNetDualCfg, cli
+from timm_vitres.publishing import hub
 
 SECONDS = 60  # after which a call counts as endless
 # what torch says of its insides, and Python of ours

@@ -11,7 +11,8 @@ import torch
 from conftest import randomise_, stripes
 from PIL import Image
 
-from timm_vitres import cli, hub
+from timm_vitres import cli
+from timm_vitres.publishing import hub
 
 
 @pytest.fixture
@@ -61,7 +62,7 @@ def test_predict_names_what_it_cannot_read_and_goes_on(model_folder, picture, tm
 
 
 def test_imagenet_classes_have_names():
-    from timm_vitres.predict import label_names
+    from timm_vitres.labels import label_names
 
     names = label_names(timm.create_model('vitresnet_small', device='meta'))
     assert len(names) == 1000 and 'tench' in names[0]

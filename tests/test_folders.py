@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from conftest import draw, stripes, write_folder
 
-from timm_vitres.datasets import ImageFolder, load_data
-from timm_vitres.settings import FinetuneCfg
+from timm_vitres.training.datasets import ImageFolder, load_data
+from timm_vitres.training.settings import FinetuneCfg
 
 
 def load(root, **kwargs):

@@ -1,5 +1,6 @@
 """The wheel works without the source tree."""
 
+import json
 import os
 import re
 import subprocess
@@ -8,6 +9,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import timm
 
 ROOT = Path(__file__).parent.parent
 CODE = """
@@ -16,7 +18,7 @@ import timm, torch
 import timm_vitres
 from timm_vitres import cli
 assert pathlib.Path(timm_vitres.__file__).is_relative_to(sys.argv[1]), timm_vitres.__file__
-assert len(timm.list_models('*vitresnet*')) == 12
+assert timm.list_models('*vitresnet*') == json.loads(sys.argv[2])
 assert cli.main(['finetune', 'images', '--model', 'test_vitresnet', '--img-size', '32', '--epochs', '2', '-b', '8',
                  '-j', '0', '--output', 'run']) == 0
 model = timm.create_model('local-dir:run', pretrained=True).eval()
@@ -39,14 +41,19 @@ def run(python, site, image_folder):
         environment['PYTHONPATH'] = str(site)
     where = str(site or Path(python).parent.parent)
     result = subprocess.run(
-        [str(python), '-c', CODE, where], env=environment, cwd=image_folder.parent, capture_output=True, text=True
+        [str(python), '-c', CODE, where, json.dumps(timm.list_models('*vitresnet*'))],
+        env=environment,
+        cwd=image_folder.parent,
+        capture_output=True,
+        text=True,
     )
     assert result.returncode == 0, result.stderr
 
 
 def test_wheel_holds_the_package_and_nothing_else(wheel):
     names = zipfile.ZipFile(wheel).namelist()
-    assert 'timm_vitres/py.typed' in names and 'timm_vitres/vitresnet.py' in names
+    files = [path for path in (ROOT / 'timm_vitres').rglob('*') if path.suffix in ('.py', '.md', '.typed')]
+    assert len(files) > 30 and {str(path.relative_to(ROOT)) for path in files} <= set(names)
     assert {name.split('/')[0].split('-')[0] for name in names} == {'timm_vitres'}
     assert any(name.endswith('licenses/LICENSE') for name in names)
 

@@ -13,7 +13,7 @@ import timm
 import torch
 from conftest import relative_difference
 
-from timm_vitres.convert import convert
+from timm_vitres.publishing.conversion import convert
 
 PYTHON = Path(__file__).parents[1] / '.venv-vithybrid' / 'bin' / 'python'
 NAME = 'vitresnet_base.hf_in21k_ft_in1k_384'

@@ -1,14 +1,57 @@
-"""Hybrids of ResNet and Vision Transformer for timm: importing this registers the models."""
+"""Hybrids of ResNet and Vision Transformer for timm: importing this registers the models.
 
-from .config import VitResNetCfg, VitResNetDualCfg
-from .data import preprocess
-from .fold import fold
-from .hub import push, verify
-from .prepare import prepare
-from .saving import save
-from .vitresnet import VitResNet
-from .vitresnet_dual import VitResNetDual
+What the package does is called by verbs at its root, such as `timm_vitres.finetune`. A verb's module is imported when
+the verb is first used, so that importing the package takes little longer than importing timm.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any, List
+
+from .models.config import VitResNetCfg, VitResNetDualCfg
+from .models.vitresnet import VitResNet
+from .models.vitresnet_dual import VitResNetDual
+
+if TYPE_CHECKING:
+    from .data import preprocess
+    from .explanation import explain
+    from .inference.exports import export
+    from .inference.folding import fold
+    from .inference.preparation import prepare
+    from .prediction import predict
+    from .publishing.conversion import convert
+    from .publishing.hub import push, verify
+    from .publishing.saving import save
+    from .training.loop import finetune
+    from .training.settings import FinetuneCfg
 
 __version__ = '0.1.0'
-__all__ = ['VitResNet', 'VitResNetCfg', 'VitResNetDual', 'VitResNetDualCfg']
-__all__ += ['fold', 'prepare', 'preprocess', 'push', 'save', 'verify']
+# name -> the module that it is imported from when it is first used
+_LAZY = {
+    'FinetuneCfg': 'training.settings',
+    'convert': 'publishing.conversion',
+    'explain': 'explanation',
+    'export': 'inference.exports',
+    'finetune': 'training.loop',
+    'fold': 'inference.folding',
+    'predict': 'prediction',
+    'prepare': 'inference.preparation',
+    'preprocess': 'data',
+    'push': 'publishing.hub',
+    'save': 'publishing.saving',
+    'verify': 'publishing.hub',
+}
+__all__ = ['FinetuneCfg', 'VitResNet', 'VitResNetCfg', 'VitResNetDual', 'VitResNetDualCfg']
+__all__ += ['convert', 'explain', 'export', 'finetune', 'fold', 'predict', 'prepare']
+__all__ += ['preprocess', 'push', 'save', 'verify']
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+    value = getattr(importlib.import_module(f'{__name__}.{_LAZY[name]}'), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> List[str]:
+    return sorted({*globals(), *__all__})

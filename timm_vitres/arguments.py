@@ -13,9 +13,12 @@ import torch
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from torch import nn
 
-from .config_file import read_config
-from .files import CONFIG_NAME, check_output, is_transient
-from .predict import label_names, new_figure
+from .labels import label_names
+from .pictures import new_figure
+from .publishing.config_file import read_config
+from .weights.downloads import is_transient
+from .weights.files import CONFIG_NAME
+from .writing import check_output
 
 # the user's mistakes and the world's: torch and timm raise RuntimeError for unknown or weightless models, TypeError for
 # unknown arguments; anything else is a mistake of ours, and shows its stack trace

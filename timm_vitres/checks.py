@@ -18,6 +18,26 @@ import numpy as np
 import torch
 from timm.layers import get_act_layer, get_norm_act_layer, get_norm_layer
 
+
+def plain(name: str, value: Any) -> Any:
+    """Return a value of numbers, text, tuples and dicts, which JSON holds, and gives back, as it is.
+
+    Raises:
+        TypeError, ValueError: for anything else; a run could not record it.
+    """
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f'{name}: got {value}, expected a finite number.')
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, (list, tuple)):
+        return tuple(plain(name, one) for one in value)
+    if isinstance(value, dict) and all(isinstance(key, str) for key in value):
+        return {key: plain(f'{name}: {key}', one) for key, one in value.items()}
+    raise TypeError(f'{name}: got {value!r}, which a run can not record; give numbers, text, tuples and dicts.')
+
+
 Params = ParamSpec('Params')
 Result = TypeVar('Result')
 

@@ -26,7 +26,8 @@ from .arguments import (
     read_names,
     size_of,
 )
-from .files import check_output, is_transient
+from .weights.downloads import is_transient
+from .writing import check_output
 
 READER_GONE = 141  # 128 + SIGPIPE, as 130 is 128 + SIGINT
 
@@ -43,7 +44,7 @@ class _Arguments(ParseKwargs):
 
 def add_finetune(subparsers) -> None:
     """`timm-vitres finetune`: every field of `FinetuneCfg` is a flag; what is not given is not in the namespace."""
-    from .settings import FinetuneCfg, kind_of
+    from .training.settings import FinetuneCfg, kind_of
 
     parser = subparsers.add_parser(
         'finetune', help='fine-tune a model on an image folder or dataset', formatter_class=_Formatter
@@ -69,7 +70,7 @@ def add_finetune(subparsers) -> None:
 
 def run_finetune(args: argparse.Namespace) -> int:
     """Fine-tune, and say where the model is and how it is loaded."""
-    from .finetune import FinetuneCfg, finetune
+    from .training.loop import FinetuneCfg, finetune
 
     names = {field.name for field in dataclasses.fields(FinetuneCfg)}
     given = {name: value for name, value in vars(args).items() if name in names}
@@ -96,7 +97,8 @@ def add_predict(subparsers) -> None:
 
 def run_predict(args: argparse.Namespace) -> int:
     """Print names and probabilities of the likeliest classes of every image; 1 if an image could not be read."""
-    from .predict import plot_predictions, predict
+    from .pictures import plot_predictions
+    from .prediction import predict
 
     check_count('topk', args.topk)
     if args.plot is not None:
@@ -133,7 +135,8 @@ def add_explain(subparsers) -> None:
 
 def run_explain(args: argparse.Namespace) -> int:
     """Draw an image, what the ResNet sees of it, and what the ViT sees of it."""
-    from .explain import explain, plot_explanation
+    from .explanation import explain
+    from .pictures import plot_explanation
 
     check_count('size', args.size)
     check_picture('output', args.output, [args.image])
@@ -148,7 +151,7 @@ def run_explain(args: argparse.Namespace) -> int:
 
 def add_export(subparsers) -> None:
     """`timm-vitres export`."""
-    from .export import FORMATS
+    from .inference.exports import FORMATS
 
     parser = subparsers.add_parser(
         'export', help='write a model for onnxruntime, TorchScript or torch.export', formatter_class=_Formatter
@@ -176,7 +179,7 @@ def add_export(subparsers) -> None:
 def run_export(args: argparse.Namespace) -> int:
     """Export, and say what was written."""
     from .data import example_images
-    from .export import check_target, export
+    from .inference.exports import check_target, export
 
     check_count('num_images', args.num_images)
     size = size_of(args.img_size)
@@ -207,7 +210,7 @@ def add_convert(subparsers) -> None:
 
 def run_convert(args: argparse.Namespace) -> int:
     """Convert, and say how the model is loaded."""
-    from .convert import convert
+    from .publishing.conversion import convert
 
     if args.source in ('', 'local-dir:', 'hf-hub:'):
         raise ValueError(f'source: got {args.source!r}, expected a file, a folder, or hf-hub:<id>.')
@@ -233,8 +236,8 @@ def add_push(subparsers) -> None:
 
 def run_push(args: argparse.Namespace) -> int:
     """Say what would be pushed, or push it."""
-    from .files import sha256
-    from .hub import check_folder, push, push_files
+    from .publishing.hub import check_folder, push, push_files
+    from .weights.checksums import sha256
 
     check_repo_id('repo_id', args.repo_id)
     check_branch('revision', args.revision)
@@ -266,7 +269,7 @@ def add_verify(subparsers) -> None:
 
 def run_verify(args: argparse.Namespace) -> int:
     """Print the sha256 of every model's weights; 1 if one is wrong, or nobody says what it should be."""
-    from .hub import verify
+    from .publishing.hub import verify
 
     if args.repo is not None:
         check_repo_id('repo', args.repo.partition('@')[0])

@@ -7,7 +7,7 @@ import logging
 import os
 import stat
 from pathlib import Path
-from typing import Any, Dict, List, Sequence, Union
+from typing import Annotated, Any, Dict, List, Literal, Mapping, Sequence, Tuple, Union
 
 import numpy as np
 import torch
@@ -18,11 +18,11 @@ from timm.models import get_model_input_config
 from torch import nn
 from tqdm import tqdm
 
-from .config_file import check_data_config
+from .checks import ImageSide, between, conform, show
 from .folders import find_images, shown
+from .weights.files import CONFIG_NAME
 
 _logger = logging.getLogger(__name__)
-
 ImageLike = Union[str, Path, Image.Image, np.ndarray]
 MODES = {1: 'L', 3: 'RGB', 4: 'RGBA'}
 MAX_ASPECT = 100  # an image's longer side by its shorter one
@@ -213,3 +213,53 @@ def example_images(paths: Sequence[Union[str, Path]], model: nn.Module, limit: i
     step = max(1, len(files) / limit)
     chosen = [files[int(i * step)] for i in range(min(limit, len(files)))]
     return torch.cat([preprocess(file, model) for file in tqdm(chosen, desc='reading images', leave=False)])
+
+
+_Channels = Annotated[int, between(1, 1024)]
+_Pixels = Tuple[_Channels, ImageSide, ImageSide]
+_Positive = Annotated[float, between(0, 1000.0, above=True)]
+DATA_FIELDS: Dict[str, Any] = {
+    'input_size': _Pixels,
+    'test_input_size': _Pixels,
+    'img_size': Union[ImageSide, Tuple[ImageSide, ImageSide]],
+    'mean': Union[float, Tuple[float, ...]],
+    'std': Union[_Positive, Tuple[_Positive, ...]],
+    'interpolation': Literal['bicubic', 'bilinear', 'nearest', 'box', 'hamming', 'lanczos', 'random'],
+    'crop_pct': _Positive,
+    'test_crop_pct': _Positive,
+    'crop_mode': Literal['center', 'squash', 'border'],
+}
+
+
+def check_data_config(where: str, config: Mapping[str, Any]) -> Dict[str, Any]:
+    """Return a data config in plain Python; tensors, and what is NumPy's, become numbers and lists.
+
+    Args:
+        where: Whose config it is, as a sentence about it begins.
+
+    Raises:
+        ValueError: for a value that no image can be prepared with, or that JSON can't hold; the message names it.
+    """
+    plain = {name: _plain(f'{where}: {name}', value) for name, value in config.items() if value is not None}
+    for name, value in plain.items():
+        if name in DATA_FIELDS:
+            plain[name] = conform(f'{where}: {name}', value, DATA_FIELDS[name])
+    channels = plain.get('input_size', (3,))[0]
+    for name in ('mean', 'std'):
+        value = plain.get(name)
+        # timm takes the mean of three numbers where there is another number of channels
+        if isinstance(value, tuple) and len(value) not in (1, 3, channels):
+            raise ValueError(f'{where}: {name}: got {show(value)}, expected one number, or one for each channel.')
+    return plain
+
+
+def _plain(name: str, value: Any) -> Any:
+    if isinstance(value, (torch.Tensor, np.ndarray, np.generic)):
+        value = value.tolist()
+    if isinstance(value, (list, tuple)):
+        return tuple(_plain(name, one) for one in value)
+    if isinstance(value, dict):
+        return {str(key): _plain(name, one) for key, one in value.items()}
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    raise ValueError(f'{name}: got {show(value)}, expected numbers or text, which {CONFIG_NAME} can hold.')

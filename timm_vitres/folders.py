@@ -16,7 +16,6 @@ from typing import Dict, FrozenSet, Iterable, List, NamedTuple, Optional, Sequen
 from PIL import Image, ImageFile
 
 _logger = logging.getLogger(__name__)
-
 # Names of split folders, as they are compared: in lower case, without what `split_role` takes off.
 SPLITS = {
     'training': ('train', 'training', 'trn'),
@@ -27,7 +26,6 @@ SPLITS = {
 SYSTEM_FOLDERS = ('__MACOSX', '@eaDir', '$RECYCLE.BIN', 'System Volume Information', 'lost+found')
 UNDECODABLE = ('MPEG',)  # Pillow recognises the format, but decodes none of its files
 DEFAULT_TRAIN, DEFAULT_VAL = 'train', 'validation'
-
 Identity = Tuple[int, int]  # device and inode
 
 

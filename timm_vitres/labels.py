@@ -1,10 +1,27 @@
 """Names of classes: what users, config.json and transformers give -> a list of strings, one for each class."""
 
 import os
+from contextlib import suppress
 from numbers import Number
 from typing import Any, Iterable, List, Mapping
 
 import numpy as np
+from timm.data import ImageNetInfo, infer_imagenet_subset
+from torch import nn
+
+
+def label_names(model: nn.Module) -> List[str]:
+    """Return the names of a model's classes: those of its config, ImageNet's where it has ImageNet's number of
+    classes, else 'class 0' and so on."""
+    cfg = getattr(model, 'pretrained_cfg', {})
+    num_classes = int(model.num_classes)
+    with suppress(ValueError):  # names that are missing, or those of other classes
+        return normalise_label_names(cfg.get('label_names'), num_classes)
+    subset = infer_imagenet_subset(model)
+    if subset:
+        info = ImageNetInfo(subset)
+        return [info.index_to_description(index) for index in range(num_classes)]
+    return [f'class {index}' for index in range(num_classes)]
 
 
 def normalise_label_names(names: Any, num_classes: int) -> List[str]:

@@ -1,0 +1,344 @@
+"""One graph for every size: TorchScript, torch.compile, torch.export, ONNX; and the files that `export` writes."""
+
+import copy
+import json
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import timm
+import torch
+from conftest import randomise_, relative_difference, write_folder
+from torch.export import Dim
+
+from timm_vitres import cli
+from timm_vitres.data import example_images
+from timm_vitres.inference.exports import FORMATS, check_target, export, load
+from timm_vitres.publishing import hub
+
+NAMES = ['vitresnet_tiny', 'vitresnet_small', 'vitresnet_nano', 'test_vitresnet']
+NAMES += ['test_vitresnet_dual', 'vitresnet_dual_tiny', 'vitresnet_dual_small_p32']
+# name, features_only; capturing takes its time
+CASES = [('vitresnet_nano', False), ('vitresnet_nano', True), ('test_vitresnet', False)]
+CASES += [
+    pytest.param(*case, marks=pytest.mark.slow)
+    for case in [(name, features_only) for name in NAMES for features_only in (False, True)]
+    if case not in CASES
+]
+# (B, H, W), none of which the graphs below are captured at
+UNSEEN = [(1, 97, 161), (2, 384, 352), (3, 225, 250), (1, 33, 470)]
+
+
+def create(name, features_only=False, **kwargs):
+    model = timm.create_model(name, features_only=features_only, **kwargs)
+    randomise_(model.model if features_only else model)
+    return model.eval()
+
+
+def as_list(outputs):
+    return list(outputs) if isinstance(outputs, (list, tuple)) else [outputs]
+
+
+def check(captured, model, tolerance=1e-5):
+    for batch, height, width in UNSEEN:
+        x = torch.randn(batch, 3, height, width)
+        with torch.inference_mode():
+            expected = as_list(model(x))
+        with torch.no_grad():
+            got = as_list(captured(x))
+        assert len(got) == len(expected)
+        for one, other in zip(got, expected):
+            assert one.shape == other.shape
+            assert relative_difference(one, other) < tolerance, (height, width)
+
+
+def dynamic(at_least=33):
+    """Every batch, height and width; torch.export wants two of everything that may vary, so two tokens a side."""
+    return {0: Dim('batch'), 2: Dim('height', min=at_least, max=4096), 3: Dim('width', min=at_least, max=4096)}
+
+
+@pytest.mark.parametrize('name', [*NAMES[:5], *(pytest.param(name, marks=pytest.mark.slow) for name in NAMES[5:])])
+def test_torchscript(name, tmp_path):
+    model = create(name)
+    torch.jit.script(model).save(str(tmp_path / 'model.pt'))
+    check(torch.jit.load(str(tmp_path / 'model.pt')), model)
+
+
+@pytest.mark.recent
+@pytest.mark.parametrize('name, features_only', CASES)
+def test_torch_export(name, features_only, tmp_path):
+    model = create(name, features_only)
+    program = torch.export.export(model, (torch.randn(2, 3, 224, 224),), dynamic_shapes=(dynamic(),))
+    torch.export.save(program, tmp_path / 'model.pt2')
+    check(torch.export.load(tmp_path / 'model.pt2').module(), model)
+
+
+@pytest.mark.recent
+@pytest.mark.parametrize(
+    'name, features_only',
+    [
+        pytest.param('vitresnet_small', False, marks=pytest.mark.slow),
+        ('vitresnet_tiny', True),
+        ('test_vitresnet_dual', False),
+        pytest.param('vitresnet_dual_small_p32', True, marks=pytest.mark.slow),
+    ],
+)
+def test_onnx(name, features_only, tmp_path):
+    model = create(name, features_only)
+    path = tmp_path / 'model.onnx'
+    torch.onnx.export(
+        model,
+        (torch.randn(2, 3, 224, 224),),
+        path,
+        dynamo=True,
+        verbose=False,
+        input_names=['image'],
+        dynamic_shapes=(dynamic(),),
+    )
+    session = onnxruntime.InferenceSession(path, providers=['CPUExecutionProvider'])
+
+    def run(x):
+        return [torch.from_numpy(np.array(output)) for output in session.run(None, {'image': x.numpy()})]
+
+    check(run, model)
+
+
+@pytest.mark.parametrize('name, features_only', CASES)
+def test_torch_compile_makes_one_graph(name, features_only):
+    """No graph break, and no graph for every size either."""
+    model = create(name, features_only)
+    graphs = []
+
+    def backend(graph, example_inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    check(torch.compile(model, backend=backend, fullgraph=True, dynamic=True), model)
+    assert len(graphs) <= 4  # whether a patch needs padding, and one image or more, are graphs of their own
+
+
+SHALLOW = dict(backbone='resnet18', stage=1, depth=1, embed_dim=48, num_heads=3)
+
+
+@pytest.mark.parametrize(
+    'name, kwargs',
+    [
+        ('vitresnet', SHALLOW),
+        *(pytest.param(name, {}, marks=pytest.mark.slow) for name in ('test_vitresnet', 'test_vitresnet_dual')),
+        pytest.param('vitresnet_tiny', {}, marks=pytest.mark.slow),
+    ],
+)
+def test_compiled_training_at_changing_sizes(name, kwargs):
+    """Gradients are those of the uncompiled model, position embeddings included."""
+    torch._dynamo.reset()
+    model = timm.create_model(name, num_classes=3, **kwargs)
+    randomise_(model).train()
+    compiled = torch.compile(model, backend='aot_eager', dynamic=True)
+    for height, width in [(160, 224), (128, 97)]:
+        x = torch.randn(2, 3, height, width)
+        gradients = []
+        for run in (model, compiled):
+            model.zero_grad()
+            run(x).square().mean().backward()
+            gradients.append({key: value.grad.clone() for key, value in model.named_parameters()})
+        for key, expected in gradients[0].items():
+            assert (gradients[1][key] - expected).norm() <= 1e-4 * expected.norm() + 1e-7, key
+
+
+@pytest.mark.slow
+def test_inductor():
+    torch._dynamo.reset()
+    model = create('test_vitresnet')
+    check(torch.compile(model, dynamic=True), model)
+
+
+@pytest.mark.recent
+def test_torch_fx():
+    """timm's feature extraction by graph, at a size that was not traced."""
+    model = create('test_vitresnet')
+    graph = timm.models.GraphExtractNet(model, ['blocks.1.mlp.fc2', 'head'], return_dict=True)
+    x = torch.randn(2, 3, 97, 161)
+    with torch.inference_mode():
+        assert relative_difference(graph(x)['head'], model(x)) < 1e-6
+
+
+LAYERS = dict(backbone='resnet18', stage=1, depth=1, embed_dim=32, num_heads=2, num_classes=7)
+TOLERANCE = {'fp32': 1e-5, 'bf16': 5e-2, 'int8': 8e-2}
+
+
+@pytest.mark.recent
+@pytest.mark.parametrize(
+    'format, precision', [(format, precision) for format, precisions in FORMATS.items() for precision in precisions]
+)
+def test_files_for_runtimes(format, precision, tmp_path):
+    """Float32 images of any size in, float32 logits out, and what a program needs to know beside them."""
+    model = create('vitresnet', **LAYERS)
+    path = tmp_path / 'new folder' / 'model'
+    exported = export(model, path, format, precision)
+    assert exported.path == path and [file.name for file in path.parent.iterdir()] == ['model']
+    assert format in exported.report and precision in exported.report
+    run = load(path, format)
+    for shape in ((1, 3, 224, 224), (3, 3, 97, 65)):
+        x = torch.randn(shape)
+        assert run(x).dtype == torch.float32
+        assert relative_difference(run(x), model(x)) < TOLERANCE[precision]
+    if precision != 'fp32':
+        assert exported.difference > 1e-5
+    config = json.loads(config_of(path, format))
+    assert config['input_size'] == [3, 224, 224] and len(config['mean']) == 3 and config['label_names'][6] == 'class 6'
+
+
+def config_of(path, format):
+    files = {'config.json': ''}
+    if format == 'torchscript':
+        torch.jit.load(str(path), _extra_files=files)
+    elif format == 'pt2':
+        torch.export.load(path, extra_files=files)
+    else:
+        files = {prop.key: prop.value for prop in onnx.load(path).metadata_props}
+    return files['config.json']
+
+
+@pytest.mark.recent
+@pytest.mark.parametrize('format', list(FORMATS))
+def test_a_pyramid_as_a_file(format, tmp_path):
+    model = create('vitresnet', **{**LAYERS, 'num_classes': 0}, features_only=True)
+    export(model, tmp_path / 'model', format)
+    x = torch.randn(2, 3, 70, 97)
+    for y, expected in zip(load(tmp_path / 'model', format)(x), model(x), strict=True):
+        assert relative_difference(y, expected) < 1e-5
+
+
+@pytest.mark.recent
+def test_onnx_ranges_of_images(tmp_path):
+    """With images, convolutions are int8, too."""
+    model = create('vitresnet', **LAYERS)
+    x = torch.randn(8, 3, 64, 64)
+    counts = {}
+    for name, example in (('with', x), ('without', None)):
+        exported = export(model, tmp_path / name, 'onnx', 'int8', dynamic=False, example=example)
+        nodes = onnx.load(tmp_path / name).graph.node
+        counts[name] = sum(node.op_type == 'QuantizeLinear' for node in nodes)
+        assert exported.difference < 0.1
+    assert counts['with'] > counts['without']
+    run = load(tmp_path / 'with', 'onnx')
+    assert relative_difference(run(x[:3]), model(x[:3])) < 0.1  # every batch
+    with pytest.raises(Exception, match=r'(?i)invalid dimensions|expected'):
+        run(torch.randn(1, 3, 96, 96))  # one size
+
+
+@pytest.mark.parametrize(
+    'kwargs, message',
+    [
+        (dict(format='tflite'), r"format: got 'tflite'"),
+        (dict(format='onnx', precision='bf16'), r"precision: got 'bf16', format 'onnx' can be fp32 or int8"),
+        (dict(format='torchscript', precision='int8'), "format 'torchscript' can be fp32 or bf16"),
+        (dict(format='onnx', example=torch.randn(1, 1, 64, 64)), r'example: got \(1, 1, 64, 64\)'),
+        (dict(format='onnx', dynamic='no'), "dynamic: got 'no'"),
+        (dict(), r"format: not given, and the name of .*model does not say it .*'onnx', 'torchscript', 'pt2'"),
+    ],
+)
+def test_mistakes_in_exports_are_named(kwargs, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        export(create('vitresnet', **LAYERS), tmp_path / 'model', **kwargs)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.recent
+@pytest.mark.parametrize(
+    'name, format', [('m.onnx', 'onnx'), ('m.pt', 'torchscript'), ('m.TS', 'torchscript'), ('m.pt2', 'pt2')]
+)
+def test_the_name_of_the_file_says_the_format(name, format, tmp_path):
+    assert check_target(tmp_path / name, None, 'fp32') == (tmp_path / name, format)
+    assert check_target(tmp_path / 'm', format, 'fp32') == (tmp_path / 'm', format)
+    other = 'pt2' if format == 'onnx' else 'onnx'
+    with pytest.raises(ValueError, match=f"format: got '{other}', but {name} is the name of '{format}'"):
+        check_target(tmp_path / name, other, 'fp32')
+    if format == 'pt2':
+        model, x = create('vitresnet', **LAYERS), torch.randn(2, 3, 64, 64)
+        assert f'{name}: {format}' in export(model, tmp_path / name, example=x).report
+        assert relative_difference(load(tmp_path / name, format)(x), model(x)) < 1e-5
+
+
+def test_what_is_no_export_is_not_written_over(tmp_path):
+    model = create('vitresnet', **LAYERS)
+    hub.save(model, tmp_path / 'model')
+    torch.save(model.state_dict(), tmp_path / 'best.pt')
+    (tmp_path / 'text').write_text('mine')
+    before = {path: path.read_bytes() for path in tmp_path.rglob('*') if path.is_file()}
+    for name in ('model/model.safetensors', 'model/config.json', 'best.pt'):
+        with pytest.raises(
+            FileExistsError, match=f'{name}: holds no export, by its name or content, and is not written over'
+        ):
+            export(model, tmp_path / name, 'torchscript')
+    for path, message in (
+        (tmp_path / 'model', 'model is a folder, expected the path of a file'),
+        (tmp_path / 'text' / 'model.pt', 'text is no folder'),
+        ('/dev/null', 'no ordinary file'),
+    ):
+        with pytest.raises(OSError, match=f'^path: {path} .*{message}|^path: .*{message}'):
+            export(model, path, 'torchscript')
+    for path in ('', None):
+        with pytest.raises(ValueError, match=r"path: got '.*', expected the path of a file"):
+            export(model, path, 'torchscript')
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob('*') if path.is_file()}
+
+
+def test_other_precisions_of_model_and_example(tmp_path):
+    model = create('vitresnet', **LAYERS)
+    x = torch.randn(2, 3, 64, 96)
+    half = copy.deepcopy(model).bfloat16()
+    for number, (other, example) in enumerate(
+        [(half, x), (copy.deepcopy(half).double(), x.half()), (model, x.double())]
+    ):
+        path = tmp_path / f'{number}.pt'
+        export(other, path, example=example, dynamic=False)
+        assert relative_difference(load(path, 'torchscript')(x), copy.deepcopy(other).float()(x)) < 1e-5
+    assert next(half.parameters()).dtype == torch.bfloat16
+
+
+def test_what_a_format_can_not_hold_is_one_sentence(tmp_path):
+    model = create('vitresnet', **LAYERS)
+    model.head = Unscriptable()
+    with pytest.raises(RuntimeError, match=r"model\.pt: format 'torchscript' can not hold this model: .+$") as caught:
+        export(model, tmp_path / 'model.pt')
+    assert '\n' not in str(caught.value) and not list(tmp_path.iterdir())
+    dual = create('test_vitresnet_dual', num_classes=3, global_pool='')
+    with pytest.raises(ValueError, match='model: it returns a tuple, expected logits'):
+        export(dual, tmp_path / 'model.pt', example=torch.randn(1, 3, 64, 64))
+
+
+class Unscriptable(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.eval()
+
+    def forward(self, x):
+        return x + next(iter({1.0: x} | {}))
+
+
+def test_a_wrong_export_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / 'model.pt'
+    path.write_text('the old one')
+    monkeypatch.setattr('timm_vitres.inference.exports.load', lambda *_: lambda x: torch.ones(len(x), 7))
+    with pytest.raises(RuntimeError, match=r'model\.pt: what was written differs from the model'):
+        export(create('vitresnet', **LAYERS), path, 'torchscript')
+    assert path.read_text() == 'the old one' and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.recent
+def test_the_command(tmp_path, capsys):
+    model = create('vitresnet_nano', num_classes=2, img_size=32)
+    folder = hub.save(model, tmp_path / 'model', label_names=['across', 'down'])
+    images = write_folder(tmp_path / 'images', per_class=3)
+    arguments = ['export', f'local-dir:{folder}', '--output', str(tmp_path / 'model.onnx'), '--precision', 'int8']
+    assert cli.main([*arguments, '--images', str(images), '--num-images', '4', '--static', '--img-size', '48']) == 0
+    assert 'onnx, int8, for 48x48 pixels' in capsys.readouterr().out
+    run = load(tmp_path / 'model.onnx', 'onnx')
+    assert example_images([images], model, limit=2).shape == (2, 3, 32, 32)
+    assert run(torch.randn(1, 3, 48, 48)).shape == (1, 2)
+    assert json.loads(config_of(tmp_path / 'model.onnx', 'onnx'))['label_names'] == ['across', 'down']
+    assert cli.main([*arguments, '--images', str(tmp_path / 'model')]) == 1
+    assert 'images: there is none in' in capsys.readouterr().err

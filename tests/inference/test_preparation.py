@@ -1,0 +1,207 @@
+"""Prepared models compute what they did, as closely as their precision allows, and say what was done to them."""
+
+import copy
+import io
+import pickle
+import subprocess
+import sys
+
+import pytest
+import timm
+import torch
+from conftest import randomise_, relative_difference
+from torch import nn
+
+import timm_vitres
+from timm_vitres import prepare
+from timm_vitres.inference.exports import export
+from timm_vitres.measure import measure
+
+SMALL = dict(backbone='resnet18', stage=1, depth=1, embed_dim=32, num_heads=2, img_size=64)
+# how far outputs may be off, relative
+CLOSE = {'fp32': 1e-5, 'bf16': 5e-2, 'int8': 8e-2}
+
+
+def create(name, **kwargs):
+    model = timm.create_model(name, **{'num_classes': 7, **kwargs})
+    randomise_(getattr(model, 'model', model))
+    return model.eval()
+
+
+@pytest.mark.parametrize('precision', list(CLOSE))
+@pytest.mark.parametrize('name', ['test_vitresnet', 'test_vitresnet_dual', 'vitresnet_nano'])
+def test_it_computes_the_same(name, precision):
+    model = create(name)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    example = torch.randn(4, 3, 96, 64)
+    fast = prepare(model, precision, example=example)
+    for x in (example, torch.randn(2, 3, 97, 161)):  # every size, as the model itself
+        y = fast(x)
+        assert y.dtype == torch.float32 and not y.requires_grad
+        assert relative_difference(y, model(x)) < CLOSE[precision]
+    assert fast.difference == pytest.approx(relative_difference(fast(example), model(example)), rel=0.1, abs=1e-7)
+    assert 'channels-last' in fast.report and 'ratio' in fast.report and 'of 4 images' in fast.report
+    assert ('int8 (torchao' in fast.report) == (precision == 'int8')
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    if precision != 'fp32':
+        assert fast.difference > 1e-5  # it is another precision
+
+
+def test_a_pyramid():
+    model = create('test_vitresnet', features_only=True, num_classes=0)
+    fast = prepare(model, 'bf16', example=torch.randn(1, 3, 64, 96))
+    x = torch.randn(2, 3, 80, 96)
+    for y, expected in zip(fast(x), model(x), strict=True):
+        assert y.dtype == torch.float32 and relative_difference(y, expected) < 5e-2
+    assert fast.feature_info.reduction() == model.feature_info.reduction()
+
+
+@pytest.mark.parametrize('precision', ['fp32', pytest.param('int8', marks=pytest.mark.slow)])
+def test_compiled(precision):
+    """Also at another size, and more often in a process than TorchDynamo compiles one function by default."""
+    model = create('vitresnet', backbone='resnet18', stage=1, depth=1, embed_dim=32, num_heads=2)
+    fast = prepare(model, precision, compile=True, example=torch.randn(2, 3, 64, 64))
+    assert 'compiled by torch.compile' in fast.report
+    for size in (64, 96):
+        x = torch.randn(2, 3, size, size)
+        assert relative_difference(fast(x), model(x)) < CLOSE[precision]
+
+
+@pytest.mark.slow
+def test_many_compiled_models_in_a_process():
+    model = create('vitresnet', backbone='resnet18', stage=1, depth=1, embed_dim=32, num_heads=2)
+    x = torch.randn(2, 3, 64, 64)
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+    for _ in range(10):
+        assert relative_difference(prepare(model, compile=True, example=x)(x), model(x)) < 1e-5
+
+
+def test_it_is_for_inference(tmp_path):
+    model = create('test_vitresnet', num_classes=3)
+    fast = prepare(model)
+    assert 'of noise' in fast.report
+    with pytest.raises(ValueError, match='prepared for inference'):
+        fast.train()
+    assert not fast.eval().training
+    for call in (timm_vitres.save, timm_vitres.push):
+        with pytest.raises(ValueError, match='folded for inference'):
+            call(fast, str(tmp_path / 'model'))
+
+
+def test_images_are_preprocessed_as_for_the_model(image_folder):
+    path = image_folder / 'down' / '0.png'
+    model = create('vitresnet_nano', num_classes=2, img_size=48)
+    fast = prepare(model)
+    assert torch.equal(timm_vitres.preprocess(path, fast), timm_vitres.preprocess(path, model))
+    from timm_vitres.prediction import predict
+
+    (ours,), _ = predict(fast, [path])
+    (expected,), _ = predict(model, [path])
+    assert ours.labels == expected.labels and ours.probabilities == pytest.approx(expected.probabilities, abs=1e-5)
+
+
+def test_any_timm_model():
+    model = randomise_(timm.create_model('resnet18', num_classes=5)).eval()
+    x = torch.randn(2, 3, 64, 64)
+    assert relative_difference(prepare(model, example=x)(x), model(x)) < 1e-5
+
+
+def test_a_model_in_bfloat16_is_taken_as_it_is():
+    model = create('test_vitresnet').bfloat16()
+    x = torch.randn(2, 3, 64, 64)
+    assert relative_difference(prepare(model, 'fp32', example=x)(x), model(x.bfloat16()).float()) < 5e-2
+
+
+@pytest.mark.parametrize(
+    'kwargs, message',
+    [
+        (dict(precision='fp16'), r"precision: got 'fp16', .*'fp32', 'bf16', 'int8'"),
+        (dict(example=[1, 2]), r'example: got list, expected images \(B, 3, H, W\)'),
+        (dict(example=torch.randn(3, 64, 64)), r'example: got \(3, 64, 64\)'),
+        (dict(example=torch.randn(1, 1, 64, 64)), r'example: got \(1, 1, 64, 64\)'),
+        (dict(example=torch.zeros(1, 3, 64, 64, dtype=torch.uint8)), 'torch.uint8'),
+        (dict(example=torch.zeros(1, 3, 64, 64).numpy()), 'example: got ndarray, expected images .* a tensor'),
+        (dict(example=torch.zeros(0, 3, 64, 64)), r'example: got \(0, 3, 64, 64\)'),
+        (dict(example=torch.full((1, 3, 64, 64), float('nan'))), 'example: it has values that are not finite'),
+        (dict(example=torch.zeros(1, 3, 64, 64).to_sparse()), 'example: got a tensor that is sparse'),
+        (dict(example=torch.zeros(1, 3, 64, 64, device='meta')), 'example: got a tensor that is meta'),
+        (dict(example=torch.zeros(1, 3, 64, 3)), 'input: got an image of 64x3 pixels'),
+        (dict(compile='no'), "compile: got 'no'"),
+    ],
+)
+def test_mistakes_are_named(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        prepare(create('test_vitresnet'), **kwargs)
+
+
+def test_other_models_are_named():
+    model = create('vitresnet', **SMALL)
+    for call in (prepare, lambda model: export(model, 'model.pt')):
+        with pytest.raises(TypeError, match=r'model: got str, expected a torch\.nn\.Module'):
+            call('vitresnet_nano')
+        with pytest.raises(ValueError, match=r'model: it has no weights\.'):
+            call(nn.Identity().eval())
+        with pytest.raises(ValueError, match=r'model: it has no weights \(it is on the device meta\)'):
+            call(copy.deepcopy(model).to('meta'))
+        broken = copy.deepcopy(model)
+        nn.init.constant_(broken.head.weight, float('nan'))
+        with pytest.raises(ValueError, match='model: its outputs for the example are not finite'):
+            call(broken)
+        with pytest.raises(TypeError, match='model: it is prepared already'):
+            call(prepare(model, example=torch.randn(1, 3, 64, 64)))
+
+
+@pytest.mark.parametrize('compile', [False, True])
+def test_it_is_neither_saved_nor_copied(compile):
+    model = create('vitresnet', **SMALL)
+    x = torch.randn(2, 3, 64, 64)
+    fast = prepare(model, compile=compile, example=x)
+    calls = [
+        (lambda: pickle.dumps(fast), 'neither saved nor copied; save the original, and prepare it again'),
+        (lambda: torch.save(fast, io.BytesIO()), 'neither saved nor copied'),
+        (lambda: copy.deepcopy(fast), 'neither saved nor copied'),
+        (lambda: timm_vitres.fold(fast), 'neither saved nor copied'),
+        (lambda: torch.save(fast.state_dict(), io.BytesIO()), 'has no state dict; save the original'),
+        (lambda: fast.load_state_dict(model.state_dict()), 'loads no weights; load them into the original'),
+        (lambda: torch.jit.script(fast), 'is not scripted; timm_vitres.inference.exports'),
+    ]
+    for call, message in calls:
+        with pytest.raises(TypeError, match=f'^a prepared model .*{message}'):
+            call()
+    assert relative_difference(fast(x), model(x)) < 1e-5
+
+
+def test_what_is_no_image_is_named():
+    fast = prepare(create('vitresnet', **SMALL), example=torch.randn(1, 3, 64, 64))
+    for x, got in (
+        ('cat.jpg', 'str'),
+        (torch.randn(3, 64, 64), r'shape \(3, 64, 64\) of torch.float32'),
+        (torch.ones(1, 3, 64, 64).int(), r'shape .* of torch.int32'),
+    ):
+        with pytest.raises(
+            ValueError, match=rf'input: got {got}, expected a tensor \(B, C, H, W\) of a floating dtype'
+        ):
+            fast(x)
+
+
+def test_training_mode_and_missing_torchao_are_named():
+    with pytest.raises(ValueError, match=r'call model\.eval\(\)'):
+        prepare(create('test_vitresnet').train())
+    code = (
+        "import sys; sys.modules['torchao'] = None\n"
+        'import timm, timm_vitres\n'
+        "model = timm.create_model('test_vitresnet').eval()\n"
+        "timm_vitres.prepare(model, 'int8')\n"
+    )
+    result = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    assert 'ValueError: precision: \'int8\' needs torchao, pip install "timm-vitres[int8]".' in result.stderr
+
+
+def test_what_is_faster_is_found():
+    def slow(x):
+        for _ in range(50):
+            x = x @ x
+        return x
+
+    times = measure({'slow': slow, 'fast': lambda x: x @ x}, torch.eye(128), rounds=3, seconds=0.01)
+    assert times['fast'] < times['slow']

@@ -1,0 +1,73 @@
+"""Measures of a ResNet: each one changes it, or is refused by name."""
+
+import pytest
+import timm
+import torch
+from timm.models import ResNetV2
+from timm.models.resnetv2 import create_resnetv2_stem
+
+from timm_vitres.models.backbone import STEM_TYPES
+
+
+def create(**kwargs):
+    return timm.create_model('vitresnet', **{'depth': 1, 'img_size': 64, 'device': 'meta', **kwargs})
+
+
+@pytest.mark.parametrize(
+    'kwargs, message',
+    [
+        (dict(backbone='resnet18', stem_type='Deep'), "stem_type: got 'Deep'"),
+        (dict(backbone='resnet18', stem_type='tiered'), "stem_type: got 'tiered'"),
+        (dict(backbone='resnetv2_50', stem_type='deep_tiered'), "stem_type: got 'deep_tiered'"),
+        (dict(backbone='resnet26d', down_kernel_size=3), 'down_kernel_size: got 3, which changes nothing'),
+        (dict(backbone='resnet18', stage=1, avg_down=True), 'avg_down: got True, which changes nothing'),
+        (dict(backbone='resnet18', stem_stride=2, replace_stem_pool=True), 'replace_stem_pool: got True'),
+        (dict(backbone='resnet50', stage=0, cardinality=2), 'cardinality: got 2, which changes nothing'),
+        (dict(backbone='resnet50', stage=0, layers=(1, 1)), 'layers: got'),
+        (dict(backbone='resnetv2_50', channels=(64, 60, 64, 64)), 'channels: got'),
+        (dict(backbone='resnetv2_50', stem_chs=63), 'stem_chs: got 63'),
+        (dict(backbone='resnet18', cardinality=2), 'cardinality: got 2'),
+        (dict(backbone='resnet18', base_width=32), 'base_width: got 32'),
+        (dict(backbone='resnet18', down_kernel_size=2), 'down_kernel_size: got 2'),
+        (dict(backbone='resnet18', stem_type='deep_tiered', stem_width=2), 'stem_width: got 2'),
+        (dict(backbone='resnet18', block_reduce_first=1000), 'block_reduce_first: got 1000'),
+        (dict(backbone='resnet18', channels=(10, 20, 30, 40), backbone_norm_layer='groupnorm'), 'backbone_norm_layer'),
+        (dict(backbone='resnetv2', block='basic'), "block: got 'basic'"),
+        (dict(backbone='resnetv2_50x1_bit', stem_type='deep'), "stem_type: got 'deep'"),
+        (dict(backbone='resnet18', depth=0, qk_norm=True), 'qk_norm: got True, but with depth=0'),
+        (dict(backbone='resnet18', depth=0, global_pool='map', num_heads=5), 'num_heads: got 5'),
+    ],
+)
+def test_a_measure_without_effect_is_refused(kwargs, message):
+    with pytest.raises(ValueError, match=f'^{message}|, {message}'):
+        create(**kwargs)
+
+
+@pytest.mark.parametrize(
+    'kwargs',
+    [
+        dict(backbone='resnet26d', down_kernel_size=1, avg_down=True, stem_type='deep', stem_width=32),
+        dict(backbone='resnet18', block='basic', cardinality=1, base_width=64, backbone_norm_layer='batchnorm2d'),
+        dict(backbone='resnext50_32x4d', cardinality=32, base_width=4, block='bottleneck'),
+        dict(backbone='resnetv2_50', preact=True, bottle_ratio=0.25, backbone_act_layer='relu'),
+        dict(backbone='resnet18', depth=0, global_pool='map', num_heads=8, mlp_ratio=2.0),
+    ],
+)
+def test_what_a_backbone_has_by_itself_may_be_said(kwargs):
+    name, depth = kwargs['backbone'], kwargs.get('depth', 1)
+    other = {key: value for key, value in kwargs.items() if key in ('global_pool', 'num_heads', 'mlp_ratio')}
+    assert str(create(**kwargs).patch_embed) == str(create(backbone=name, depth=depth, **other).patch_embed)
+
+
+@pytest.mark.parametrize('kwargs', [dict(), dict(stage=0), dict(stem_stride=2), dict(output_stride=8)])
+def test_a_variant_of_measures_takes_changes_of_others(kwargs):
+    """What the caller did not say himself is never held against him."""
+    assert timm.create_model('vitresnet_nano', device='meta', **kwargs).patch_embed.backbone is not None
+
+
+def test_stem_types_are_those_that_timm_knows():
+    for stem_type in STEM_TYPES[ResNetV2]:
+        create_resnetv2_stem(3, 16, stem_type, norm_layer=lambda width, **_: torch.nn.BatchNorm2d(width))
+    for stem_type in ('Deep', 'deep_tiered', 'none'):
+        with pytest.raises(AssertionError):
+            create_resnetv2_stem(3, 16, stem_type)

@@ -1,0 +1,356 @@
+"""Maps and tokens: the pyramid, forward_intermediates, and all ways to them, which agree."""
+
+import copy
+import math
+from functools import partial
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from conftest import randomise_, relative_difference
+from timm.models._features import FeatureGetterNet
+
+from timm_vitres.models.layers import ResNetEmbed
+
+REDUCTIONS = {
+    'vitresnet_tiny': [2, 4, 8, 16, 32],
+    'vitresnet_small': [2, 4, 8, 16, 32],
+    'vitresnet_base': [2, 4, 8, 16],
+    'vitresnet_large': [2, 4, 8, 16, 32],
+    'vitresnet_nano': [2, 4, 8],
+    'vitresnet': [2, 4, 8, 16, 32],
+    'test_vitresnet': [2, 4, 8, 16, 32],
+}
+SMALL = ['vitresnet_tiny', 'vitresnet_small', 'vitresnet_nano', 'vitresnet', 'test_vitresnet']
+SIZES = [(224, 224), (384, 384), (224, 320), (240, 240), (225, 225), (250, 230), (97, 161), (64, 64), (33, 470)]
+ODD = (97, 161)
+
+
+def same(ours, theirs):
+    assert len(ours) == len(theirs)
+    for one, other in zip(ours, theirs):
+        assert one.shape == other.shape
+        assert (one - other).norm() <= 1e-6 * other.norm()
+
+
+@pytest.mark.parametrize('name, reductions', REDUCTIONS.items())
+def test_the_pyramid_doubles(name, reductions):
+    model = timm.create_model(name, features_only=True, device='meta')
+    assert model.feature_info.reduction() == reductions
+    maps = model(torch.empty(1, 3, 224, 224, device='meta'))
+    assert [tuple(m.shape[1:]) for m in maps] == [
+        (channels, 224 // r, 224 // r) for channels, r in zip(model.feature_info.channels(), reductions)
+    ]
+
+
+@pytest.mark.parametrize(
+    'name', ['vitresnet_tiny', 'vitresnet_small', pytest.param('vitresnet_base', marks=pytest.mark.slow)]
+)
+def test_every_size(name):
+    """Logits are finite, maps are within a pixel of size / stride, and an image does not see its neighbour."""
+    model = randomise_(timm.create_model(name, num_classes=10))
+    levels = list(range(len(REDUCTIONS[name])))
+    for height, width in SIZES:
+        x = torch.randn(2, 3, height, width)
+        with torch.inference_mode():
+            logits = model(x)
+            maps = model.forward_intermediates(x, indices=levels, intermediates_only=True)
+            single = torch.cat([model(image[None]) for image in x])
+        assert torch.isfinite(logits).all()
+        assert relative_difference(logits, single) < 1e-4, (height, width)
+        for level, reduction in zip(maps, REDUCTIONS[name]):
+            assert torch.isfinite(level).all()
+            assert abs(level.shape[2] - height / reduction) < 1 and abs(level.shape[3] - width / reduction) < 1
+
+
+@pytest.mark.parametrize('name', SMALL)
+def test_feature_info_lists_what_forward_intermediates_gives(name):
+    model = randomise_(timm.create_model(name))
+    x = torch.randn(1, 3, *ODD)
+    with torch.inference_mode():
+        features, maps = model.forward_intermediates(x)
+        assert torch.equal(features, model.forward_features(x))
+    info = model.feature_info
+    assert len(maps) == len(info) == len(REDUCTIONS[name]) + len(model.blocks) - 1
+    assert len({level['module'] for level in info}) == len(info)
+    for level, entry in zip(maps, info):
+        assert model.get_submodule(entry['module']) is not None
+        assert level.shape[1] == entry['num_chs']
+        assert level.shape[-2:] == tuple(math.ceil(side / entry['reduction']) for side in ODD)
+
+
+@pytest.mark.parametrize('name', SMALL)
+def test_all_ways_to_the_pyramid_agree(name):
+    getter = timm.create_model(name, features_only=True)
+    model = randomise_(getter.model)
+    getter.eval()
+    x = torch.randn(2, 3, *ODD)
+    hook = timm.create_model(name, features_only=True, feature_cls='hook').eval()
+    hook.body.load_state_dict(model.state_dict(), strict=False)
+    with torch.inference_mode():
+        maps = getter(x)
+        same(torch.jit.script(getter)(x), maps)
+        reference = timm.create_model(name).eval()
+        reference.load_state_dict(model.state_dict(), strict=False)
+        levels = list(range(len(maps)))
+        same(reference.forward_intermediates(x, indices=levels, intermediates_only=True), maps)
+        for hooked, level, reduction in zip(hook(x), maps, REDUCTIONS[name], strict=True):
+            if hooked.ndim == 3:  # tokens
+                grid = reference.patch_embed.dynamic_feat_size(ODD)
+                hooked = hooked[:, reference.num_prefix_tokens :].transpose(1, 2).unflatten(2, grid)
+                factor = round(REDUCTIONS[name][-1] / reduction)
+                hooked = F.interpolate(hooked, scale_factor=factor, mode='bilinear') if factor > 1 else hooked
+            assert relative_difference(hooked[..., : level.shape[2], : level.shape[3]], level) < 1e-6
+
+
+@pytest.mark.parametrize('name', ['vitresnet_small', 'vitresnet', 'vitresnet_nano', 'test_vitresnet'])
+def test_the_pyramid_is_the_resnets_own(name):
+    """Up to the tokens the levels are what timm's ResNet itself gives."""
+    model = randomise_(timm.create_model(name))
+    x = torch.randn(1, 3, *ODD)
+    with torch.inference_mode():
+        own = model.patch_embed.backbone.forward_intermediates(x, intermediates_only=True)
+        levels = len(REDUCTIONS[name]) - 1
+        same(model.forward_intermediates(x, indices=list(range(levels)), intermediates_only=True), own[:levels])
+
+
+@pytest.mark.parametrize(
+    'backbone, stage', [('resnet18', 0), ('resnet26t', 2), ('resnetv2_18', 4), ('resnetblur18', 1)]
+)
+@pytest.mark.parametrize('patch_size', [1, 4])
+def test_levels_of_any_backbone(backbone, stage, patch_size):
+    """The last level is the map that the tokens are made of, at a patch of 4 with one level between from a block."""
+    options = dict(backbone=backbone, stage=stage, patch_size=patch_size)
+    model = timm.create_model('vitresnet', **options, depth=4, embed_dim=48)
+    embed = randomise_(model).patch_embed
+    x = torch.randn(1, 3, 144, 176)
+    with torch.inference_mode():
+        levels = embed.forward_levels(x, embed.num_levels)
+        assert torch.equal(levels[-1], embed.backbone(x))
+        assert [level.shape[1:] for level in levels] == [
+            (info['num_chs'], math.ceil(144 / info['reduction']), math.ceil(176 / info['reduction']))
+            for info in embed.backbone.feature_info
+        ]
+        maps = model.forward_intermediates(x, intermediates_only=True)
+    reductions = [info['reduction'] for info in model.feature_info[: model.num_pyramid]]
+    assert reductions == [2 ** (i + 1) for i in range(len(reductions))]
+    assert len(reductions) == embed.num_levels + (2 if patch_size == 4 else 0)
+    same(maps[: len(model.resnet_maps)], levels[: len(model.resnet_maps)])
+
+
+def test_tiny_fills_levels_from_blocks():
+    """Strides 8 and 16 are the tokens after blocks 4 and 8, enlarged by 4 and by 2."""
+    model = randomise_(timm.create_model('vitresnet_tiny'))
+    x = torch.randn(1, 3, 128, 192)
+    with torch.inference_mode():
+        _, maps = model.forward_intermediates(x)
+        tokens = model.get_intermediate_layers(x, n=[3, 7, 11], reshape=True)
+    for level, source, factor in zip(maps[2:5], tokens, (4, 2, 1), strict=True):
+        assert relative_difference(level, F.interpolate(source, scale_factor=factor, mode='bilinear')) < 1e-6
+    assert relative_difference(F.interpolate(maps[3], (4, 6)), maps[4]) > 1e-2
+
+
+@pytest.mark.parametrize('name', ['vitresnet_tiny', 'vitresnet_small', 'test_vitresnet'])
+@pytest.mark.parametrize('norm', [False, True])
+def test_tokens_of_every_block(name, norm):
+    model = randomise_(timm.create_model(name, reg_tokens=2))
+    outputs = []
+    for block in model.blocks:
+        block.register_forward_hook(lambda module, args, output: outputs.append(output))
+    x = torch.randn(2, 3, *ODD)
+    first = model.num_pyramid
+    with torch.inference_mode():
+        model(x)
+        expected = [model.norm(output) if norm else output for output in outputs]
+        options = dict(norm=norm, output_fmt='NLC', return_prefix_tokens=True, intermediates_only=True)
+        blocks = [*range(first, len(model.feature_info)), first - 1]
+        got = model.forward_intermediates(x, indices=blocks, **options)
+        same([torch.cat([prefix, tokens], dim=1) for tokens, prefix in got], expected)
+        # DINO's interface counts blocks
+        same(model.get_intermediate_layers(x, n=2, norm=norm), [output[:, 3:] for output in expected[-2:]])
+        same(model.get_intermediate_layers(x, n=(0, 1), norm=norm), [output[:, 3:] for output in expected[:2]])
+
+
+def test_forms_of_forward_intermediates():
+    model = randomise_(timm.create_model('vitresnet_small'))
+    x = torch.randn(1, 3, *ODD)
+    with torch.inference_mode():
+        features, maps = model.forward_intermediates(x)
+        flat = model.forward_intermediates(x, output_fmt='NLC', intermediates_only=True)
+        same(flat, [level.flatten(2).transpose(1, 2) for level in maps])
+        same(model.forward_intermediates(x, indices=3, intermediates_only=True), maps[-3:])
+        # in the order asked for
+        same(model.forward_intermediates(x, indices=[7, 0, 4], intermediates_only=True), [maps[7], maps[0], maps[4]])
+        pairs = model.forward_intermediates(x, indices=[1, 4], return_prefix_tokens=True, intermediates_only=True)
+        assert pairs[0][1] is None and pairs[1][1].shape == (1, 1, 384)
+        result = model.forward_intermediates(x, indices=[1, 4], return_prefix_tokens=True, output_dict=True)
+        same(result['image_intermediates'], [maps[1], maps[4]])
+        same(result['image_intermediates_prefix'][1:], [pairs[1][1]])
+        assert torch.equal(result['image_features'], features)
+    with pytest.raises(ValueError, match='indices: got'):
+        model.forward_intermediates(x, indices=[16])
+    with pytest.raises(ValueError, match='output_fmt'):
+        model.forward_intermediates(x, output_fmt='NHWC')
+
+
+@pytest.mark.parametrize('name', ['vitresnet_tiny', 'vitresnet_small', 'vitresnet_nano'])
+def test_stopping_early_runs_no_more_than_it_must(name):
+    model = randomise_(timm.create_model(name))
+    x = torch.randn(1, 3, 64, 96)
+    ran = []
+    for key, module in model.named_modules():
+        if (key.startswith('blocks.') and key.count('.') == 1) or key == 'patch_embed.proj':
+            module.register_forward_hook(lambda *args, key=key: ran.append(key))
+    with torch.inference_mode():
+        _, maps = model.forward_intermediates(x)
+        for i, level in enumerate(maps):
+            ran.clear()
+            features, selected = model.forward_intermediates(x, indices=[i], stop_early=True)
+            same(selected, [level])
+            assert features.ndim == 3
+            resnet = i < len(model.resnet_maps)
+            last = -1 if resnet else model.token_maps[i - len(model.resnet_maps)][0]
+            assert [key for key in ran if key.startswith('blocks')] == [f'blocks.{block}' for block in range(last + 1)]
+            assert ('patch_embed.proj' in ran) != resnet
+
+
+@pytest.mark.parametrize('name', ['vitresnet_tiny', 'vitresnet_small', 'vitresnet_nano', 'test_vitresnet'])
+def test_pruning_keeps_what_the_maps_need(name):
+    """Every map alone: equal to the whole model's, by a model in which every weight has a gradient."""
+    model = randomise_(timm.create_model(name))
+    x = torch.randn(1, 3, *ODD)
+    with torch.inference_mode():
+        maps = model.forward_intermediates(x, intermediates_only=True)
+    for i, level in enumerate(maps):
+        pruned = copy.deepcopy(model)
+        assert pruned.prune_intermediate_layers([i - len(maps)], prune_norm=True) == [i]
+        (selected,) = pruned.forward_intermediates(x, indices=[i], intermediates_only=True)
+        same([selected], [level])
+        (selected.sum() + pruned(x).sum()).backward()
+        assert not [key for key, parameter in pruned.named_parameters() if parameter.grad is None]
+    # a shallow level needs no more than the ResNet up to it
+    assert sum(p.numel() for p in timm.create_model(name, features_only=True, out_indices=(0,)).parameters()) < 3e4
+
+
+def test_features_of_a_pruned_model_end_at_the_map():
+    model = randomise_(timm.create_model('vitresnet_small'))
+    x = torch.randn(1, 3, 64, 96)
+    with torch.inference_mode():
+        level = model.forward_intermediates(x, indices=[2], intermediates_only=True)[0]
+        model.prune_intermediate_layers([2])
+        assert torch.equal(model.forward_features(x), level.flatten(2).transpose(1, 2))
+        model.reset_classifier(5, 'avg')
+        assert model(x).shape == (1, 5)
+
+
+def test_in_chans_and_depth_zero_have_a_pyramid():
+    model = timm.create_model('vitresnet', backbone='resnet18', depth=0, features_only=True, in_chans=4).eval()
+    assert model.feature_info.reduction() == [2, 4, 8, 16, 32]
+    resnet = timm.create_model('resnet18', in_chans=4, features_only=True).eval()
+    randomise_(resnet)
+    model.model.patch_embed.backbone.load_state_dict(resnet.state_dict())
+    x = torch.randn(1, 4, *ODD)
+    with torch.inference_mode():
+        same(model(x), resnet(x))
+
+
+def test_a_vit_alone_offers_its_tokens():
+    model = timm.create_model('vitresnet', backbone='', depth=3, features_only=True)
+    assert model.feature_info.reduction() == [16] and model.feature_info.module_name() == ['blocks.2']
+    assert model(torch.randn(1, 3, 64, 80))[0].shape == (1, 384, 4, 5)
+
+
+@pytest.mark.parametrize('output_stride', [8, 16, 32])
+@pytest.mark.parametrize('name', ['vitresnet_small', 'vitresnet', 'test_vitresnet'])
+def test_output_stride_keeps_the_maps_large(name, output_stride):
+    """The ResNet is timm's own with dilation; the weights are the same."""
+    plain = randomise_(timm.create_model(name))
+    model = timm.create_model(name, output_stride=output_stride).eval()
+    backbone = model.patch_embed.backbone
+    backbone.load_state_dict(plain.patch_embed.backbone.state_dict())
+    if name == 'vitresnet':
+        timms = timm.create_model('resnet26d', output_stride=output_stride, features_only=True).eval()
+        timms.load_state_dict(backbone.state_dict(), strict=False)
+    else:
+        measures = dict(layers=(2, 2, 2, 2)) if name == 'vitresnet_small' else dict(layers=(1, 1, 1, 1))
+        measures.update({} if name == 'vitresnet_small' else dict(channels=(128, 128, 128, 256), stem_chs=32))
+        timms = timm.models.ResNetV2(
+            **measures,
+            num_classes=0,
+            preact=False,
+            stem_type='same',
+            conv_layer=partial(timm.layers.StdConv2dSame, eps=1e-8),
+            output_stride=output_stride,
+        ).eval()
+        timms.load_state_dict(backbone.state_dict())
+        timms = FeatureGetterNet(timms, out_indices=(0, 1, 2, 3, 4), prune=False)
+    x = torch.randn(1, 3, 64, 96)
+    reductions = [2, *(min(stride, output_stride) for stride in (4, 8, 16, 32))]
+    assert [info['reduction'] for info in model.feature_info[:5]] == reductions
+    with torch.inference_mode():
+        maps = model.forward_intermediates(x, indices=[0, 1, 2, 3, 4], intermediates_only=True)
+        assert [tuple(m.shape[-2:]) for m in maps] == [(64 // r, 96 // r) for r in reductions]
+        same(maps[:4], timms(x)[:4])
+        assert relative_difference(model.patch_embed.backbone(x), timms(x)[4]) < 1e-6
+
+
+@pytest.mark.parametrize(
+    'name, kwargs, output_stride',
+    [
+        ('vitresnet_tiny', {}, 16),
+        ('vitresnet_tiny', {}, 8),
+        ('vitresnet', dict(stage=3, patch_size=8), 16),
+        ('vitresnet', dict(backbone=''), 8),
+    ],
+)
+def test_impossible_output_strides_are_named(name, kwargs, output_stride):
+    with pytest.raises(ValueError, match=f'output_stride: got {output_stride}, but the tokens'):
+        timm.create_model(name, output_stride=output_stride, device='meta', **kwargs)
+
+
+@pytest.mark.parametrize('name, output_stride', [('vitresnet_tiny', 32), ('vitresnet_base', 16), ('vitresnet_nano', 8)])
+def test_an_output_stride_that_is_kept_anyway_changes_nothing(name, output_stride):
+    plain = timm.create_model(name, device='meta')
+    model = timm.create_model(name, device='meta', output_stride=output_stride)
+    assert model.feature_info == plain.feature_info
+
+
+def test_gradient_checkpointing_of_features():
+    """As in detection: gradients through the pyramid are the same with and without it."""
+    x = torch.randn(2, 3, 64, 96)
+    for name in ('test_vitresnet', 'vitresnet_nano'):
+        gradients = []
+        for enable in (False, True):
+            torch.manual_seed(0)
+            model = timm.create_model(name, features_only=True).train()
+            model.model.set_grad_checkpointing(enable)
+            sum(level.square().mean() for level in model(x)).backward()
+            gradients.append([parameter.grad for parameter in model.parameters()])
+        same(*gradients)
+
+
+def test_patch_drop_leaves_no_map():
+    model = timm.create_model('test_vitresnet', patch_drop_rate=0.5).train()
+    x = torch.randn(1, 3, 128, 128)
+    with pytest.raises(ValueError, match='patch_drop_rate'):
+        model.forward_intermediates(x)
+    assert model.forward_intermediates(x, output_fmt='NLC', intermediates_only=True)[-1].shape[1] == 8
+
+
+def test_an_embedding_of_no_token_is_named():
+    model = timm.create_model('test_vitresnet', features_only=True)
+    assert isinstance(model.model.patch_embed, ResNetEmbed)
+    with pytest.raises(ValueError, match='smaller than one token'):
+        model(torch.randn(1, 3, 31, 64))
+
+
+def test_a_pruned_model_takes_another_size():
+    model = timm.create_model('vitresnet_tiny', features_only=True, out_indices=(1, 3)).eval()
+    randomise_(model.model)
+    x = torch.randn(1, 3, 96, 128)
+    with torch.inference_mode():
+        expected = model(x)
+        model.model.set_input_size(img_size=(96, 128))
+        for one, other in zip(model(x), expected, strict=True):
+            assert relative_difference(one, other) < 1e-5

@@ -1,0 +1,225 @@
+import argparse
+import json
+
+import numpy as np
+import pytest
+import safetensors.torch
+import timm
+import torch
+from conftest import randomise_, relative_difference, write_folder
+from layouts import conformer_layout, google_layout, hybrid_layout, mmpretrain_layout
+
+import timm_vitres
+from timm_vitres.cli import main
+from timm_vitres.publishing.conversion import convert
+
+
+def logits(model, size):
+    with torch.inference_mode():
+        return model.eval()(torch.linspace(-1, 1, 3 * size * size).view(1, 3, size, size))
+
+
+def test_timms_training_checkpoint(tmp_path, capsys):
+    """What train.py leaves, with its settings: name, classes, size, normalisation, averaged weights."""
+    root = write_folder(tmp_path / 'images', per_class=1)
+    model = randomise_(timm.create_model('test_vitresnet', num_classes=2, img_size=64, global_pool='avg'))
+    averaged = randomise_(timm.create_model('test_vitresnet', num_classes=2, img_size=64, global_pool='avg'), seed=1)
+    args = argparse.Namespace(
+        **dict(model='test_vitresnet', data_dir=str(root), num_classes=2, img_size=64, input_size=None, in_chans=None),
+        **dict(mean=[0.1, 0.2, 0.3], std=[0.4, 0.5, 0.6], crop_pct=0.8, interpolation='', gp='avg', epochs=7, lr=0.01),
+        **dict(model_kwargs={}, class_map='', train_split='train', eval_metric='top1', opt='adamw'),
+    )
+    checkpoint = dict(epoch=5, arch='test_vitresnet', state_dict=model.state_dict(), args=args, version=2, metric=71.5)
+    checkpoint['state_dict_ema'] = {'module.' + key: value for key, value in averaged.state_dict().items()}
+    torch.save(checkpoint, tmp_path / 'model_best.pth.tar')
+    for flags, expected in (([], averaged), (['--no-ema'], model)):
+        folder = tmp_path / f'out{len(flags)}'
+        assert main(['convert', str(tmp_path / 'model_best.pth.tar'), '--output', str(folder), *flags]) == 0
+        assert f"timm.create_model('local-dir:{folder}', pretrained=True)" in capsys.readouterr().out
+        loaded = timm.create_model(f'local-dir:{folder}', pretrained=True)
+        assert torch.equal(logits(loaded, 64), logits(expected, 64))
+        assert loaded.pretrained_cfg['label_names'] == ['across', 'down']
+        config = timm.data.resolve_model_data_config(loaded)
+        assert tuple(config['mean']) == (0.1, 0.2, 0.3) and config['crop_pct'] == 0.8
+        assert tuple(config['input_size']) == (3, 64, 64)
+        card = (folder / 'README.md').read_text()
+        assert 'epochs=7' in card and 'epoch 5, top1 71.50' in card and 'Not measured.' in card
+
+
+def test_a_table_stays_what_it_was(tmp_path):
+    """train.py --img-size 64 leaves the table of 96 pixels: it is kept, and the images' size is in the data config."""
+    model = randomise_(timm.create_model('test_vitresnet', num_classes=2))
+    args = argparse.Namespace(model='test_vitresnet', img_size=64)
+    torch.save(dict(arch='test_vitresnet', state_dict=model.state_dict(), args=args), tmp_path / 'last.pth.tar')
+    loaded = timm.create_model(f'local-dir:{convert(tmp_path / "last.pth.tar", tmp_path / "out")}', pretrained=True)
+    assert torch.equal(loaded.pos_embed, model.pos_embed) and loaded.patch_embed.img_size == (96, 96)
+    assert tuple(timm.data.resolve_model_data_config(loaded)['input_size']) == (3, 64, 64)
+    assert torch.equal(logits(loaded, 64), logits(model, 64)) and torch.equal(logits(loaded, 128), logits(model, 128))
+
+
+def test_timms_hybrids_become_ours(tmp_path):
+    model = randomise_(timm.create_model('vit_tiny_r_s16_p8_384', num_classes=4, in_chans=1, global_pool='avg'))
+    args = argparse.Namespace(gp='avg', model_kwargs={})
+    checkpoint = dict(state_dict=model.state_dict(), arch='vit_tiny_r_s16_p8_384', args=args)
+    torch.save(checkpoint, tmp_path / 'last.pth.tar')
+    folder = convert(tmp_path / 'last.pth.tar', tmp_path / 'out', label_names=list('abcd'))
+    loaded = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
+    x = torch.randn(1, 1, 384, 384)
+    with torch.inference_mode():
+        assert relative_difference(loaded(x), model(x)) < 1e-6
+    assert loaded.pretrained_cfg['architecture'] == 'vitresnet_tiny' and loaded.patch_embed.img_size == (384, 384)
+    assert loaded.pretrained_cfg['label_names'] == list('abcd') and loaded.pretrained_cfg['crop_pct'] == 1.0
+
+
+def test_googles_npz(tmp_path):
+    """Without a word: the architecture from the shapes, the preprocessing of the published weights of that size."""
+    model = randomise_(timm.create_model('vit_small_r26_s32_224', num_classes=6))
+    np.savez(tmp_path / 'R26_S_32.npz', **google_layout(model))
+    folder = convert(tmp_path / 'R26_S_32.npz', tmp_path / 'out')
+    loaded = timm.create_model(f'local-dir:{folder}', pretrained=True)
+    assert relative_difference(logits(loaded, 224), logits(model, 224)) < 1e-6
+    config = timm.data.resolve_model_data_config(loaded)
+    assert config['crop_pct'] == 0.9 and tuple(config['mean']) == (0.5, 0.5, 0.5)
+    assert 'Google JAX layout' in (folder / 'README.md').read_text()
+
+
+def test_transformers_folder(tmp_path):
+    """Class names and preprocessing stand beside the weights."""
+    model = randomise_(timm.create_model('vit_base_r50_s16_384', num_classes=3))
+    safetensors.torch.save_file(hybrid_layout(model), tmp_path / 'model.safetensors')
+    names = {'2': 'two', '0': 'zero', '1': 'one'}
+    (tmp_path / 'config.json').write_text(json.dumps(dict(id2label=names, image_size=384, model_type='vit-hybrid')))
+    preprocessor = dict(image_mean=[0.5, 0.5, 0.5], image_std=[0.5, 0.5, 0.5], resample=2, size=dict(height=384))
+    (tmp_path / 'preprocessor_config.json').write_text(json.dumps(preprocessor))
+    loaded = timm.create_model(f'local-dir:{convert(tmp_path, tmp_path / "out")}', pretrained=True)
+    assert loaded.pretrained_cfg['label_names'] == ['zero', 'one', 'two']
+    assert timm.data.resolve_model_data_config(loaded)['interpolation'] == 'bilinear'
+    for key, value in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[key], value), key
+
+
+def test_a_generic_hybrid_with_its_arguments(tmp_path):
+    options = dict(backbone='resnet18', stage=1, embed_dim=32, num_heads=2, depth=1)
+    model = randomise_(timm.create_model('vitresnet', num_classes=2, img_size=(32, 64), **options))
+    torch.save(model.state_dict(), tmp_path / 'weights.pth')
+    with pytest.raises(ValueError, match='model: not given, and the checkpoint has the tensors of none of'):
+        convert(tmp_path / 'weights.pth', tmp_path / 'out')
+    flags = [f'{key}={value!r}' for key, value in options.items()]
+    command = ['convert', str(tmp_path / 'weights.pth'), '--output', str(tmp_path / 'out'), '--model', 'vitresnet']
+    assert main([*command, '--img-size', '32', '64', '--model-kwargs', *flags]) == 0
+    loaded = timm.create_model(f'local-dir:{tmp_path / "out"}', pretrained=True)
+    assert torch.equal(logits(loaded, 64), logits(model, 64)) and loaded.patch_embed.img_size == (32, 64)
+
+
+def test_what_is_refused(tmp_path, capsys):
+    model = timm.create_model('test_vitresnet', num_classes=2)
+    weights = model.state_dict()
+    weights['extra'] = torch.ones(1)
+    torch.save(dict(arch='test_vitresnet', state_dict=weights), tmp_path / 'a.pth')
+    assert main(['convert', str(tmp_path / 'a.pth'), '--output', str(tmp_path / 'out')]) == 1
+    assert 'unexpected keys: extra' in capsys.readouterr().err and not (tmp_path / 'out').exists()
+    torch.save(dict(arch='resnet18', state_dict=weights), tmp_path / 'b.pth')
+    with pytest.raises(ValueError, match="model: got 'resnet18', which is none of timm-vitres"):
+        convert(tmp_path / 'b.pth', tmp_path / 'out')
+    torch.save(dict(arch='no_such', state_dict=weights), tmp_path / 'c.pth')
+    with pytest.raises(ValueError, match="got 'no_such', which timm does not know"):
+        convert(tmp_path / 'c.pth', tmp_path / 'out')
+    torch.save([1, 2], tmp_path / 'd.pth')
+    with pytest.raises(ValueError, match='holds no state dict'):
+        convert(tmp_path / 'd.pth', tmp_path / 'out')
+    weights = model.state_dict()
+    weights['pos_embed'] = torch.zeros(1, 7, 64)
+    torch.save(dict(arch='test_vitresnet', state_dict=weights), tmp_path / 'e.pth')
+    with pytest.raises(ValueError, match='img_size: not given, and the 6 position embeddings'):
+        convert(tmp_path / 'e.pth', tmp_path / 'out')
+    with pytest.raises(FileNotFoundError, match='there is no such file or folder'):
+        convert(tmp_path / 'none.pth', tmp_path / 'out')
+
+
+@pytest.mark.parametrize('told', [True, False])
+def test_conformers_become_ours(told, tmp_path):
+    """By the name in their authors' training checkpoint, or, of mmpretrain, by the shapes of the tensors."""
+    name = 'vitresnet_dual_small_p32' if told else 'vitresnet_dual_tiny'
+    model = randomise_(timm.create_model(name, num_classes=4))
+    checkpoint = dict(model=conformer_layout(model.state_dict()), epoch=3)
+    checkpoint['args'] = argparse.Namespace(model='Conformer_small_patch32')
+    if not told:
+        checkpoint = dict(state_dict=mmpretrain_layout(model.state_dict()), meta=dict(epoch=3))
+    torch.save(checkpoint, tmp_path / 'checkpoint.pth')
+    folder = convert(tmp_path / 'checkpoint.pth', tmp_path / 'out')
+    loaded = timm.create_model(f'local-dir:{folder}', pretrained=True)
+    assert loaded.pretrained_cfg['architecture'] == name and loaded.num_classes == 4
+    assert torch.equal(logits(loaded, 64), logits(model, 64))
+    assert timm.data.resolve_model_data_config(loaded)['crop_pct'] == 0.875
+    layout = 'Conformer layout' if told else 'mmpretrain Conformer layout'
+    assert layout in (folder / 'README.md').read_text()
+
+
+@pytest.mark.parametrize('names', [{'1': 'dog', '0': 'cat'}, {1: 'dog', 0: 'cat'}, np.array(['cat', 'dog'])])
+def test_names_are_given_in_any_form(names, tmp_path):
+    torch.save(timm.create_model('test_vitresnet', num_classes=2).state_dict(), tmp_path / 'a.pth')
+    folder = convert(tmp_path / 'a.pth', tmp_path / 'out', 'test_vitresnet', names)
+    config = json.loads((folder / 'config.json').read_text())
+    assert config['label_names'] == ['cat', 'dog'] and 'cat, dog' in (folder / 'README.md').read_text()
+    assert timm.create_model(f'local-dir:{folder}', pretrained=True).pretrained_cfg['label_names'] == ['cat', 'dog']
+
+
+@pytest.mark.parametrize('names', [['cat'], {'0': 'cat', '2': 'dog'}, {'cat': 0, 'dog': 1}, 'ab', [b'cat', b'dog']])
+def test_names_that_are_none(names, tmp_path):
+    torch.save(timm.create_model('test_vitresnet', num_classes=2).state_dict(), tmp_path / 'a.pth')
+    with pytest.raises(ValueError, match='label_names: '):
+        convert(tmp_path / 'a.pth', tmp_path / 'out', 'test_vitresnet', names)
+    assert not (tmp_path / 'out').exists()
+
+
+FLAT = dict(
+    **dict(architecture='test_vitresnet', num_classes=2, num_features=64, input_size=[3, 64, 64], crop_pct=0.8),
+    **dict(mean=[0.1, 0.2, 0.3], std=[0.4, 0.5, 0.6], interpolation='bilinear', labels=['cat', 'dog']),
+    **dict(fixed_input_size=False, classifier='head', first_conv='patch_embed.backbone.stem.conv'),
+)
+
+
+@pytest.mark.parametrize('flat', [True, False])
+def test_timms_older_config_is_read(flat, tmp_path):
+    """The pretrained cfg at the top of config.json, where timm had it, means what it means below `pretrained_cfg`."""
+    model = randomise_(timm.create_model('test_vitresnet', num_classes=2, img_size=64))
+    safetensors.torch.save_file(model.state_dict(), tmp_path / 'model.safetensors')
+    cfg = {key: value for key, value in FLAT.items() if key not in ('architecture', 'num_features', 'labels')}
+    nested = dict(architecture='test_vitresnet', num_classes=2, label_names=['cat', 'dog'], pretrained_cfg=cfg)
+    (tmp_path / 'config.json').write_text(json.dumps(FLAT if flat else nested))
+    loaded = timm.create_model(f'local-dir:{convert(tmp_path, tmp_path / "out")}', pretrained=True)
+    assert torch.equal(logits(loaded, 64), logits(model, 64))
+    assert loaded.pretrained_cfg['label_names'] == ['cat', 'dog']
+    data = timm.data.resolve_model_data_config(loaded)
+    assert tuple(data['mean']) == (0.1, 0.2, 0.3) and tuple(data['std']) == (0.4, 0.5, 0.6)
+    assert data['crop_pct'] == 0.8 and data['interpolation'] == 'bilinear' and tuple(data['input_size']) == (3, 64, 64)
+
+
+def test_what_is_converted_again_is_the_same(tmp_path):
+    """A model trained on images of another size than its table's keeps both."""
+    model = randomise_(timm.create_model('test_vitresnet', num_classes=2))
+    data = dict(timm.data.resolve_model_data_config(model), input_size=(3, 64, 64), crop_pct=0.7)
+    first = timm_vitres.save(model, tmp_path / 'first', ['cat', 'dog'], data)
+    loaded = timm.create_model(f'local-dir:{convert(first, tmp_path / "out")}', pretrained=True)
+    found = timm.data.resolve_model_data_config(loaded)
+    assert tuple(found['input_size']) == (3, 64, 64) and found['crop_pct'] == 0.7
+    assert loaded.patch_embed.img_size == (96, 96) and torch.equal(loaded.pos_embed, model.pos_embed)
+
+
+@pytest.mark.parametrize('text', ['{', '[1]', '"text"', '\ud800'])
+def test_a_config_beside_that_is_none(text, tmp_path):
+    torch.save(timm.create_model('test_vitresnet', num_classes=2).state_dict(), tmp_path / 'a.pth')
+    for name in ('config.json', 'preprocessor_config.json'):
+        (tmp_path / name).write_bytes(text.encode(errors='surrogatepass'))
+        with pytest.raises(ValueError, match=rf'{name} (is no JSON|holds \w+, expected an object)'):
+            convert(tmp_path, tmp_path / 'out', 'test_vitresnet')
+        (tmp_path / name).unlink()
+
+
+def test_settings_as_a_dict(tmp_path):
+    model = randomise_(timm.create_model('test_vitresnet', num_classes=2, img_size=64))
+    checkpoint = dict(state_dict=model.state_dict(), args=dict(model='test_vitresnet', img_size=64, crop_pct=0.6))
+    torch.save(checkpoint, tmp_path / 'a.pth')
+    loaded = timm.create_model(f'local-dir:{convert(tmp_path / "a.pth", tmp_path / "out")}', pretrained=True)
+    assert torch.equal(logits(loaded, 64), logits(model, 64))
+    assert timm.data.resolve_model_data_config(loaded)['crop_pct'] == 0.6

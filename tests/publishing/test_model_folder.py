@@ -1,0 +1,433 @@
+"""A model's folder is replaced whole, or not at all: killed at every write, written by two, full of lies."""
+
+import json
+import multiprocessing
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from conftest import randomise_
+
+from timm_vitres import writing
+from timm_vitres.models import loading
+from timm_vitres.publishing import model_folder
+from timm_vitres.publishing.cards import render_card
+from timm_vitres.publishing.conversion import convert
+from timm_vitres.publishing.saving import save
+from timm_vitres.weights import checksums
+
+FACTS = dict(model_name='x', description='A.', recipe='B.', source='local-dir:.')
+# every call of the file layer that changes what a folder holds
+WRITES = ('mkdir', 'open', 'replace', 'rename', 'unlink', 'rmdir', 'fsync', 'remove')
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.fixture
+def die(monkeypatch):
+    """Return `run(function, count, after)`, which dies before or after the count-th write, and says whether it did."""
+
+    def run(function, count, after=False, error=Killed) -> bool:
+        calls = 0
+        with monkeypatch.context() as patch:
+            for name in WRITES:
+                original = getattr(os, name)
+
+                def dying(*args, original=original, name=name, **kwargs):
+                    nonlocal calls
+                    if name == 'open' and not args[1] & (os.O_CREAT | os.O_WRONLY | os.O_RDWR):
+                        return original(*args, **kwargs)
+                    calls += 1
+                    if calls == count and not after:
+                        raise error('killed')
+                    result = original(*args, **kwargs)
+                    if calls >= count:  # nothing that a `finally` would still do happens to a killed process
+                        raise error('killed')
+                    return result
+
+                patch.setattr(os, name, dying)
+            try:
+                function()
+            except error:
+                return True
+            except OSError as caught:
+                if not isinstance(caught.__cause__, error):
+                    raise
+                return True
+        return False
+
+    return run
+
+
+def fingerprint(folder: Path):
+    """Return what a user gets of a folder: logits, names, preprocessing."""
+    model = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
+    cfg = model.pretrained_cfg
+    with torch.inference_mode():
+        logits = model(torch.ones(1, 3, 64, 64))
+    return [round(value, 5) for value in logits[0].tolist()], cfg['label_names'], list(cfg['mean'])
+
+
+def two(name='test_vitresnet'):
+    """Return two models with the same tensors' shapes, and with other names and preprocessing."""
+    cards = ('First.', 'Second.')
+    for seed, (label, mean, text) in enumerate(zip('ab', (0.25, 0.75), cards)):
+        torch.manual_seed(seed)
+        model = randomise_(timm.create_model(name, num_classes=2), seed)
+        facts = {**FACTS, 'description': text}
+        yield (
+            model,
+            dict(label_names=[label, label * 2], data_config=dict(mean=(mean,) * 3), card=render_card(model, **facts)),
+        )
+
+
+@pytest.mark.parametrize('after', [False, True])
+def test_killed_at_every_write_a_folder_is_the_old_or_the_new_model(after, die, tmp_path):
+    (first, of_first), (second, of_second) = two()
+    old = fingerprint(save(first, tmp_path / 'old', **of_first))
+    new = fingerprint(save(second, tmp_path / 'new', **of_second))
+    assert old[0] != new[0] and old[1:] != new[1:]
+    seen, count = set(), 0
+    while True:
+        count += 1
+        folder = save(first, tmp_path / str(count), **of_first)
+        (folder / 'mine.txt').write_text('mine')
+        if not die(lambda folder=folder: save(second, folder, **of_second), count, after):
+            break
+        found = fingerprint(folder)
+        assert found in (old, new), f'write {count}: the folder holds another model'
+        seen.add(found == new)
+        # whoever comes next finishes it, or clears it away
+        with model_folder.locked(folder):
+            assert fingerprint(folder) == found
+        left = {path.name for path in folder.iterdir()}
+        assert left == {'model.safetensors', 'config.json', 'README.md', 'mine.txt'}
+        assert (folder / 'mine.txt').read_text() == 'mine'
+        assert ('Second.' in (folder / 'README.md').read_text()) == (found == new)
+        assert fingerprint(save(second, folder, **of_second)) == new
+    assert count > 10 and seen == {False, True}
+
+
+@pytest.mark.parametrize('after', [False, True])
+def test_a_model_of_timm_is_never_mixed(after, die, tmp_path):
+    """timm's loader can't look for weights: where the config changes, a folder may be refused until it is complete."""
+    (first, of_first), (second, of_second) = two('test_resnet')
+    old = fingerprint(save(first, tmp_path / 'old', **of_first))
+    new = fingerprint(save(second, tmp_path / 'new', **of_second))
+    count, refused = 0, 0
+    while True:
+        count += 1
+        folder = save(first, tmp_path / str(count), **of_first)
+        if not die(lambda folder=folder: save(second, folder, **of_second), count, after):
+            break
+        try:
+            assert fingerprint(folder) in (old, new), f'write {count}: the folder holds another model'
+        except FileNotFoundError:
+            refused += 1
+        with model_folder.locked(folder):
+            assert fingerprint(folder) in (old, new)
+    assert refused <= 3
+    # as a run saves one epoch after another, with the same config, every moment loads
+    count = 0
+    same = {**of_second, 'label_names': of_first['label_names'], 'data_config': of_first['data_config']}
+    new = fingerprint(save(second, tmp_path / 'same', **same))
+    while True:
+        count += 1
+        folder = save(first, tmp_path / f'same{count}', **of_first)
+        if not die(lambda folder=folder: save(second, folder, **same), count, after):
+            break
+        assert fingerprint(folder) in (old, new)
+
+
+def test_a_first_save_that_is_killed_leaves_no_model_or_the_model(die, tmp_path):
+    model, facts = next(two())
+    whole = fingerprint(save(model, tmp_path / 'whole', **facts))
+    count = 0
+    while True:
+        count += 1
+        folder = tmp_path / str(count)
+        if not die(lambda folder=folder: save(model, folder, **facts), count):
+            break
+        if folder.is_dir():
+            with model_folder.locked(folder):
+                names = {path.name for path in folder.iterdir()}
+            assert names in (set(), {'model.safetensors', 'config.json', 'README.md'})
+            assert not names or fingerprint(folder) == whole
+
+
+@pytest.mark.parametrize('error', [OSError, RuntimeError])
+def test_an_error_at_every_write_is_one_sentence(error, die, tmp_path):
+    (first, of_first), (second, of_second) = two()
+    old = fingerprint(save(first, tmp_path / 'old', **of_first))
+    new = fingerprint(save(second, tmp_path / 'new', **of_second))
+    count = 0
+    while True:
+        count += 1
+        folder = save(first, tmp_path / str(count), **of_first)
+        if not die(lambda folder=folder: save(second, folder, **of_second), count, error=error):
+            break
+        assert fingerprint(folder) in (old, new)
+
+
+def test_convert_is_killed_at_every_write(die, tmp_path):
+    model, facts = next(two())
+    source = save(model, tmp_path / 'source', **facts)
+    whole = fingerprint(convert(source, tmp_path / 'whole'))
+    count = 0
+    while True:
+        count += 1
+        folder = tmp_path / str(count)
+        if not die(lambda folder=folder: convert(source, folder), count):
+            break
+        if (folder / 'config.json').exists():
+            assert fingerprint(folder) == whole
+
+
+def test_weights_in_shards_that_a_killed_writer_replaces_are_not_read(die, tmp_path):
+    """The new model's config.json has its place, its weights have not: the shards beside it are the old model's."""
+    (first, of_first), (second, of_second) = two()
+    new = fingerprint(save(second, tmp_path / 'new', **of_second))
+    folder = save(first, tmp_path / 'model', **of_first)
+    (folder / 'model.safetensors').rename(folder / 'model-00001-of-00001.safetensors')
+    names = dict.fromkeys(first.state_dict(), 'model-00001-of-00001.safetensors')
+    (folder / 'model.safetensors.index.json').write_text(json.dumps({'weight_map': names}))
+    old, count = fingerprint(folder), 0
+    seen = set()
+    while True:
+        count += 1
+        copied = shutil.copytree(folder, tmp_path / str(count))
+        if not die(lambda copied=copied: save(second, copied, **of_second), count):
+            break
+        found = fingerprint(copied)
+        assert found in (old, new)
+        seen.add(found == new)
+    assert seen == {False, True}
+
+
+class Odd:
+    pass
+
+
+@pytest.mark.parametrize(
+    'wrong, message',
+    [
+        (dict(label_names=[b'a', b'b']), 'label_names: the name of class 0 is'),
+        (dict(label_names={0: 'a', 2: 'b'}), 'label_names: got a dict with the keys'),
+        (dict(label_names=[Odd(), Odd()]), 'label_names: the name of class 0 is'),
+        (dict(data_config=dict(mean=Odd())), 'data_config: mean: got <test_model_folder.Odd'),
+        (dict(data_config=dict(mean=(0.5, float('nan'), 0.5))), 'data_config: mean: got'),
+        (dict(data_config=dict(std=0.0)), 'data_config: std: got'),
+        (dict(data_config=dict(crop_pct=-1)), 'data_config: crop_pct: got'),
+        (dict(data_config=dict(crop_mode='middle')), 'data_config: crop_mode: got'),
+        (dict(data_config=dict(interpolation='best')), 'data_config: interpolation: got'),
+        (dict(data_config=dict(input_size=(3, 0, 9))), 'data_config: input_size: got'),
+        (dict(card='---\nno: [yaml\n---\n'), 'card: the head of the card is no valid YAML'),
+        (dict(card='---\n- a list\n---\n'), 'card: the head of the card'),
+    ],
+)
+def test_what_can_not_be_written_leaves_the_old_model(wrong, message, tmp_path):
+    (first, of_first), (second, of_second) = two()
+    folder = save(first, tmp_path / 'model', **of_first)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(ValueError, match=message):
+        save(second, folder, **{**of_second, **wrong})
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_a_class_as_an_argument_is_refused_before_anything_is_touched(tmp_path):
+    folder = save(timm.create_model('test_resnet', num_classes=2), tmp_path / 'model')
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    other = timm.create_model('test_resnet', num_classes=2, norm_layer=torch.nn.BatchNorm2d)
+    with pytest.raises(ValueError, match='norm_layer'):
+        save(other, folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_plain_values_are_made_of_what_users_give(tmp_path):
+    measures = dict(embed_dim=np.int64(48), img_size=(np.int32(64), 96), init_values=np.float32(0.5))
+    model = timm.create_model('test_vitresnet', num_classes=2, **measures)
+    loaded = timm.create_model(f'local-dir:{save(model, tmp_path / "numpy")}', pretrained=True)
+    assert loaded.cfg == model.cfg and loaded.patch_embed.img_size == (64, 96)
+    model = randomise_(timm.create_model('test_vitresnet', num_classes=2))
+    config = dict(mean=torch.tensor([0.25, 0.5, 0.75]), std=np.float32(0.5), crop_pct=np.float64(0.5))
+    save(model, tmp_path, label_names=np.array([3, 7]), data_config=config)
+    loaded = timm.create_model(f'local-dir:{tmp_path}', pretrained=True)
+    assert loaded.pretrained_cfg['label_names'] == ['3', '7']
+    assert loaded.pretrained_cfg['mean'] == [0.25, 0.5, 0.75] and loaded.pretrained_cfg['crop_pct'] == 0.5
+    save(model, tmp_path, label_names=[Path('a/cat'), Path('dog')])
+    assert json.loads((tmp_path / 'config.json').read_text())['label_names'] == ['a/cat', 'dog']
+    save(model, tmp_path, label_names={'1': 'dog', '0': 'cat'})
+    # and what is loaded is saved with its names, where transformers looks for them
+    save(timm.create_model(f'local-dir:{tmp_path}', pretrained=True), tmp_path / 'again')
+    assert json.loads((tmp_path / 'again' / 'config.json').read_text())['label_names'] == ['cat', 'dog']
+
+
+def test_a_broken_readme_of_the_users_stays_as_it_is(tmp_path):
+    (first, of_first), (second, _) = two()
+    save(first, tmp_path, label_names=of_first['label_names'])
+    for text in (
+        b'---\nno: [yaml\n---\n',
+        'caf\xe9'.encode('latin-1'),
+        b'\xef\xbb\xbf# BOM\r\n',
+        b'---\nlicense: mit\n',
+    ):
+        (tmp_path / 'README.md').write_bytes(text)
+        save(second, tmp_path)
+        assert (tmp_path / 'README.md').read_bytes() == text
+    # a card of ours whose head he broke is told the new sha256, and nothing else
+    text = b'---\nmine: [\nmodel_sha256: ' + b'0' * 64 + b'\n---\nmodel_sha256: is a field\n'
+    (tmp_path / 'README.md').write_bytes(text)
+    save(second, tmp_path)
+    digest = checksums.sha256(tmp_path / 'model.safetensors').encode()
+    assert (tmp_path / 'README.md').read_bytes() == text.replace(b'0' * 64, digest)
+
+
+def test_planted_links_are_not_followed(tmp_path):
+    target = tmp_path / 'target'
+    target.write_text('mine')
+    folder = tmp_path / 'model'
+    folder.mkdir()
+    for name in ('model.safetensors', 'config.json', 'README.md'):
+        (folder / f'.{name}.tmp').symlink_to(target)
+        (folder / f'{writing.TEMPORARY}0-{name}').symlink_to(target)
+        (folder / name).symlink_to(target)
+    (folder / f'{writing.TEMPORARY}{"0" * 64}').symlink_to(tmp_path)
+    model, facts = next(two())
+    save(model, folder, **facts)
+    assert target.read_text() == 'mine' and fingerprint(folder)[1] == facts['label_names']
+    with writing.replacing(folder / 'README.md') as beside:
+        assert not beside.is_symlink()
+        beside.write_text('new')
+    assert target.read_text() == 'mine'
+
+
+def test_weights_with_another_config_are_noticed(tmp_path):
+    (first, of_first), (second, of_second) = two()
+    save(first, tmp_path / 'first', **of_first)
+    save(second, tmp_path / 'second', **of_second)
+    os.replace(tmp_path / 'second' / 'model.safetensors', tmp_path / 'first' / 'model.safetensors')
+    with pytest.raises(OSError, match=r'its sha256 is .*, not .*take model_sha256 out of config\.json'):
+        timm.create_model(f'local-dir:{tmp_path}/first', pretrained=True)
+
+
+def _save_again_and_again(folder, seed, results):
+    torch.set_num_threads(1)
+    model, facts = list(two())[seed]
+    refused = 0
+    for _ in range(15):
+        try:
+            save(model, folder, **facts)
+        except OSError as error:
+            assert 'is being written by another process' in str(error)
+            refused += 1
+    results.put((seed, refused))
+
+
+def test_two_savers_of_one_folder(tmp_path):
+    (first, of_first), (second, of_second) = two()
+    models = [
+        fingerprint(save(first, tmp_path / 'a', **of_first)),
+        fingerprint(save(second, tmp_path / 'b', **of_second)),
+    ]
+    context = multiprocessing.get_context('fork')
+    results = context.Queue()
+    savers = [context.Process(target=_save_again_and_again, args=(tmp_path / 'both', seed, results)) for seed in (0, 1)]
+    for saver in savers:
+        saver.start()
+    for saver in savers:
+        saver.join(120)
+        assert saver.exitcode == 0
+    assert fingerprint(tmp_path / 'both') in models
+    assert {path.name for path in (tmp_path / 'both').iterdir()} == {'model.safetensors', 'config.json', 'README.md'}
+
+
+def test_a_reader_beside_savers_gets_a_whole_model_or_a_sentence(tmp_path):
+    (first, of_first), (second, of_second) = two()
+    models = [
+        fingerprint(save(first, tmp_path / 'a', **of_first)),
+        fingerprint(save(second, tmp_path / 'b', **of_second)),
+    ]
+    context = multiprocessing.get_context('fork')
+    saver = context.Process(target=_save_both, args=(tmp_path / 'both',))
+    save(first, tmp_path / 'both', **of_first)
+    saver.start()
+    found = []
+    while saver.is_alive():
+        try:
+            found.append(fingerprint(tmp_path / 'both'))
+        except OSError as error:
+            assert re.search('was replaced while it was being read|was changed after', str(error)), error
+    assert saver.exitcode == 0 and found and all(one in models for one in found)
+
+
+def _save_both(folder):
+    torch.set_num_threads(1)
+    for _ in range(6):
+        for model, facts in two():
+            save(model, folder, **facts)
+
+
+def test_weights_that_changed_after_the_config_was_read_are_noticed(tmp_path, monkeypatch):
+    """timm reads config.json, builds, and then the weights are read: a save in between must not mix them."""
+    (first, of_first), (second, of_second) = two()
+    save(first, tmp_path, **of_first)
+    find = loading.find_weights
+
+    def late(*args):
+        save(second, tmp_path, **of_second)
+        return find(*args)
+
+    monkeypatch.setattr(loading, 'find_weights', late)
+    with pytest.raises(OSError, match='its model was replaced while it was being read; load it again'):
+        timm.create_model(f'local-dir:{tmp_path}', pretrained=True)
+
+
+def test_a_lock_is_refused_to_others_and_ends_with_its_process(tmp_path):
+    folder = tmp_path / 'run'
+    sentence = f'{folder}: is being written by another process'
+    with model_folder.locked(folder), model_folder.locked(folder):  # the same thread may
+        errors = []
+
+        def other():
+            try:
+                with model_folder.locked(folder):
+                    errors.append(None)
+            except OSError as error:
+                errors.append(str(error))
+
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join()
+        assert errors and errors[0].startswith(sentence)
+        code = 'import pathlib, sys\nfrom timm_vitres.publishing.model_folder import locked\n'
+        code += 'with locked(pathlib.Path(sys.argv[1])): pass'
+        result = subprocess.run([sys.executable, '-c', code, folder], capture_output=True, text=True)
+        assert result.returncode == 1 and sentence in result.stderr
+        # a loader process that outlives its run, as after kill -9, does not keep the folder
+        child = multiprocessing.get_context('fork').Process(target=threading.Event().wait, daemon=True)
+        child.start()
+    try:
+        result = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+    finally:
+        child.kill()
+    with pytest.raises(OSError, match='is no folder'), model_folder.locked(Path(__file__)):
+        pass
+
+
+def test_a_folder_where_a_file_belongs_is_named(tmp_path):
+    (tmp_path / 'config.json').mkdir()
+    model, facts = next(two())
+    with pytest.raises(OSError, match=r'config\.json is a folder'):
+        save(model, tmp_path, **facts)
+    assert {path.name for path in tmp_path.iterdir()} == {'config.json'}

@@ -1,0 +1,93 @@
+import os
+
+import numpy as np
+import pytest
+import timm
+import torch
+from conftest import randomise_, stripes
+from PIL import Image
+
+from timm_vitres.labels import label_names
+from timm_vitres.pictures import plot_predictions
+from timm_vitres.prediction import predict
+
+
+@pytest.fixture
+def model():
+    return randomise_(timm.create_model('test_vitresnet', num_classes=3, img_size=32))
+
+
+def rename_(model, label_names):
+    model.pretrained_cfg = {**model.pretrained_cfg, 'label_names': label_names}
+    return model
+
+
+def test_each_image_fails_for_itself(model, tmp_path):
+    """Whatever stands among the images, the others are predicted, and every failure is one sentence with its path."""
+    picture = stripes(40, True, np.random.default_rng(0))
+    picture.save(tmp_path / 'good.png')
+    (tmp_path / 'dangling.png').symlink_to(tmp_path / 'gone.png')
+    (tmp_path / 'folder').mkdir()
+    os.mkfifo(tmp_path / 'pipe.png')
+    (tmp_path / 'empty.png').write_text('')
+    Image.new('RGB', (10000, 1)).save(tmp_path / 'line.png')
+    bad = ['dangling.png', 'folder', 'pipe.png', 'empty.png', 'line.png', 'none.png']
+    paths = [tmp_path / name for name in ('good.png', *bad, 'good.png')]
+    predictions, failed = predict(model, paths)
+    assert [prediction.image for prediction in predictions] == [str(tmp_path / 'good.png')] * 2
+    assert predictions[0] == predictions[1]
+    assert len(failed) == len(bad)
+    for name, sentence in zip(bad, failed):
+        assert f'{tmp_path / name} ' in f'{sentence} '.replace('. ', ' ') and len(sentence.splitlines()) == 1
+    assert 'is a link to nothing' in failed[0] and 'is a folder' in failed[1]
+
+
+def test_mistyped_exif_does_not_end_the_command(model, tmp_path):
+    # orientation 6, and an ImageWidth that is text
+    tags = b'\x02\0' + b'\x00\x01\x02\x00\x04\0\0\0wide' + b'\x12\x01\x03\x00\x01\0\0\0\x06\0\0\0' + bytes(4)
+    picture = stripes(40, True, np.random.default_rng(0)).resize((60, 40))
+    picture.save(tmp_path / 'tags.jpg', exif=b'Exif\0\0II*\0\x08\0\0\0' + tags)
+    with Image.open(tmp_path / 'tags.jpg') as opened:
+        opened.transpose(Image.Transpose.ROTATE_270).save(tmp_path / 'turned.png')
+    predictions, failed = predict(model, [tmp_path / 'tags.jpg', tmp_path / 'turned.png'])
+    assert not failed and predictions[0].probabilities == predictions[1].probabilities
+
+
+def test_what_is_not_finite_is_no_prediction(model, tmp_path):
+    stripes(40, True, np.random.default_rng(0)).save(tmp_path / 'good.png')
+    with torch.no_grad():
+        model.head.bias[1] = torch.nan
+    predictions, failed = predict(model, [tmp_path / 'good.png'])
+    assert predictions == []
+    assert len(failed) == 1 and 'good.png the model gives no finite numbers' in failed[0]
+
+
+def test_mistakes_in_calls(model):
+    with pytest.raises(TypeError, match=r'images: got the one path x\.png, expected a list'):
+        predict(model, 'x.png')
+    with pytest.raises(ValueError, match='topk: got 0'):
+        predict(model, [], topk=0)
+    with pytest.raises(ValueError, match='model: it has no classes'):
+        predict(timm.create_model('test_vitresnet', num_classes=0), [])
+    # a mistake of the model is no image's
+    with pytest.raises(ValueError, match='in_chans: the model takes 2'):
+        predict(timm.create_model('test_vitresnet', in_chans=2), ['x.png', 'y.png'])
+
+
+@pytest.mark.parametrize('dictionary', [{'0': 'cat', '1': 'dog', '2': 'owl'}, {2: 'owl', 0: 'cat', 1: 'dog'}])
+def test_names_in_a_dict(model, dictionary):
+    assert label_names(rename_(model, dictionary)) == ['cat', 'dog', 'owl']
+
+
+@pytest.mark.parametrize('names', [{'0': 'cat', '1': 'dog'}, {'1': 'cat', '2': 'dog', '3': 'owl'}, {'cat': 0}, ['cat']])
+def test_names_that_are_not_of_these_classes(model, names):
+    assert label_names(rename_(model, names)) == ['class 0', 'class 1', 'class 2']
+
+
+def test_a_name_with_dollars_can_be_drawn(model, tmp_path):
+    stripes(40, True, np.random.default_rng(0)).save(tmp_path / 'good.png')
+    names = ['$\\bad$', '$\\worse$', '$\\worst$']
+    predictions, _ = predict(rename_(model, names), [tmp_path / 'good.png'])
+    plot_predictions(predictions, tmp_path / 'drawing.png')
+    with Image.open(tmp_path / 'drawing.png') as drawing:
+        assert drawing.size[0] > 200

@@ -1,0 +1,139 @@
+import numpy as np
+import pytest
+import timm.data
+import torch
+from conftest import stripes, write_folder
+from test_loop import settings
+
+from timm_vitres import cli
+from timm_vitres.training.datasets import Data, load_data
+from timm_vitres.training.loaders import check_policy, create_loaders, mend_, seeded
+
+CONFIG = dict(
+    input_size=(3, 32, 32), interpolation='bicubic', mean=(0.5,) * 3, std=(0.5,) * 3, crop_pct=1.0, crop_mode='center'
+)
+
+
+def pixels(tmp_path, workers, epoch, **options):
+    cfg = settings(tmp_path / 'images', tmp_path, workers=workers, batch_size=6, **options)
+    data = load_data(cfg, 'RGB')
+    train, val = create_loaders(cfg, data, CONFIG, data.record())
+    train.set_epoch(epoch)
+    return torch.cat([x for x, _ in train]), torch.cat([x for x, _ in val])
+
+
+def test_pixels_depend_on_seed_and_epoch_alone(tmp_path):
+    write_folder(tmp_path / 'images', per_class=8)
+    options = dict(aa='rand-m9-mstd0.5-inc1', reprob=0.5, vflip=0.5)
+    for index, given in enumerate(({}, options)):
+        torch.manual_seed(index)  # whatever was drawn before
+        train, val = pixels(tmp_path, 0, 1, **given)
+        for workers in (1, 2):
+            again, val_again = pixels(tmp_path, workers, 1, **given)
+            assert torch.equal(train, again) and torch.equal(val, val_again)
+        assert not torch.equal(train, pixels(tmp_path, 0, 2, **given)[0])
+        assert not torch.equal(train, pixels(tmp_path, 0, 1, seed=1, **given)[0])
+
+
+def test_workers_that_stay_see_the_next_epoch(tmp_path):
+    write_folder(tmp_path / 'images', per_class=8)
+    cfg = settings(tmp_path / 'images', tmp_path, workers=2, batch_size=6)
+    data = load_data(cfg, 'RGB')
+    train, _ = create_loaders(cfg, data, CONFIG, data.record())
+    for epoch in (0, 1, 0):
+        train.set_epoch(epoch)
+        assert torch.equal(torch.cat([x for x, _ in train]), pixels(tmp_path, 0, epoch)[0])
+
+
+def test_drawing_for_an_image_leaves_the_generators_alone():
+    torch.manual_seed(0)
+    np.random.seed(0)
+    expected = torch.rand(2), np.random.rand(2)
+    torch.manual_seed(0)
+    np.random.seed(0)
+    with seeded(1, 2, 3):
+        first = torch.rand(1), np.random.rand()
+    assert torch.equal(torch.rand(2), expected[0]) and np.array_equal(np.random.rand(2), expected[1])
+    with seeded(1, 2, 3):
+        assert torch.equal(torch.rand(1), first[0]) and np.random.rand() == first[1]
+
+
+def test_posterization_keeps_a_bit():
+    """timm's asks for no bit at its strongest, which Pillow 13 refuses."""
+    image = stripes(32, True, np.random.default_rng(0))
+    transform = mend_(timm.data.create_transform((3, 32, 32), is_training=True, auto_augment='rand-m10-p1-inc1'))
+    policy = next(step for step in transform.transforms if isinstance(step, timm.data.RandAugment))
+    posterize = next(operation for operation in policy.ops if operation.name == 'PosterizeIncreasing')
+    assert np.array_equal(np.asarray(posterize(image)), np.asarray(image) & 128)
+    # a weaker one stays as it is
+    posterize.magnitude = 5
+    assert np.array_equal(np.asarray(posterize(image)), np.asarray(image) & 192)
+    for seed in range(300):
+        with seeded(seed):
+            assert torch.isfinite(transform(image)).all()
+
+
+@pytest.mark.parametrize('aa', [None, '', 'rand-m9-mstd0.5-inc1', 'rand-m9-n3-p0.5-tweights', 'augmix-m5-w4', 'v0'])
+@pytest.mark.parametrize('mode', ['RGB', 'L'])
+def test_policies_of_timm_are_taken(aa, mode):
+    check_policy(aa, mode)
+
+
+@pytest.mark.parametrize('aa', ['foo', 'rand-mfoo', 'randfoo', 'rand-x9', 'rand-m9-t9', 'rand-n20-tweights', 'v0-m3'])
+def test_policies_that_timm_has_not_are_refused(aa):
+    with pytest.raises(ValueError, match=f"aa: got '{aa}'"):
+        check_policy(aa, 'RGB')
+    with pytest.raises(ValueError, match=r'aa: .* fails on images of mode RGBA'):
+        check_policy('rand-m9', 'RGBA')
+
+
+class Stream(torch.utils.data.IterableDataset):
+    """Pictures that come one after the other, in an order of their own for each epoch, as timm's streams do."""
+
+    transform, epoch = None, 0
+
+    def __len__(self):
+        return 8
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+
+    def __iter__(self):
+        worker = torch.utils.data.get_worker_info()
+        for index in range(worker.id if worker else 0, 8, worker.num_workers if worker else 1):
+            image = stripes(40, index % 2 == 0, np.random.default_rng(index + 100 * self.epoch))
+            yield self.transform(image), index % 2
+
+
+@pytest.mark.parametrize('workers', [0, 1])
+def test_streams_are_the_same_in_the_same_epoch(workers, tmp_path):
+    cfg = settings(None, tmp_path, dataset='wds/x', workers=workers, batch_size=4)
+    data = Data(Stream(), Stream(), ['a', 'b'], None, '', {}, {'train': {}, 'validation': {}})
+    seen = []
+    for epoch in (1, 1, 2):
+        train, _ = create_loaders(cfg, data, CONFIG, data.record())
+        train.set_epoch(epoch)
+        seen.append(torch.cat([x for x, _ in train]))
+        assert seen[-1].shape == (8, 3, 32, 32)
+    assert torch.equal(seen[0], seen[1]) and not torch.equal(seen[0], seen[2])
+
+
+@pytest.mark.parametrize('workers', ['0', '1'])
+def test_an_image_that_fails_in_training_is_named_in_one_sentence(workers, tmp_path, capsys):
+    images = write_folder(tmp_path / 'images', per_class=4)
+    (images / 'down' / '1.png').write_bytes(b'no picture')
+    flags = [
+        '--model',
+        'test_vitresnet',
+        '--img-size',
+        '32',
+        '-b',
+        '2',
+        '--no-check',
+        '--output',
+        str(tmp_path / 'run'),
+    ]
+    assert cli.main(['finetune', str(images), *flags, '-j', workers]) == 1
+    error = capsys.readouterr().err.replace('\r', '\n')
+    (sentence,) = [line for line in error.splitlines() if 'down/1.png' in line]
+    assert sentence.startswith('timm-vitres: ') and 'Traceback' not in error and 'worker' not in error

@@ -1,0 +1,185 @@
+"""Pictures of where a model looks: what its ResNet sees by Grad-CAM, what its ViT sees by attention rollout.
+
+Papers: `Grad-CAM` (Selvaraju et al. 2017, arXiv:1610.02391), `Quantifying Attention Flow in Transformers` (Abnar and
+Zuidema 2020, arXiv:2005.00928). image -> (1, C, H, W) of its whole -> maps (1, H, W) -> one PNG.
+"""
+
+from contextlib import contextmanager
+from typing import Iterator, List, NamedTuple, Optional, Sequence, Tuple, Union
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+
+from .data import ImageLike, data_config, image_mode, open_image, to_batch
+from .labels import label_names
+from .models.base import Hybrid
+
+# beyond these an image of odd proportions would take gigabytes: attention has a value for every pair of tokens
+MAX_PIXELS = 4096 * 4096
+MAX_TOKENS = 4096
+
+
+class Explanation(NamedTuple):
+    """An image as the model saw it, the class explained, and a map from 0 to 1 (H, W) for either part it has."""
+
+    image: Image.Image
+    label: str
+    probability: float
+    resnet: Optional[np.ndarray]
+    vit: Optional[np.ndarray]
+
+
+def explain(
+    model: nn.Module, image: ImageLike, target: Union[None, int, str] = None, size: Optional[int] = None
+) -> Explanation:
+    """Explain a prediction: the whole image, uncropped, in its own proportions.
+
+    Args:
+        model: A hybrid of this package with a head, in evaluation mode.
+        image: A path, a PIL image, or an array (H, W) or (H, W, C) of 8-bit values.
+        target: The class to explain, an int being its index and a str its name; by default the likeliest one.
+        size: Pixels of the image's shorter side; by default the model's own input size.
+
+    Raises:
+        ValueError: for another model, one in training mode, without a head or whose outputs are not finite; for an
+            unknown class, or a name of several; for a size that is impossible, or that the image is too long for.
+        FileNotFoundError, TypeError: as `open_image`.
+    """
+    if not isinstance(model, Hybrid):
+        raise ValueError(f'model: got {type(model).__name__}, expected a hybrid of this package.')
+    if model.num_classes == 0 or model.global_pool == '':
+        raise ValueError('model: it has no head, or does not pool, so there is no prediction to explain.')
+    if model.training:
+        raise ValueError('model: it is in training mode; call model.eval() before it is explained.')
+    if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
+        raise ValueError(f'size: got {size!r}, expected a whole number of pixels from 1 up.')
+    names = label_names(model)
+    index = None if target is None else class_index(target, names)
+
+    x, seen = _whole(image, model, size)
+    with torch.inference_mode():
+        probabilities = model(x)[0].float().softmax(-1)
+    if not probabilities.isfinite().all():
+        raise ValueError('model: its outputs for the image are not finite (nan, inf); its weights are broken.')
+    index = int(probabilities.argmax()) if index is None else index
+    parts = model.explained_parts()
+    resnet = grad_cam(model, x, index)[0].cpu().numpy() if parts.resnet is not None else None
+    vit = attention_rollout(model, x)[0].cpu().numpy() if parts.blocks else None
+    return Explanation(seen, names[index], float(probabilities[index]), resnet, vit)
+
+
+def class_index(target: Union[int, str], names: Sequence[str]) -> int:
+    """Return the index of a class, given as that (int) or by its name (str).
+
+    Raises:
+        ValueError: where no class is meant, or several are.
+    """
+    if isinstance(target, str):
+        found = [index for index, name in enumerate(names) if name == target]
+        if len(found) > 1:
+            raise ValueError(f'target: got {target!r}, the name of several classes; give the index of one: {found}')
+        if not found:
+            shown = ', '.join(names[:10]) + (', ...' if len(names) > 10 else '')
+            raise ValueError(f'target: got {target!r}, expected one of the classes: {shown}')
+        return found[0]
+    if isinstance(target, bool) or not isinstance(target, (int, np.integer)) or not 0 <= target < len(names):
+        raise ValueError(f'target: got {target!r}, expected a class index from 0 to {len(names) - 1}.')
+    return int(target)
+
+
+def _whole(image: ImageLike, model: Hybrid, size: Optional[int]) -> Tuple[torch.Tensor, Image.Image]:
+    """Return an image resized, as a normalised batch of one, and as it then looks."""
+    config = data_config(model)
+    channels, *own_size = config['input_size']
+    opened = open_image(image, image_mode(channels))
+    scale = (size or min(own_size)) / min(opened.size)
+    width, height = (max(1, round(side * scale)) for side in opened.size)
+    parts = model.explained_parts()
+    rows, columns = -(-height // parts.token_stride[0]), -(-width // parts.token_stride[1])
+    if width * height > MAX_PIXELS or (parts.blocks and rows * columns > MAX_TOKENS):
+        raise ValueError(
+            f'size: the image of {opened.width}x{opened.height} pixels would be seen as {width}x{height}, which is '
+            f'{rows * columns} tokens; at most {MAX_TOKENS} tokens and {MAX_PIXELS} pixels are explained: give a '
+            f'smaller size, or a part of the image.'
+        )
+    config.update(input_size=(channels, height, width), crop_pct=1.0, crop_mode='squash')
+    return to_batch(opened, model, config), opened.convert('RGB').resize((width, height))
+
+
+def grad_cam(model: Hybrid, x: torch.Tensor, target: int) -> torch.Tensor:
+    """Return what the last stage of the ResNet sees of a class, from 0 to 1. x: (B, C, H, W) -> (B, H, W).
+
+    The channels of its map, each weighted by the mean gradient of the class's logit, summed, negative values cut off.
+    """
+    parts = model.explained_parts()
+    if parts.resnet is None:
+        raise ValueError("model: with backbone='' there is no ResNet to look into.")
+    maps: List[torch.Tensor] = []
+
+    def keep(module, args, output):
+        maps.append(output[0] if isinstance(output, tuple) else output)
+
+    hook = parts.resnet.register_forward_hook(keep)
+    try:
+        with torch.enable_grad():
+            # of the image, so that frozen weights make no difference
+            logits = model(x.detach().clone().requires_grad_())
+            (gradient,) = torch.autograd.grad(logits[:, target].sum(), maps[0])
+    finally:
+        hook.remove()
+    cam = (gradient.mean((2, 3), keepdim=True) * maps[0].detach()).sum(1).relu()
+    return _to_pixels(cam, x, parts.resnet_stride)
+
+
+def attention_rollout(model: Hybrid, x: torch.Tensor) -> torch.Tensor:
+    """Return how much of each patch reaches the class token, from 0 to 1. x: (B, C, H, W) -> (B, H, W).
+
+    Attention, averaged over the heads and mixed half and half with what the residual connection passes on, multiplied
+    from the first block to the last. Without a class token: what reaches all patches together.
+    """
+    parts = model.explained_parts()
+    if not parts.blocks:
+        raise ValueError('model: with depth=0 there is no ViT to look into.')
+    rollout: List[torch.Tensor] = []
+
+    def multiply(module, args, attention):  # (B, heads, N, N), one block at a time: all of them are too large to keep
+        attention = attention.float().mean(1)
+        attention = 0.5 * attention + 0.5 * torch.eye(attention.shape[-1], device=attention.device)
+        rollout[:] = [attention @ rollout[0] if rollout else attention]
+
+    with torch.inference_mode(), _unfused(parts.blocks):
+        hooks = [block.attn.attn_drop.register_forward_hook(multiply) for block in parts.blocks]
+        try:
+            model.forward_features(x)
+        finally:
+            for hook in hooks:
+                hook.remove()
+    prefix, (stride_h, stride_w) = parts.num_prefix_tokens, parts.token_stride
+    row = rollout[0][:, 0] if parts.class_token else rollout[0][:, prefix:].mean(1)
+    grid = (-(-x.shape[-2] // stride_h), -(-x.shape[-1] // stride_w))
+    return _to_pixels(row[:, prefix:].unflatten(1, grid), x, parts.token_stride)
+
+
+@contextmanager
+def _unfused(blocks: List[nn.Module]) -> Iterator[None]:
+    """Let attention be computed step by step, since a fused kernel shows none."""
+    fused = [block.attn.fused_attn for block in blocks]
+    try:
+        for block in blocks:
+            block.attn.fused_attn = False
+        yield
+    finally:
+        for block, value in zip(blocks, fused):
+            block.attn.fused_attn = value
+
+
+def _to_pixels(values: torch.Tensor, x: torch.Tensor, stride: Tuple[int, int]) -> torch.Tensor:
+    """Enlarge (B, h, w) by the stride, cut off what lies beyond the image, and stretch it over 0 to 1."""
+    size = (values.shape[1] * stride[0], values.shape[2] * stride[1])
+    values = F.interpolate(values[:, None].float(), size, mode='bilinear')[:, 0, : x.shape[-2], : x.shape[-1]]
+    low, high = values.amin((1, 2), keepdim=True), values.amax((1, 2), keepdim=True)
+    even = high - low <= 1e-5 * high.abs()  # of which stretching would make a pattern of rounding errors
+    return ((values - low) / (high - low).masked_fill(even, 1)).masked_fill(even, 0)

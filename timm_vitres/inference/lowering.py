@@ -1,0 +1,86 @@
+"""TODO."""
+
+from typing import Any, Callable, Optional
+
+import torch
+from timm.models import get_model_traits
+from torch import nn
+
+from ..data import data_config
+
+
+class InOut(nn.Module):
+    """A model of any precision that takes images of any dtype, and returns logits in float32."""
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype = torch.float32, memory_format=torch.contiguous_format):
+        super().__init__()
+        self.model, self.dtype, self.memory_format = model, dtype, memory_format
+
+    def forward(self, x: torch.Tensor) -> Any:
+        """x: (B, C, H, W) -> (B, num_classes), or whatever the model returns, in float32."""
+        y = self.model(x.to(self.dtype).contiguous(memory_format=self.memory_format))
+        return y.float() if torch.is_tensor(y) else [one.float() for one in y]
+
+
+def quantise_(model: nn.Module) -> int:
+    """Make the weights of a model's linear layers int8 by torchao, but for its heads; return how many."""
+    try:
+        from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+    except ImportError:
+        raise ValueError('precision: \'int8\' needs torchao, pip install "timm-vitres[int8]".') from None
+    heads = get_model_traits(model).get('classifier', ())
+
+    def wanted(module: nn.Module, name: str) -> bool:
+        return type(module) is nn.Linear and name not in heads
+
+    quantize_(model, Int8DynamicActivationInt8WeightConfig(), filter_fn=wanted)
+    return sum(wanted(module, name) for name, module in model.named_modules())
+
+
+def check_example(model: nn.Module, example: Optional[torch.Tensor]) -> torch.Tensor:
+    """Return images (B, C, H, W) on the model's device: the example, or one image of noise of the model's own size.
+
+    Raises:
+        TypeError: for a model that is no module, or is prepared.
+        ValueError: for a model without weights, and an example that is no such images.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f'model: got {type(model).__name__}, expected a torch.nn.Module.')
+    if getattr(model, 'is_prepared', False):
+        raise TypeError('model: it is prepared already; give the original.')
+    device = next((parameter.device for parameter in model.parameters()), None)
+    if device is None or device.type == 'meta':
+        raise ValueError(f'model: it has no weights{"" if device is None else " (it is on the device meta)"}.')
+    shape = data_config(model)['input_size']
+    if example is None:
+        return torch.randn(1, *shape, generator=torch.Generator().manual_seed(0)).to(device)
+    expected = f'images (B, {shape[0]}, H, W), a tensor of a floating dtype'
+    if not torch.is_tensor(example):
+        raise ValueError(f'example: got {type(example).__name__}, expected {expected}.')
+    if example.ndim != 4 or example.shape[1] != shape[0] or not example.is_floating_point() or not len(example):
+        raise ValueError(f'example: got {tuple(example.shape)} of {example.dtype}, expected {expected}.')
+    if example.layout != torch.strided or example.is_meta:
+        raise ValueError(
+            f'example: got a tensor that is {"meta" if example.is_meta else "sparse"}, expected {expected}.'
+        )
+    if not example.isfinite().all():
+        raise ValueError('example: it has values that are not finite (nan, inf), expected normalised pixels.')
+    return example.detach().to(device)
+
+
+def check_outputs(outputs: Any) -> None:
+    """Raise ValueError where a model's outputs for its example are not finite, since nothing can be compared then."""
+    if not all(one.isfinite().all() for one in ([outputs] if torch.is_tensor(outputs) else outputs)):
+        raise ValueError('model: its outputs for the example are not finite (nan, inf); its weights are broken.')
+
+
+def forward_only(model: nn.Module) -> Callable[[torch.Tensor], Any]:
+    """Return a model's forward pass without gradients."""
+    return torch.no_grad()(model.forward)
+
+
+def difference(y: Any, expected: Any) -> float:
+    """Return the norm of the difference of outputs, relative to the norm of those expected; the worst of several."""
+    pairs = [(y, expected)] if torch.is_tensor(y) else list(zip(y, expected, strict=True))
+    norms = [((one - other).norm() / other.norm().clamp_min(1e-30)).item() for one, other in pairs]
+    return max(norms)

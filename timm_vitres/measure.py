@@ -1,0 +1,65 @@
+"""TODO."""
+
+import copy
+import statistics
+from functools import partial
+from typing import Any, Callable, Dict, List, Tuple
+
+import torch
+from torch import nn
+
+_FORMATS = {'channels-last': torch.channels_last, 'contiguous': torch.contiguous_format}
+
+
+def fastest_training(
+    model: nn.Module, num_classes: int, shape: Tuple[int, ...], amp_dtype: str = 'bfloat16'
+) -> Tuple[Dict[str, bool], str]:
+    """Time training steps (forward, backward) on the model's device, in full and mixed precision, contiguous and
+    channels-last, and return the settings of the fastest, and what was measured.
+
+    Args:
+        model: Returns logits (B, num_classes), or, with two heads, a pair of them. It stays as it is.
+        shape: Of a batch: (B, C, H, W).
+        amp_dtype: Of mixed precision: 'bfloat16' or 'float16'.
+    """
+    device = next(model.parameters()).device
+    images = torch.randn(shape, device=device)
+    target = torch.randint(num_classes, (shape[0],), device=device)
+
+    def step(copied: nn.Module, amp: bool, memory_format: torch.memory_format, x: torch.Tensor) -> None:
+        with torch.autocast(device.type, getattr(torch, amp_dtype), enabled=amp):
+            y = copied(x.contiguous(memory_format=memory_format))
+            loss = sum(nn.functional.cross_entropy(one, target) for one in ([y] if torch.is_tensor(y) else y))
+        loss.backward()
+        copied.zero_grad()
+
+    steps = {}
+    for name, memory_format in _FORMATS.items():
+        copied = copy.deepcopy(model).to(memory_format=memory_format).train()
+        for amp in (False, True):
+            steps[amp, name] = partial(step, copied, amp, memory_format)
+    times = measure(steps, images)
+    amp, name = min(times, key=lambda key: times[key])
+    text = ', '.join(f'{amp_dtype if amp else "float32"} {name} {_ms(value)}' for (amp, name), value in times.items())
+    return dict(amp=amp, channels_last=name == 'channels-last'), text
+
+
+def measure(functions: Dict[Any, Callable], x: torch.Tensor, rounds: int = 3, seconds: float = 0.2) -> Dict[Any, float]:
+    """Return the median time of each function of x, in seconds; they take turns, `rounds` times."""
+    from torch.utils.benchmark import Timer  # here, since importing this package does not need it
+
+    timers = {
+        name: Timer('function(x)', globals=dict(function=function, x=x), num_threads=torch.get_num_threads())
+        for name, function in functions.items()
+    }
+    once = {name: timer.timeit(1).mean for name, timer in timers.items()}  # and warm
+    repeats = {name: max(1, round(seconds / value)) for name, value in once.items()}
+    times: Dict[Any, List[float]] = {name: [] for name in functions}
+    for _ in range(rounds):
+        for name, timer in timers.items():
+            times[name].append(timer.timeit(repeats[name]).mean)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def _ms(seconds: float) -> str:
+    return f'{1000 * seconds:.3g} ms'

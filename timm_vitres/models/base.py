@@ -1,0 +1,190 @@
+"""What every family answers for itself, and how a hybrid takes weights in.
+
+Other modules ask a `Hybrid`: which convolution sees the image, which layers are heads, how tables of another size are
+fitted, which parts a picture explains, what sizes it takes. No module outside of the families names one of them.
+"""
+
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any, ClassVar, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple, Type, Union
+
+import torch
+from torch import nn
+
+from ..weights.checkpoints import read_checkpoint
+from ..weights.comparison import add_batch_counts, check_dtypes, check_keys
+from ..weights.layouts import StateDict, convert_layout
+
+LABEL_KEYS = ('label_names', 'label_descriptions')  # of a pretrained cfg
+
+
+class ImageSizes(NamedTuple):
+    """Which heights and widths, in pixels, a model takes in a graph that serves them all."""
+
+    stride: int  # the deepest map has one pixel for so many of the image's
+    multiple: int  # of which height and width must be multiples; 1 where every size is taken
+
+
+class ExplainedParts(NamedTuple):
+    """Where a picture looks into the two parts of a hybrid."""
+
+    resnet: Optional[nn.Module]  # returns a map, or a tuple that begins with one; None where there is no ResNet
+    resnet_stride: Tuple[int, int]
+    blocks: List[nn.Module]  # the ViT's, from the first to the last
+    num_prefix_tokens: int
+    class_token: bool  # whether the head sees a class token
+    token_stride: Tuple[int, int]
+
+
+class Hybrid(nn.Module):
+    """The base class of all families: what others ask of a model, and how it takes weights in.
+
+    Weights may have any layout, and tables any size; nothing is left out silently.
+
+    Attributes:
+        families: Every class of hybrids that was defined.
+        variants: Names of the registered architectures of a family.
+        foreign_names: Regular expression for an architecture's name elsewhere -> the variant that loads its weights.
+        num_pyramid: How many of `feature_info` are the pyramid.
+    """
+
+    families: ClassVar[List[Type['Hybrid']]] = []
+    variants: ClassVar[Sequence[str]] = ()
+    foreign_names: ClassVar[Dict[str, str]] = {}
+    num_pyramid: int
+    folded: bool = False  # by `fold`
+    __jit_unused_properties__ = ['_model_args', 'first_conv', 'heads']
+
+    def __init_subclass__(cls, **kwargs: Any):
+        super().__init_subclass__(**kwargs)
+        Hybrid.families.append(cls)
+
+    @property
+    def first_conv(self) -> str:
+        """Name of the convolution that sees the image."""
+        return self._traits['first_conv']  # pyright: ignore[reportReturnType]
+
+    @property
+    def heads(self) -> Tuple[str, ...]:
+        """Names of the layers that classify."""
+        return self._traits['classifier']  # pyright: ignore[reportReturnType]
+
+    @torch.jit.ignore
+    def head_keys(self) -> List[str]:
+        """Return the names of the tensors of the head, or of the heads."""
+        return [f'{head}.{tensor}' for head in self.heads for tensor in ('weight', 'bias')]
+
+    @torch.jit.ignore
+    def fit_tables(self, state_dict: StateDict, img_size: Optional[Sequence[int]] = None) -> StateDict:
+        """Return a state dict in our layout whose tables (positions, patches) have the sizes of this model's.
+
+        Args:
+            img_size: Height and width that the state dict was made for, where they are known.
+
+        Raises:
+            RuntimeError: for a table that can't be fitted.
+        """
+        return dict(state_dict)
+
+    @torch.jit.ignore
+    def image_sizes(self) -> ImageSizes:
+        """Return which sizes an exported graph must keep to."""
+        return ImageSizes(max(info['reduction'] for info in self.feature_info), 1)  # pyright: ignore
+
+    @torch.jit.ignore
+    def explained_parts(self) -> ExplainedParts:
+        """Return the parts of which `explain` draws pictures."""
+        raise NotImplementedError
+
+    @torch.jit.ignore
+    def train_one_head(self, head: str) -> None:
+        """Set every head but the one of this name to zero, and freeze it, so that the sum of logits is that one's."""
+        if head not in self.heads:
+            raise ValueError(f'head: got {head!r}, expected one of {", ".join(map(repr, self.heads))}.')
+        for name in self.heads:
+            for parameter in self.get_submodule(name).parameters() if name != head else ():
+                nn.init.zeros_(parameter).requires_grad_(False)
+
+    def train(self, mode: bool = True):
+        """Set training mode, as torch does.
+
+        Raises:
+            ValueError: for a model that `fold` made.
+        """
+        if mode and self.folded:
+            raise ValueError('model: it is folded for inference, and has nothing left to train; train the original.')
+        return super().train(mode)
+
+    @torch.jit.ignore
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False):
+        """Load as torch does; other layouts (see `layouts`) are converted, tables of other sizes resampled.
+
+        A table with as many tokens as the model's is taken as it is: a state dict does not say what its grid was.
+
+        Raises:
+            RuntimeError: for wrong keys and shapes, as torch's, and for weights that are no floating-point numbers.
+            TypeError, ValueError: for what is no dict of names with tensors.
+        """
+        if not isinstance(state_dict, Mapping):
+            raise TypeError(f'state_dict: got {type(state_dict).__name__}, expected a dict of names with tensors.')
+        converted = convert_layout(dict(state_dict))
+        check_dtypes(converted, self)
+        converted = OrderedDict(self.fit_tables(converted))
+        if hasattr(state_dict, '_metadata'):  # torch's versions of modules
+            converted._metadata = state_dict._metadata  # pyright: ignore[reportAttributeAccessIssue]
+        return super().load_state_dict(converted, strict=strict, assign=assign)
+
+    @torch.jit.ignore
+    def load_pretrained(self, checkpoint_path: Union[str, Path], prefix: str = '') -> None:
+        """Load a checkpoint file of any layout, Google's npz too, which must have the model's classes and channels."""
+        state_dict, _ = read_checkpoint(Path(checkpoint_path))
+        state_dict = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
+        state_dict = add_batch_counts(self.fit_tables(convert_layout(state_dict)), self)
+        check_keys(state_dict, self)
+        self.load_state_dict(state_dict)
+
+    @torch.jit.ignore
+    def filter_state_dict(self, state_dict: Dict[str, Any], img_size: Optional[Sequence[int]] = None) -> StateDict:
+        """Return a state dict of any layout in ours, completed, its tables fitted, and compared with this model.
+
+        Args:
+            img_size: Height and width that the state dict was made for, where they are known.
+
+        Raises:
+            RuntimeError: for missing or unexpected keys, wrong shapes and dtypes, all of which it lists; the shapes of
+                the heads and of the first convolution excepted, which are the caller's to compare.
+        """
+        state_dict = add_batch_counts(convert_layout(state_dict), self)
+        check_dtypes(state_dict, self)
+        state_dict = self.fit_tables(state_dict, img_size)
+        check_keys(state_dict, self, {*self.head_keys(), f'{self.first_conv}.weight'})
+        return state_dict
+
+    def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
+        """Replace the head as timm does, and forget what the old one's classes were called."""
+        super().reset_classifier(num_classes, global_pool)  # pyright: ignore[reportAttributeAccessIssue]
+        self.forget_labels()
+
+    @torch.jit.ignore
+    def forget_labels(self) -> None:
+        """Take the names of classes out of the model's cfg, which may be another model's or the registry's, too."""
+        cfg = getattr(self, 'pretrained_cfg', None)  # there is none while the model is built
+        if cfg and any(key in cfg for key in LABEL_KEYS):
+            self.pretrained_cfg = {key: value for key, value in cfg.items() if key not in LABEL_KEYS}
+            self.default_cfg = self.pretrained_cfg  # as in timm
+
+    @property
+    def _model_args(self) -> Dict[str, Any]:
+        """The arguments that timm records, and writes into config.json; how weights were read is not one of them."""
+        return vars(self).get('model_args', {})
+
+    @_model_args.setter
+    def _model_args(self, args: Mapping[str, Any]) -> None:
+        vars(self)['model_args'] = {key: value for key, value in args.items() if key != 'mmap'}
+
+    @torch.jit.ignore
+    def init_non_persistent_buffers(self) -> None:
+        """Fill in the buffers that no checkpoint holds, as after building on the meta device."""
+        for module in self.modules():
+            if module is not self and hasattr(module, 'init_non_persistent_buffers'):
+                module.init_non_persistent_buffers()

@@ -1,0 +1,145 @@
+"""What an architecture is, in plain values, and the checks that name a wrong one.
+
+A config is what a variant declares, what keyword arguments override, and what a saved model remembers.
+"""
+
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, Optional, Tuple, Union
+
+from timm.layers import GluMlp, Mlp, SwiGLU, SwiGLUPacked
+
+from ..checks import (
+    Activation,
+    Count,
+    Factor,
+    MapNorm,
+    PatchSide,
+    Ratio,
+    Rule,
+    TokenNorm,
+    Width,
+    annotations_of,
+    between,
+    check_choice,
+    conform,
+)
+
+__all__ = ['VitResNetCfg', 'VitResNetDualCfg', 'check_choice']
+GlobalPool = Literal['', 'avg', 'avgmax', 'max', 'token', 'map', 'prr']
+StemType = Literal['', 'deep', 'deep_tiered', 'tiered', 'fixed', 'deep_fixed', 'same', 'deep_same']
+DualGlobalPool = Literal['', 'avg', 'token']
+NO_CLASS_TOKEN = "global_pool: got 'token', but the model has no class token; use 'avg', 'max' or 'avgmax'."
+MLP_LAYERS = {'mlp': Mlp, 'glu': GluMlp, 'swiglu': SwiGLU, 'swiglupacked': SwiGLUPacked}
+Scale = Annotated[float, between(0, 1000.0, above=True)]
+OddSide = Annotated[int, Rule(lambda side: side in range(1, 32, 2), 'an odd number from 1 to 31')]
+PatchSize = Union[PatchSide, Tuple[PatchSide, PatchSide]]
+
+
+@dataclass(frozen=True)
+class VitResNetCfg:
+    """A serial hybrid in plain values. None: what the backbone, or timm's ViT, has by itself.
+
+    Raises:
+        ValueError: for a value that no model has; the message names the field, the value and what is allowed.
+    """
+
+    # The ResNet
+    backbone: str = 'resnet26d'  # a timm ResNet's name, 'resnetv2' (that of the R+ViT checkpoints), '' for none
+    stage: Optional[Annotated[int, between(0, 4)]] = None  # the last stage kept; 0 keeps the stem alone
+    # Its measures, in timm's words for `ResNet` and `ResNetV2`
+    layers: Optional[Tuple[Count, ...]] = None  # blocks of each stage
+    channels: Optional[Tuple[Width, ...]] = None  # width of each stage (of timm's ResNet: before the block's expansion)
+    block: Optional[Literal['basic', 'bottleneck']] = None
+    # 4; 2 leaves out the pooling; 1 makes the first convolution's stride 1, too
+    stem_stride: Optional[Literal[1, 2, 4]] = None
+    stem_type: Optional[StemType] = None  # ResNet: '', 'deep' or 'deep_tiered'; ResNetV2: all but 'deep_tiered'
+    stem_width: Optional[Width] = None  # ResNet: width of a deep stem's first convolutions, half that of its last
+    stem_chs: Optional[Width] = None  # ResNetV2: width of the stem
+    replace_stem_pool: Optional[bool] = None  # ResNet: a convolution instead of the stem's max-pooling
+    avg_down: Optional[bool] = None  # average pooling in the shortcuts
+    cardinality: Optional[Factor] = None  # ResNet: groups of the 3x3 convolutions
+    base_width: Optional[Factor] = None  # ResNet: bottleneck width factor
+    block_reduce_first: Optional[Factor] = None  # ResNet: divisor of a block's first width
+    down_kernel_size: Optional[OddSide] = None  # ResNet: kernel size in the shortcuts
+    width_factor: Optional[Factor] = None  # ResNetV2: factor on all widths
+    bottle_ratio: Optional[Ratio] = None  # ResNetV2: bottleneck width / block width
+    preact: Optional[bool] = None  # ResNetV2: norm and activation before the convolutions
+    output_stride: Optional[Literal[8, 16, 32]] = None  # of the tokens, kept by dilation in place of strides
+    backbone_norm_layer: Optional[MapNorm] = None
+    backbone_act_layer: Optional[Activation] = None
+    # The ViT
+    patch_size: Optional[PatchSize] = None  # in pixels of the ResNet's map; 1, without a backbone 16
+    embed_dim: Optional[Width] = None  # 384; with depth=0 it is the ResNet's width
+    depth: Annotated[int, between(0, 512)] = 12  # blocks; 0 is the ResNet alone
+    num_heads: Width = 6
+    mlp_ratio: Ratio = 4.0
+    class_token: Optional[bool] = None  # yes, but not with depth=0
+    reg_tokens: Annotated[int, between(0, 1024)] = 0  # register tokens
+    global_pool: Optional[GlobalPool] = None  # 'token' with a class token, else 'avg'
+    qkv_bias: bool = True
+    qk_norm: bool = False
+    proj_bias: bool = True
+    init_values: Optional[Scale] = None  # LayerScale's initial value; None leaves LayerScale out
+    pre_norm: bool = False  # norm before the blocks (CLIP)
+    final_norm: bool = True  # norm after the blocks
+    fc_norm: Optional[bool] = None  # the final norm comes after pooling; None: where pooling is 'avg', 'max', 'avgmax'
+    no_embed_class: bool = False  # prefix tokens have no position embedding
+    norm_layer: Optional[TokenNorm] = None
+    act_layer: Optional[Activation] = None
+    mlp_layer: Optional[Literal['mlp', 'glu', 'swiglu', 'swiglupacked']] = None
+
+    def __post_init__(self):
+        _conform_fields(self)
+        if self.depth == 0 and not self.backbone:
+            raise ValueError("depth: got 0 with backbone='', which leaves nothing; give a backbone or a depth above 0.")
+
+
+@dataclass(frozen=True)
+class VitResNetDualCfg:
+    """A parallel hybrid in plain values: `depth` units of ResNet and ViT, a third of them in each ResNet stage.
+
+    Raises:
+        ValueError: for a value that no model has; the message names the field, the value and what is allowed.
+    """
+
+    patch_size: PatchSide = 16  # pixels a side of a token: 16, or a multiple of it
+    channels: Tuple[Width, Width, Width] = (256, 512, 1024)  # width of the ResNet's stages, of stride 4, 8 and 16
+    stem_width: Width = 64
+    embed_dim: Width = 384  # width of the tokens
+    depth: Count = 12
+    num_heads: Width = 6
+    mlp_ratio: Ratio = 4.0
+    qkv_bias: bool = True
+    # of the tokens: the class token, or 'avg'; '' returns map and tokens as they are
+    global_pool: DualGlobalPool = 'token'
+
+    def __post_init__(self):
+        _conform_fields(self)
+        if self.patch_size % 16:
+            raise ValueError(f'patch_size: got {self.patch_size}, expected a multiple of 16, the stride of stage 3.')
+        if any(width % 4 for width in self.channels):
+            raise ValueError(f'channels: got {self.channels}, expected three multiples of 4, one for each stage.')
+        if self.depth % 3 or self.depth < 6:
+            raise ValueError(f'depth: got {self.depth}, expected a multiple of 3 from 6 up: a third for each stage.')
+        check_block(self.embed_dim, self.num_heads, self.mlp_ratio)
+
+
+def _conform_fields(cfg: Any) -> None:
+    """Make every field of a frozen config what its annotation says, or raise ValueError."""
+    for name, annotation in annotations_of(type(cfg)).items():
+        object.__setattr__(cfg, name, conform(name, getattr(cfg, name), annotation))
+
+
+def check_block(embed_dim: int, num_heads: int, mlp_ratio: float, mlp_layer: Optional[str] = None) -> None:
+    """Raise ValueError unless the measures of a ViT's block fit together."""
+    if embed_dim % num_heads:
+        raise ValueError(
+            f'num_heads: got {num_heads}, which does not divide embed_dim ({embed_dim}); '
+            f'embed_dim must be a multiple of num_heads.'
+        )
+    hidden = int(embed_dim * mlp_ratio)
+    if not 1 <= hidden <= 2**18 or (mlp_layer in ('glu', 'swiglupacked') and hidden % 2):
+        raise ValueError(
+            f'mlp_ratio: got {mlp_ratio}, which makes {hidden} hidden features of embed_dim ({embed_dim}); expected '
+            f'from 1 to {2**18}, and an even number for glu and swiglupacked.'
+        )

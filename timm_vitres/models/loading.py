@@ -1,0 +1,180 @@
+"""A pretrained model without initialising it first: built on 'meta', its weights taken over from the file.
+
+pretrained_cfg -> `find_weights` -> file, checked -> state dict (mapped into memory) -> model on 'meta' -> assigned.
+
+timm initialises a model, reads the file beside it, and copies. Here parameters *are* what was read; only what the file
+does not give (a new head, buffers that no file holds) is initialised.
+"""
+
+import dataclasses
+import math
+from functools import partial
+from pathlib import Path
+from typing import Any, Dict, Optional, Type, TypeVar, Union
+
+import torch
+from timm.models import PretrainedCfg, adapt_input_conv, build_model_with_cfg, resolve_pretrained_cfg
+from timm.models.vision_transformer import get_init_weights_vit
+from torch import nn
+
+from ..checks import WeightInit, conform, conform_arguments, conform_indices
+from ..weights.checkpoints import checkpoint_files, is_mapped, read_checkpoint
+from ..weights.checksums import check_noted, check_once
+from ..weights.comparison import check_keys
+from ..weights.layouts import StateDict, convert_layout
+from ..weights.sources import find_weights
+from .base import Hybrid
+
+ModelT = TypeVar('ModelT', bound=Hybrid)
+
+
+def build_hybrid(model_cls: Type[ModelT], variant: str, pretrained: bool, cfg: Any, **kwargs: Any) -> ModelT:
+    """Build a variant of a family; keyword arguments named like the config's fields override them.
+
+    Args:
+        model_cls: Takes the config as `cfg`, and says with `num_pyramid` how many maps its pyramid has.
+        cfg: The family's dataclass.
+        kwargs: As `timm.create_model` passes them, and `mmap` (see `is_mapped`).
+    """
+    mmap = is_mapped(kwargs.pop('mmap', None))
+    kwargs = conform_arguments(model_cls, cfg, kwargs, build_model_with_cfg, build_hybrid)
+    fields = {field.name for field in dataclasses.fields(cfg)}
+    cfg = dataclasses.replace(cfg, **{name: kwargs.pop(name) for name in fields & kwargs.keys()})
+    feature_cfg: Dict[str, Any] = dict(feature_cls='getter')
+    if kwargs.get('features_only'):
+        kwargs['num_classes'] = 0
+        twin = model_cls(cfg, img_size=kwargs.get('img_size'), device='meta')
+        indices = kwargs.pop('out_indices', None)
+        feature_cfg['out_indices'] = tuple(range(twin.num_pyramid))  # the pyramid alone
+        if indices is not None:
+            feature_cfg['out_indices'] = conform_indices('out_indices', indices, len(twin.feature_info), distinct=True)
+    create: Any = model_cls
+    if pretrained:  # timm would initialise all of the model, and then copy
+        source = resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay'))
+        img_size = (kwargs.get('pretrained_model_args') or {}).get('img_size')
+        create = partial(create_pretrained, model_cls, source, kwargs.get('cache_dir'), img_size, mmap)
+    model = build_model_with_cfg(create, variant, False, model_cfg=cfg, feature_cfg=feature_cfg, **kwargs)
+    _forget_other_labels(model)
+    return model
+
+
+def _forget_other_labels(model: nn.Module) -> None:
+    """Take names out of a model's cfg that are not those of its classes: of another number, or before a new head."""
+    if not isinstance(model, Hybrid):  # features have no classes
+        return
+    names = model.pretrained_cfg.get('label_names') or ()
+    counted = isinstance(names, (list, tuple, dict)) and len(names) in (0, model.num_classes)
+    if not counted or (model.pretrained_cfg.get('num_classes') or 0) < 0:  # see `_drop_other_head_`
+        model.forget_labels()
+
+
+def create_pretrained(
+    model_cls: Type[ModelT],
+    source: PretrainedCfg,
+    cache_dir: Union[None, str, Path] = None,
+    source_img_size: Any = None,
+    mmap: Optional[bool] = None,
+    device: Union[None, str, torch.device] = None,
+    dtype: Optional[torch.dtype] = None,
+    weight_init: str = '',
+    **kwargs: Any,
+) -> ModelT:
+    """Build `model_cls(**kwargs)` with the weights that `source` names.
+
+    Args:
+        source: Where the weights are, and what they were made for.
+        source_img_size: Height and width that the checkpoint's position table was made for; by default, of `source`.
+        mmap: Whether weights are mapped into memory, where their file allows it; see `is_mapped`.
+        device: Where the model shall be.
+        dtype: Of its parameters, whatever the file's; torch's default dtype by default.
+        weight_init: How a new head is initialised: timm's names for it.
+
+    Raises:
+        RuntimeError: for a checkpoint that is not one of this model: missing and unexpected keys, wrong shapes.
+        OSError: for a file that is damaged, or is not the one that was published.
+    """
+    device = torch.empty(0, device=device).device  # the default one, too
+    if device.type == 'meta':
+        raise ValueError("device: got 'meta', where no weights can be; use pretrained=False.")
+    conform('weight_init', weight_init, WeightInit)
+    model = model_cls(device='meta', dtype=dtype, weight_init='skip', **kwargs)
+    model.weight_init_mode = 'reset' if weight_init == 'skip' else weight_init
+    model.pretrained_cfg = source.to_dict()
+    if source.state_dict and not source.source:  # someone else's tensors: not to be shared
+        state_dict: Dict[str, Any] = {
+            key: value.detach().clone(memory_format=torch.contiguous_format)
+            for key, value in convert_layout(source.state_dict).items()
+        }
+    else:
+        path = find_weights(source, cache_dir)
+        try:
+            state_dict, _ = read_checkpoint(path, mmap=mmap)
+            for file in checkpoint_files(path):
+                check_once(file)
+        except FileNotFoundError as error:
+            raise OSError(f'{path}: was replaced while it was being read; load it again.') from error
+        if source.source == 'local-dir':
+            check_noted(source.notes, Path(source.file or ''))
+    state_dict = model.filter_state_dict(state_dict, source_img_size or source.input_size[-2:])
+    _adapt_first_conv_(state_dict, model)
+    new_head = _drop_other_head_(state_dict, model, source)
+    check_keys(state_dict, model, model.head_keys() if new_head else ())
+    assign_(model, state_dict, device)
+    if new_head:
+        _init_head_(model, device)
+    fill_buffers_(model, device)
+    return model
+
+
+def assign_(model: nn.Module, state_dict: StateDict, device: Union[str, torch.device] = 'cpu') -> None:
+    """Make the tensors of a state dict the model's own, in the model's dtype; nothing is copied that fits as it is."""
+    own = model.state_dict()
+    tensors = {key: value.to(device=device, dtype=own[key].dtype) for key, value in state_dict.items()}
+    nn.Module.load_state_dict(model, tensors, strict=False, assign=True)  # compared before
+
+
+def _adapt_first_conv_(state_dict: StateDict, model: Hybrid) -> None:
+    """Sum or repeat the image channels of the first convolution, as timm does."""
+    key = f'{model.first_conv}.weight'
+    weight, in_chans = state_dict.get(key), model.state_dict()[key].shape[1]
+    if weight is not None and weight.ndim == 4 and weight.shape[1] != in_chans:
+        state_dict[key] = adapt_input_conv(in_chans, weight, base_chans=weight.shape[1])
+
+
+def _drop_other_head_(state_dict: StateDict, model: Hybrid, source: PretrainedCfg) -> bool:
+    """Take a head of other classes out of a state dict, and return whether the model needs a new one.
+
+    A head that fits is kept, whatever the cfg says of its classes: it was trained (but for -1, which timm's train.py
+    sets for --pretrained-path, to have a new one). One that does not fit is replaced where the caller asked for other
+    classes than the source's; where he did not, the comparison lists it.
+    """
+    keys = model.head_keys()
+    own = {key: value.shape for key, value in model.state_dict().items() if key in keys}
+    fits = source.num_classes >= 0 and all(
+        key in state_dict and state_dict[key].shape == shape for key, shape in own.items()
+    )
+    if own and (fits or source.num_classes == model.num_classes):
+        return False
+    for key in keys:
+        state_dict.pop(key, None)
+    return bool(own)
+
+
+def _init_head_(model: Hybrid, device: torch.device) -> None:
+    """Initialise the head, or both heads, as timm's constructor does."""
+    mode = model.weight_init_mode
+    init = get_init_weights_vit(mode, -math.log(model.num_classes) if 'nlhb' in mode else 0.0)
+    for name in model.heads:
+        init(model.get_submodule(name).to_empty(device=device), name)
+
+
+def fill_buffers_(model: nn.Module, device: Union[str, torch.device] = 'cpu') -> None:
+    """Compute the buffers that no checkpoint holds, of a model that was built on 'meta'."""
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if buffer.is_meta:
+                module._buffers[name] = torch.empty_like(buffer, device=device)
+    model.init_non_persistent_buffers()
+    left = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
+    if left:
+        raise RuntimeError(f'No weights were found for {", ".join(left)}.')

@@ -1,0 +1,64 @@
+"""Tables that depend on a size: those of a checkpoint are fitted to the model, as timm does it."""
+
+import math
+from typing import Optional, Sequence
+
+import torch
+from timm.layers import resample_abs_pos_embed, resample_patch_embed, to_2tuple
+
+from ..weights.layouts import StateDict
+from .layers import ResNetEmbed
+
+
+def fit_tables(
+    state_dict: StateDict,
+    embed: ResNetEmbed,
+    num_prefix_tokens: Optional[int],
+    img_size: Optional[Sequence[int]] = None,
+) -> StateDict:
+    """Return a state dict whose `pos_embed` has the grid of `embed`, and whose projection has its patch size.
+
+    Args:
+        num_prefix_tokens: How many of the table's tokens are no patches; None where the model has no table.
+        img_size: Height and width that the table was made for, where they are known.
+
+    Raises:
+        RuntimeError: for a table that is of no grid that is told, and of no square one.
+    """
+    state_dict = dict(state_dict)
+    table = state_dict.get('pos_embed')
+    if table is not None and num_prefix_tokens is not None:
+        if table.ndim != 3:
+            raise RuntimeError(
+                f'pos_embed: the checkpoint has shape {tuple(table.shape)}, expected (1, tokens, width).'
+            )
+        state_dict['pos_embed'] = _fit_pos_embed(table, embed, num_prefix_tokens, img_size)
+    weight = state_dict.get('patch_embed.proj.weight')
+    patch_size = tuple(embed.patch_size)
+    if weight is not None and weight.ndim == 4 and tuple(weight.shape[-2:]) != patch_size:
+        state_dict['patch_embed.proj.weight'] = resample_patch_embed(weight, list(patch_size))
+    return state_dict
+
+
+def _fit_pos_embed(
+    pos_embed: torch.Tensor, embed: ResNetEmbed, num_prefix_tokens: int, img_size: Optional[Sequence[int]]
+) -> torch.Tensor:
+    num_tokens = pos_embed.shape[1] - num_prefix_tokens
+    grid = tuple(embed.grid_size)
+    old_grid = tuple(embed.dynamic_feat_size(to_2tuple(img_size))) if img_size is not None else grid
+    if math.prod(old_grid) != num_tokens:  # what is told is not about this table
+        side = math.isqrt(max(num_tokens, 0))
+        if math.prod(grid) == num_tokens:
+            old_grid = grid
+        elif side > 0 and side * side == num_tokens:
+            old_grid = (side, side)
+        else:
+            raise RuntimeError(
+                f'pos_embed: the checkpoint has {num_tokens} position embeddings, which are no square grid, and its '
+                f'metadata names no image size that gives that many; say its input_size in the pretrained_cfg.'
+            )
+    if old_grid == grid:
+        return pos_embed
+    return resample_abs_pos_embed(
+        pos_embed, new_size=list(grid), old_size=list(old_grid), num_prefix_tokens=num_prefix_tokens
+    )

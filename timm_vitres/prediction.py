@@ -1,0 +1,63 @@
+"""Classes of images: names, probabilities, and a picture of both."""
+
+from pathlib import Path
+from typing import List, NamedTuple, Sequence, Tuple, Union
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from .data import data_config, image_mode, open_image, to_batch
+from .folders import shown
+from .labels import label_names
+
+
+class Prediction(NamedTuple):
+    """The likeliest classes of an image, best first."""
+
+    image: str
+    labels: List[str]
+    probabilities: List[float]
+
+
+def predict(model: nn.Module, images: Sequence[Union[str, Path]], topk: int = 5) -> Tuple[List[Prediction], List[str]]:
+    """Classify image files.
+
+    Args:
+        model: A timm model with a head, in evaluation mode.
+        images: Paths.
+        topk: How many classes to return; all of them where there are fewer.
+
+    Returns:
+        Predictions, and a sentence for each image that could not be read, or for which the model says nothing finite.
+
+    Raises:
+        ValueError: for a model without classes, or one that takes no images, and an impossible `topk`.
+        TypeError: for one path in place of several, and for what is no path.
+    """
+    if isinstance(images, (str, Path)):
+        raise TypeError(f'images: got the one path {shown(images)}, expected a list of paths.')
+    if topk < 1:
+        raise ValueError(f'topk: got {topk}, expected a number from 1 up.')
+    if not model.num_classes:
+        raise ValueError('model: it has no classes (num_classes=0), so it predicts none; load one with a head.')
+    names = label_names(model)
+    config = data_config(model)
+    mode = image_mode(config['input_size'][0])
+    predictions: List[Prediction] = []
+    failed: List[str] = []
+    for path in tqdm(images, desc='predicting', leave=False, disable=len(images) < 10):
+        try:
+            x = to_batch(open_image(path, mode), model, config)
+        except (OSError, ValueError) as error:
+            failed.append(str(error))
+            continue
+        with torch.inference_mode():
+            probabilities = model(x)[0].float().softmax(-1)
+        if not torch.isfinite(probabilities).all():
+            failed.append(f'image: for {shown(path)} the model gives no finite numbers, so there is no prediction.')
+            continue
+        best = probabilities.topk(min(topk, len(names)))
+        labels = [names[index] for index in best.indices.tolist()]
+        predictions.append(Prediction(str(path), labels, best.values.tolist()))
+    return predictions, failed

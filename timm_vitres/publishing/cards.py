@@ -1,0 +1,199 @@
+"""Model cards: facts -> `render_card` -> README.md; an older card and a new one -> `merge_cards`.
+
+The head of a card is YAML that the Hub reads (task, licence, results); its text keeps to what was measured.
+"""
+
+import re
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Sequence, Tuple
+
+import yaml
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from torch import nn
+
+from ..data import data_config as model_data_config
+from ..weights.files import CARD_NAME
+
+TEMPLATE = Path(__file__).with_name('card.md')
+# what this package writes into a card, and replaces when it writes again
+OURS = re.compile(r'<!-- timm-vitres:.*?<!-- end of timm-vitres -->', re.DOTALL)
+
+
+def render_card(
+    model: nn.Module,
+    model_name: str,
+    description: str,
+    recipe: str,
+    source: str,
+    label_names: Sequence[str] = (),
+    data_config: Optional[Dict[str, Any]] = None,
+    results: Sequence[EvalResult] = (),
+    result_note: str = '',
+    license: Optional[str] = None,
+    picture: Optional[str] = None,
+) -> str:
+    """Return a model card from facts.
+
+    Args:
+        model_name: The card's title.
+        source: Name that `timm.create_model` takes ('local-dir:...' or 'hf-hub:...').
+        results: What was measured; without any the card says that nothing was.
+        result_note: On what, and how, it was measured.
+        picture: File beside the card that shows the training.
+    """
+    config = data_config or model_data_config(model)
+    card_data = ModelCardData(
+        library_name='timm',
+        pipeline_tag='image-classification',
+        tags=['timm', 'timm-vitres', 'image-classification'],
+        license=license,
+        model_name=model_name,
+        eval_results=list(results) or None,
+    )
+    lines: List[str] = [f'- {result.metric_name or result.metric_type}: {result.metric_value}' for result in results]
+    shown = [str(name) for name in label_names[:20]]
+    card = ModelCard.from_template(
+        card_data,
+        template_str=TEMPLATE.read_text(encoding='utf-8'),
+        model_name=model_name,
+        description=description,
+        architecture=model.pretrained_cfg['architecture'],
+        parameters=f'{sum(parameter.numel() for parameter in model.parameters()) / 1e6:.2f}M',
+        input_size=tuple(config['input_size']),
+        mean=tuple(config['mean']),
+        std=tuple(config['std']),
+        num_classes=model.num_classes,
+        classes=(', '.join(shown) + (', ...' if len(label_names) > len(shown) else '')) or 'not named',
+        result='\n'.join([*lines, '', result_note]) if lines else 'Not measured.',
+        recipe=recipe + (f'\n\n![Loss and accuracy by epoch]({picture})' if picture else ''),
+        source=source,
+    )
+    return str(card)
+
+
+def read_card(path: Path) -> Optional[str]:
+    """Return the text of a card, None where there is none.
+
+    Raises:
+        ValueError: for a card that is no UTF-8, or whose head the Hub would not understand; the message names it.
+    """
+    if not path.exists():
+        return None
+    try:
+        card = path.read_bytes().decode('utf-8-sig')  # line ends stay as they are
+    except UnicodeDecodeError as error:
+        raise ValueError(f'{path}: is no UTF-8 text (byte {error.start} is not); save it as UTF-8.') from None
+    except OSError as error:
+        raise ValueError(f'{path}: can not be read ({error.strerror}).') from error
+    check_card(card, str(path))
+    return card
+
+
+def check_card(card: str, name: str = CARD_NAME) -> None:
+    """Raise ValueError, naming the card, unless its head is YAML that the Hub understands, or it has none."""
+    head, _ = _split(card)
+    if head is None and re.match(r'---[ \t]*\r?\n\w+: ', card):
+        raise ValueError(f"{name}: the head of the card has no end; close it with a line '---'.")
+    try:
+        ModelCard(card)
+    except yaml.YAMLError as error:
+        raise ValueError(f'{name}: the head of the card is no valid YAML; mend it ({_line(error)}).') from error
+    except Exception as error:  # fields of other types than the Hub knows fail in many ways
+        raise ValueError(f'{name}: the head of the card is not one of a model; mend it ({_line(error)}).') from error
+
+
+def _line(error: Exception) -> str:
+    return ' '.join(str(error).split())[:200] or type(error).__name__
+
+
+def merge_cards(old: str, new: str) -> str:
+    """Return an older card, brought up to date by a new one.
+
+    The old head's own fields, its licence, tags, and its results on other data or metrics stay, and what stays is not
+    rewritten; so does its text, letter by letter, but for what this package wrote into it, between its marks. A new
+    card without such marks is the user's: it comes after the old text where it is not a part of it.
+
+    Raises:
+        ValueError: where the old card's head is not valid YAML.
+    """
+    check_card(old, f'{CARD_NAME} that is there')
+    head, text = _split(old)
+    theirs = ModelCard(old) if head is not None else ModelCard('---\nlibrary_name: timm\n---\n')
+    ours = ModelCard(new)
+    data = ours.data
+    for key, value in theirs.data.to_dict().items():
+        if key in ('license', 'license_name', 'license_link') or (data.get(key) is None and key != 'model-index'):
+            data[key] = value
+    data.tags = list(dict.fromkeys([*(theirs.data.tags or []), *(ours.data.tags or [])]))
+    replaced = {_about(result) for result in ours.data.eval_results or []}
+    results = [result for result in theirs.data.eval_results or [] if _about(result) not in replaced]
+    data.eval_results = [*results, *(ours.data.eval_results or [])] or None
+    data.model_name = ours.data.model_name or theirs.data.model_name
+    before = theirs.data.to_dict()
+    changed = {key: value for key, value in data.to_dict().items() if before.get(key) != value}
+    head = _edited(head if head is not None else 'library_name: timm\n', changed)
+    if yaml.safe_load(head) != yaml.safe_load(str(data)):  # YAML that is not a field a line: written anew
+        head = f'{data}\n'
+
+    block = OURS.search(new)
+    part = block.group(0) if block else _split(new)[1].strip()
+    if OURS.search(text):
+        text = OURS.sub(lambda _: part, text, count=1)
+    elif part not in text:
+        text = f'{text.rstrip()}\n\n{part}\n' if text.strip() else f'{part}\n'
+    return f'---\n{head}---\n{text}'
+
+
+def _about(result: EvalResult) -> tuple:
+    return (*result.unique_identifier, result.dataset_name, result.metric_type)
+
+
+def _split(card: str) -> Tuple[Optional[str], str]:
+    """Return a card's head, without its marks (None: it has none), and its text."""
+    found = re.match(r'---[ \t]*\r?\n(.*?)(?<=\n)---[ \t]*(?:\r?\n|$)', card, re.DOTALL)
+    return (found.group(1), card[found.end() :]) if found else (None, card)
+
+
+def _edited(head: str, changes: Dict[str, Any]) -> str:
+    """Return a head with some fields set, or removed (None); the lines of all others stay as they are."""
+    fields: Dict[str, str] = {}
+    name, above = '', ''  # comments belong to the field that they stand above
+    for line in head.splitlines(keepends=True):
+        if re.match(r'[^\s#-][^:]*:', line):
+            name = line.partition(':')[0].strip('"\'')
+            fields[name] = above + line
+            above = ''
+        elif line.strip() and not line.startswith('#'):
+            fields[name] = fields.get(name, '') + above + line
+            above = ''
+        else:
+            above += line
+    for name, value in changes.items():
+        if value is None:
+            fields.pop(name, None)
+        else:
+            fields[name] = yaml.safe_dump({name: value}, sort_keys=False, allow_unicode=True, width=1000)
+    return ''.join(field if field.endswith('\n') else f'{field}\n' for field in fields.values()) + above
+
+
+def set_field(card: str, name: str, value: Any) -> str:
+    """Return a card with a field of its head set, or removed (None); nothing else is changed.
+
+    Raises:
+        ValueError: for a card whose head is not valid YAML.
+    """
+    check_card(card)
+    head, text = _split(card)
+    if head is None:
+        return card if value is None else f'---\n{_edited("", {name: value})}---\n{card}'
+    return f'---\n{_edited(head, {name: value})}---\n{text}'
+
+
+def set_source(card: str, source: str) -> str:
+    """Return a card whose snippet, where this package wrote it, loads the model by another name."""
+    return OURS.sub(
+        lambda block: re.sub(
+            r"create_model\('(local-dir|hf-hub):[^']*'", lambda _: f"create_model('{source}'", block.group(0)
+        ),
+        card,
+    )

@@ -1,0 +1,293 @@
+"""A checkpoint file of any layout -> a folder that timm loads and `push` sends.
+
+last.pth.tar, R26_S_32.npz, pytorch_model.bin, hf-hub:me/name -> `convert` -> folder/{model.safetensors, config.json,
+README.md}. What the file and its neighbours say (architecture, classes, size, preprocessing) is used; the caller says
+the rest, and whatever he says counts.
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import re
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
+
+import timm
+from timm.data import resolve_input_data_config
+from timm.layers import to_2tuple
+from timm.models import PretrainedCfg, get_arch_pretrained_cfgs, get_model_input_config, split_model_name_tag
+from timm.utils import natural_key
+
+from ..checks import Size as ImageSize
+from ..checks import conform, show
+from ..data import DATA_FIELDS, check_data_config
+from ..labels import normalise_label_names
+from ..models.base import Hybrid
+from ..models.loading import assign_, fill_buffers_
+from ..weights.checkpoints import checkpoint_files, read_checkpoint
+from ..weights.checksums import check_once
+from ..weights.comparison import add_batch_counts, check_dtypes, check_keys
+from ..weights.downloads import hub_file
+from ..weights.files import CONFIG_NAME
+from ..weights.layouts import StateDict, convert_layout, find_layout
+from ..weights.sources import hub_weights, local_weights
+from .cards import render_card
+from .saving import save
+
+PREPROCESSOR_NAME = 'preprocessor_config.json'  # of transformers
+PRETRAINED_FIELDS = {field.name for field in dataclasses.fields(PretrainedCfg)}
+RESAMPLING = {0: 'nearest', 1: 'lanczos', 2: 'bilinear', 3: 'bicubic'}  # PIL's numbers, which transformers writes
+
+
+def convert(
+    source: Union[str, Path],
+    folder: Union[str, Path],
+    model: Optional[str] = None,
+    label_names: Optional[Sequence[str]] = None,
+    img_size: Union[None, int, Tuple[int, int]] = None,
+    use_ema: bool = True,
+    model_kwargs: Optional[Dict[str, Any]] = None,
+) -> Path:
+    """Turn a checkpoint into a folder that `timm.create_model('local-dir:<folder>', pretrained=True)` loads.
+
+    Args:
+        source: A file, a folder with one (or with shards and their index), or 'hf-hub:owner/name': timm's training
+            checkpoints, timm's, Google's (npz), Hugging Face's ViTHybrid weights, Conformer's of its authors or of
+            mmpretrain.
+        folder: Where to.
+        model: Architecture; by default what the checkpoint says, else the hybrid whose tensors these are.
+        label_names: Names of the classes, by index, or a dict of them by index; by default those that stand beside
+            the checkpoint, if any.
+        img_size: Height and width that it was trained at; by default what the checkpoint says or its table shows.
+        use_ema: Take averaged weights, where the checkpoint has them.
+        model_kwargs: Further arguments of the model, as for `timm.create_model`.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: where the architecture can't be told, the file is no checkpoint, or label_names are not as many
+            as its classes.
+        RuntimeError: for missing or unexpected keys, wrong shapes and dtypes.
+        OSError: for a damaged file.
+    """
+    if img_size is not None:
+        img_size = conform('img_size', img_size, ImageSize)
+    path, config, preprocessor = _find(str(source))
+    for file in checkpoint_files(path):
+        check_once(file)
+    weights, about = read_checkpoint(path, use_ema)
+    layout = find_layout(weights)
+    state_dict = convert_layout(weights)
+    args = _settings(path, about)
+    name, kwargs = _architecture(model, args, about, config, state_dict)
+    kwargs.update(model_kwargs or {})
+    trained_size = img_size or _trained_size(args, config)
+    _add_shapes(name, kwargs, state_dict, img_size, trained_size)
+
+    built = _on_meta(name, **kwargs)
+    state_dict = add_batch_counts(state_dict, built)
+    check_dtypes(state_dict, built)
+    check_keys(state_dict, built)
+    if label_names is None:
+        label_names = _label_names(args, config, built.num_classes)
+    else:
+        label_names = normalise_label_names(label_names, built.num_classes)
+    assign_(built, state_dict)
+    fill_buffers_(built)
+    data = _data_config(built, trained_size, args, config, preprocessor)
+    card = render_card(
+        built,
+        model_name=Path(folder).resolve().name,
+        description=f'Converted from `{path.name}` ({layout.name} layout) by `timm-vitres convert`.',
+        recipe=_recipe(args, about),
+        source=f'local-dir:{folder}',
+        label_names=label_names or (),
+        data_config=data,
+        license=built.pretrained_cfg.get('license') if layout.name != 'timm' else None,
+    )
+    return save(built, folder, label_names, data, card)
+
+
+def _find(source: str) -> Tuple[Path, Dict[str, Any], Dict[str, Any]]:
+    """Return the weights, and what config.json and preprocessor_config.json beside them say."""
+    found: List[Dict[str, Any]] = []
+    hub_id = source.removeprefix('hf-hub:') if source.startswith('hf-hub:') else None
+    path = hub_weights(hub_id) if hub_id else local_weights(source.removeprefix('local-dir:'))
+    for name in (CONFIG_NAME, PREPROCESSOR_NAME):
+        beside = path.with_name(name)
+        if hub_id:
+            with suppress(FileNotFoundError):  # not every repository has both
+                beside = hub_file(hub_id, (name,))
+        found.append(_read_json(beside) if beside.is_file() else {})
+    return path, _nested(found[0]), found[1]
+
+
+def _read_json(path: Path) -> Dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding='utf-8-sig'))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f'{path} is no JSON ({error}); mend it, or take it away.') from error
+    if not isinstance(found, dict):
+        raise ValueError(
+            f'{path} holds {type(found).__name__}, expected an object with names; mend it, or take it away.'
+        )
+    for name in ('model_args', 'pretrained_cfg'):
+        if not isinstance(found.get(name) or {}, dict):
+            raise ValueError(f'{path}: {name}: got {show(found[name])}, expected names with values.')
+    return found
+
+
+def _nested(config: Dict[str, Any]) -> Dict[str, Any]:
+    """Return what a config.json says in timm's present form; its older one has the pretrained cfg at its top."""
+    if 'architecture' not in config or config.get('pretrained_cfg'):
+        return config
+    names = config.get('label_names') or config.get('labels')
+    return {
+        **config,
+        'pretrained_cfg': {key: config[key] for key in config.keys() & PRETRAINED_FIELDS},
+        'label_names': names,
+    }
+
+
+def _settings(path: Path, about: Dict[str, Any]) -> Dict[str, Any]:
+    """Return the settings in a checkpoint of a training run; ValueError, naming them, where they are none."""
+    args = about.get('args') or {}
+    args = vars(args) if isinstance(args, argparse.Namespace) else args
+    if not isinstance(args, dict):
+        raise ValueError(f'{path}: args: got {show(args)}, expected the settings of a training run.')
+    if not isinstance(args.get('model_kwargs') or {}, dict):
+        raise ValueError(f'{path}: model_kwargs: got {show(args["model_kwargs"])}, expected names with values.')
+    # where timm's train.py was told nothing, it says None or ''
+    check_data_config(str(path), {name: args[name] for name in DATA_FIELDS if args.get(name)})
+    return dict(args)
+
+
+def _architecture(
+    model: Optional[str], args: Dict[str, Any], about: Dict[str, Any], config: Dict[str, Any], state_dict: StateDict
+) -> Tuple[str, Dict[str, Any]]:
+    """Return the architecture's name and the arguments that go with it."""
+    kwargs = dict(args.get('model_kwargs') or config.get('model_args') or {})
+    if args.get('gp'):
+        kwargs['global_pool'] = args['gp']
+    told = model or about.get('arch') or args.get('model') or config.get('architecture')
+    if told:
+        name = split_model_name_tag(str(told).rpartition(':')[2].rpartition('/')[2])[0]
+        for family in Hybrid.families:
+            for pattern, ours in family.foreign_names.items():
+                if re.fullmatch(pattern, name):
+                    return ours, kwargs
+        if not timm.is_model(name):
+            raise ValueError(f'model: got {told!r}, which timm does not know; give one of timm.list_models().')
+        return name, kwargs
+    candidates = [name for family in Hybrid.families for name in family.variants if not name.startswith('test_')]
+    for name in candidates:
+        kwargs = {}
+        try:
+            _add_shapes(name, kwargs, state_dict)
+            built = _on_meta(name, **kwargs)
+            check_keys(add_batch_counts(state_dict, built), built)
+        except (RuntimeError, ValueError):
+            continue
+        return name, kwargs
+    raise ValueError(
+        f'model: not given, and the checkpoint has the tensors of none of {", ".join(candidates)}; say which '
+        f'architecture it is, and give its further arguments as model_kwargs.'
+    )
+
+
+def _on_meta(name: str, **kwargs: Any) -> Hybrid:
+    try:
+        model = timm.create_model(name, **kwargs, device='meta')
+    except TypeError as error:
+        raise TypeError(f'model: {name!r} does not take these arguments ({error}).') from error
+    if not isinstance(model, Hybrid):
+        raise ValueError(f"model: got '{name}', which is none of timm-vitres; see timm.list_models('vitresnet*').")
+    return model
+
+
+def _add_shapes(
+    name: str, kwargs: Dict[str, Any], state_dict: StateDict, img_size: Any = None, trained_size: Any = None
+) -> None:
+    """Add to a model's arguments what the shapes in a checkpoint say: classes, channels, and the size of its table.
+
+    That need not be the size it was trained at: timm's train.py has images of another size with --img-size, while the
+    table stays what it was. A table is never resampled here. Where several sizes have as many tokens as the table, the
+    caller's `img_size` comes first, then what the model was built with.
+    """
+    model = _on_meta(name, **kwargs)
+    head = state_dict.get(model.head_keys()[0])
+    kwargs.setdefault('num_classes', 0 if head is None else len(head))
+    first_conv = state_dict.get(f'{model.first_conv}.weight')
+    if first_conv is not None and first_conv.ndim == 4:
+        kwargs['in_chans'] = int(first_conv.shape[1])
+    table = state_dict.get('pos_embed')
+    if table is None or table.ndim != 3 or not hasattr(model, 'pos_embed'):  # the parallel family has none
+        return
+    num_tokens = table.shape[1] - (0 if model.no_embed_class else model.num_prefix_tokens)
+    for size in (img_size, kwargs.get('img_size'), trained_size):
+        if size is not None and math.prod(model.patch_embed.dynamic_feat_size(to_2tuple(size))) == num_tokens:
+            kwargs['img_size'] = size
+            return
+    side = math.isqrt(max(num_tokens, 0))
+    if side == 0 or side * side != num_tokens:
+        raise ValueError(
+            f'img_size: not given, and the {num_tokens} position embeddings of the checkpoint are no square grid; say '
+            f'which height and width they are for.'
+        )
+    kwargs['img_size'] = side * int(model.patch_embed.feat_ratio())
+
+
+def _trained_size(args: Dict[str, Any], config: Dict[str, Any]) -> Any:
+    """Return the size that timm's train.py, timm's config.json or that of transformers names, if one does."""
+    size = args.get('img_size') or (args['input_size'][-2:] if args.get('input_size') else None)
+    cfg, built = config.get('pretrained_cfg') or {}, (config.get('model_args') or {}).get('img_size')
+    told = cfg.get('input_size') and cfg['input_size'][-2:]
+    size = size or ((built or told) if cfg.get('fixed_input_size') else (told or built)) or config.get('image_size')
+    return tuple(size) if isinstance(size, list) else size
+
+
+def _label_names(args: Dict[str, Any], config: Dict[str, Any], num_classes: int) -> Optional[List[str]]:
+    """Return the names of the classes: of the config.json beside, or of the folders of images, if they are here."""
+    names = config.get('label_names') or (config.get('pretrained_cfg') or {}).get('label_names')
+    names = names or config.get('id2label')
+    folder = args.get('data_dir') or args.get('data')
+    if not names and folder and not args.get('class_map'):
+        split = Path(folder) / (args.get('train_split') or 'train')
+        root = split if split.is_dir() else Path(folder)
+        if root.is_dir():  # in timm's order
+            names = sorted((child.name for child in root.iterdir() if child.is_dir()), key=natural_key)
+    return normalise_label_names(names, num_classes) if names and len(names) == num_classes else None
+
+
+def _data_config(
+    model: Hybrid, trained_size: Any, args: Dict[str, Any], config: Dict[str, Any], preprocessor: Dict[str, Any]
+) -> Dict[str, Any]:
+    """Return how images were prepared: as the checkpoint or its neighbours say, else as published weights want."""
+    channels, *size = get_model_input_config(model)['input_size']
+    input_size = (channels, *(to_2tuple(trained_size) if trained_size else size))
+    cfgs = get_arch_pretrained_cfgs(model.pretrained_cfg['architecture']).values()
+    published = [cfg.to_dict() for cfg in cfgs if tuple(cfg.input_size[-2:]) == tuple(input_size[-2:])]
+    told: Dict[str, Any] = dict(published[0] if published else model.pretrained_cfg)  # pyright: ignore
+    told.update(check_data_config(CONFIG_NAME, config.get('pretrained_cfg') or {}), input_size=input_size)
+    if preprocessor:
+        told['crop_pct'] = 1.0
+        told.update(
+            {key: tuple(preprocessor[f'image_{key}']) for key in ('mean', 'std') if preprocessor.get(f'image_{key}')}
+        )
+        told['interpolation'] = RESAMPLING.get(preprocessor.get('resample', 3), 'bicubic')
+    asked = {
+        key: value for key, value in args.items() if key not in ('img_size', 'input_size', 'in_chans', 'model_kwargs')
+    }
+    return resolve_input_data_config(model, args=asked, pretrained_cfg=told)
+
+
+def _recipe(args: Dict[str, Any], about: Dict[str, Any]) -> str:
+    if not args:
+        return 'Not told by the checkpoint.'
+    told = ('model', 'epochs', 'batch_size', 'opt', 'lr', 'weight_decay', 'sched', 'layer_decay', 'drop_path', 'seed')
+    settings = ', '.join(f'{key}={args[key]}' for key in told if args.get(key) is not None)
+    metric = f'{args.get("eval_metric", "metric")} {about["metric"]:.2f}' if about.get('metric') else 'no metric'
+    return f"A run of timm's train.py ({settings}); it recorded epoch {about.get('epoch', 'unknown')}, {metric}."

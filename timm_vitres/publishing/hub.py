@@ -1,0 +1,305 @@
+"""A model's folder as a Hub repository: pushed, verified.
+
+folder -> `push` -> repository, one commit, its checksums compared -> timm.create_model('hf-hub:me/name')
+"""
+
+import tempfile
+from pathlib import Path
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple, TypeVar, Union
+
+import timm
+from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, constants
+from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.hf_api import RepoFile
+from timm.models import PretrainedCfg, get_pretrained_cfg, parse_model_name
+from torch import nn
+
+from ..weights.checkpoints import checkpoint_files
+from ..weights.checksums import SHA256_FIELD, check, git_sha1, hash_in_name, published_sha256, sha256
+from ..weights.downloads import is_transient, retrying
+from ..weights.files import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME
+from ..weights.sources import find_weights
+from .cards import merge_cards, read_card, render_card, set_field, set_source
+from .config_file import read_config
+from .model_folder import locked
+from .saving import save
+
+# beside weights, config and card: how the training went
+EXTRA_NAMES = ('curves.png', 'summary.csv')
+Result = TypeVar('Result')
+
+
+def check_folder(folder: Path) -> nn.Module:
+    """Return the model that a folder holds, loaded as a user will load it.
+
+    Raises:
+        ValueError: where it can't be; the message says why.
+    """
+    for name in (WEIGHTS_NAME, CONFIG_NAME):
+        if not (folder / name).is_file():
+            raise ValueError(
+                f'{folder}: has no {name}; `timm_vitres.save` or `timm-vitres convert` make a folder that is complete.'
+            )
+    try:
+        read_config(folder)
+        return timm.create_model(f'local-dir:{folder}', pretrained=True)
+    except Exception as error:  # whatever is wrong with it, it must not go to the Hub
+        raise ValueError(f'{folder}: is not pushed, since it does not load: {error}') from error
+
+
+def push_files(folder: Path) -> List[Path]:
+    """Return the files of a folder that `push` sends: weights, config, card, and how the training went."""
+    names = (WEIGHTS_NAME, CONFIG_NAME, CARD_NAME, *EXTRA_NAMES)
+    return [folder / name for name in names if (folder / name).is_file()]
+
+
+def push(
+    model: Union[nn.Module, str, Path],
+    repo_id: str,
+    revision: Optional[str] = None,
+    private: Optional[bool] = None,
+    token: Optional[str] = None,
+    commit_message: str = 'Upload model with timm-vitres',
+    label_names: Union[None, Sequence[str], Dict[Any, str]] = None,
+    data_config: Optional[Dict[str, Any]] = None,
+    card: Optional[str] = None,
+) -> str:
+    """Push a model to the Hub, as safetensors, in one commit, so that nobody ever sees half of it.
+
+    The repository is created if it is missing; a card that is there is brought up to date, not replaced. What the Hub
+    then says it has is compared with what was sent. After a failure the same call completes what is missing.
+
+    Args:
+        model: A model made by `timm.create_model`, or a folder that holds one (`save`, `finetune`, `convert`).
+        repo_id: 'owner/name'.
+        revision: Branch to commit to, created if it is missing; 'main' by default.
+        private: Whether a new repository is private; by default what the owner's settings say.
+        token: By default the one that `hf auth login` stored, or HF_TOKEN.
+        label_names, data_config, card: Of a model, as in `save`; a folder has its own.
+
+    Returns:
+        The commit's address.
+
+    Raises:
+        ValueError: for a model or folder that would not load again.
+        RuntimeError: where the Hub refuses, can't be reached, or has got something else than was sent.
+    """
+    if isinstance(model, nn.Module):
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = save(model, temporary, label_names, data_config, card)
+            return push(folder, repo_id, revision, private, token, commit_message)
+    folder = Path(model)
+    if label_names is not None or data_config is not None or card is not None:
+        raise ValueError('label_names, data_config, card: go with a model; a folder has its own.')
+    if not folder.is_dir():
+        raise ValueError(f'{folder}: there is no such folder.')
+    with locked(folder):  # what a killed writer left is completed first, and nobody changes what is being sent
+        return _push_folder(folder, repo_id, revision, private, token, commit_message)
+
+
+def _push_folder(
+    folder: Path, repo_id: str, revision: Optional[str], private: Optional[bool], token: Optional[str], message: str
+) -> str:
+    loaded = check_folder(folder)
+    card = read_card(folder / CARD_NAME)  # a card that is no card is found before anything is created
+    digest = check(folder / WEIGHTS_NAME)
+    api = HfApi(token=token, library_name='timm-vitres')
+
+    def ask(what: str, function: Callable[[], Result]) -> Result:
+        return _ask(what, repo_id, function)
+
+    repo_id = ask('create the repository', lambda: api.create_repo(repo_id, private=private, exist_ok=True)).repo_id
+    if revision is not None:
+        branch = revision
+        ask('create the branch', lambda: api.create_branch(repo_id, branch=branch, exist_ok=True))
+    if card is None:
+        card = _plain_card(loaded, repo_id)
+    text = set_field(set_source(card, _name(repo_id, revision)), SHA256_FIELD, digest)
+    for attempt in range(3):
+        try:
+            commit, sent = _commit(api, repo_id, revision, folder, text, message)
+            break
+        except RuntimeError as error:
+            # someone else committed in between: what they wrote into the card is to be kept, too
+            if getattr(getattr(error.__cause__, 'response', None), 'status_code', None) != 412 or attempt == 2:
+                raise
+    ask('compare checksums', lambda: _compare(api, repo_id, commit.oid, sent))
+    return commit.commit_url
+
+
+def _commit(
+    api: HfApi, repo_id: str, revision: Optional[str], folder: Path, card: str, message: str
+) -> Tuple[CommitInfo, Dict[str, Union[Path, bytes]]]:
+    """Send a folder's files and a card, merged with the one that is there, in one commit; return what was sent, too."""
+    parent = _ask('look at the repository', repo_id, lambda: api.repo_info(repo_id, revision=revision)).sha
+    old = _ask('read its card', repo_id, lambda: _read_card(api, repo_id, parent))
+    sent: Dict[str, Union[Path, bytes]] = {path.name: path for path in push_files(folder)}
+    sent[CARD_NAME] = (merge_cards(old, card) if old else card).encode()
+
+    def commit() -> CommitInfo:
+        operations = [CommitOperationAdd(name, file) for name, file in sent.items()]  # each is used once
+        return api.create_commit(repo_id, operations, commit_message=message, revision=revision, parent_commit=parent)
+
+    return _ask('commit', repo_id, commit), sent
+
+
+def _name(repo_id: str, revision: Optional[str]) -> str:
+    return f'hf-hub:{repo_id}' + (f'@{revision}' if revision else '')
+
+
+def _plain_card(model: nn.Module, repo_id: str) -> str:
+    architecture = model.pretrained_cfg['architecture']
+    return render_card(
+        model,
+        model_name=repo_id.rpartition('/')[2],
+        description=f'A `{architecture}` for timm, pushed with timm-vitres.',
+        recipe='Not told.',
+        source=_name(repo_id, None),
+        label_names=model.pretrained_cfg.get('label_names') or (),
+    )
+
+
+def _read_card(api: HfApi, repo_id: str, revision: Optional[str]) -> Optional[str]:
+    with tempfile.TemporaryDirectory() as temporary:
+        try:
+            path = api.hf_hub_download(repo_id, CARD_NAME, revision=revision, cache_dir=temporary)
+        except EntryNotFoundError:
+            return None
+        return read_card(Path(path))
+
+
+def _compare(api: HfApi, repo_id: str, revision: str, sent: Dict[str, Union[Path, bytes]]) -> None:
+    """Raise RuntimeError unless the Hub has what was sent, by its own checksums."""
+    entries = api.get_paths_info(repo_id, list(sent), revision=revision)
+    remote = {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
+    with tempfile.TemporaryDirectory() as temporary:
+        for name, file in sent.items():
+            path = file if isinstance(file, Path) else Path(temporary) / name
+            if isinstance(file, bytes):
+                path.write_bytes(file)
+            found, own = _checksums(remote.get(name), path)
+            if found != own:
+                raise RuntimeError(
+                    f'{repo_id}: {name} on the Hub has the checksum {found}, not {own}: it is not what was sent. '
+                    f'Push it again.'
+                )
+
+
+def _checksums(entry: Optional[RepoFile], path: Path, known: Optional[str] = None) -> Tuple[Optional[str], str]:
+    """Return the checksum that the Hub has of a file (None: no such file), and the same of a local one.
+
+    `known` is the sha256 of the local file, where it was computed before.
+    """
+    if entry is None or entry.lfs is None:
+        return (entry.blob_id if entry else None), git_sha1(path)
+    return entry.lfs.sha256, known or sha256(path)
+
+
+def _ask(what: str, repo_id: str, function: Callable[[], Result]) -> Result:
+    """Call a function that speaks to the Hub, with retries, and turn what goes wrong into one sentence."""
+    try:
+        return retrying(function)
+    except Exception as error:
+        # of a file that could not be uploaded, the client's error is a RuntimeError, made of the true one
+        cause = error.__cause__ if type(error) is RuntimeError and error.__cause__ else error
+        status = getattr(getattr(cause, 'response', None), 'status_code', None)
+        if isinstance(cause, RepositoryNotFoundError):
+            reason = 'there is no such repository, or the token may not see it (log in with `hf auth login`)'
+        elif status == 401:
+            reason = 'the Hub does not know the token; log in with `hf auth login`, or set HF_TOKEN'
+        elif status == 403:
+            reason = 'the token has no right to do so; it must be one with write access to that repository'
+        elif status == 412:
+            reason = 'someone else committed meanwhile; push again'
+        elif is_transient(cause):
+            again = 'run the same again later: what has arrived is not sent twice, and nobody sees half of it'
+            reason = f'the Hub does not answer as it should ({_short(cause)}); {again}'
+        elif isinstance(cause, OSError):  # what else the Hub refuses, and a file that can't be read
+            reason = _short(cause)
+        else:
+            raise
+        raise RuntimeError(f'{repo_id}: could not {what}: {reason}.') from error
+
+
+def _short(error: BaseException) -> str:
+    return (str(error).strip().partition('\n')[0] or type(error).__name__).rstrip('.')
+
+
+class Verification(NamedTuple):
+    """What `verify` found."""
+
+    file: Path
+    sha256: str
+    published_by: Optional[str]  # who says that this is right: 'the Hub', 'the cache', 'its folder'; None: nobody
+
+
+def verify(
+    name: str,
+    repo_id: Optional[str] = None,
+    cache_dir: Union[None, str, Path] = None,
+    token: Optional[str] = None,
+) -> Verification:
+    """Hash a model's weights and compare them with what was published.
+
+    Args:
+        name: 'vitresnet_small.<tag>', 'hf-hub:owner/name', 'local-dir:<folder>', or the path of a file or folder.
+            Weights that are not in the cache are downloaded.
+        repo_id: Hub repository ('owner/name' or 'owner/name@revision') to compare a local file with.
+
+    Returns:
+        The file, its sha256 and who published it.
+
+    Raises:
+        OSError: where the file is not the one that was published, or damaged.
+        RuntimeError: where the name names no weights, or `repo_id` can't be asked.
+    """
+    cfg = _pretrained_cfg(name)
+    path = find_weights(cfg, cache_dir)
+    in_name = hash_in_name(path.name) if cfg.url and not (cfg.file or cfg.hf_hub_id) else None
+    for shard in checkpoint_files(path):
+        if shard != path:  # which is then their index
+            check(shard)
+    actual = check(path, in_name)
+    hub_id = repo_id or (cfg.hf_hub_id if cfg.source != 'local-dir' and not cfg.file else None)
+    if hub_id and not constants.HF_HUB_OFFLINE:
+        repository, _, revision = hub_id.partition('@')
+        if repo_id is None and path.parent.parent.name == 'snapshots':
+            revision = path.parent.name  # the commit that it was downloaded from
+        api = HfApi(token=token, library_name='timm-vitres')
+        try:
+            entries = _ask(
+                'ask for its checksums',
+                repository,
+                lambda: api.get_paths_info(repository, [path.name], revision=revision or None),
+            )
+        except RuntimeError:
+            if repo_id is not None:
+                raise
+            entries = None  # the cache knows, too
+        if entries is not None:
+            found, own = _checksums(next((e for e in entries if isinstance(e, RepoFile)), None), path, actual)
+            if found != own:
+                raise OSError(
+                    f'{path}: its checksum is {own}, but that of {path.name} in {hub_id} is {found}: it is damaged, '
+                    f'or another version.'
+                )
+            return Verification(path, actual, 'the Hub')
+    if in_name:
+        return Verification(path, actual, f'the name in its address (it begins with {in_name})')
+    if published_sha256(path):
+        return Verification(path, actual, 'the cache' if path.is_symlink() else 'its folder')
+    return Verification(path, actual, None)
+
+
+def _pretrained_cfg(name: str) -> PretrainedCfg:
+    if Path(name).exists():
+        return PretrainedCfg(file=name)
+    source, model_id = parse_model_name(name)
+    if source == 'hf-hub':
+        return PretrainedCfg(hf_hub_id=model_id, source=source)
+    if source == 'local-dir':
+        return PretrainedCfg(file=model_id, source=source)
+    cfg = get_pretrained_cfg(model_id, allow_unregistered=False)
+    if cfg is None:
+        raise RuntimeError(f"{name}: timm knows no such model; see timm.list_models('vitresnet*', pretrained=True).")
+    return cfg

@@ -1,0 +1,201 @@
+"""A model's folder: written by one process at a time, its model replaced whole or not at all.
+
+weights, config.json, card -> `replace_model`: a hidden folder inside, complete and on the disk -> named by the weights'
+sha256 -> its files renamed into place, one after the other. A kill anywhere leaves the old model or the new one.
+"""
+
+import json
+import logging
+import os
+import re
+import secrets
+import shutil
+import threading
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Dict, Iterator, Mapping, Optional, Tuple
+
+import torch
+
+from ..weights.checksums import SHA256_FIELD, remember
+from ..weights.files import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME, write_safetensors
+from ..writing import TEMPORARY, sync
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+_logger = logging.getLogger(__name__)
+_READY = re.compile(re.escape(TEMPORARY) + '[0-9a-f]{64}')
+# (device, inode) of the folders that this process holds -> the thread that does, the descriptor that is locked
+_held: Dict[Tuple[int, int], Tuple[int, int]] = {}
+
+
+def _close_in_child() -> None:
+    """Let a forked loader process hold no lock, or the folder would stay locked until it ends, too."""
+    for _, descriptor in _held.values():
+        if descriptor >= 0:
+            os.close(descriptor)
+    _held.clear()
+
+
+if hasattr(os, 'register_at_fork'):
+    os.register_at_fork(after_in_child=_close_in_child)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold a folder, made if it is missing, alone, and finish or clear what a killed writer left in it.
+
+    The lock is the operating system's, so it ends with the process; a thread that holds it may take it again.
+
+    Raises:
+        OSError: at once, where another process or thread holds the folder, or it can't be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f'{folder}: is no folder, and can not be made one ({error.strerror}).') from error
+    status = folder.stat()
+    key = (status.st_dev, status.st_ino)
+    if _held.get(key, (None,))[0] == threading.get_ident():
+        yield
+        return
+    descriptor = _lock(folder)
+    _held[key] = (threading.get_ident(), descriptor)
+    try:
+        _recover(folder)
+        yield
+    finally:
+        _held.pop(key, None)
+        if descriptor >= 0:
+            os.close(descriptor)
+
+
+def _lock(folder: Path) -> int:
+    """Return a descriptor of a folder that is locked; -1 where the system, or its file system, knows no such locks."""
+    if fcntl is None:
+        return -1
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise OSError(f'{folder}: is being written by another process; wait for it, or name another folder.') from None
+    except OSError as error:  # some network file systems
+        os.close(descriptor)
+        _logger.warning('%s: can not be locked (%s); let one process at a time write to it.', folder, error)
+        return -1
+    return descriptor
+
+
+def _recover(folder: Path) -> None:
+    """Finish what a killed writer had begun to put in place, remove what else it left. The caller holds the lock."""
+    for path in folder.glob(f'{TEMPORARY}*'):
+        if not path.is_dir() or path.is_symlink():
+            path.unlink(missing_ok=True)
+            continue
+        begun = not (path / WEIGHTS_NAME).exists() or not (path / CONFIG_NAME).exists()
+        if _READY.fullmatch(path.name) and (begun or not (folder / CONFIG_NAME).exists()):
+            _move(path, folder)
+        else:
+            shutil.rmtree(path)
+
+
+def _move(ready: Path, folder: Path, config_first: bool = True) -> None:
+    names = (CONFIG_NAME, WEIGHTS_NAME) if config_first else (WEIGHTS_NAME, CONFIG_NAME)
+    for name in (*names, CARD_NAME):
+        if (ready / name).exists():
+            os.replace(ready / name, folder / name)
+    ready.rmdir()
+
+
+def replace_model(
+    folder: Path,
+    tensors: Mapping[str, torch.Tensor],
+    config: Dict[str, Any],
+    card: Optional[bytes],
+    finds_pending: bool,
+) -> None:
+    """Replace the model in a folder. The caller holds the lock.
+
+    A model of this package finds its new weights wherever they are once config.json has its place, so that one is
+    renamed first. timm's own loader reads `model.safetensors` alone: where the config changes by more than the sha256,
+    the old one goes first, and a kill in between leaves a folder that is refused rather than one that is mixed; the
+    next writer completes it.
+
+    Args:
+        folder: Where; whatever else is in it stays.
+        config: Of config.json, without the sha256 of the weights, which is added.
+        card: README.md, whose head is told the sha256 if it tells one; None leaves the one that is there.
+        finds_pending: Whether the model's loader looks for weights with the sha256 that config.json tells.
+
+    Raises:
+        OSError: where writing fails; the old model stays.
+    """
+    _recover(folder)  # if the last replacement failed in this very process, which may hold the lock ever since
+    stage = folder / f'{TEMPORARY}{secrets.token_hex(8)}'
+    try:
+        for name in (WEIGHTS_NAME, CONFIG_NAME, CARD_NAME):
+            if (folder / name).is_dir():
+                raise OSError(f'{name} is a folder')
+        stage.mkdir()
+        digest = write_safetensors(tensors, stage / WEIGHTS_NAME)
+        text = json.dumps(_told(config, digest), indent=2, allow_nan=False) + '\n'
+        (stage / CONFIG_NAME).write_text(text, encoding='utf-8')
+        if card is not None:
+            (stage / CARD_NAME).write_bytes(with_sha256(card, digest))
+        for path in stage.iterdir():
+            sync(path)
+        ready = folder / f'{TEMPORARY}{digest}'
+        os.replace(stage, ready)
+    except (OSError, RuntimeError) as error:  # torch has errors of its own for memory that runs out
+        shutil.rmtree(stage, ignore_errors=True)
+        message = f'{folder / WEIGHTS_NAME} could not be written ({error}); the model that is there, if any, stays.'
+        raise OSError(message) from error
+    except BaseException:
+        shutil.rmtree(stage, ignore_errors=True)
+        raise
+    try:
+        if not finds_pending and _config(folder) not in (None, _untold(config)):
+            (folder / CONFIG_NAME).unlink()
+        _move(ready, folder, config_first=finds_pending)
+    except OSError as error:
+        raise OSError(f'{folder}: the new model could not take its place ({error}); save it again.') from error
+    remember(folder / WEIGHTS_NAME, digest)
+
+
+def _told(config: Dict[str, Any], digest: str) -> Dict[str, Any]:
+    """Return a config that tells the sha256 of the weights: at its top, and in what timm hands on of it to a loader."""
+    config = _untold(config)
+    cfg = config['pretrained_cfg']
+    return {
+        **config,
+        'pretrained_cfg': {**cfg, 'notes': [*cfg.get('notes', ()), f'{SHA256_FIELD}: {digest}']},
+        SHA256_FIELD: digest,
+    }
+
+
+def _untold(config: Dict[str, Any]) -> Dict[str, Any]:
+    cfg = dict(config.get('pretrained_cfg') or {})
+    notes = [note for note in cfg.pop('notes', None) or () if not str(note).startswith(f'{SHA256_FIELD}: ')]
+    config = {**config, 'pretrained_cfg': {**cfg, 'notes': notes} if notes else cfg}
+    config.pop(SHA256_FIELD, None)
+    return config
+
+
+def _config(folder: Path) -> Optional[Dict[str, Any]]:
+    """Return what a folder's config.json says but for the sha256; None where there is none that can be read."""
+    try:
+        config = json.loads((folder / CONFIG_NAME).read_text(encoding='utf-8'))
+    except (OSError, ValueError):
+        return None
+    return _untold(config) if isinstance(config, dict) else None
+
+
+def with_sha256(card: bytes, digest: str) -> bytes:
+    """Return a card whose head, if it tells a sha256 of the weights, tells this one; nothing else is changed."""
+    head, end, text = card.partition(b'\n---')
+    if not card.startswith(b'---') or not end:
+        return card
+    return re.sub(rf'(?m)^{SHA256_FIELD}:.*$'.encode(), f'{SHA256_FIELD}: {digest}'.encode(), head) + end + text

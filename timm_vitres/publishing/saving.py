@@ -1,0 +1,158 @@
+"""A model as a folder that timm loads: rendered and checked first, then put in place whole.
+
+model -> `save` -> folder/{model.safetensors, config.json, README.md} -> timm.create_model('local-dir:folder')
+"""
+
+import json
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any, Dict, Optional, Sequence, Tuple, Union
+
+import numpy as np
+import timm
+import torch
+from timm.models import get_model_args
+from timm.utils import unwrap_model
+from torch import nn
+
+from ..data import check_data_config
+from ..data import data_config as model_data_config
+from ..labels import normalise_label_names
+from ..models.base import Hybrid
+from ..timm_private import save_config_for_hf
+from ..weights.checksums import SHA256_FIELD
+from ..weights.files import CARD_NAME, CONFIG_NAME
+from .cards import OURS, check_card, merge_cards, read_card, set_field
+from .model_folder import locked, replace_model
+
+
+def save(
+    model: nn.Module,
+    folder: Union[str, Path],
+    label_names: Union[None, Sequence[str], Dict[Any, str]] = None,
+    data_config: Optional[Dict[str, Any]] = None,
+    card: Optional[str] = None,
+) -> Path:
+    """Save a timm model as a folder that `timm.create_model('local-dir:<folder>', pretrained=True)` loads.
+
+    Everything is rendered and checked before a file of the folder is touched; a kill at any moment leaves the old model
+    or the new one. The model may be mapped from the very file that is replaced.
+
+    Args:
+        model: A model made by `timm.create_model`; wrappers (torch.compile, DDP, timm's ModelEma) are taken off.
+        folder: Where; created if missing. Its files of the same names are replaced.
+        label_names: Names of the classes, by index; kept from the model's cfg where it has them.
+        data_config: Preprocessing that the weights were trained with; by default the model's own.
+        card: Text of README.md; by default no card is written, and one that is there keeps its text. Of two cards of
+            this package, what stands outside of its marks in the old one stays. Its head is told the sha256 of the
+            weights, as config.json is.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: where label_names are not as many as the model's classes, data_config or card are impossible, the
+            model is no timm model, or it was changed (folded, quantised, pruned) so that `timm.create_model` would not
+            build it.
+        OSError: where writing fails, or another process writes to the folder; its last good model stays.
+    """
+    folder, model = Path(folder), unwrap_model(model)
+    if not hasattr(model, 'pretrained_cfg') or not hasattr(model, 'num_classes'):
+        raise ValueError(
+            f'model: got {type(model).__name__}, expected a model made by timm.create_model without features_only.'
+        )
+    if getattr(model, 'folded', False):
+        raise ValueError('model: it is folded for inference; save the model that it was folded from.')
+    config = render_config(model, label_names, data_config)
+    check_unchanged(model, config)
+    if card is not None:
+        check_card(card, 'card')
+    with locked(folder):
+        text = _card(folder, card)
+        replace_model(folder, model.state_dict(), config, text, finds_pending=isinstance(model, Hybrid))
+    return folder
+
+
+def _card(folder: Path, card: Optional[str]) -> Optional[bytes]:
+    """Return what README.md shall be, its sha256 still to be filled in; None where it stays as it is."""
+    path = folder / CARD_NAME
+    if card is None:
+        old = path.read_bytes() if path.is_file() else b''
+        return old if f'{SHA256_FIELD}:'.encode() in old.partition(b'\n---')[0] else None
+    old = read_card(path) if path.is_file() else None
+    if old is not None and OURS.search(old) and OURS.search(card):
+        card = merge_cards(old, card)
+    return set_field(card, SHA256_FIELD, 64 * '0').encode()
+
+
+def render_config(
+    model: nn.Module,
+    label_names: Union[None, Sequence[str], Dict[Any, str]] = None,
+    data_config: Optional[Dict[str, Any]] = None,
+) -> Dict[str, Any]:
+    """Return what config.json says of a model, in plain values that JSON holds.
+
+    Raises:
+        ValueError: for what it can't say; the message names the argument.
+    """
+    names = label_names if label_names is not None else _own_label_names(model)
+    names = normalise_label_names(names, model.num_classes) if names is not None else None
+    data_config = check_data_config('data_config', data_config) if data_config else model_data_config(model)
+    model_config = {'label_names': names} if names else None
+    with tempfile.TemporaryDirectory() as temporary:
+        path = Path(temporary) / CONFIG_NAME
+        # numbers of NumPy become plain; a class, which JSON can't hold, is left for timm to refuse by name
+        args = {name: _item(value) for name, value in get_model_args(model).items()}
+        save_config_for_hf(model, str(path), model_config, model_args=args, data_config=data_config)
+        config = json.loads(path.read_text(encoding='utf-8'))
+    # config.json says these at its top; transformers passes num_classes on from there, too, and would meet it twice
+    config.get('model_args', {}).pop('num_classes', None)
+    config['pretrained_cfg'].pop('label_names', None)
+    return config
+
+
+def _item(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return tuple(_item(one) for one in value)
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def _own_label_names(model: nn.Module) -> Any:
+    names = model.pretrained_cfg.get('label_names')
+    return names if names is not None and len(names) == model.num_classes else None
+
+
+def check_unchanged(model: nn.Module, config: Dict[str, Any]) -> None:
+    """Raise ValueError unless `timm.create_model`, given this config.json, builds these very tensors."""
+    own = model.state_dict()
+    built, kinds = _built(config)
+    changed = sorted(own.keys() ^ built.keys())
+    for key in own.keys() & built.keys():
+        same = type(own[key]) is torch.Tensor and own[key].shape == built[key].shape
+        if not same or own[key].is_floating_point() != built[key].is_floating_point():
+            changed.append(key)
+    modules = dict(model.named_modules())
+    # a folded layer may keep its names and shapes
+    changed += [name for name, kind in kinds.items() if type(modules.get(name)) is not kind]
+    if changed:
+        raise ValueError(
+            f"model: is not what timm.create_model('{config['architecture']}', ...) builds, so it could not be loaded "
+            f'again: it was changed for inference (folded, quantised, pruned), or by hand, in '
+            f'{", ".join(changed[:5])}{" and more" if len(changed) > 5 else ""}. Save the model that was trained.'
+        )
+
+
+def _built(config: Dict[str, Any]) -> Tuple[Dict[str, torch.Tensor], Dict[str, type]]:
+    """Return the tensors, and the classes of the layers, of the model that timm builds from a config.json."""
+    with tempfile.TemporaryDirectory() as temporary:
+        text = json.dumps(config, allow_nan=False)
+        (Path(temporary) / CONFIG_NAME).write_text(text, encoding='utf-8')
+        try:
+            with torch.device('meta'), warnings.catch_warnings():
+                warnings.simplefilter('ignore')
+                twin = timm.create_model(f'local-dir:{temporary}')
+        except (RuntimeError, NotImplementedError, ValueError):  # some of timm's models can't be built there
+            twin = timm.create_model(f'local-dir:{temporary}')
+    layers = {name: type(module) for name, module in twin.named_modules() if isinstance(module, (nn.Conv2d, nn.Linear))}
+    return twin.state_dict(), layers

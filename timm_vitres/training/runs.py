@@ -1,0 +1,204 @@
+"""A run's folder: where a run may begin, what it was started with, and how it goes on.
+
+settings, file lists -> `Record` -> folder/run.json, before the first step -> `Record.resumed` -> the same settings.
+"""
+
+import dataclasses
+import hashlib
+import json
+import logging
+import os
+import tempfile
+import uuid
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Collection, Dict, Iterator, List, Optional
+
+import timm
+import torch
+
+from .. import __version__
+from ..checks import plain
+from ..publishing.model_folder import locked
+from ..writing import replacing
+from .datasets import FOLDER_NAMES
+from .settings import FinetuneCfg
+
+_logger = logging.getLogger(__name__)
+RECORD_NAME = 'run.json'
+CHECKPOINT_NAME = 'last.pth.tar'
+CHANGEABLE = ('epochs', 'workers', 'device', 'validation_batch_size', 'data_dir')
+_PLACES = ('output', 'resume')  # where a run lies is no part of what it is
+
+
+@contextmanager
+def run_folder(cfg: FinetuneCfg, given: Collection[str]) -> Iterator[Path]:
+    """Hold the folder of a run alone: a new or empty one, or, to resume, that of a run.
+
+    A folder that is made here, and left empty, goes away again.
+
+    Args:
+        given: Names of the settings that were given, rather than left at their default.
+
+    Raises:
+        ValueError, OSError: for a folder that the run must not, or can't, write to; FileNotFoundError where no run is.
+    """
+    if cfg.resume:
+        folder = _resumed_folder(cfg, given)
+        with locked(folder):
+            yield folder
+        return
+    folder = Path(cfg.output)
+    _check_place(cfg, folder)
+    is_new = not folder.exists()
+    try:
+        with locked(folder):
+            _check_empty(cfg, folder)
+            _check_writable(folder)
+            yield folder
+    finally:
+        if is_new and folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
+
+
+def _resumed_folder(cfg: FinetuneCfg, given: Collection[str]) -> Path:
+    if cfg.resume is True:
+        folder = Path(cfg.output)
+    else:
+        folder = Path(str(cfg.resume))
+        folder = folder.parent if folder.name in (CHECKPOINT_NAME, RECORD_NAME) else folder
+    if not (folder / RECORD_NAME).is_file():
+        raise FileNotFoundError(f'resume: {folder} has no {RECORD_NAME}, so there is no run to go on with.')
+    if 'output' in given and Path(cfg.output).resolve() != folder.resolve():
+        raise ValueError(f'output: got {cfg.output}, but the run in {folder} goes on there; leave output out.')
+    return folder
+
+
+def _check_place(cfg: FinetuneCfg, folder: Path) -> None:
+    if os.path.lexists(folder) and not folder.is_dir():
+        raise ValueError(f'output: {folder} is no folder; name a new one.')
+    source = cfg.model.partition('local-dir:')[2]
+    if source and _is_inside(Path(source), folder):
+        raise ValueError(f'output: {folder} holds the model that the run starts from ({cfg.model}); name a new folder.')
+    if cfg.data_dir and cfg.dataset.lower() in FOLDER_NAMES and _is_inside(folder, Path(cfg.data_dir)):
+        raise ValueError(f'output: {folder} lies in the data folder {cfg.data_dir}, as a class would; name another.')
+
+
+def _is_inside(path: Path, folder: Path) -> bool:
+    return path.resolve().is_relative_to(folder.resolve())
+
+
+def _check_empty(cfg: FinetuneCfg, folder: Path) -> None:
+    names = sorted(path.name for path in folder.iterdir())
+    if RECORD_NAME in names:
+        raise ValueError(f'output: {folder} holds a run already; go on with --resume, or name another folder.')
+    if names:
+        shown = ', '.join(names[:3]) + (', ...' if len(names) > 3 else '')
+        raise ValueError(f'output: {folder} is not empty (it holds {shown}); name a new folder.')
+
+
+def _check_writable(folder: Path) -> None:
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(4096))
+    except OSError as error:
+        raise OSError(f'output: {folder} can not be written to ({error.strerror}); name another folder.') from error
+
+
+def _versions() -> Dict[str, str]:
+    return {'timm-vitres': __version__, 'torch': torch.__version__, 'timm': timm.__version__}
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a run was started with, as its folder tells it; the card is rendered from this."""
+
+    cfg: FinetuneCfg
+    data: Dict[str, Any]  # what `Data.record` returns: class names, a description, both file lists
+    data_config: Dict[str, Any]  # timm's: input_size, mean, std, ...
+    autotuned: Optional[Dict[str, bool]] = None
+    id: str = dataclasses.field(default_factory=lambda: uuid.uuid4().hex)
+    versions: Dict[str, str] = dataclasses.field(default_factory=_versions)
+
+    @property
+    def label_names(self) -> List[str]:
+        """The names of the classes, by index."""
+        return self.data['label_names']
+
+    @property
+    def trained_cfg(self) -> FinetuneCfg:
+        """The settings with what autotune chose."""
+        return dataclasses.replace(self.cfg, **(self.autotuned or {}))
+
+    def write(self, folder: Path) -> None:
+        """Write it into the folder of the run."""
+        settings = dataclasses.asdict(self.cfg)
+        if self.cfg.data_dir and os.path.exists(self.cfg.data_dir):  # found from another working directory, too
+            settings['data_dir'] = os.path.abspath(self.cfg.data_dir)
+        for name in _PLACES:
+            del settings[name]
+        content = dict(
+            id=self.id,
+            versions=self.versions,
+            settings=settings,
+            autotuned=self.autotuned,
+            data_config=self.data_config,
+            data=self.data,
+        )
+        content['sha256'] = _digest(content)
+        lines = [f'{json.dumps(name)}: {json.dumps(value)}' for name, value in content.items()]
+        with replacing(folder / RECORD_NAME) as path:
+            path.write_text('{\n' + ',\n'.join(lines) + '\n}\n')
+
+    @classmethod
+    def read(cls, folder: Path) -> 'Record':
+        """Read what `write` wrote; ValueError for anything else."""
+        path = folder / RECORD_NAME
+        try:
+            content = json.loads(path.read_text(encoding='utf-8'))
+            told = content.pop('sha256')
+        except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+            raise ValueError(f'resume: {path} is not the record of a run ({error}).') from error
+        if told != _digest(content):
+            raise ValueError(f'resume: {path} was changed after the run wrote it, so nobody can say what the run is.')
+        try:
+            cfg = FinetuneCfg(**content.pop('settings'), output=str(folder))
+            return cls(cfg=cfg, **{**content, 'data_config': plain('data_config', content['data_config'])})
+        except (TypeError, ValueError, KeyError) as error:
+            raise ValueError(f'resume: {path} is of a run of another version of timm-vitres ({error}).') from error
+
+    def resumed(self, cfg: FinetuneCfg, given: Collection[str]) -> 'Record':
+        """Return the record with those of the given settings that may change.
+
+        Raises:
+            ValueError: for any other that contradicts it.
+        """
+        changes, refused = {}, []
+        for name in sorted(set(given) - set(_PLACES)):
+            new, old = getattr(cfg, name), getattr(self.cfg, name)
+            if name == 'data_dir' and new and old:
+                new = os.path.abspath(new)
+            if new == old:
+                continue
+            if name not in CHANGEABLE or (name == 'epochs' and new < old):
+                refused.append(f'{name}: got {new!r}, but the run in {self.cfg.output} was started with {old!r}')
+            changes[name] = new
+        if refused:
+            raise ValueError(
+                f'{"; ".join(refused)}. A run goes on as it was started; only epochs (upward), workers, device, '
+                f'validation_batch_size and data_dir may be given anew.'
+            )
+        if self.versions != _versions():
+            versions = [', '.join(f'{k} {v}' for k, v in each.items()) for each in (self.versions, _versions())]
+            _logger.warning('resume: the run was started with %s; now it goes on with %s.', *versions)
+        return dataclasses.replace(self, cfg=dataclasses.replace(self.cfg, **changes))
+
+
+def given_settings(cfg: FinetuneCfg) -> List[str]:
+    """Return the names of the settings that are not at their default."""
+    return [field.name for field in dataclasses.fields(cfg) if getattr(cfg, field.name) != field.default]
+
+
+def _digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,219 @@
+"""Settings of a fine-tuning run: what the command line offers, what each may be, and what a run remembers of them."""
+
+import dataclasses
+import math
+import numbers
+import os
+import typing
+from dataclasses import dataclass
+from typing import Any, Dict, Optional, Tuple, Union
+
+import numpy as np
+
+from ..checks import plain
+
+SCHEDULES = ('cosine', 'tanh', 'step', 'multistep', 'poly', 'wsd', 'rsqrt', 'constant', 'none')
+INTERPOLATIONS = ('bilinear', 'bicubic', 'nearest', 'box', 'hamming', 'lanczos')
+MAX_BATCH = 2**20
+MAX_COUNT = 2**31 - 1  # the sum of two such is a seed that numpy takes
+
+
+def _option(default: Any, help: str, **kwargs: Any) -> Any:
+    """A field that the command line shows as a flag with this help.
+
+    Args:
+        kwargs: What argparse takes (nargs, type, choices), and what every number must keep to: low, high (these are
+            allowed), above, below (these are not); `lengths` are how many numbers there may be.
+    """
+    return dataclasses.field(default=default, metadata=dict(help=help, **kwargs))
+
+
+@dataclass(frozen=True)
+class FinetuneCfg:
+    """Settings of a fine-tuning run; the names are those of timm's train.py where it has them.
+
+    Raises:
+        ValueError, TypeError: for a setting that no run can have; the message names it and says what is allowed.
+    """
+
+    # Data
+    data_dir: Optional[str] = _option(None, 'image folder: one sub-folder per class, or train/ and val/ with those')
+    dataset: str = _option('', "any name that timm's create_dataset takes, e.g. torch/cifar10; '' is an image folder")
+    dataset_download: bool = _option(False, 'let the dataset download itself')
+    train_split: str = _option('train', 'name of the training split')
+    val_split: str = _option('validation', "name of the validation split; '' takes val_frac of the training split")
+    val_frac: float = _option(
+        0.2, 'part of each class held out for validation where no validation split is given', above=0, below=1
+    )
+    skip_bad: bool = _option(False, 'leave unreadable images out instead of failing')
+    no_check: bool = _option(False, 'do not open every image before training (a bad one then ends the run)')
+    # Model
+    model: str = _option('vitresnet_small', "a timm model's name, or local-dir:<folder>, or hf-hub:<id>")
+    pretrained: bool = _option(False, 'start from pretrained weights')
+    model_kwargs: Optional[Dict[str, Any]] = _option(None, 'further arguments of the model: name=value', nargs='*')
+    img_size: Union[None, int, Tuple[int, ...]] = _option(
+        None, 'image size, one number or height and width', nargs='+', type=int, low=1, high=2**14, lengths=(1, 2)
+    )
+    in_chans: Optional[int] = _option(None, 'image channels: 1 or 3', type=int, low=1)
+    drop: Optional[float] = _option(None, 'dropout rate of the classifier', type=float, low=0, below=1)
+    drop_path: Optional[float] = _option(None, 'stochastic depth rate', type=float, low=0, below=1)
+    mean: Optional[Tuple[float, ...]] = _option(
+        None, "mean of normalisation; the model's", nargs='+', type=float, low=0, high=1, lengths=(1, 3, 4)
+    )
+    std: Optional[Tuple[float, ...]] = _option(
+        None, "deviation of normalisation; the model's", nargs='+', type=float, low=1e-3, high=1e3, lengths=(1, 3, 4)
+    )
+    interpolation: Optional[str] = _option(None, "resize interpolation; the model's", type=str, choices=INTERPOLATIONS)
+    crop_pct: Optional[float] = _option(None, "centre crop in validation; the model's", type=float, low=0.1, high=2)
+    head_loss: str = _option(
+        'sum',
+        'loss of a model with two heads: on the sum of their logits, on both (the mean of two losses), or on one head, '
+        'the other being set to zero',
+        choices=('sum', 'both', 'resnet', 'vit'),
+    )
+    # Optimisation
+    epochs: int = _option(10, 'epochs to train', low=1, high=MAX_COUNT)
+    batch_size: int = _option(32, 'images a step', low=1, high=MAX_BATCH)
+    validation_batch_size: Optional[int] = _option(
+        None, 'images a step in validation; batch_size', type=int, low=1, high=MAX_BATCH
+    )
+    opt: str = _option('adamw', 'optimizer')
+    lr: float = _option(5e-4, 'learning rate', above=0)
+    weight_decay: float = _option(0.05, 'weight decay', low=0)
+    layer_decay: Optional[float] = _option(None, 'layer-wise learning rate decay', type=float, above=0, high=1)
+    clip_grad: Optional[float] = _option(None, 'gradient norm to clip at', type=float, above=0)
+    sched: str = _option('cosine', 'learning rate schedule', choices=SCHEDULES)
+    warmup_epochs: float = _option(1.0, 'epochs of warm-up', low=0, high=MAX_COUNT)
+    warmup_lr: float = _option(1e-5, 'learning rate that warm-up begins with', low=0)
+    min_lr: float = _option(1e-6, 'learning rate that the schedule ends with', low=0)
+    balance_classes: bool = _option(False, 'weight the loss by inverse class frequency')
+    # Augmentation
+    no_aug: bool = _option(False, 'no augmentation')
+    scale: Tuple[float, ...] = _option(
+        (0.35, 1.0), 'random resized crop: range of area', nargs=2, type=float, above=0, high=1, lengths=(2,)
+    )
+    ratio: Tuple[float, ...] = _option(
+        (0.75, 4 / 3), 'random resized crop: range of aspect ratio', nargs=2, type=float, above=0, lengths=(2,)
+    )
+    hflip: float = _option(0.5, 'probability of a horizontal flip', low=0, high=1)
+    vflip: float = _option(0.0, 'probability of a vertical flip', low=0, high=1)
+    color_jitter: float = _option(0.4, 'colour jitter', low=0, high=10)
+    aa: Optional[str] = _option(None, 'AutoAugment policy, e.g. rand-m9-mstd0.5-inc1', type=str)
+    reprob: float = _option(0.0, 'random erasing probability', low=0, high=1)
+    mixup: float = _option(0.0, 'mixup alpha', low=0, high=100)
+    cutmix: float = _option(0.0, 'cutmix alpha', low=0, high=100)
+    smoothing: float = _option(0.1, 'label smoothing', low=0, below=1)
+    # The run
+    output: str = _option('output', 'folder of the run and its model: a new or an empty one')
+    resume: Union[None, bool, str] = _option(
+        None,
+        "go on with the run in output, or in PATH, by that run's own settings; only epochs (upward), workers, device, "
+        'validation-batch-size and data-dir (the same images in another place) may be given anew',
+    )
+    eval_metric: str = _option('top1', 'what the best epoch is chosen by', choices=('top1', 'balanced', 'loss'))
+    device: str = _option('', 'torch device; the accelerator if there is one, else cpu')
+    amp: bool = _option(False, 'mixed precision')
+    amp_dtype: str = _option('bfloat16', 'mixed precision dtype', choices=('bfloat16', 'float16'))
+    channels_last: bool = _option(False, 'channels-last memory format')
+    autotune: bool = _option(
+        False, 'time training steps with and without amp and channels_last, and train with what is fastest here'
+    )
+    workers: int = _option(2, 'loader processes', low=0, high=1024)
+    seed: int = _option(42, 'random seed', low=0, high=MAX_COUNT)
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value = _checked(field.name, getattr(self, field.name), KINDS[field.name], field.metadata)
+            object.__setattr__(self, field.name, value)
+        if self.resume == '':
+            raise ValueError("resume: got '', expected the folder of a run.")
+        if not self.resume:  # a run that goes on is checked when its record has said the rest
+            self._check_together()
+
+    def _check_together(self) -> None:
+        for name in ('scale', 'ratio'):
+            low, high = getattr(self, name)
+            if low > high:
+                raise ValueError(f'{name}: got {(low, high)}, expected the smaller number first.')
+        if self.min_lr > self.lr:
+            raise ValueError(f'min_lr: got {self.min_lr:g}, expected at most lr, which is {self.lr:g}.')
+        if (self.mixup or self.cutmix) and self.batch_size % 2:
+            raise ValueError(f'batch_size: got {self.batch_size}, but mixup and cutmix want an even number.')
+        if not self.output:
+            raise ValueError("output: got '', expected the name of a folder.")
+        if not self.data_dir and not self.dataset:
+            raise ValueError('data_dir: no folder given; give an image folder, or the name of a dataset.')
+
+
+# name of a setting -> the types that it may have
+KINDS: Dict[str, Tuple[Any, ...]] = {
+    name: typing.get_args(hint) if typing.get_origin(hint) is Union else (hint,)
+    for name, hint in typing.get_type_hints(FinetuneCfg).items()
+}
+
+
+def kind_of(name: str) -> type:
+    """Return the type that one value of a setting has: bool, int, float, str or dict."""
+    kinds = [kind for kind in KINDS[name] if kind is not type(None)]
+    return next((kind for kind in kinds if kind in (bool, int, float, str)), None) or (
+        typing.get_args(kinds[0])[0] if typing.get_origin(kinds[0]) is tuple else dict
+    )
+
+
+def _checked(name: str, value: Any, kinds: Tuple[Any, ...], limits: typing.Mapping[str, Any]) -> Any:
+    """Return a value as the plain Python value that it stands for; ValueError or TypeError where it can't be one."""
+    if value is None and type(None) in kinds:
+        return None
+    origins = [typing.get_origin(kind) or kind for kind in kinds]
+    if bool in origins and isinstance(value, (bool, np.bool_)):
+        return bool(value)
+    if str in origins and isinstance(value, (str, os.PathLike)) and isinstance(os.fspath(value), str):
+        value = os.fspath(value)
+        if '\0' in value:
+            raise ValueError(f'{name}: got {value!r}, which holds a zero byte.')
+        if 'choices' in limits and value not in limits['choices']:
+            raise ValueError(f'{name}: got {value!r}, expected one of {", ".join(limits["choices"])}.')
+        return value
+    if dict in origins and isinstance(value, dict):
+        return plain(name, value)
+    if tuple in origins and isinstance(value, (list, tuple, np.ndarray)):
+        if len(value) not in limits['lengths']:
+            *others, last = map(str, limits['lengths'])
+            lengths = f'{", ".join(others)} or {last}' if others else last
+            raise ValueError(f'{name}: got {tuple(value)}, expected {lengths} numbers.')
+        return tuple(_number(name, one, kind_of(name), limits, value) for one in value)
+    if int in origins or float in origins:
+        return _number(name, value, kind_of(name), limits, value)
+    expected = dict(bool='True or False', str='text', dict='a dict of arguments', tuple='numbers')
+    what = ' or '.join(expected[kind.__name__] for kind in origins if kind.__name__ in expected)
+    raise TypeError(f'{name}: got {value!r}, expected {what}.')
+
+
+def _number(name: str, value: Any, kind: type, limits: typing.Mapping[str, Any], given: Any) -> Union[int, float]:
+    shown = repr(tuple(given) if isinstance(given, (list, np.ndarray)) else given)
+    shown = shown if len(shown) < 80 else f'{shown[:60]}...'
+    expected = f'a {"whole " if kind is int else "finite "}number{_range(limits)}'
+    wanted = numbers.Integral if kind is int else numbers.Real
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, wanted):
+        raise TypeError(f'{name}: got {shown}, expected {expected}.')
+    try:
+        number = kind(value)
+    except OverflowError:
+        number = math.inf
+    inside = (
+        math.isfinite(number)
+        and number >= limits.get('low', -math.inf)
+        and number <= limits.get('high', math.inf)
+        and number > limits.get('above', -math.inf)
+        and number < limits.get('below', math.inf)
+    )
+    if not inside:
+        raise ValueError(f'{name}: got {shown}, expected {expected}.')
+    return number
+
+
+def _range(limits: typing.Mapping[str, Any]) -> str:
+    """Return the limits in words: ' from 0 up', ' above 0, below 1', ' from 0 to 1'."""
+    words = dict(low='from {} up', above='above {}', high='to {}', below='below {}')
+    found = [text.format(limits[key]) for key, text in words.items() if key in limits]
+    return f' {", ".join(found)}'.replace(' up, to ', ' to ') if found else ''

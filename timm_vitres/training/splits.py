@@ -1,0 +1,137 @@
+"""What a run trains on and what it is validated on, how one set becomes two, and the record that brings both back."""
+
+from collections import Counter
+from numbers import Real
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
+
+import numpy as np
+from torch.utils.data import Dataset
+
+from ..data import open_image
+from ..folders import shown
+
+NAMED = 10  # paths that are named for one reason; there can be a text file beside each of a million images
+
+
+class Data(NamedTuple):
+    """What a run trains on."""
+
+    train: Dataset
+    val: Dataset
+    label_names: List[str]
+    counts: Optional[List[int]]  # training images of each class, where known
+    description: str
+    left_out: Dict[str, str]  # path -> reason
+    lists: Dict[str, Any]  # what `record` says of the two sets
+
+    @property
+    def skipped(self) -> List[str]:
+        """A sentence for each path that is left out; where many are for one reason, the last one counts the others."""
+        by_reason: Dict[str, List[str]] = {}
+        for path, reason in self.left_out.items():
+            by_reason.setdefault(reason, []).append(f'{shown(path)}: {reason}')
+        sentences: List[str] = []
+        for reason, named in by_reason.items():
+            sentences += named[:NAMED]
+            if len(named) > NAMED:
+                sentences.append(f'{len(named) - NAMED} more: {reason}')
+        return sentences
+
+    def record(self) -> Dict[str, Any]:
+        """Return what `load_data` needs to open the same images again, as plain values for JSON.
+
+        Returns:
+            label_names, description, train and validation. Of a folder, either set is a list of [path relative to
+            the data folder, class name, bytes]; of a named dataset it is a dict of its split, the count and a sha256
+            of its labels, and, where it is a part of the split, the indices of that part.
+        """
+        return {'label_names': self.label_names, 'description': self.description, **self.lists}
+
+
+def read_record(recorded: Dict[str, Any], kind: type) -> Dict[str, Any]:
+    """Return the two sets of a record; ValueError where it is none of an image folder (list) or a dataset (dict)."""
+    what = 'an image folder' if kind is list else 'a named dataset'
+    try:
+        sets = {name: recorded[name] for name in ('train', 'validation')}
+        labels, description = recorded['label_names'], recorded['description']
+    except (KeyError, TypeError) as error:
+        raise ValueError(f'recorded: the record of the images lacks {error}.') from None
+    good = isinstance(labels, list) and isinstance(description, str)
+    good = good and all(isinstance(value, kind) for value in sets.values())
+    if good and kind is list:
+        known = {str(label) for label in labels}
+        files = [file for value in sets.values() for file in value]
+        good = all(isinstance(file, (list, tuple)) and len(file) == 3 for file in files)
+        good = good and all(isinstance(name, str) and label in known for name, label, _ in files)
+        good = good and not any(name.startswith('/') or '..' in name.split('/') for name, _, _ in files)
+    if not good:
+        raise ValueError(f'recorded: the run was not on {what}, or its record of the images is damaged.')
+    return sets
+
+
+def class_counts(targets: List[int], num_classes: int) -> List[int]:
+    """Return how many there are of each class index."""
+    counter = Counter(targets)
+    return [counter[index] for index in range(num_classes)]
+
+
+def class_names(dataset: Dataset) -> List[str]:
+    """Return the class names of a dataset with one of timm's readers, by index; none where it names none."""
+    class_to_idx = getattr(getattr(dataset, 'reader', None), 'class_to_idx', None) or {}
+    return sorted(class_to_idx, key=class_to_idx.__getitem__)
+
+
+class Subset(Dataset):
+    """Some images of a map-style dataset in a PIL mode, with a transform of their own.
+
+    The dataset returns PIL images; `transform` is set by timm's `create_loader`.
+    """
+
+    def __init__(self, dataset: Dataset, indices: Sequence[int], mode: str = 'RGB'):
+        self.dataset = dataset
+        self.indices = list(indices)
+        self.mode = mode
+        self.transform: Optional[Callable] = None
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int):
+        image, target = self.dataset[self.indices[index]]
+        try:
+            image = open_image(image, self.mode)
+        except ValueError as error:  # an image of a named dataset has no path that could name it
+            raise ValueError(f'dataset: image {self.indices[index]}: {error}') from error
+        return image if self.transform is None else self.transform(image), target
+
+
+def check_fraction(fraction: float, seed: int) -> None:
+    """Raise ValueError for a fraction or a seed that nothing can be split by."""
+    if not isinstance(fraction, Real) or not 0 < fraction < 1:
+        raise ValueError(f'val_frac: got {fraction}, expected a fraction between 0 and 1.')
+    if seed < 0:
+        raise ValueError(f'seed: got {seed}, expected 0 or more.')
+
+
+def stratified_split(
+    targets: Sequence[int], fraction: float, seed: int = 0, names: Sequence[str] = ()
+) -> Tuple[List[int], List[int]]:
+    """Split indices into two parts, class by class: the second holds `fraction` of each, and at least one.
+
+    Raises:
+        ValueError: for a fraction outside (0, 1), a seed below 0, or a class of fewer than two.
+    """
+    check_fraction(fraction, seed)
+    generator = np.random.default_rng(seed)
+    labels = np.asarray(targets)
+    first: List[int] = []
+    second: List[int] = []
+    for target, count in sorted(Counter(labels.tolist()).items()):
+        if count < 2:
+            name = repr(names[target]) if names else target
+            raise ValueError(f'val_frac: class {name} has {count} image, which cannot be split in two; add some.')
+        indices = generator.permutation(np.flatnonzero(labels == target)).tolist()
+        cut = min(max(round(count * fraction), 1), count - 1)
+        second += indices[:cut]
+        first += indices[cut:]
+    return sorted(first), sorted(second)

@@ -1,0 +1,283 @@
+"""Checkpoints of any container and layout -> a state dict of ours (the serial family's is timm's), ready for a model.
+
+file -> `read_checkpoint` (safetensors, torch, npz, known by its first bytes; shards by their index) -> `convert_layout`
+(see `layouts`) -> `checkpoint_filter_fn` (compared with the model, tables resampled).
+Nothing in a checkpoint is run, and nothing in it is left out silently.
+"""
+
+import argparse
+import json
+import math
+import os
+import pickle
+import pickletools
+import re
+import zipfile
+from collections import Counter
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, Dict, Iterator, List, Optional, Tuple
+
+import numpy as np
+import safetensors.torch
+import torch
+
+from .files import ALIGNMENT
+from .layouts import WRAPPERS, StateDict
+
+MMAP_VARIABLE = 'TIMM_VITRES_MMAP'
+# what Hugging Face's libraries put beside the shards of a checkpoint: which of them has which tensor
+INDEX_NAMES = ('model.safetensors.index.json', 'pytorch_model.bin.index.json')
+DEFLATE_RATIO = 1032  # zip's usual compression makes nothing smaller than by this factor
+
+
+class NoCheckpointError(ValueError):
+    """Why a file is not read as a checkpoint: it holds something else than weights, or more."""
+
+
+def read_checkpoint(path: Path, use_ema: bool = True, mmap: Optional[bool] = None) -> Tuple[StateDict, Dict[str, Any]]:
+    """Return the state dict in a file, in the file's own layout, and what else a training checkpoint says.
+
+    Every tensor has its memory to itself, whatever they shared in the file.
+
+    Args:
+        path: The file, or the index of a checkpoint in shards.
+        use_ema: Take the averaged weights of a training checkpoint, where it has them.
+        mmap: Whether the tensors of safetensors files are mapped into memory: they are read when they are used, and
+            never written back. By default what `is_mapped` says.
+
+    Raises:
+        OSError: for a damaged file, and shards that do not match their index.
+        ValueError: for a file that is no checkpoint, or one that holds more than weights and plain values, which
+            could run code.
+    """
+    mmap = is_mapped(mmap)
+    if path.name.endswith(INDEX_NAMES):
+        return _read_shards(path, mmap), {}
+    return _read_file(path, use_ema, mmap)
+
+
+def is_mapped(mmap: Optional[bool] = None) -> bool:
+    """Return whether weights are mapped: as asked, else as TIMM_VITRES_MMAP says, else wherever files can be replaced.
+
+    Raises:
+        ValueError: for anything but True or False, and 0 or 1 in the variable.
+    """
+    if mmap is None:
+        told = os.environ.get(MMAP_VARIABLE, '')
+        if told not in ('', '0', '1'):
+            raise ValueError(f'{MMAP_VARIABLE}: got {told!r}, expected 0 (read weights) or 1 (map them into memory).')
+        return told == '1' if told else os.name != 'nt'  # where a file that is mapped can't be replaced
+    if not isinstance(mmap, bool):
+        raise ValueError(f'mmap: got {mmap!r:.80}, expected True or False.')
+    return mmap
+
+
+def checkpoint_files(path: Path) -> List[Path]:
+    """Return the files that hold the tensors of a checkpoint: itself, or the shards that it names as an index."""
+    if not path.name.endswith(INDEX_NAMES):
+        return [path]
+    return [path.with_name(name) for name in dict.fromkeys(_read_index(path).values())]
+
+
+def _read_index(path: Path) -> Dict[str, str]:
+    with _damage(path):
+        index = json.loads(path.read_text(encoding='utf-8'))
+    shards = index.get('weight_map') if isinstance(index, dict) else None
+    if not isinstance(shards, dict) or not shards or not all(isinstance(name, str) for name in shards.values()):
+        raise NoCheckpointError(f'{path} is no index of shards: it has no "weight_map" with the shard of each tensor.')
+    outside = [name for name in shards.values() if Path(name).name != name or name.endswith(INDEX_NAMES)]
+    if outside:
+        raise NoCheckpointError(f'{path} names {outside[0]!r} as a shard, expected the name of a file beside it.')
+    return shards
+
+
+def _read_shards(path: Path, mmap: bool) -> StateDict:
+    index = _read_index(path)
+    result: StateDict = {}
+    for shard in checkpoint_files(path):
+        if not shard.is_file():
+            raise FileNotFoundError(f'{shard} is missing: {path.name} beside it says that it holds tensors.')
+        tensors, _ = _read_file(shard, True, mmap)
+        for name in tensors:
+            if index.get(name) != shard.name:
+                told = f'in {index[name]}' if name in index else 'in no shard'
+                raise OSError(
+                    f'{shard} holds {name}, which is {told} as {path.name} says: they do not belong together.'
+                )
+        result.update(tensors)
+    missing = sorted(index.keys() - result.keys())
+    if missing:
+        raise OSError(f'{path} says that {index[missing[0]]} holds {missing[0]}, but it does not: it is another file.')
+    return result
+
+
+@contextmanager
+def _damage(path: Path) -> Iterator[None]:
+    """Turn whatever a reader raises into one OSError: on damaged bytes it can be any kind, and none is documented."""
+    try:
+        yield
+    except NoCheckpointError:
+        raise
+    except PermissionError as error:
+        raise PermissionError(f'{path} could not be opened: {error.strerror or error}.') from error
+    except Exception as error:
+        raise OSError(f'{path} is damaged or incomplete ({_first_line(error)}).') from error
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip().partition('\n')[0][:200].rstrip('.')
+    return text if ' ' in text else f'{type(error).__name__} {text}'.strip()  # as of a KeyError
+
+
+def _read_file(path: Path, use_ema: bool, mmap: bool) -> Tuple[StateDict, Dict[str, Any]]:
+    if path.is_dir():
+        raise NoCheckpointError(f'{path} is a folder, expected a file.')
+    if path.exists() and not path.is_file():  # opening a pipe would wait for a writer
+        raise NoCheckpointError(f'{path} is no regular file.')
+    if not path.exists():
+        raise FileNotFoundError(f'{path}: there is no such file.')
+    with _damage(path):
+        with path.open('rb') as file:
+            start = file.read(9)
+        if start[8:] == b'{':
+            return _read_safetensors(path, mmap), {}
+        if start.startswith(b'PK'):
+            return _read_zip(path, use_ema)
+        if start.startswith(b'\x80'):
+            _check_old_torch(path)
+            return _unwrap(_read_torch(path), use_ema, path)
+    hint = ': it is a pointer of Git LFS, run `git lfs pull`' if start.startswith(b'version h') else ''
+    raise NoCheckpointError(f'{path} is no safetensors, torch or npz file{hint}. It begins with {start!r}.')
+
+
+def _read_safetensors(path: Path, mmap: bool) -> StateDict:
+    if mmap:
+        # see `write_safetensors`
+        tensors = safetensors.torch.load_file(path)
+        return {key: value.clone() if value.nbytes % ALIGNMENT else value for key, value in tensors.items()}
+    if os.name == 'nt':  # where safetensors has no other way
+        tensors = safetensors.torch.load(path.read_bytes())
+    else:
+        tensors = safetensors.torch.load_file(path, backend='pread')
+    aligned = {}
+    while tensors:  # one after the other, so that no more than one is there twice
+        key, value = tensors.popitem()
+        aligned[key] = value.clone() if value.data_ptr() % ALIGNMENT else value
+    return aligned
+
+
+def _read_zip(path: Path, use_ema: bool) -> Tuple[StateDict, Dict[str, Any]]:
+    with zipfile.ZipFile(path) as archive:
+        _check_archive(archive, path)
+        names = [Path(name).name for name in archive.namelist()]
+        size = sum(info.file_size for info in archive.infolist())
+        if any(name.endswith('.npy') for name in names):
+            return _read_npz(archive, path), {}
+    if 'constants.pkl' in names:
+        raise NoCheckpointError(f'{path} is a TorchScript archive, which holds code; save its state dict alone.')
+    if 'data.pkl' not in names:
+        raise NoCheckpointError(f'{path} is a zip archive without weights of torch or numpy.')
+    return _unwrap(_read_torch(path), use_ema, path, size)
+
+
+def _check_archive(archive: zipfile.ZipFile, path: Path) -> None:
+    """Raise where the directory of an archive promises more than the file can hold, before memory is asked for it."""
+    promised = 0
+    for info in archive.infolist():
+        if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise NoCheckpointError(f'{path}: {info.filename} in it is compressed in a way that no checkpoint is.')
+        promised += info.compress_size
+        most = info.compress_size * (DEFLATE_RATIO if info.compress_type == zipfile.ZIP_DEFLATED else 1)
+        if promised > path.stat().st_size or info.file_size > most:
+            raise OSError(f'{info.filename} would have {info.file_size} bytes, more than there are')
+
+
+def _read_npz(archive: zipfile.ZipFile, path: Path) -> StateDict:
+    result: StateDict = {}
+    for info in archive.infolist():
+        with archive.open(info) as file:
+            version = np.lib.format.read_magic(file)
+            read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+            shape, _, dtype = read_header[version](file)
+            if dtype.kind not in 'fiubc':
+                raise NoCheckpointError(
+                    f'{path}: {info.filename} in it has the dtype {dtype}, expected numbers (allow_pickle=False).'
+                )
+            size = math.prod(shape) * dtype.itemsize
+            if min(shape, default=0) < 0 or size != info.file_size - file.tell():
+                raise OSError(f'{info.filename} promises {size} bytes and has {info.file_size - file.tell()}')
+        with archive.open(info) as file:
+            array = np.lib.format.read_array(file, allow_pickle=False)
+        array = array.astype(dtype.newbyteorder('='), copy=False)
+        try:
+            result[info.filename.removesuffix('.npy')] = torch.from_numpy(array)
+        except TypeError:
+            raise NoCheckpointError(f'{path}: {info.filename} in it has the dtype {dtype}, unknown to torch.') from None
+    return result
+
+
+def _check_old_torch(path: Path) -> None:
+    """Raise where a file of torch's format before zip names a storage larger than itself: torch would allocate it."""
+    size = path.stat().st_size
+    with path.open('rb') as file, suppress(ValueError):  # what is no such file, torch refuses itself
+        for _ in range(4):  # a magic number, a version, the machine, and the checkpoint
+            number = 0
+            for opcode, argument, _ in pickletools.genops(file):
+                if opcode.name.startswith(('INT', 'LONG', 'BININT')):
+                    number = argument or 0
+                elif opcode.name == 'BINPERSID' and number > size:  # the last number is the storage's length
+                    raise OSError(f'it promises {number} numbers and has {size} bytes')
+
+
+def _read_torch(path: Path) -> Any:
+    # not mapped: torch.save writes into the file itself, under a live model's feet
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):  # the settings in timm's training checkpoints
+            return torch.load(path, map_location='cpu', weights_only=True)
+    except pickle.UnpicklingError as error:
+        found = re.search(r'(GLOBAL [\w.]+|Unsupported \w+ [\w.]+|Unsupported operand \d+)', str(error))
+        raise NoCheckpointError(
+            f'{path} was not opened: it holds Python objects besides weights and plain values, which could run code '
+            f'({found.group(1) if found else _first_line(error)}). Save its state dict alone, with safetensors.'
+        ) from error
+
+
+def _unwrap(checkpoint: Any, use_ema: bool, path: Path, size: Optional[int] = None) -> Tuple[StateDict, Dict[str, Any]]:
+    about: Dict[str, Any] = {}
+    for _ in range(len(WRAPPERS)):  # not for ever: a dict may hold itself
+        wrappers = [key for key in WRAPPERS if isinstance(checkpoint, dict) and isinstance(checkpoint.get(key), dict)]
+        wrappers = [key for key in wrappers if use_ema or not key.endswith('_ema')]
+        if not wrappers:
+            break
+        about = {**checkpoint, **about}
+        checkpoint = checkpoint[wrappers[0]]
+    if not isinstance(checkpoint, dict) or not all(
+        isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in checkpoint.items()
+    ):
+        raise NoCheckpointError(
+            f'{path} holds no state dict (names with tensors), alone or as {" or ".join(WRAPPERS)}.'
+        )
+    for key, value in checkpoint.items():
+        if value.layout != torch.strided or value.is_quantized or value.is_meta:
+            raise NoCheckpointError(f'{path}: {key} is quantised, sparse or empty, expected a plain tensor.')
+    about = {key: value for key, value in about.items() if key not in WRAPPERS}
+    return _independent(checkpoint, path.stat().st_size if size is None else size), about
+
+
+def _independent(state_dict: StateDict, size: int) -> StateDict:
+    """Return tensors that have their memory to themselves: what shares it would become one parameter of a model.
+
+    Args:
+        size: Bytes that there were to be read; some versions of torch make storages that end behind them.
+    """
+    storages = {value.untyped_storage().data_ptr(): value.untyped_storage().nbytes() for value in state_dict.values()}
+    if sum(storages.values()) > size:
+        raise OSError(f'its tensors would have {sum(storages.values())} bytes, more than there are')
+    uses = Counter(value.untyped_storage().data_ptr() for value in state_dict.values())
+    result: StateDict = {}
+    for key, value in state_dict.items():
+        storage = value.untyped_storage()
+        alone = uses[storage.data_ptr()] == 1 and storage.nbytes() == value.nbytes and value.is_contiguous()
+        result[key] = value.detach() if alone else value.detach().clone(memory_format=torch.contiguous_format)
+    return result

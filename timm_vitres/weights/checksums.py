@@ -1,0 +1,147 @@
+"""TODO."""
+
+import hashlib
+import json
+import os
+import re
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Sequence
+
+from huggingface_hub import constants
+
+from ..writing import TEMPORARY, replacing
+from .files import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME
+
+SHA256_FIELD = 'model_sha256'  # of config.json, which every load is compared with, and of a card's head
+
+
+def hash_in_name(name: str) -> Optional[str]:
+    """Return the beginning of a sha256 in a published file's name ('resnet18-5c106cde.pth'), if one is there."""
+    found = re.search(r'-(?=\d*[a-f])([0-9a-f]{8,64})\.', name)  # with a letter: a date is no hash
+    return found.group(1) if found else None
+
+
+def sha256(path: Path) -> str:
+    """Return a file's sha256, which is what the Hub calls a large file."""
+    return _digest(path, hashlib.sha256())
+
+
+def git_sha1(path: Path) -> str:
+    """Return the name that git, and so the Hub, gives to a small file."""
+    return _digest(path, hashlib.sha1(f'blob {path.stat().st_size}\0'.encode()))
+
+
+def _digest(path: Path, digest: Any) -> str:
+    with path.open('rb') as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def told_sha256(folder: Path) -> Optional[str]:
+    """Return what the sha256 of a folder's weights must be, as its config.json says, or else its card; None: nobody.
+
+    Raises:
+        OSError: where config.json says something that is none.
+    """
+    config: Any = None
+    with suppress(OSError, ValueError):
+        if (folder / CONFIG_NAME).is_file():  # opening a pipe would wait for a writer
+            config = json.loads((folder / CONFIG_NAME).read_text(encoding='utf-8'))
+    if isinstance(config, dict) and SHA256_FIELD in config:
+        told = config[SHA256_FIELD]
+        if not isinstance(told, str) or not re.fullmatch('[0-9a-f]{64}', told):
+            raise OSError(f'{folder / CONFIG_NAME} is damaged: its {SHA256_FIELD} is {told!r:.80}, no sha256.')
+        return told
+    with suppress(OSError):
+        head = (folder / CARD_NAME).read_text(encoding='utf-8', errors='replace').partition('\n---\n')[0]
+        found = re.search(rf'^{SHA256_FIELD}: *[\'"]?([0-9a-f]{{64}})\b', head, re.MULTILINE)
+        if found:
+            return found.group(1)
+    return None
+
+
+def check_noted(notes: Optional[Sequence[str]], folder: Path) -> None:
+    """Raise OSError where a config.json that was read before tells of other weights than the folder has by now."""
+    told = told_sha256(folder)
+    noted = [note.removeprefix(f'{SHA256_FIELD}: ') for note in notes or () if note.startswith(f'{SHA256_FIELD}: ')]
+    if noted and told and noted[-1] != told:
+        raise OSError(f'{folder}: its model was replaced while it was being read; load it again.')
+
+
+def published_sha256(path: Path) -> Optional[str]:
+    """Return what a file's sha256 must be, where something beside the file says it, else None.
+
+    In the Hub's cache a large file is called by it; a folder's config.json, or its card, tells that of
+    `model.safetensors`.
+    """
+    blob = Path(os.path.realpath(path))
+    if blob.parent.name == 'blobs' and re.fullmatch(r'[0-9a-f]{64}', blob.name):
+        return blob.name
+    if path.name != WEIGHTS_NAME:
+        return None
+    if re.fullmatch(rf'{re.escape(TEMPORARY)}[0-9a-f]{{64}}', path.parent.name):  # the folder is called by it
+        return path.parent.name.removeprefix(TEMPORARY)
+    return told_sha256(path.parent)
+
+
+def check(path: Path, published: Optional[str] = None) -> str:
+    """Return a file's sha256.
+
+    Args:
+        published: What it must be, or begin with; by default `published_sha256`.
+
+    Raises:
+        OSError: where it is not the published one.
+    """
+    actual, published = sha256(path), published or published_sha256(path)
+    if published and not actual.startswith(published):
+        remedy = 'Remove it and load again'
+        if Path(os.path.realpath(path)).parent.name == 'blobs':  # removing the link to it would not be enough
+            path = Path(os.path.realpath(path))
+        elif path.name == WEIGHTS_NAME:
+            remedy = f'Restore it, or, if you changed it on purpose, take {SHA256_FIELD} out of {CONFIG_NAME}'
+            remedy += f' and {CARD_NAME} beside it' if (path.parent / CARD_NAME).is_file() else ' beside it'
+        raise OSError(
+            f'{path} is damaged, or was changed after it was published: its sha256 is {actual}, not {published}. '
+            f'{remedy}.'
+        )
+    return actual
+
+
+def check_once(path: Path, published: Optional[str] = None) -> None:
+    """`check` a file if something says what it must be, and remember that it was, until it changes.
+
+    Raises:
+        OSError: where its sha256 is not the published one.
+    """
+    published = published or published_sha256(path)
+    if published is not None and _checked().get(os.path.realpath(path)) != _state(path, published):
+        check(path, published)
+        remember(path, published)
+
+
+def remember(path: Path, published: str) -> None:
+    """Remember that a file has the sha256 that it must have."""
+    memory = {known: state for known, state in _checked().items() if os.path.exists(known)}
+    memory[os.path.realpath(path)] = _state(path, published)
+    with suppress(OSError), replacing(_memory()) as beside:  # a home that can't be written to: checked again next time
+        beside.write_text(json.dumps(memory, indent=1))
+
+
+def _state(path: Path, published: str) -> List[Any]:
+    status = os.stat(path)
+    return [published, status.st_size, status.st_mtime_ns, status.st_ino]
+
+
+def _memory() -> Path:
+    return Path(constants.HF_HOME) / 'timm-vitres' / 'checked.json'
+
+
+def _checked() -> Dict[str, Any]:
+    try:
+        memory = json.loads(_memory().read_text())
+    except (OSError, ValueError):  # none yet, or not ours
+        return {}
+    return memory if isinstance(memory, dict) else {}

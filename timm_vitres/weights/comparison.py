@@ -1,0 +1,65 @@
+"""TODO."""
+
+from typing import Sequence
+
+import torch
+
+from .layouts import StateDict
+
+COMPLEX_DTYPES = (torch.complex32, torch.complex64, torch.complex128)
+FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def add_batch_counts(state_dict: StateDict, model: torch.nn.Module) -> StateDict:
+    """Return a state dict with a count of 0 for each BatchNorm that lacks it, as of old torch and other programs.
+
+    torch itself fills these counts in. Nothing but their own momentum of None makes use of them.
+    """
+    state_dict = dict(state_dict)
+    for key in model.state_dict():
+        if key.endswith('.num_batches_tracked') and key.replace('num_batches_tracked', 'running_var') in state_dict:
+            state_dict.setdefault(key, torch.tensor(0))
+    return state_dict
+
+
+def check_dtypes(state_dict: StateDict, model: torch.nn.Module) -> None:
+    """Raise RuntimeError that lists what would silently become other numbers: quantised, bool or complex weights.
+
+    Counts (integers in the model) may be floating-point numbers, as where a whole state dict was cast.
+    """
+    wrong = []
+    for key, own in model.state_dict().items():
+        value = state_dict.get(key)
+        if value is None or value.dtype in (own.dtype, *FLOAT_DTYPES):
+            continue
+        if own.is_floating_point() or value.dtype in (torch.bool, *COMPLEX_DTYPES):
+            wrong.append(f'{key} is {value.dtype} for {own.dtype}')
+    if wrong:
+        raise RuntimeError(
+            f'The checkpoint holds other numbers than weights ({_listed(wrong)}), which would not mean the same in '
+            f'the model; expected one of {", ".join(map(str, FLOAT_DTYPES))}.'
+        )
+
+
+def check_keys(state_dict: StateDict, model: torch.nn.Module, adaptable=()) -> None:
+    """Raise RuntimeError that lists missing keys, unexpected keys and wrong shapes, those in `adaptable` excepted."""
+    expected = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    missing = sorted(expected.keys() - state_dict.keys() - set(adaptable))
+    unexpected = sorted(state_dict.keys() - expected.keys() - set(adaptable))
+    wrong = [
+        f'{key} {tuple(state_dict[key].shape)} for {shape}'
+        for key, shape in expected.items()
+        if key in state_dict and key not in adaptable and tuple(state_dict[key].shape) != shape
+    ]
+    if missing or unexpected or wrong:
+        architecture = getattr(model, 'pretrained_cfg', {}).get('architecture', type(model).__name__)
+        raise RuntimeError(
+            f'The checkpoint is not one of {architecture} as it was asked for: '
+            f'missing keys: {_listed(missing)}; unexpected keys: {_listed(unexpected)}; '
+            f'wrong shapes: {_listed(wrong)}.'
+        )
+
+
+def _listed(keys: Sequence[str], limit: int = 20) -> str:
+    more = f' and {len(keys) - limit} more' if len(keys) > limit else ''
+    return (', '.join(keys[:limit]) or 'none') + more

@@ -1,0 +1,113 @@
+"""TODO."""
+
+import time
+from pathlib import Path
+from typing import Any, Callable, Dict, Optional, Sequence, TypeVar, Union
+from urllib.error import HTTPError, URLError
+from urllib.parse import urlparse
+
+import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
+
+from .checksums import check_once, hash_in_name
+from .files import WEIGHTS_NAMES
+
+PATIENCE = 10.0  # seconds
+Result = TypeVar('Result')
+
+
+def is_transient(error: BaseException) -> bool:
+    """Return whether trying again may help: a server's 5xx or 429, or a connection that broke."""
+    if isinstance(error, LocalEntryNotFoundError):  # the client has tried long enough
+        return False
+    if isinstance(error, HfHubHTTPError):
+        status = getattr(error.response, 'status_code', None)
+        return status is None or status == 429 or status >= 500
+    if isinstance(error, HTTPError):
+        return error.code == 429 or error.code >= 500
+    if isinstance(error, URLError):
+        return isinstance(error.reason, (ConnectionError, TimeoutError))
+    # the errors of what huggingface_hub speaks through (httpx2, httpx, requests) are no ConnectionError
+    libraries = ('httpx', 'httpcore', 'requests', 'urllib3')
+    return isinstance(error, (ConnectionError, TimeoutError)) or type(error).__module__.startswith(libraries)
+
+
+def retrying(function: Callable[[], Result], tries: int = 4, wait: float = 1.0) -> Result:
+    """Call a function that speaks to the Hub, and again after `wait`, 2 * `wait`, ... seconds while that may help.
+
+    Some calls the client repeats by itself, which takes it longer than `PATIENCE`; those are not repeated here.
+    """
+    for attempt in range(tries - 1):
+        start = time.monotonic()
+        try:
+            return function()
+        except Exception as error:
+            if not is_transient(error) or time.monotonic() - start > PATIENCE:
+                raise
+            time.sleep(wait * 2**attempt)
+    return function()
+
+
+def hub_file(
+    model_id: str,
+    filenames: Sequence[str] = WEIGHTS_NAMES,
+    cache_dir: Union[None, str, Path] = None,
+) -> Path:
+    """Return the first of `filenames` that a Hub repository has, downloaded into the cache.
+
+    Args:
+        model_id: 'owner/name' or 'owner/name@revision'.
+
+    Raises:
+        FileNotFoundError: where the repository has none of them, or the Hub can't be reached and the cache is empty.
+        ConnectionError: where the connection breaks again and again.
+        huggingface_hub.errors.HfHubHTTPError: where the Hub refuses (no such repository, no right to read it).
+    """
+    repo_id, _, revision = model_id.partition('@')
+    options: Dict[str, Any] = dict(revision=revision or None, cache_dir=cache_dir, library_name='timm-vitres')
+    unreachable: Optional[LocalEntryNotFoundError] = None
+    for filename in filenames:
+        try:
+            return Path(retrying(lambda: hf_hub_download(repo_id, filename, **options)))  # noqa: B023
+        except LocalEntryNotFoundError as error:
+            unreachable = unreachable or error
+            options['local_files_only'] = True  # nobody is asked, and waited for, again
+        except EntryNotFoundError:
+            pass
+        except Exception as error:
+            if isinstance(error, OSError) or not is_transient(error):
+                raise
+            raise ConnectionError(f'{model_id}: the Hub does not answer as it should ({error}); try again.') from error
+    names = ' or '.join(filenames)
+    if unreachable is not None:
+        raise FileNotFoundError(
+            f'{model_id}: {names} is not in the cache, and the Hub can not be reached ({unreachable}).'
+        ) from unreachable
+    raise FileNotFoundError(f'{model_id}: the repository has no {names}.')
+
+
+def url_file(url: str, cache_dir: Union[None, str, Path] = None) -> Path:
+    """Return a file that a URL names, downloaded into torch's cache of checkpoints (or `cache_dir`).
+
+    Raises:
+        OSError: where it can't be downloaded, or a name like 'resnet18-5c106cde.pth' holds the beginning of another
+            sha256 than the file's.
+    """
+    folder = Path(cache_dir or Path(torch.hub.get_dir()) / 'checkpoints')
+    path = folder / Path(urlparse(url).path).name
+    published = hash_in_name(path.name)
+    if not path.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            retrying(lambda: torch.hub.download_url_to_file(url, str(path), published))
+        except RuntimeError as error:  # its hash, before it is in the cache
+            raise OSError(f'{url}: what arrived is not what the name says ({error}); try again.') from error
+        except OSError as error:
+            raise OSError(
+                f'{url}: could not be downloaded ({error}). Once it is here by other means, '
+                f"pretrained_cfg_overlay=dict(file='...') takes it."
+            ) from error
+    if published:
+        check_once(path, published)
+    return path

@@ -1,0 +1,63 @@
+"""Files that can be trusted: written beside and renamed, downloaded with retries, checked against their sha256.
+
+Hub id, URL or folder -> `hub_file`, `url_file`, `weights_file` -> path -> `check_once` -> a file as it was published.
+"""
+
+import hashlib
+import json
+import struct
+from pathlib import Path
+from typing import Any, Dict, Mapping
+
+import torch
+
+WEIGHTS_NAME = 'model.safetensors'
+CONFIG_NAME = 'config.json'
+CARD_NAME = 'README.md'
+# a folder's weights, in timm's order of preference
+WEIGHTS_NAMES = (WEIGHTS_NAME, 'pytorch_model.bin', 'pytorch_model.pth', 'model.pth')
+WEIGHTS_SUFFIXES = ('.safetensors', '.pth', '.pth.tar', '.bin', '.npz')
+ALIGNMENT = 64  # bytes
+_DTYPES = {
+    **{torch.float32: 'F32', torch.float16: 'F16', torch.bfloat16: 'BF16', torch.float64: 'F64'},
+    **{torch.int64: 'I64', torch.int32: 'I32', torch.int16: 'I16', torch.int8: 'I8', torch.uint8: 'U8'},
+    torch.bool: 'BOOL',
+}
+
+
+def write_safetensors(tensors: Mapping[str, torch.Tensor], path: Path) -> str:
+    """Write a safetensors file whose tensors begin at multiples of 64 bytes, as torch's own do in memory.
+
+    A matrix product may round differently where its operands do not, so this is what makes a model whose weights are
+    mapped from the file compute, bit for bit, what the saved one computed. The format does not allow gaps, so tensors
+    whose size is no multiple of 64 bytes come last; whoever maps the file copies those.
+
+    Returns:
+        The sha256 of what was written.
+
+    Raises:
+        ValueError: for a tensor that safetensors can not hold.
+    """
+    names = sorted(tensors, key=lambda name: (tensors[name].nbytes % ALIGNMENT != 0, name))
+    header: Dict[str, Any] = {'__metadata__': {'format': 'pt'}}
+    end = 0
+    for name in names:
+        tensor = tensors[name]
+        if tensor.dtype not in _DTYPES:
+            raise ValueError(f'{name}: has dtype {tensor.dtype}, expected one of {", ".join(map(str, _DTYPES))}.')
+        start, end = end, end + tensor.nbytes
+        header[name] = {'dtype': _DTYPES[tensor.dtype], 'shape': list(tensor.shape), 'data_offsets': [start, end]}
+    text = json.dumps(header, separators=(',', ':')).encode()
+    text += b' ' * (-(8 + len(text)) % ALIGNMENT)
+    digest = hashlib.sha256()
+    with path.open('wb') as file:
+
+        def write(part: Any) -> None:
+            file.write(part)
+            digest.update(part)
+
+        write(struct.pack('<Q', len(text)) + text)
+        for name in names:
+            flat = tensors[name].detach().cpu().contiguous().reshape(-1)
+            write(memoryview(flat.view(torch.uint8).numpy()))
+    return digest.hexdigest()

@@ -1,0 +1,195 @@
+"""Layouts of state dicts (timm, Google, Hugging Face ViTHybrid, Conformer) -> ours; the serial family's is timm's.
+
+state dict of any layout -> `find_layout` (by its keys) -> `convert_layout` -> names and shapes as in our models.
+"""
+
+import re
+from typing import Any, Callable, Dict, List, NamedTuple, Tuple
+
+import torch
+from timm.models import clean_state_dict
+
+StateDict = Dict[str, torch.Tensor]
+# what holds the weights in a training checkpoint, averaged ones first; then whatever is about them
+WRAPPERS = ('state_dict_ema', 'model_ema', 'state_dict', 'model')
+
+
+class Layout(NamedTuple):
+    """Who writes state dicts like this, and how they become timm's."""
+
+    name: str
+    key: str  # a regular expression for a key that no other layout has
+    convert: Callable[[StateDict], StateDict]
+
+
+def convert_layout(state_dict: Dict[str, Any]) -> StateDict:
+    """Return a state dict, unwrapped and in our layout, whichever of `LAYOUTS` it has.
+
+    Raises:
+        ValueError: for what is no dict of names with tensors.
+        RuntimeError: for a layout's names with shapes that it does not have.
+    """
+    for wrapper in WRAPPERS:
+        if isinstance(state_dict.get(wrapper), dict):
+            return convert_layout(state_dict[wrapper])
+    for key, value in state_dict.items():
+        if not isinstance(key, str) or not isinstance(value, torch.Tensor):
+            raise ValueError(f'state_dict: {key!r:.80} has {type(value).__name__}, expected names with tensors.')
+    state_dict = clean_state_dict(state_dict)
+    layout = find_layout(state_dict)
+    try:
+        return layout.convert(state_dict)
+    except (IndexError, RuntimeError) as error:
+        raise RuntimeError(
+            f'The checkpoint has the names of the {layout.name} layout, but not its shapes ({error}).'
+        ) from error
+
+
+def find_layout(state_dict: StateDict) -> Layout:
+    """Return the layout whose mark the keys bear; timm's where they bear none."""
+    for layout in LAYOUTS:
+        if any(re.search(layout.key, key) for key in state_dict):
+            return layout
+    return TIMM
+
+
+def from_timm(state_dict: StateDict) -> StateDict:
+    """Leave out the representation layer before the head, which old files of timm's may still hold."""
+    return {key: value for key, value in state_dict.items() if not key.startswith('pre_logits.')}
+
+
+def from_google(arrays: StateDict) -> StateDict:
+    """Convert the arrays of a JAX R+ViT checkpoint (github:google-research/vision_transformer).
+
+    Kernels are (height, width, in, out) or (in, out); attention is (width, heads, width / heads).
+    """
+    for prefix in ('opt/target/', 'params/'):
+        if any(key.startswith(prefix) for key in arrays):  # beside the optimizer's
+            arrays = {key.removeprefix(prefix): value for key, value in arrays.items() if key.startswith(prefix)}
+    backbone = 'patch_embed.backbone.'
+    stem = backbone + ('stem.' if any(key.startswith('block') for key in arrays) else '')
+    encoder = r'Transformer/encoderblock_(\d+)/'
+    attention, mlp = r'MultiHeadDotProductAttention_\d/', r'MlpBlock_\d/'
+    result: StateDict = {}
+    for key, value in arrays.items():
+        if key.startswith('pre_logits/'):
+            continue
+        new = _renamed(
+            key.replace('/kernel', '.weight').replace('/scale', '.weight').replace('/bias', '.bias'),
+            (r'^conv_root', stem + 'conv'),
+            (r'^gn_root', stem + 'norm'),
+            (r'^block(\d+)/unit(\d+)/', lambda m: f'{backbone}stages.{int(m[1]) - 1}.blocks.{int(m[2]) - 1}.'),
+            (r'\bgn(\d)', r'norm\1'),
+            (r'\bconv_proj', 'downsample.conv'),
+            (r'\bgn_proj', 'downsample.norm'),
+            (r'^embedding', 'patch_embed.proj'),
+            (r'^cls$', 'cls_token'),
+            (r'^Transformer/posembed_input/pos_embedding$', 'pos_embed'),
+            (r'^Transformer/encoder_norm', 'norm'),
+            (encoder, r'blocks.\1.'),
+            (r'LayerNorm_0', 'norm1'),
+            (r'LayerNorm_[12]', 'norm2'),
+            (mlp + r'Dense_(\d)', lambda m: f'mlp.fc{int(m[1]) + 1}'),
+            (attention + 'out', 'attn.proj'),
+            (attention, 'attn.'),
+        )
+        if key.endswith('/kernel'):
+            if '/out/' in key:
+                value = value.flatten(0, 1)
+            elif 'MultiHead' in key:
+                value = value.flatten(1)
+            value = value.permute(3, 2, 0, 1) if value.ndim == 4 else value.T
+        elif re.search(r'/(bias|scale)$', key):
+            value = value.flatten()
+        result[new] = value.contiguous()
+    return _join_qkv(result)
+
+
+def from_vit_hybrid(state_dict: StateDict) -> StateDict:
+    """Convert transformers' ViTHybridForImageClassification, or its ViTHybridModel (gone since transformers 5)."""
+    result: StateDict = {}
+    for key, value in state_dict.items():
+        new = _renamed(
+            key.removeprefix('vit.'),
+            (r'^embeddings\.cls_token', 'cls_token'),
+            (r'^embeddings\.position_embeddings', 'pos_embed'),
+            (r'^embeddings\.patch_embeddings\.projection', 'patch_embed.proj'),
+            (r'^embeddings\.patch_embeddings\.backbone\.bit\.', 'patch_embed.backbone.'),
+            (r'\bembedder\.convolution', 'stem.conv'),
+            (r'\bembedder\.norm', 'stem.norm'),
+            (r'\bencoder\.stages\.(\d+)\.layers\.', r'stages.\1.blocks.'),
+            (r'^encoder\.layer\.', 'blocks.'),
+            (r'attention\.attention\.', 'attn.'),
+            (r'attention\.output\.dense', 'attn.proj'),
+            (r'intermediate\.dense', 'mlp.fc1'),
+            (r'(?<=\d\.)output\.dense', 'mlp.fc2'),
+            (r'layernorm_before', 'norm1'),
+            (r'layernorm_after', 'norm2'),
+            (r'^layernorm', 'norm'),
+            (r'^classifier', 'head'),
+        )
+        if not new.startswith('pooler.'):  # of ViTHybridModel, unused by its classifier
+            result[new] = value
+    return _join_qkv(result)
+
+
+def from_conformer(state_dict: StateDict) -> StateDict:
+    """Convert a Conformer of its authors (github:pengzhiliang/Conformer), or, keys below `backbone.`, of mmpretrain.
+
+    The projections between ResNet and ViT, 1x1 convolutions there, are linear layers here.
+    """
+    return {
+        _renamed(
+            key,
+            (r'^backbone\.', ''),
+            (r'^head\.', ''),
+            (r'^conv_cls_head\.', 'head_resnet.'),
+            (r'^trans_cls_head\.', 'head_vit.'),
+            (r'^trans_norm\.', 'norm.'),
+            (r'^(conv1|bn1)\.', r'stem.\1.'),
+            (r'^conv_1\.', 'units.0.conv_block.'),
+            (r'^trans_patch_conv\.', 'units.0.patch_embed.'),
+            (r'^trans_1\.', 'units.0.block.'),
+            (r'^conv_trans_(\d+)\.', lambda m: f'units.{int(m[1]) - 1}.'),
+            (r'\bcnn_block\.', 'conv_block.'),
+            (r'\btrans_block\.', 'block.'),
+            (r'\bsqueeze_block\.conv_project\.', 'down.proj.'),
+            (r'\bsqueeze_block\.ln\.', 'down.norm.'),
+            (r'\bexpand_block\.conv_project\.', 'up.proj.'),
+            (r'\bexpand_block\.bn\.', 'up.norm.'),
+            (r'\bresidual_conv\.', 'downsample.0.'),
+            (r'\bresidual_bn\.', 'downsample.1.'),
+            (r'\bln([12])\.', r'norm\1.'),
+            (r'\bffn\.layers\.0\.0\.', 'mlp.fc1.'),
+            (r'\bffn\.layers\.1\.', 'mlp.fc2.'),
+        ): value.flatten(1) if key.endswith('.conv_project.weight') else value
+        for key, value in state_dict.items()
+    }
+
+
+def _renamed(key: str, *rules: Tuple[str, Any]) -> str:
+    for pattern, replacement in rules:
+        key = re.sub(pattern, replacement, key)
+    return key
+
+
+def _join_qkv(state_dict: StateDict) -> StateDict:
+    """Join query, key and value; where one is missing, the others keep their names, and the comparison lists them."""
+    result: StateDict = {}
+    for key, value in state_dict.items():
+        part = re.fullmatch(r'(.*\.attn\.)(query|key|value)(\..*)', key)
+        names = [f'{part[1]}{name}{part[3]}' for name in ('query', 'key', 'value')] if part else []
+        if not part or not all(name in state_dict for name in names):
+            result[key] = value
+        elif part[2] == 'query':
+            result[f'{part[1]}qkv{part[3]}'] = torch.cat([state_dict[name] for name in names])
+    return result
+
+
+TIMM = Layout('timm', r'^$', from_timm)
+LAYOUTS: List[Layout] = [
+    Layout('Google JAX', r'(^|/)(conv_root|embedding)/kernel$', from_google),
+    Layout('transformers ViTHybrid', r'^(vit\.)?embeddings\.patch_embeddings\.', from_vit_hybrid),
+    Layout('Conformer', r'^trans_patch_conv\.', from_conformer),
+    Layout('mmpretrain Conformer', r'^backbone\.trans_patch_conv\.', from_conformer),
+]

@@ -1,0 +1,106 @@
+"""TODO."""
+
+from pathlib import Path
+from typing import Optional, Sequence, Union
+from urllib.parse import urlparse
+
+from huggingface_hub.errors import HFValidationError
+from timm.models import PretrainedCfg
+
+from ..writing import TEMPORARY
+from .checkpoints import INDEX_NAMES, checkpoint_files
+from .checksums import told_sha256
+from .downloads import hub_file, url_file
+from .files import WEIGHTS_NAME, WEIGHTS_NAMES, WEIGHTS_SUFFIXES
+
+
+def weights_file(path: Union[str, Path]) -> Path:
+    """Return a file itself, or the weights in a folder, whatever they are called.
+
+    Raises:
+        FileNotFoundError: where there are none.
+        ValueError: where there are several of one kind and none has a usual name.
+    """
+    path = Path(path)
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        raise FileNotFoundError(f'{path}: there is no such file or folder.')
+    if pending := pending_weights(path):
+        return pending
+    for name in WEIGHTS_NAMES:
+        if (path / name).is_file():
+            return path / name
+    for suffix in WEIGHTS_SUFFIXES:
+        found = sorted(path.glob(f'[!.]*{suffix}'))
+        if len(found) > 1:
+            raise ValueError(f'{path}: holds {", ".join(file.name for file in found)}; name the one that you mean.')
+        if found:
+            return found[0]
+    raise FileNotFoundError(f'{path}: holds no weights ({", ".join(WEIGHTS_NAMES)}).')
+
+
+def pending_weights(folder: Path) -> Optional[Path]:
+    """Return the weights that config.json tells of, where their writer was killed before he put them in their place."""
+    told = told_sha256(folder)
+    pending = folder / f'{TEMPORARY}{told}' / WEIGHTS_NAME
+    return pending if told and pending.is_file() else None
+
+
+def find_weights(cfg: PretrainedCfg, cache_dir: Union[None, str, Path] = None) -> Path:
+    """Return the file that a pretrained cfg names, downloaded if need be. The order of its sources is timm's.
+
+    Returns:
+        The file; of a checkpoint in shards the index, beside which they lie.
+
+    Raises:
+        RuntimeError: where it names none.
+        ValueError: where what it names can't be a file, repository or address.
+    """
+    if cfg.source == 'local-dir' or (cfg.file and cfg.source != 'hf-hub'):
+        if not cfg.file or not isinstance(cfg.file, (str, Path)):
+            raise ValueError(f'file: got {cfg.file!r:.80} in the pretrained_cfg, expected a path.')
+        return local_weights(cfg.file)
+    if cfg.hf_hub_id:
+        return hub_weights(cfg.hf_hub_id, [cfg.hf_hub_filename] if cfg.hf_hub_filename else None, cache_dir)
+    if cfg.url:
+        if not isinstance(cfg.url, str) or not urlparse(cfg.url).scheme:
+            raise ValueError(f'url: got {cfg.url!r:.200} in the pretrained_cfg, expected one like https://...')
+        return url_file(cfg.url, cache_dir)
+    raise RuntimeError(f'No pretrained weights exist for {cfg.architecture}. Use `pretrained=False` for random init.')
+
+
+def local_weights(path: Union[str, Path]) -> Path:
+    """Return a file itself, or the weights in a folder (see `weights_file`), or the index of those in shards."""
+    folder = Path(path)
+    whole = pending_weights(folder) or any((folder / name).is_file() for name in WEIGHTS_NAMES)
+    if folder.is_dir() and not whole:
+        for name in INDEX_NAMES:
+            if (folder / name).is_file():
+                return folder / name
+    return weights_file(path)
+
+
+def hub_weights(
+    model_id: str, filenames: Optional[Sequence[str]] = None, cache_dir: Union[None, str, Path] = None
+) -> Path:
+    """Return the weights in a Hub repository, downloaded: a file, or the index of shards that lie beside it.
+
+    Args:
+        model_id: 'owner/name' or 'owner/name@revision'.
+        filenames: What to look for, in this order; by default all usual names.
+
+    Raises:
+        ValueError: for an impossible name.
+        OSError: as of `hub_file`.
+    """
+    try:
+        path = hub_file(model_id, filenames or (*WEIGHTS_NAMES, *INDEX_NAMES), cache_dir)
+        for shard in checkpoint_files(path):
+            if shard != path:  # of the same commit
+                hub_file(f'{model_id.partition("@")[0]}@{path.parent.name}', (shard.name,), cache_dir)
+    except (HFValidationError, AttributeError) as error:  # a name that is no text has no `partition`
+        raise ValueError(
+            f"hf_hub_id: got {model_id!r:.200}, expected 'owner/name' or 'owner/name@revision'."
+        ) from error
+    return path

@@ -1,0 +1,88 @@
+"""TODO."""
+
+import os
+import secrets
+import stat
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Iterator, Union
+
+import safetensors
+
+TEMPORARY = '.timm-vitres-'  # how all begins that is written beside something, to replace it
+
+
+def check_output(name: str, path: Union[str, Path]) -> Path:
+    """Return a path where a file can be written, before long work is done for it.
+
+    Args:
+        name: The argument that says the path.
+
+    Raises:
+        ValueError: for an empty path.
+        OSError: where a folder or a device is, or no file can be made.
+    """
+    if not isinstance(path, (str, Path)) or not Path(path).name or '\0' in str(path):
+        raise ValueError(f'{name}: got {str(path)!r}, expected the path of a file.')
+    path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f'{name}: {path} is a folder, expected the path of a file.')
+    if path.exists() and not path.is_file():
+        raise OSError(f'{name}: {path} is no ordinary file, and is not written over.')
+    above = next(folder for folder in path.absolute().parents if os.path.lexists(folder))
+    if not above.is_dir():
+        raise OSError(f'{name}: {path} can not be written, since {above} is no folder.')
+    try:
+        with tempfile.TemporaryFile(dir=above):
+            pass
+    except OSError as error:
+        raise OSError(f'{name}: {path} can not be written ({error.strerror} in {above}).') from error
+    return path
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a path beside `path` to write to, which replaces it when the block ends, and only then.
+
+    A file that is mapped into memory, as a loaded model's weights are, can be replaced so: the model keeps the old one.
+
+    Raises:
+        OSError: where writing fails (a full disk); what was at `path` stays as it was.
+    """
+    with _sentence(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside = path.with_name(f'{TEMPORARY}{secrets.token_hex(8)}-{path.name}')
+        try:
+            mode = _create(beside)
+            yield beside
+            beside.chmod(mode)  # safetensors makes files that no one else may read
+            sync(beside)
+            os.replace(beside, path)
+        except BaseException:
+            beside.unlink(missing_ok=True)
+            raise
+
+
+def _create(path: Path) -> int:
+    """Make a new file, never through a link that somebody planted, and return the mode that the umask gives it."""
+    descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
+    try:
+        return stat.S_IMODE(os.fstat(descriptor).st_mode)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _sentence(path: Path) -> Iterator[None]:
+    """Turn what goes wrong while a file is written, torch's and safetensors' own errors too, into one OSError."""
+    try:
+        yield
+    except (OSError, RuntimeError, safetensors.SafetensorError) as error:
+        raise OSError(f'{path} could not be written ({error}); its last version, if any, is untouched.') from error
+
+
+def sync(path: Path) -> None:
+    """Wait until a file is on the disk, so that a power cut after its renaming finds all of it."""
+    with path.open('rb+') as file:
+        os.fsync(file.fileno())
