@@ -136,7 +136,7 @@ def test_levels_of_any_backbone(backbone, stage, patch_size):
     reductions = [info['reduction'] for info in model.feature_info[: model.num_pyramid]]
     assert reductions == [2 ** (i + 1) for i in range(len(reductions))]
     assert len(reductions) == embed.num_levels + (2 if patch_size == 4 else 0)
-    same(maps[: len(model.resnet_maps)], levels[: len(model.resnet_maps)])
+    same(maps[: len(model.level_indices)], levels[: len(model.level_indices)])
 
 
 def test_tiny_fills_levels_from_blocks():
@@ -209,8 +209,8 @@ def test_stopping_early_runs_no_more_than_it_must(name):
             features, selected = model.forward_intermediates(x, indices=[i], stop_early=True)
             same(selected, [level])
             assert features.ndim == 3
-            resnet = i < len(model.resnet_maps)
-            last = -1 if resnet else model.token_maps[i - len(model.resnet_maps)][0]
+            resnet = i < len(model.level_indices)
+            last = -1 if resnet else model.block_indices[i - len(model.level_indices)]
             assert [key for key in ran if key.startswith('blocks')] == [f'blocks.{block}' for block in range(last + 1)]
             assert ('patch_embed.proj' in ran) != resnet
 

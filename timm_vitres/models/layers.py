@@ -18,7 +18,6 @@ from timm.layers import (
     resample_abs_pos_embed,
     to_2tuple,
 )
-from timm.models import checkpoint_seq
 from torch import nn
 
 from ..checks import conform_indices
@@ -216,8 +215,7 @@ class ResNetEmbed(HybridEmbed):
     token up has a grid: ceil(H / stride) x ceil(W / stride), where stride is the ResNet's times the patch's.
 
     Args:
-        backbone: A ResNet trunk that returns a map; its `feature_info` lists {num_chs, reduction, module} level by
-            level, the last entry being what it returns. `nn.Identity()` for none: the ViT's own patch embedding.
+        backbone: One of the kinds in `resnets`; `NoBackbone()` for the ViT's own patch embedding.
         img_size: Height and width, in pixels, that `grid_size` (and so the position table) is made for.
         patch_size: Height and width of a patch, in the ResNet's pixels.
         proj: False leaves the map as it is (the ResNet alone); `embed_dim` must then be the ResNet's width.
@@ -256,15 +254,15 @@ class ResNetEmbed(HybridEmbed):
             device=device,
             dtype=dtype,
         )
-        self.num_levels = len(getattr(backbone, 'feature_info', []))
+        self.num_levels = len(backbone.feature_info)
         # anti-aliasing by average pooling (timm's resnetaa*) rounds down where everything else rounds up
-        self.whole_strides = any(isinstance(m, nn.AvgPool2d) and not m.ceil_mode for m in backbone.modules())
+        self.only_multiples = any(isinstance(m, nn.AvgPool2d) and not m.ceil_mode for m in backbone.modules())
 
     def _init_backbone(self, img_size: Size = 224, patch_size: Size = 1, **kwargs):
         # timm runs the backbone here to see what comes out; a ResNet's feature_info says it
         height, width = cast(Tuple[int, int], to_2tuple(img_size))
         patch_h, patch_w = cast(Tuple[int, int], to_2tuple(patch_size))
-        info = getattr(self.backbone, 'feature_info', None)
+        info = self.backbone.feature_info
         feature_dim = info[-1]['num_chs'] if info else self.in_chans
         ratio = info[-1]['reduction'] if info else 1
         feature_size = (math.ceil(height / ratio), math.ceil(width / ratio))
@@ -295,7 +293,7 @@ class ResNetEmbed(HybridEmbed):
                 f'{name}: got an image of {height}x{width} pixels, which is smaller than one token; '
                 f'height and width must be at least {min_h}x{min_w}.'
             )
-        stride = self.backbone.feature_info[-1]['reduction'] if self.whole_strides else 1
+        stride = self.backbone.feature_info[-1]['reduction'] if self.only_multiples else 1
         if height % stride or width % stride:
             raise ValueError(
                 f'{name}: got an image of {height}x{width} pixels, but the anti-aliased pooling of this backbone '
@@ -324,39 +322,7 @@ class ResNetEmbed(HybridEmbed):
         """
         if not torch.jit.is_scripting() and not torch.compiler.is_compiling():
             self.check_input(x)
-        levels: List[torch.Tensor] = []
-        if hasattr(self.backbone, 'layer1'):  # ResNet
-            x = self.backbone.act1(self.backbone.bn1(self.backbone.conv1(x)))
-            levels.append(x)
-            x = self.backbone.maxpool(x)
-            if torch.jit.is_scripting():  # which can't choose a module by name
-                levels.append(self.backbone.layer1(x))
-                levels.append(self.backbone.layer2(levels[-1]))
-                levels.append(self.backbone.layer3(levels[-1]))
-                levels.append(self.backbone.layer4(levels[-1]))
-            else:
-                for i in range(1, num_levels):
-                    layer = getattr(self.backbone, f'layer{i}')
-                    x = checkpoint_seq(layer, x) if self.backbone.grad_checkpointing and len(layer) else layer(x)
-                    levels.append(x)
-        elif hasattr(self.backbone, 'stages'):  # ResNetV2
-            for i, module in enumerate(self.backbone.stem):
-                x = module(x)
-                if i == self.backbone.stem_feat_idx:
-                    levels.append(x)
-            for stage in self.backbone.stages:  # pyright: ignore[reportGeneralTypeIssues]
-                if len(levels) < num_levels:
-                    x = stage(x)
-                    levels.append(x)
-            if len(levels) == len(self.backbone.stages) + 1:
-                levels[-1] = self.backbone.norm(levels[-1])
-        elif hasattr(self.backbone, 'stem_feat_idx'):  # the stem of a ResNetV2
-            for i, module in enumerate(self.backbone):
-                x = module(x)
-                if i == self.backbone.stem_feat_idx:
-                    levels.append(x)
-            levels.append(x)
-        return levels
+        return self.backbone.forward_levels(x, num_levels)
 
     def reparameterize(self) -> None:
         """Merge the BatchNorms of the ResNet into its convolutions (timm's hook)."""
@@ -379,15 +345,7 @@ class ResNetEmbed(HybridEmbed):
 
     def prune(self, level: int) -> None:
         """Cut off what comes after a level of the ResNet: its map, unprojected, is then what the tokens are."""
-        info = self.backbone.feature_info[: level + 1]
-        if level + 1 < len(self.backbone.feature_info):
-            if isinstance(self.backbone, nn.Sequential):
-                stem_feat_idx = self.backbone.stem_feat_idx
-                self.backbone = self.backbone[: stem_feat_idx + 1]
-                self.backbone.stem_feat_idx = stem_feat_idx
-            else:
-                self.backbone.prune_intermediate_layers([level])
-            self.backbone.feature_info = info
+        self.backbone = self.backbone.prune(level)
         self.num_levels = level + 1
         self.proj = nn.Identity()
         values = self._init_backbone(self.img_size, 1)

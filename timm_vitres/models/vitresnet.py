@@ -8,15 +8,13 @@ ends are the parents themselves: `depth=0` is the ResNet alone, `backbone=''` th
 
 import dataclasses
 from functools import partial
-from typing import Any, Dict, Iterable, List, Optional, Sequence, Tuple, Union
+from typing import Any, Dict, List, Optional, Sequence
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
 from timm.layers import DropPath, calculate_drop_path_rates, to_2tuple
 from timm.models import (
-    ResNetV2,
     VisionTransformer,
-    checkpoint,
     generate_default_cfgs,
     get_model_input_config,
     register_model,
@@ -26,24 +24,19 @@ from torch import nn
 
 from ..checks import Device, FloatType, NumClasses, Rate, Size, WeightInit, Width, checked
 from ..weights.layouts import StateDict
-from .backbone import RESNET_ARGS, backbone_blocks, check_effects, create_backbone
 from .base import ExplainedParts, Hybrid, ImageSizes
-from .config import MLP_LAYERS, NO_CLASS_TOKEN, GlobalPool, PatchSize, VitResNetCfg, check_block
-from .layers import ResNetEmbed, feature_take_indices, resample_pos_embed, unflatten_tokens
+from .composition import check_overrides, compose_backbone, resolve_vit
+from .config import MLP_LAYERS, NO_CLASS_TOKEN, GlobalPool, PatchSize, VitResNetCfg
+from .features import SerialFeatures
+from .layers import ResNetEmbed, resample_pos_embed
 from .loading import build_hybrid
 from .merging import merge_layer_scale_
 from .tables import fit_tables
 
 __all__ = ['VitResNet', 'VitResNetCfg']
-# Fields of a ViT's blocks, and those of them that a pooling with weights has a use for
-_VIT_FIELDS = (
-    *('num_heads', 'mlp_ratio', 'qkv_bias', 'qk_norm', 'proj_bias', 'init_values', 'final_norm', 'fc_norm'),
-    *('no_embed_class', 'norm_layer', 'act_layer', 'mlp_layer'),
-)
-_POOL_FIELDS = {'map': ('num_heads', 'mlp_ratio', 'norm_layer', 'act_layer'), 'prr': ('num_heads', 'norm_layer')}
 
 
-class VitResNet(Hybrid, VisionTransformer):
+class VitResNet(SerialFeatures, Hybrid, VisionTransformer):
     """A ResNet whose map is the patches of a Vision Transformer; one class for the family.
 
     It is timm's `VisionTransformer`, and keeps its interface: `forward_features` returns tokens (B, N, D), the prefix
@@ -61,10 +54,6 @@ class VitResNet(Hybrid, VisionTransformer):
         ValueError: for an impossible architecture or size (which argument, what it was, what is allowed).
         TypeError: for an unknown argument.
     """
-
-    # TorchScript can't tell what an empty list holds
-    resnet_maps: List[int]
-    token_maps: List[Tuple[int, int]]
 
     @checked
     def __init__(
@@ -89,9 +78,9 @@ class VitResNet(Hybrid, VisionTransformer):
     ):
         rates = dict(drop_rate=drop_rate, pos_drop_rate=pos_drop_rate, patch_drop_rate=patch_drop_rate)
         rates.update(proj_drop_rate=proj_drop_rate, attn_drop_rate=attn_drop_rate)
-        backbone = _create_backbone(cfg, in_chans=in_chans, device=device, dtype=dtype)
+        backbone = compose_backbone(cfg, in_chans=in_chans, device=device, dtype=dtype)
         has_vit = cfg.depth > 0
-        cfg = _resolve_vit(cfg, backbone)
+        cfg = resolve_vit(cfg, backbone)
 
         super().__init__(
             img_size=img_size,
@@ -148,11 +137,12 @@ class VitResNet(Hybrid, VisionTransformer):
             mode = 'jax'  # there is no head to have a bias
         super().init_weights('reset' if mode == 'skip' else mode, needs_reset)
         if needs_reset:
-            if mode in ('reset', 'skip'):  # with which timm leaves out what is no layer's own
+            if mode in ('reset', 'skip'):  # timm then leaves out what is no layer's own
+                backbone = self.patch_embed.backbone
+                backbone.init_as_built()
+                known = {self, *backbone.modules()}
                 for module in self.modules():
-                    if isinstance(module, ResNetV2):
-                        module.init_weights(zero_init_last=False)  # as its constructor
-                    elif module is not self and hasattr(module, 'init_weights'):
+                    if module not in known and hasattr(module, 'init_weights'):
                         module.init_weights()  # pyright: ignore[reportCallIssue]
             self.init_non_persistent_buffers()
 
@@ -160,41 +150,12 @@ class VitResNet(Hybrid, VisionTransformer):
         """Let the rate grow linearly from the first block of the ResNet to the last of the ViT."""
         if drop_path_rate == 0:
             return
-        resnet_blocks = backbone_blocks(self.patch_embed.backbone)
+        resnet_blocks = self.patch_embed.backbone.blocks()
         rates = calculate_drop_path_rates(drop_path_rate, len(resnet_blocks) + len(self.blocks))
         for block, rate in zip((*resnet_blocks, *self.blocks), rates):
             for name in ('drop_path', 'drop_path1', 'drop_path2'):
                 if hasattr(block, name) and rate > 0:
                     setattr(block, name, DropPath(rate))
-
-    def _init_feature_info(self) -> None:
-        """List the maps: those of the pyramid, then the tokens of every block but the last, which ends the pyramid."""
-        embed, depth = self.patch_embed, len(self.blocks)
-        levels = list(getattr(embed.backbone, 'feature_info', []))
-        resized: List[Tuple[int, int]] = []
-        if depth and levels and embed.patch_size == (1, 1):
-            levels = levels[:-1]  # the tokens take the place of the map that they are made of
-        elif depth and levels:
-            resized = _blocks_between(depth, embed.patch_size)
-        # (block, by how much its map is enlarged)
-        self.token_maps = [*resized, (depth - 1, 1), *((block, 1) for block in range(depth - 1))] if depth else []
-        num_pyramid = len(levels) + (len(resized) + 1 if depth else 0)
-
-        info = [dict(level, module='patch_embed.backbone.' + level['module']) for level in levels]
-        stride = embed.feat_ratio()
-        modules = set()
-        for block, factor in self.token_maps:
-            module = dict(module=f'blocks.{block}')
-            if block in modules:
-                # no two entries may have one name (transformers): what a block returns is what the next one takes
-                module = dict(module=f'blocks.{block + 1}.norm1', hook_type='forward_pre')
-            modules.add(block)
-            info.append(dict(module, num_chs=self.embed_dim, reduction=stride // factor))
-        # a stem that leaves its strides to the stages has the reduction of the first of them
-        first = int(num_pyramid > 1 and info[0]['reduction'] == info[1]['reduction'])
-        self.feature_info = info[first:]
-        self.num_pyramid = num_pyramid - first
-        self.resnet_maps = list(range(first, len(levels)))
 
     def _pos_embed(self, x: torch.Tensor) -> torch.Tensor:
         """Prepend class and register tokens, and add positions of x's own grid. x: (B, H', W', D) -> (B, N, D)."""
@@ -215,168 +176,6 @@ class VitResNet(Hybrid, VisionTransformer):
             x = x + resample_pos_embed(self.pos_embed, (height, width), grid, self.num_prefix_tokens)
         return self.pos_drop(x)
 
-    def forward_intermediates(
-        self,
-        x: torch.Tensor,
-        indices: Optional[Union[int, List[int]]] = None,
-        return_prefix_tokens: bool = False,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = 'NCHW',
-        intermediates_only: bool = False,
-        output_dict: bool = False,
-        attn_mask: Optional[torch.Tensor] = None,
-        is_causal: bool = False,
-    ) -> Union[List[torch.Tensor], Tuple[torch.Tensor, List[torch.Tensor]], Dict[str, Any]]:
-        """Return the features, and the maps that `feature_info` lists.
-
-        Args:
-            x: (B, C, H, W).
-            indices: Of `feature_info`, in the order wanted: None for all, a number for the last so many.
-            return_prefix_tokens: Return (map, prefix tokens (B, P, D)) in place of each map; None for the ResNet's.
-            norm: Apply the final norm to the maps that are tokens.
-            stop_early: Leave out what no map needs; the features are then those of the last part that ran.
-            output_fmt: 'NCHW': maps (B, C, H / reduction, W / reduction); 'NLC': tokens (B, N, C).
-            intermediates_only: Return the maps alone.
-            output_dict: Return {'image_intermediates', 'image_intermediates_prefix', 'image_features'}.
-            attn_mask, is_causal: As in `forward`.
-
-        Returns:
-            (features (B, N, D), maps), or as the arguments say.
-        """
-        if output_fmt not in ('NCHW', 'NLC'):
-            raise ValueError(f"output_fmt: got '{output_fmt}', expected 'NCHW' or 'NLC'.")
-        take_indices, _ = feature_take_indices(len(self.resnet_maps) + len(self.token_maps), indices)
-        num_resnet = len(self.resnet_maps)
-        last_level, last_block = -1, -1
-        wanted: List[int] = []
-        for i in take_indices:
-            if i < num_resnet:
-                last_level = max(last_level, self.resnet_maps[i])
-            else:
-                block = self.token_maps[i - num_resnet][0]
-                wanted.append(block)
-                last_block = max(last_block, block)
-        whole = not stop_early or last_block >= 0  # past the ResNet
-        if not stop_early:
-            last_block = len(self.blocks) - 1
-
-        size = (x.shape[-2], x.shape[-1])
-        grid = (0, 0)
-        levels = self.patch_embed.forward_levels(x, self.patch_embed.num_levels if whole else last_level + 1)
-        outputs: Dict[int, torch.Tensor] = {}
-        if len(levels) > 0:
-            x = levels[-1]
-        if whole:
-            x = self.patch_embed.patchify(x)
-            grid = (x.shape[1], x.shape[2])
-            x = self._pos_embed(x)
-            x = self.norm_pre(self.patch_drop(x))
-            for i, block in enumerate(self.blocks):
-                if i <= last_block:
-                    if attn_mask is not None or is_causal:
-                        x = block(x, attn_mask=attn_mask, is_causal=is_causal)
-                    elif self.grad_checkpointing and not torch.jit.is_scripting():
-                        x = checkpoint(block, x)
-                    else:
-                        x = block(x)
-                    if i in wanted:
-                        outputs[i] = self.norm(x) if norm else x
-        else:
-            x = x.flatten(2).transpose(1, 2)
-
-        maps: List[torch.Tensor] = []
-        prefixes: List[Optional[torch.Tensor]] = []
-        for i in take_indices:
-            if i < num_resnet:
-                prefixes.append(None)
-                y = levels[self.resnet_maps[i]]
-            else:
-                block_index, factor = self.token_maps[i - num_resnet]
-                prefixes.append(outputs[block_index][:, : self.num_prefix_tokens])
-                y = outputs[block_index][:, self.num_prefix_tokens :]
-                if output_fmt == 'NLC' and factor == 1:
-                    maps.append(y)
-                    continue
-                y = self.patch_embed.enlarge(unflatten_tokens(y, grid), size, factor)
-            maps.append(y.flatten(2).transpose(1, 2) if output_fmt == 'NLC' else y)
-
-        if not torch.jit.is_scripting():  # whose types neither of the two fits
-            with_prefixes = return_prefix_tokens and self.num_prefix_tokens > 0
-            if output_dict:
-                result: Dict[str, Any] = {'image_intermediates': maps}
-                if with_prefixes:
-                    result['image_intermediates_prefix'] = prefixes
-                if not intermediates_only:
-                    result['image_features'] = self.norm(x) if whole else x
-                return result
-            if with_prefixes:
-                maps = list(zip(maps, prefixes))  # pyright: ignore[reportAssignmentType]
-        if intermediates_only:
-            return maps
-        return self.norm(x) if whole else x, maps
-
-    def get_intermediate_layers(
-        self,
-        x: torch.Tensor,
-        n: Union[int, List[int], Tuple[int, ...]] = 1,
-        reshape: bool = False,
-        return_prefix_tokens: bool = False,
-        norm: bool = False,
-        attn_mask: Optional[torch.Tensor] = None,
-    ) -> List[torch.Tensor]:
-        """Return the tokens after blocks (DINO's interface): the last `n` blocks, or those numbered in `n`."""
-        blocks, _ = feature_take_indices(len(self.blocks), list(n) if isinstance(n, tuple) else n)
-        return self.forward_intermediates(  # pyright: ignore[reportReturnType]
-            x,
-            [len(self.resnet_maps) + self.token_maps.index((block, 1)) for block in blocks],
-            return_prefix_tokens=return_prefix_tokens,
-            norm=norm,
-            output_fmt='NCHW' if reshape else 'NLC',
-            intermediates_only=True,
-            attn_mask=attn_mask,
-        )
-
-    def prune_intermediate_layers(
-        self,
-        indices: Union[int, List[int]] = 1,
-        prune_norm: bool = False,
-        prune_head: bool = True,
-    ) -> List[int]:
-        """Remove what the maps at `indices` of `feature_info` do not need; what the head needs stays with the head.
-
-        Without a block the model becomes its ResNet up to the deepest level asked for, as with depth=0.
-
-        Returns:
-            The indices, counted from 0.
-        """
-        take_indices, _ = feature_take_indices(len(self.feature_info), indices)
-        num_resnet = len(self.resnet_maps)
-        if prune_head:
-            blocks = [self.token_maps[i - num_resnet][0] for i in take_indices if i >= num_resnet]
-            if blocks:
-                self.blocks = self.blocks[: max(blocks) + 1]
-            else:
-                self._prune_to_resnet(max(self.resnet_maps[i] for i in take_indices))
-        if prune_norm:
-            self.norm = nn.Identity()
-        if prune_head:
-            self.fc_norm = nn.Identity()
-            self.reset_classifier(0, '')
-        return take_indices
-
-    def _prune_to_resnet(self, level: int) -> None:
-        if self.cfg.stage == 0 and level == 0:
-            self._change_cfg(stem_stride=min(self.cfg.stem_stride or 4, 2))  # a stem without its pooling
-        self.patch_embed.prune(level)
-        self.cls_token = self.reg_token = self.pos_embed = None
-        self.num_prefix_tokens = self.num_reg_tokens = 0
-        self.has_class_token = False
-        for name in ('patch_drop', 'norm_pre', 'norm'):
-            setattr(self, name, nn.Identity())
-        self.blocks = nn.Sequential()
-        self.num_features = self.head_hidden_size = self.embed_dim = self.patch_embed.feature_dim
-
     @torch.jit.ignore
     def fit_tables(self, state_dict: StateDict, img_size: Optional[Sequence[int]] = None) -> StateDict:
         """Fit position table and patch projection; see `Hybrid.fit_tables`."""
@@ -387,7 +186,7 @@ class VitResNet(Hybrid, VisionTransformer):
     def image_sizes(self) -> ImageSizes:
         """See `Hybrid.image_sizes`."""
         stride = super().image_sizes().stride
-        return ImageSizes(stride, stride if self.patch_embed.whole_strides else 1)
+        return ImageSizes(stride, stride if self.patch_embed.only_multiples else 1)
 
     @torch.jit.ignore
     def explained_parts(self) -> ExplainedParts:
@@ -410,12 +209,10 @@ class VitResNet(Hybrid, VisionTransformer):
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> Dict[str, Any]:
         """Group parameters from the image on: stem, every ResNet stage, the embedding, every block (with the head)."""
-        stem = r'^patch_embed\.backbone\.'
-        if not isinstance(self.patch_embed.backbone, nn.Sequential):  # which is a stem itself
-            stem += r'(?!layer\d|stages\.|norm\.)'
+        backbone = self.patch_embed.backbone
         return dict(
-            stem=stem,
-            stages=[(r'^patch_embed\.backbone\.(?:layer|stages\.)(\d+)', None)],
+            stem=rf'^patch_embed\.backbone\.{backbone.stem_pattern}',
+            stages=[(rf'^patch_embed\.backbone\.{backbone.stage_pattern}', None)],
             embed=r'^(?:patch_embed|cls_token|reg_token|pos_embed|norm_pre)',
             blocks=[(r'^blocks\.(\d+)', None), (r'^norm', (99999,))],
         )
@@ -436,7 +233,7 @@ class VitResNet(Hybrid, VisionTransformer):
             if not isinstance(self.patch_embed.proj, nn.Conv2d):
                 raise ValueError(f'patch_size: got {patch_size}, but with depth=0 the model is the ResNet alone.')
             changes['patch_size'] = patch_size
-            if self.cfg.output_stride is not None:  # which is that of the tokens, so it goes with their size
+            if self.cfg.output_stride is not None:  # it is the stride of the tokens, so it goes with their size
                 changes['output_stride'] = self._output_stride(patch_size)
         old_size, old_patch_size = self.patch_embed.img_size, self.patch_embed.patch_size
         name = 'img_size' if img_size is not None else 'patch_size'
@@ -449,7 +246,7 @@ class VitResNet(Hybrid, VisionTransformer):
     def _output_stride(self, patch_size: PatchSize) -> Optional[int]:
         """Return the config's `output_stride` with which this very ResNet goes with other patches."""
         ratio = self.patch_embed.feature_ratio[0]
-        undilated = _create_backbone(dataclasses.replace(self.cfg, output_stride=None), device='meta')
+        undilated = compose_backbone(dataclasses.replace(self.cfg, output_stride=None), device='meta')
         if not self.cfg.backbone or undilated.feature_info[-1]['reduction'] == ratio:
             return None  # it keeps all its strides
         stride = ratio * max(to_2tuple(patch_size))
@@ -485,85 +282,10 @@ class VitResNet(Hybrid, VisionTransformer):
             self._change_cfg(global_pool=global_pool, fc_norm=not isinstance(self.fc_norm, nn.Identity))
 
 
-def _blocks_between(depth: int, patch_size: Tuple[int, int]) -> List[Tuple[int, int]]:
-    """Return blocks, at even distances, for the strides that a patch leaps over, and how much to enlarge their maps."""
-    side = patch_size[0]
-    missing = side.bit_length() - 2
-    if patch_size[1] != side or side != 2 ** (missing + 1) or missing >= depth:
-        return []
-    return [(round(depth * i / (missing + 1)) - 1, 2 ** (missing + 1 - i)) for i in range(1, missing + 1)]
-
-
-def _backbone_arguments(cfg: VitResNetCfg) -> Dict[str, Any]:
-    """Return the arguments of `create_backbone` that a config gives."""
-    patch_stride = max(to_2tuple(cfg.patch_size or (1 if cfg.backbone else 16)))
-    return dict(
-        stage=cfg.stage,
-        stem_stride=cfg.stem_stride,
-        output_stride=cfg.output_stride // patch_stride if cfg.output_stride else None,
-        **{arg: getattr(cfg, field) for field, arg in RESNET_ARGS.items() if getattr(cfg, field) is not None},
-    )
-
-
-def _create_backbone(cfg: VitResNetCfg, **kwargs) -> nn.Module:
-    """Build the config's ResNet, and check that its strides suit `output_stride`."""
-    backbone = create_backbone(cfg.backbone, **_backbone_arguments(cfg), **kwargs)
-    patch_stride = max(to_2tuple(cfg.patch_size or (1 if cfg.backbone else 16)))
-    stride = patch_stride * (backbone.feature_info[-1]['reduction'] if cfg.backbone else 1)
-    if cfg.output_stride and stride > cfg.output_stride:
-        raise ValueError(
-            f'output_stride: got {cfg.output_stride}, but the tokens of this model cannot be closer than {stride} '
-            f'pixels: dilation replaces the strides of ResNet stages 2 to 4, not those of the stem or of the patches.'
-        )
-    return backbone
-
-
-def _check_overrides(cfg: VitResNetCfg, names: Iterable[str]) -> None:
-    """Raise ValueError for one of the fields `names` that changes nothing of what the whole config describes."""
-    measures = [RESNET_ARGS[name] for name in names if name in RESNET_ARGS]
-    if cfg.backbone and measures:
-        check_effects(cfg.backbone, measures, **_backbone_arguments(cfg))
-    alone = set(_VIT_FIELDS) - set(_POOL_FIELDS.get(cfg.global_pool or '', ())) if cfg.depth == 0 else set()
-    defaults = {field.name: field.default for field in dataclasses.fields(cfg)}
-    for name in names:
-        value = getattr(cfg, name)
-        if name in alone and value != defaults[name] and not (name in ('fc_norm', 'final_norm') and not value):
-            raise ValueError(f'{name}: got {value!r}, but with depth=0 the model is the ResNet alone.')
-        if name == 'fc_norm' and value and not cfg.final_norm:
-            raise ValueError(
-                f'{name}: got {value!r}, but with final_norm=False there is no norm to come after pooling.'
-            )
-
-
-def _resolve_vit(cfg: VitResNetCfg, backbone: nn.Module) -> VitResNetCfg:
-    """Fill in what the config leaves open, now that the ResNet's width is known, and check that it fits together."""
-    class_token = cfg.class_token if cfg.class_token is not None else cfg.depth > 0
-    global_pool = cfg.global_pool if cfg.global_pool is not None else ('token' if class_token else 'avg')
-    if global_pool == 'token' and not class_token:
-        raise ValueError(NO_CLASS_TOKEN)
-    if cfg.depth > 0:
-        embed_dim = cfg.embed_dim or 384
-    else:
-        width = int(backbone.feature_info[-1]['num_chs'])
-        embed_dim = cfg.embed_dim or width
-        alone = 'with depth=0 the model is the ResNet alone'
-        if embed_dim != width:
-            raise ValueError(f"embed_dim: got {embed_dim}; {alone}, so it must be the ResNet's width, {width}.")
-        if class_token or cfg.reg_tokens or cfg.pre_norm:
-            raise ValueError(f'class_token, reg_tokens, pre_norm: {alone}, which has none of them.')
-        if cfg.patch_size not in (None, 1, (1, 1)):
-            raise ValueError(f'patch_size: got {cfg.patch_size}; {alone}, so it must be 1.')
-    if cfg.depth > 0 or global_pool in _POOL_FIELDS:
-        check_block(embed_dim, cfg.num_heads, cfg.mlp_ratio, cfg.mlp_layer)
-    patch_size = cfg.patch_size or (1 if cfg.backbone else 16)
-    resolved = dict(embed_dim=embed_dim, class_token=class_token, global_pool=global_pool, patch_size=patch_size)
-    return dataclasses.replace(cfg, **resolved)
-
-
 def _create_vitresnet(variant: str, pretrained: bool, cfg: VitResNetCfg, **kwargs) -> VitResNet:
     """Build a variant; keyword arguments named like the config's fields override them."""
     overrides = {field.name: kwargs[field.name] for field in dataclasses.fields(cfg) if field.name in kwargs}
-    _check_overrides(dataclasses.replace(cfg, **overrides), overrides)
+    check_overrides(dataclasses.replace(cfg, **overrides), overrides)
     # The position table must have the checkpoint's own grid; timm passes img_size on only where sizes are fixed.
     source = resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay'))
     kwargs.setdefault('img_size', source.input_size[-2:])

@@ -21,174 +21,24 @@ arXiv:2105.03889), whose published weights load unchanged. Its figure 2, as it s
 
 import dataclasses
 import math
-from functools import partial
 from typing import Any, Dict, List, Optional, Set, Tuple, Union
 
 import torch
-import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import LayerNorm, calculate_drop_path_rates, is_exporting, register_notrace_module, trunc_normal_
+from timm.layers import calculate_drop_path_rates, trunc_normal_
 from timm.models import checkpoint, generate_default_cfgs, register_model
-from timm.models.resnet import Bottleneck, downsample_conv
 from timm.models.vision_transformer import Block, get_init_weights_vit
 from torch import nn
 
 from ..checks import Device, FloatType, NumClasses, Rate, Size, WeightInit, Width, checked
 from .base import ExplainedParts, Hybrid
 from .config import DualGlobalPool, VitResNetDualCfg
-from .layers import check_images, feature_take_indices, pad_to, unflatten_tokens
+from .features import as_format, check_output_fmt
+from .layers import feature_take_indices
 from .loading import build_hybrid
-from .merging import merge_batch_norm_
+from .units import FirstUnit, MapAndTokens, Stem, Unit
 
 __all__ = ['VitResNetDual', 'VitResNetDualCfg']
-Norm = partial(nn.BatchNorm2d, eps=1e-6)  # of the paper's code, but for the stem's
-Features = Tuple[torch.Tensor, torch.Tensor]  # the ResNet's map, the ViT's tokens
-
-
-@register_notrace_module  # it looks at the image's shape
-class Stem(nn.Module):
-    """timm's ResNet stem, up to its max-pooling. image (B, in_chans, H, W) -> (B, width, H / 2, W / 2)."""
-
-    def __init__(self, in_chans: int, width: int, **dd: Any):
-        super().__init__()
-        self.in_chans = in_chans
-        self.conv1 = nn.Conv2d(in_chans, width, kernel_size=7, stride=2, padding=3, bias=False, **dd)
-        self.bn1 = nn.BatchNorm2d(width, **dd)
-        self.act1 = nn.ReLU(inplace=True)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        # a compiled or exported graph has its shapes checked where it is captured
-        if not torch.jit.is_scripting() and not torch.compiler.is_compiling():
-            check_images(x, self.in_chans)
-        return self.act1(self.bn1(self.conv1(x)))
-
-    def reparameterize(self) -> None:
-        """Fold the BatchNorm into its convolution (timm's hook)."""
-        merge_batch_norm_(self, 'conv1', 'bn1')
-
-
-class ConvBlock(Bottleneck):
-    """timm's bottleneck block, open in its middle: a map can be added there, and the map made there is returned.
-
-    Args:
-        project: The shortcut is a 1x1 convolution and BatchNorm, also where it need not be.
-    """
-
-    def __init__(self, in_chs: int, out_chs: int, stride: int = 1, project: bool = False, **dd: Any):
-        shortcut = downsample_conv(in_chs, out_chs, 1, stride=stride, norm_layer=Norm, **dd) if project else None
-        super().__init__(in_chs, out_chs // self.expansion, stride, shortcut, norm_layer=Norm, **dd)
-
-    def forward(self, x: torch.Tensor, fused: Optional[torch.Tensor] = None) -> Features:
-        """Take x (B, C, H, W) and, from the ViT, `fused` (B, C' / 4, H, W) -> the block's map, that of its middle."""
-        shortcut = x
-        x = self.act1(self.bn1(self.conv1(x)))
-        if fused is not None:
-            x = x + fused
-        middle = self.act2(self.bn2(self.conv2(x)))
-        x = self.bn3(self.conv3(middle))
-        if self.downsample is not None:
-            shortcut = self.downsample(shortcut)
-        x += shortcut
-        return self.act3(x), middle
-
-    def reparameterize(self) -> None:
-        """Fold the BatchNorms into their convolutions (timm's hook)."""
-        for i in (1, 2, 3):
-            merge_batch_norm_(self, f'conv{i}', f'bn{i}')
-        if self.downsample is not None:
-            merge_batch_norm_(self.downsample, '0', '1')
-
-
-class Down(nn.Module):
-    """From the ResNet to the ViT: a map is averaged to one pixel a token, projected and normalised.
-
-    The paper projects the map, by a 1x1 convolution, before it is averaged: the same, in stride^2 as many operations.
-    """
-
-    def __init__(self, in_chs: int, embed_dim: int, stride: int, **dd: Any):
-        super().__init__()
-        self.stride = stride
-        self.pool = nn.AvgPool2d(stride) if stride > 1 else nn.Identity()
-        self.proj = nn.Linear(in_chs, embed_dim, **dd)
-        self.norm = LayerNorm(embed_dim, eps=1e-6, **dd)
-        self.act = nn.GELU()
-
-    def forward(self, x: torch.Tensor, grid: Tuple[int, int]) -> torch.Tensor:
-        """x: (B, C, h, w), grid: (H', W') -> patch tokens (B, H' * W', D)."""
-        x = self.pool(pad_to(x, (grid[0] * self.stride, grid[1] * self.stride)))
-        return self.act(self.norm(self.proj(x.flatten(2).transpose(1, 2))))
-
-
-class Up(nn.Module):
-    """From the ViT to the ResNet: patch tokens are projected, and every one covers stride x stride pixels."""
-
-    def __init__(self, embed_dim: int, out_chs: int, stride: int, **dd: Any):
-        super().__init__()
-        self.stride = stride
-        self.proj = nn.Linear(embed_dim, out_chs, **dd)
-        self.norm = Norm(out_chs, **dd)
-        self.act = nn.ReLU(inplace=True)
-
-    def forward(self, tokens: torch.Tensor, grid: Tuple[int, int], size: Tuple[int, int]) -> torch.Tensor:
-        """tokens: (B, 1 + H' * W', D), grid: (H', W'), size: (h, w) -> (B, C, h, w)."""
-        x = self.act(self.norm(unflatten_tokens(self.proj(tokens[:, 1:]), grid)))
-        if self.stride > 1:
-            x = F.interpolate(x, size=(grid[0] * self.stride, grid[1] * self.stride))
-        if is_exporting():  # a captured graph would have to prove that a slice is smaller
-            return F.pad(x, (0, size[1] - x.shape[-1], 0, size[0] - x.shape[-2]))
-        return x[:, :, : size[0], : size[1]]
-
-    def reparameterize(self) -> None:
-        """Fold the BatchNorm into the projection (timm's hook)."""
-        merge_batch_norm_(self, 'proj', 'norm')
-
-
-class FirstUnit(nn.Module):
-    """The paper's unit 1, where the stem's map becomes the ResNet's first map and the ViT's first tokens."""
-
-    def __init__(self, in_chs: int, out_chs: int, embed_dim: int, stride: int, block: nn.Module, **dd: Any):
-        super().__init__()
-        self.stride = stride
-        self.conv_block = ConvBlock(in_chs, out_chs, project=True, **dd)
-        self.patch_embed = nn.Conv2d(in_chs, embed_dim, kernel_size=stride, stride=stride, **dd)
-        self.block = block
-
-    def forward(self, x: torch.Tensor, tokens: torch.Tensor, grid: Tuple[int, int]) -> Features:
-        """x: (B, C, h, w), tokens: the class token (B, 1, D) -> map (B, C', h, w), tokens (B, 1 + H' * W', D)."""
-        patches = self.patch_embed(pad_to(x, (grid[0] * self.stride, grid[1] * self.stride)))
-        tokens = self.block(torch.cat([tokens, patches.flatten(2).transpose(1, 2)], dim=1))
-        return self.conv_block(x)[0], tokens
-
-
-class Unit(nn.Module):
-    """The paper's units 2 to 12: two blocks of the ResNet and one of the ViT, between which features go both ways."""
-
-    def __init__(
-        self,
-        in_chs: int,
-        out_chs: int,
-        embed_dim: int,
-        stride: int,
-        block: nn.Module,
-        conv_stride: int = 1,
-        fusion_stride: int = 1,
-        **dd: Any,
-    ):
-        super().__init__()
-        self.conv_block = ConvBlock(in_chs, out_chs, conv_stride, project=conv_stride > 1, **dd)
-        self.down = Down(out_chs // ConvBlock.expansion, embed_dim, stride, **dd)
-        self.block = block
-        self.up = Up(embed_dim, out_chs // ConvBlock.expansion, stride, **dd)
-        self.fusion_block = ConvBlock(out_chs, out_chs, fusion_stride, project=fusion_stride > 1, **dd)
-
-    def forward(self, x: torch.Tensor, tokens: torch.Tensor, grid: Tuple[int, int]) -> Features:
-        """x: (B, C, h, w), tokens: (B, 1 + H' * W', D) -> the same of this unit; strides make the map smaller."""
-        x, middle = self.conv_block(x)
-        # as published, the class token is doubled before every block
-        tokens = tokens + torch.cat([tokens[:, :1], self.down(middle, grid)], dim=1)
-        tokens = self.block(tokens)
-        fused = self.up(tokens, grid, (middle.shape[-2], middle.shape[-1]))
-        return self.fusion_block(x, fused)[0], tokens
 
 
 class VitResNetDual(Hybrid):
@@ -274,7 +124,7 @@ class VitResNetDual(Hybrid):
         self.feature_info = [dict(num_chs=cfg.stem_width, reduction=2, module='stem')]
         for reduction, count in zip((4, 8, 16, 32), self.units_of_level[1:]):
             last = count - 1
-            module = f'units.{last}.fusion_block.act3'  # what the unit itself returns has the tokens, too
+            module = f'units.{last}.fusion_block.act3'  # the unit itself returns its tokens, too
             self.feature_info.append(dict(num_chs=cfg.channels[last // third], reduction=reduction, module=module))
         self.num_pyramid = len(self.feature_info)
 
@@ -367,17 +217,32 @@ class VitResNetDual(Hybrid):
         grid = ((x.shape[-2] + stride - 1) // stride, (x.shape[-1] + stride - 1) // stride)
         return x, self.cls_token.expand(x.shape[0], -1, -1), grid
 
-    def forward_features(self, x: torch.Tensor) -> Features:
+    def forward_features(self, x: torch.Tensor) -> MapAndTokens:
         """Take x (B, C, H, W) -> the ResNet's map (B, C', H / 32, W / 32), the ViT's tokens (B, 1 + N, D)."""
-        x, tokens, grid = self._begin(self.stem(x))
-        for unit in self.units:
-            if self.grad_checkpointing and not torch.jit.is_scripting():
-                x, tokens = checkpoint(unit, x, tokens, grid)
-            else:
-                x, tokens = unit(x, tokens, grid)
+        kept: List[int] = []
+        x, tokens, _ = self._run(x, len(self.units), kept)
         return x, self.norm(tokens)
 
-    def forward_head(self, x: Features, pre_logits: bool = False) -> torch.Tensor:
+    def _run(
+        self, x: torch.Tensor, num_units: int, kept: List[int]
+    ) -> Tuple[torch.Tensor, torch.Tensor, List[torch.Tensor]]:
+        """Run the stem and the first units. x: (B, C, H, W) -> map, tokens, and the maps after `kept` many units."""
+        levels: List[torch.Tensor] = []
+        x = self.stem(x)
+        if 0 in kept:
+            levels.append(x)
+        x, tokens, grid = self._begin(x)
+        for i, unit in enumerate(self.units):
+            if i < num_units:
+                if self.grad_checkpointing and not torch.jit.is_scripting():
+                    x, tokens = checkpoint(unit, x, tokens, grid)
+                else:
+                    x, tokens = unit(x, tokens, grid)
+                if i + 1 in kept:
+                    levels.append(x)
+        return x, tokens, levels
+
+    def forward_head(self, x: MapAndTokens, pre_logits: bool = False) -> torch.Tensor:
         """Return the sum of both heads' logits (B, num_classes) of what `forward_features` returns.
 
         Without heads, or with pre_logits: the pooled features (B, C' + D). With global_pool='': x, as it is.
@@ -408,7 +273,7 @@ class VitResNetDual(Hybrid):
         stop_early: bool = False,
         output_fmt: str = 'NCHW',
         intermediates_only: bool = False,
-    ) -> Union[List[torch.Tensor], Tuple[Features, List[torch.Tensor]]]:
+    ) -> Union[List[torch.Tensor], Tuple[MapAndTokens, List[torch.Tensor]]]:
         """Return the features, and the maps of the ResNet that `feature_info` lists.
 
         Args:
@@ -422,24 +287,13 @@ class VitResNetDual(Hybrid):
         Returns:
             ((map, tokens), maps), or as the arguments say.
         """
-        if output_fmt not in ('NCHW', 'NLC'):
-            raise ValueError(f"output_fmt: got '{output_fmt}', expected 'NCHW' or 'NLC'.")
+        check_output_fmt(output_fmt)
         take_indices, max_index = feature_take_indices(len(self.units_of_level), indices)
         num_units = self.units_of_level[max_index] if stop_early else len(self.units)
-
-        levels = [self.stem(x)]
-        x, tokens, grid = self._begin(levels[0])
-        for i, unit in enumerate(self.units):
-            if i < num_units:
-                if self.grad_checkpointing and not torch.jit.is_scripting():
-                    x, tokens = checkpoint(unit, x, tokens, grid)
-                else:
-                    x, tokens = unit(x, tokens, grid)
-                if i + 1 in self.units_of_level:
-                    levels.append(x)
+        x, tokens, levels = self._run(x, num_units, self.units_of_level)
         maps: List[torch.Tensor] = []
         for i in take_indices:
-            maps.append(levels[i].flatten(2).transpose(1, 2) if output_fmt == 'NLC' else levels[i])
+            maps.append(as_format(levels[i], output_fmt))
         if intermediates_only:
             return maps
         return (x, self.norm(tokens)), maps
