@@ -20,8 +20,8 @@ from .weights.downloads import is_transient
 from .weights.files import CONFIG_NAME
 from .writing import check_output
 
-# the user's mistakes and the world's: torch and timm raise RuntimeError for unknown or weightless models, TypeError for
-# unknown arguments; anything else is a mistake of ours, and shows its stack trace
+# these errors are the user's or the world's: torch and timm raise RuntimeError for unknown or weightless models,
+# TypeError for unknown arguments; any other error is a mistake of ours, and shows its stack trace
 MISTAKES = (ValueError, TypeError, OSError, RuntimeError, MemoryError)
 
 
@@ -29,12 +29,12 @@ def load_model(name: str, device: str = 'cpu', **kwargs: Any) -> nn.Module:
     """Return a pretrained model in evaluation mode, on a device.
 
     Raises:
-        ValueError: where the device can't be used, or the model can't be loaded, whatever timm says of its name, of its
-            config.json or of its weights.
+        ValueError: where the device can't be used, or the model can't be loaded, because of its name, its config.json
+            or its weights.
     """
     try:
         usable = torch.empty(0, device=device).device
-    except Exception as error:  # torch has many
+    except Exception as error:  # torch raises errors of many kinds
         reason = one_line(error).partition('. ')[0]
         raise ValueError(f'device: got {device!r}, which can not be used here ({reason}).') from error
     if usable.type == 'meta':
@@ -42,7 +42,7 @@ def load_model(name: str, device: str = 'cpu', **kwargs: Any) -> nn.Module:
     try:
         folder = name.removeprefix('local-dir:')
         if name.startswith('local-dir:') and folder and (Path(folder) / CONFIG_NAME).exists():
-            read_config(Path(folder))  # timm's own words for what is wrong with it name no file
+            read_config(Path(folder))  # timm's own error would not name the file
         model = timm.create_model(name, pretrained=True, **kwargs)
     except Exception as error:
         if is_transient(error):
@@ -52,13 +52,13 @@ def load_model(name: str, device: str = 'cpu', **kwargs: Any) -> nn.Module:
 
 
 def check_count(name: str, value: Optional[int]) -> None:
-    """Raise ValueError for a number below 1; None is none."""
+    """Raise ValueError for a number below 1; None is allowed."""
     if value is not None and value < 1:
         raise ValueError(f'{name}: got {value}, expected a number from 1 up.')
 
 
 def check_picture(name: str, path: Path, images: Sequence[Path]) -> None:
-    """Raise, before anything long is done, where a picture can't be drawn to a path."""
+    """Raise ValueError or OSError, before anything long is done, where a picture can't be drawn to a path."""
     check_output(name, path)
     if path.suffix.lower() != '.png':
         raise ValueError(f'{name}: got {path}, expected the name of a PNG (.png).')
@@ -79,7 +79,7 @@ def check_new_folder(name: str, folder: Path) -> None:
 
 
 def check_branch(name: str, branch: Optional[str]) -> None:
-    """Raise ValueError for what git does not take as the name of a branch."""
+    """Raise ValueError for a name that git does not take for a branch."""
     if branch is None:
         return
     broken = any(not part or part.startswith('.') or part.endswith(('.', '.lock')) for part in branch.split('/'))
@@ -88,7 +88,7 @@ def check_branch(name: str, branch: Optional[str]) -> None:
 
 
 def check_repo_id(name: str, repo_id: str) -> None:
-    """Raise ValueError unless a repository is called by its owner and its name."""
+    """Raise ValueError unless a repository's id is 'owner/name'."""
     try:
         validate_repo_id(repo_id)
         owned = repo_id.count('/') == 1
@@ -99,14 +99,14 @@ def check_repo_id(name: str, repo_id: str) -> None:
 
 
 def class_of(text: Optional[str], model: nn.Module) -> Union[None, int, str]:
-    """Return what `--target` means: the class of that name, or, where none has it, the one of that index."""
+    """Return the class that `--target` means: its name, or its index where no class has that name."""
     if text is None or not re.fullmatch(r'-?\d+', text) or not getattr(model, 'num_classes', 0):
         return text
     return text if text in label_names(model) else int(text)
 
 
 def read_names(path: Path) -> List[str]:
-    """Return the names of classes that a text file holds, one a line; ValueError says which line has none."""
+    """Return the names of classes that a text file holds, one a line; raise ValueError for an empty line."""
     try:
         text = path.read_text(encoding='utf-8-sig')
     except UnicodeDecodeError as error:
@@ -132,7 +132,7 @@ def size_of(values: Optional[List[int]]) -> Any:
 
 
 def one_line(error: BaseException) -> str:
-    """Return what an error says in one line; what torch and the Hub say may have many."""
+    """Return an error's message on one line; those of torch and the Hub may have many."""
     told = ' '.join(str(error).split()) or ('there is not enough memory' if isinstance(error, MemoryError) else '')
     if told and isinstance(error, MISTAKES):
         return told

@@ -2,7 +2,7 @@
 
 An annotation is a plain type (bool, int, float, str), a choice (`Literal`), a tuple or `Optional` of them, or a type
 with a rule (`Annotated[int, between(1, 64)]`). `conform` compares a value with it, and returns the value in plain
-Python: a list becomes a tuple, a number of NumPy's a number of Python's.
+Python: a list becomes a tuple, and a number of NumPy's becomes a number of Python's.
 """
 
 import difflib
@@ -20,7 +20,7 @@ from timm.layers import get_act_layer, get_norm_act_layer, get_norm_layer
 
 
 def plain(name: str, value: Any) -> Any:
-    """Return a value of numbers, text, tuples and dicts, which JSON holds, and gives back, as it is.
+    """Return a value as plain numbers, text, tuples and dicts, which JSON can hold.
 
     Raises:
         TypeError, ValueError: for anything else; a run could not record it.
@@ -44,14 +44,14 @@ Result = TypeVar('Result')
 
 @dataclass(frozen=True)
 class Rule:
-    """What a value must be, beside its type."""
+    """A condition that a value must meet, beside its type."""
 
     allows: Callable[[Any], bool]
-    expected: str  # ends the sentence 'got ..., expected'
+    expected: str  # the text ends the sentence 'got ..., expected'
 
 
 def between(low: float, high: float, above: bool = False, below: bool = False) -> Rule:
-    """Return the rule that a number is from `low` to `high`; `above` and `below` leave these two themselves out."""
+    """Return the rule that a number is from `low` to `high`; `above` excludes `low` itself, `below` excludes `high`."""
 
     def allows(value: float) -> bool:
         return (low < value if above else low <= value) and (value < high if below else value <= high)
@@ -67,7 +67,7 @@ def _has_device(value: Any) -> bool:
         return False
     try:
         torch.empty(0, device=value)
-    except Exception:  # torch has several kinds for a device that it can't use
+    except Exception:  # torch raises errors of several kinds for a device that it can't use
         return False
     return True
 
@@ -77,18 +77,18 @@ def normalises_tokens(name: str) -> bool:
     """Return whether a norm of timm's takes tokens (B, N, D)."""
     try:
         return get_norm_layer(name)(8)(torch.ones(2, 3, 8)).shape == (2, 3, 8)  # pyright: ignore[reportOptionalCall]
-    except Exception:  # an unknown name, or a layer for another number of dimensions
+    except Exception:  # the name is unknown, or the layer takes another number of dimensions
         return False
 
 
 @functools.cache
 def normalises_maps(name: str) -> bool:
     """Return whether a norm of timm's takes the maps (B, C, H, W) of a ResNet."""
-    for find in (get_norm_layer, get_norm_act_layer):  # those of `ResNet`, those of `ResNetV2`
+    for find in (get_norm_layer, get_norm_act_layer):  # the first is for `ResNet`, the second for `ResNetV2`
         try:
             if find(name)(64)(torch.ones(2, 64, 3, 5)).shape == (2, 64, 3, 5):  # pyright: ignore[reportOptionalCall]
                 return True
-        except Exception:  # as above
+        except Exception:  # the name is unknown here, or the layer takes no maps
             continue
     return False
 
@@ -172,7 +172,7 @@ def annotations_of(function: Any) -> Dict[str, Any]:
 
 
 def check_known(names: Iterable[str], known: Iterable[str], owner: str) -> None:
-    """Raise TypeError, with the names that are nearest, for a name that is not among those that are known."""
+    """Raise TypeError, with the nearest of the known names, for a name that is not known."""
     known = sorted(known)
     for name in names:
         if name not in known:
@@ -182,17 +182,17 @@ def check_known(names: Iterable[str], known: Iterable[str], owner: str) -> None:
 
 
 def conform_arguments(model_cls: type, cfg: Any, kwargs: Dict[str, Any], *builders: Callable) -> Dict[str, Any]:
-    """Return a model's keyword arguments in plain Python, each one an argument of its class or a field of its config.
+    """Return a model's keyword arguments in plain Python; each is an argument of its class or a field of its config.
 
     Args:
         builders: Functions that take some of the arguments for themselves.
 
     Raises:
         TypeError: for an argument that nobody knows.
-        ValueError: for one that is not what its annotation says.
+        ValueError: for an argument that is not what its annotation says.
     """
     annotations = {**annotations_of(model_cls.__init__), **annotations_of(type(cfg))}
-    features = ('features_only', 'out_indices', 'feature_cls', 'pruned')  # timm's builder takes them from its kwargs
+    features = ('features_only', 'out_indices', 'feature_cls', 'pruned')  # timm's builder takes these from its kwargs
     taken = {name for builder in builders for name in inspect.signature(builder).parameters}
     check_known(kwargs, {*annotations, *features, *taken}, model_cls.__name__)
     return {
@@ -202,7 +202,7 @@ def conform_arguments(model_cls: type, cfg: Any, kwargs: Dict[str, Any], *builde
 
 
 def conform_indices(name: str, indices: Any, number: int, distinct: bool = False) -> Any:
-    """Return indices of `number` features as timm takes them: the last so many, or a list (negative: from the end)."""
+    """Return indices of `number` features as timm takes them: an int n (the last n) or a tuple of indices."""
     each = Annotated[int, between(-number, number - 1)]
     plain = conform(name, indices, Union[Annotated[int, between(1, number)], Tuple[each, ...]])
     if distinct and isinstance(plain, tuple) and len({index % number for index in plain}) < len(plain):
@@ -216,7 +216,7 @@ def check_choice(name: str, value: Any, choices: Tuple[Any, ...]) -> None:
 
 
 def show(value: Any) -> str:
-    """Return a value as code, on one line, and no longer than a sentence can bear."""
+    """Return a value as code, on one line, cut to 80 characters."""
     text = ' '.join(repr(value).split())
     return text if len(text) <= 80 else f'{text[:77]}...'
 

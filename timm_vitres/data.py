@@ -1,4 +1,4 @@
-"""Images in: opening, and preprocessing by a model's own timm data config.
+"""Images are opened, and preprocessed by a model's own timm data config.
 
 path -> `open_image` -> PIL image in the model's mode -> timm's evaluation transform -> (1, C, H, W).
 """
@@ -25,8 +25,8 @@ from .weights.files import CONFIG_NAME
 _logger = logging.getLogger(__name__)
 ImageLike = Union[str, Path, Image.Image, np.ndarray]
 MODES = {1: 'L', 3: 'RGB', 4: 'RGBA'}
-MAX_ASPECT = 100  # an image's longer side by its shorter one
-TURNS = {  # EXIF orientation -> what makes the image upright
+MAX_ASPECT = 100  # an image's longer side may be this many times its shorter one
+TURNS = {  # EXIF orientation -> the turn that makes the image upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -35,11 +35,11 @@ TURNS = {  # EXIF orientation -> what makes the image upright
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-TURNING_INFO = ('exif', 'Raw profile type exif', 'XML:com.adobe.xmp', 'xmp')  # where PIL finds the orientation
+TURNING_INFO = ('exif', 'Raw profile type exif', 'XML:com.adobe.xmp', 'xmp')  # PIL finds an orientation in these
 
 
 def image_mode(in_chans: int) -> str:
-    """Return PIL's mode of an image with `in_chans` channels; ValueError where there is none."""
+    """Return PIL's mode of an image with `in_chans` channels; raise ValueError where there is none."""
     if in_chans not in MODES:
         raise ValueError(f'in_chans: the model takes {in_chans} channels, but images have 1, 3 or 4.')
     return MODES[in_chans]
@@ -54,8 +54,8 @@ def open_image(image: ImageLike, mode: str = 'RGB') -> Image.Image:
 
     Raises:
         FileNotFoundError: for a path where nothing is, and a link to nothing.
-        ValueError: for what can't be read as an image, whatever its decoding raises, and for one that is more than
-            `MAX_ASPECT` times as long as wide; the message names the file.
+        ValueError: for a file that can't be read as an image, whatever its decoder raises, and for an image that is
+            more than `MAX_ASPECT` times as long as wide; the message names the file.
         TypeError: for anything else that is no image.
     """
     if isinstance(image, Image.Image):
@@ -75,12 +75,12 @@ def open_image(image: ImageLike, mode: str = 'RGB') -> Image.Image:
             return _upright_in_mode(opened, mode, name)
     except _ImageError:
         raise
-    except Exception as error:  # Pillow's plug-ins raise whatever a damaged file makes of them
+    except Exception as error:  # Pillow's plug-ins raise errors of any kind for a damaged file
         raise _ImageError(name, error) from error
 
 
 class _ImageError(ValueError):
-    """An image that can't be used, and why."""
+    """An image can't be used; the message names it and the reason."""
 
     def __init__(self, name: str, error: Exception):
         reason = ' '.join(str(error).split()) or type(error).__name__
@@ -88,10 +88,10 @@ class _ImageError(ValueError):
 
 
 def _check_file(path: Union[str, Path]) -> None:
-    """Refuse what is no file to read from: opening a named pipe would wait for ever."""
+    """Raise an error unless a path is a regular file: opening a named pipe would wait for ever."""
     try:
         mode = os.stat(path).st_mode
-    except (OSError, ValueError) as error:  # ValueError is for a null byte
+    except (OSError, ValueError) as error:  # a null byte raises ValueError
         if os.path.islink(path):
             raise FileNotFoundError(
                 f'image: {shown(path)} is a link to nothing ({shown(os.readlink(path))}).'
@@ -112,10 +112,10 @@ def _upright_in_mode(image: Image.Image, mode: str, name: str) -> Image.Image:
             limit = f'its longer side may be up to {MAX_ASPECT} times the shorter'
             raise ValueError(f'it has {image.width} x {image.height} pixels; {limit}')
         image = _to_mode(_upright(image), mode)
-    except Exception as error:  # as above: what an image raises, while it is decoded, is its own error
+    except Exception as error:  # Pillow decodes here, and a damaged file raises errors of any kind
         raise _ImageError(name, error) from error
     for key in TURNING_INFO:
-        image.info.pop(key, None)  # or whoever opens the result would turn it once more
+        image.info.pop(key, None)  # else whoever opens the result would turn it once more
     return image
 
 
@@ -133,7 +133,7 @@ def _to_mode(image: Image.Image, mode: str) -> Image.Image:
     if image.mode[0] in 'IF':  # 'I', 'I;16', 'I;16B', 'F': PIL would clip these at 255
         image = Image.fromarray(_to_8_bits(np.asarray(image), image.mode))
     elif image.mode in ('P', 'PA'):
-        image = image.convert('RGBA')  # keeps what a palette says of transparency from warning
+        image = image.convert('RGBA')  # a transparent palette would make PIL warn if it became RGB
     return image.convert(mode)
 
 
@@ -151,8 +151,8 @@ def _to_8_bits(values: np.ndarray, mode: str) -> np.ndarray:
 def data_config(model: nn.Module, **overrides: Any) -> Dict[str, Any]:
     """Return a model's timm data config: input_size (C, H, W), mean, std, interpolation, crop_pct, crop_mode.
 
-    The size is what `overrides` say (img_size), else what the model was created for where its creator asked for
-    another size than its weights' (img_size=), else the weights' own.
+    `img_size` in `overrides` decides the size, else the `img_size` that the model was created with, if it is not the
+    weights' own size, else the weights' own size.
     """
     overrides = {key: value for key, value in overrides.items() if value is not None}
     cfg = getattr(model, 'pretrained_cfg', {})
@@ -176,7 +176,7 @@ def preprocess(image: ImageLike, model: nn.Module) -> torch.Tensor:
         Pixels resized, cropped and normalised: (1, C, H, W), on the model's device and in its dtype.
 
     Raises:
-        FileNotFoundError, ValueError, TypeError: as `open_image`.
+        FileNotFoundError, ValueError, TypeError: where `open_image` raises them.
     """
     config = data_config(model)
     return to_batch(open_image(image, image_mode(config['input_size'][0])), model, config)
@@ -190,7 +190,7 @@ def to_batch(image: Image.Image, model: nn.Module, config: Dict[str, Any]) -> to
 
 
 def example_images(paths: Sequence[Union[str, Path]], model: nn.Module, limit: int = 32) -> torch.Tensor:
-    """Return images for a model: (B, C, H, W), evenly taken from files and folders (with all that is in them).
+    """Return images for a model: (B, C, H, W), evenly taken from files and folders (with their sub-folders).
 
     Raises:
         FileNotFoundError: where there is no image.
@@ -232,10 +232,10 @@ DATA_FIELDS: Dict[str, Any] = {
 
 
 def check_data_config(where: str, config: Mapping[str, Any]) -> Dict[str, Any]:
-    """Return a data config in plain Python; tensors, and what is NumPy's, become numbers and lists.
+    """Return a data config in plain Python; tensors and NumPy's values become numbers and tuples.
 
     Args:
-        where: Whose config it is, as a sentence about it begins.
+        where: The beginning of an error message, which says whose config it is.
 
     Raises:
         ValueError: for a value that no image can be prepared with, or that JSON can't hold; the message names it.

@@ -1,7 +1,7 @@
-"""Pictures of where a model looks: what its ResNet sees by Grad-CAM, what its ViT sees by attention rollout.
+"""Maps of where a model looks: Grad-CAM shows it for its ResNet, attention rollout for its ViT.
 
 Papers: `Grad-CAM` (Selvaraju et al. 2017, arXiv:1610.02391), `Quantifying Attention Flow in Transformers` (Abnar and
-Zuidema 2020, arXiv:2005.00928). image -> (1, C, H, W) of its whole -> maps (1, H, W) -> one PNG.
+Zuidema 2020, arXiv:2005.00928). image, uncropped -> (1, C, H, W) -> maps (1, H, W) -> `Explanation`.
 """
 
 from contextlib import contextmanager
@@ -17,13 +17,13 @@ from .data import ImageLike, data_config, image_mode, open_image, to_batch
 from .labels import label_names
 from .models.base import Hybrid
 
-# beyond these an image of odd proportions would take gigabytes: attention has a value for every pair of tokens
+# larger images would take gigabytes, since attention has a value for every pair of tokens
 MAX_PIXELS = 4096 * 4096
 MAX_TOKENS = 4096
 
 
 class Explanation(NamedTuple):
-    """An image as the model saw it, the class explained, and a map from 0 to 1 (H, W) for either part it has."""
+    """An image as the model saw it, the class explained, and a map (H, W) from 0 to 1 for ResNet and for ViT."""
 
     image: Image.Image
     label: str
@@ -40,13 +40,13 @@ def explain(
     Args:
         model: A hybrid of this package with a head, in evaluation mode.
         image: A path, a PIL image, or an array (H, W) or (H, W, C) of 8-bit values.
-        target: The class to explain, an int being its index and a str its name; by default the likeliest one.
+        target: The class to explain, by its index (int) or its name (str); by default the likeliest one.
         size: Pixels of the image's shorter side; by default the model's own input size.
 
     Raises:
-        ValueError: for another model, one in training mode, without a head or whose outputs are not finite; for an
-            unknown class, or a name of several; for a size that is impossible, or that the image is too long for.
-        FileNotFoundError, TypeError: as `open_image`.
+        ValueError: for a model that is no hybrid, is in training mode, has no head, or gives outputs that are not
+            finite; for an unknown class, or a name that several classes have; for an impossible or too large size.
+        FileNotFoundError, TypeError: where `open_image` raises them.
     """
     if not isinstance(model, Hybrid):
         raise ValueError(f'model: got {type(model).__name__}, expected a hybrid of this package.')
@@ -72,10 +72,10 @@ def explain(
 
 
 def class_index(target: Union[int, str], names: Sequence[str]) -> int:
-    """Return the index of a class, given as that (int) or by its name (str).
+    """Return the index of a class that is given by its index (int) or its name (str).
 
     Raises:
-        ValueError: where no class is meant, or several are.
+        ValueError: where `target` means no class, or several.
     """
     if isinstance(target, str):
         found = [index for index, name in enumerate(names) if name == target]
@@ -91,7 +91,7 @@ def class_index(target: Union[int, str], names: Sequence[str]) -> int:
 
 
 def _whole(image: ImageLike, model: Hybrid, size: Optional[int]) -> Tuple[torch.Tensor, Image.Image]:
-    """Return an image resized, as a normalised batch of one, and as it then looks."""
+    """Return a resized image twice: as a normalised batch of one, and as a picture."""
     config = data_config(model)
     channels, *own_size = config['input_size']
     opened = open_image(image, image_mode(channels))
@@ -112,7 +112,7 @@ def _whole(image: ImageLike, model: Hybrid, size: Optional[int]) -> Tuple[torch.
 def grad_cam(model: Hybrid, x: torch.Tensor, target: int) -> torch.Tensor:
     """Return what the last stage of the ResNet sees of a class, from 0 to 1. x: (B, C, H, W) -> (B, H, W).
 
-    The channels of its map, each weighted by the mean gradient of the class's logit, summed, negative values cut off.
+    The map's channels are weighted by the mean gradient of the class's logit and summed; negative values become 0.
     """
     parts = model.explained_parts()
     if parts.resnet is None:
@@ -125,7 +125,7 @@ def grad_cam(model: Hybrid, x: torch.Tensor, target: int) -> torch.Tensor:
     hook = parts.resnet.register_forward_hook(keep)
     try:
         with torch.enable_grad():
-            # of the image, so that frozen weights make no difference
+            # the image requires a gradient, so that frozen weights make no difference
             logits = model(x.detach().clone().requires_grad_())
             (gradient,) = torch.autograd.grad(logits[:, target].sum(), maps[0])
     finally:
@@ -137,15 +137,15 @@ def grad_cam(model: Hybrid, x: torch.Tensor, target: int) -> torch.Tensor:
 def attention_rollout(model: Hybrid, x: torch.Tensor) -> torch.Tensor:
     """Return how much of each patch reaches the class token, from 0 to 1. x: (B, C, H, W) -> (B, H, W).
 
-    Attention, averaged over the heads and mixed half and half with what the residual connection passes on, multiplied
-    from the first block to the last. Without a class token: what reaches all patches together.
+    Attention is averaged over the heads, mixed half and half with the identity (for the residual connection), and
+    multiplied from the first block to the last. Without a class token, the mean over all patches counts.
     """
     parts = model.explained_parts()
     if not parts.blocks:
         raise ValueError('model: with depth=0 there is no ViT to look into.')
     rollout: List[torch.Tensor] = []
 
-    def multiply(module, args, attention):  # (B, heads, N, N), one block at a time: all of them are too large to keep
+    def multiply(module, args, attention):  # (B, heads, N, N), too large to keep for all blocks
         attention = attention.float().mean(1)
         attention = 0.5 * attention + 0.5 * torch.eye(attention.shape[-1], device=attention.device)
         rollout[:] = [attention @ rollout[0] if rollout else attention]
@@ -177,9 +177,9 @@ def _unfused(blocks: List[nn.Module]) -> Iterator[None]:
 
 
 def _to_pixels(values: torch.Tensor, x: torch.Tensor, stride: Tuple[int, int]) -> torch.Tensor:
-    """Enlarge (B, h, w) by the stride, cut off what lies beyond the image, and stretch it over 0 to 1."""
+    """Enlarge (B, h, w) by the stride, cut off what lies beyond the image, and stretch the values over 0 to 1."""
     size = (values.shape[1] * stride[0], values.shape[2] * stride[1])
     values = F.interpolate(values[:, None].float(), size, mode='bilinear')[:, 0, : x.shape[-2], : x.shape[-1]]
     low, high = values.amin((1, 2), keepdim=True), values.amax((1, 2), keepdim=True)
-    even = high - low <= 1e-5 * high.abs()  # of which stretching would make a pattern of rounding errors
+    even = high - low <= 1e-5 * high.abs()  # stretching an even map would show rounding errors
     return ((values - low) / (high - low).masked_fill(even, 1)).masked_fill(even, 0)

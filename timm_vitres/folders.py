@@ -16,13 +16,13 @@ from typing import Dict, FrozenSet, Iterable, List, NamedTuple, Optional, Sequen
 from PIL import Image, ImageFile
 
 _logger = logging.getLogger(__name__)
-# Names of split folders, as they are compared: in lower case, without what `split_role` takes off.
+# Split folders have these names, in lower case, once `split_role` took years, separators and words like 'set' off.
 SPLITS = {
     'training': ('train', 'training', 'trn'),
     'validation': ('val', 'valid', 'validation', 'validate', 'eval', 'evaluation', 'dev'),
     'test': ('test', 'testing', 'tst', 'holdout'),
 }
-# Folders that operating systems add; the thumbnails in them are images.
+# Operating systems add these folders; the thumbnails in them are images.
 SYSTEM_FOLDERS = ('__MACOSX', '@eaDir', '$RECYCLE.BIN', 'System Volume Information', 'lost+found')
 UNDECODABLE = ('MPEG',)  # Pillow recognises the format, but decodes none of its files
 DEFAULT_TRAIN, DEFAULT_VAL = 'train', 'validation'
@@ -34,7 +34,7 @@ class Found(NamedTuple):
 
     images: List[str]
     left_out: Dict[str, str]
-    same: Dict[str, str]  # path of a file that is left out because it is another one by link -> path of that one
+    same: Dict[str, str]  # a path left out since it leads to the same file as another -> that other path
 
 
 class Classes(NamedTuple):
@@ -46,7 +46,7 @@ class Classes(NamedTuple):
 
 
 class Splits(NamedTuple):
-    """The folder to train on, the one to validate on where there is one, and what beside them is left out."""
+    """The training folder, the validation folder if there is one, and the reason for each other path left out."""
 
     train: Path
     validation: Optional[Path]
@@ -59,7 +59,7 @@ def shown(path: Union[str, Path]) -> str:
 
 
 def natural_order(name: str) -> Tuple[list, str]:
-    """Sort key: as timm's `natural_key` (numbers by value, case ignored), then by the name itself."""
+    """Return a sort key: timm's `natural_key` (numbers by value, case ignored), then the name itself."""
     parts: list = re.split(r'(\d+)', name.lower())
     parts[1::2] = [int(number) for number in parts[1::2]]
     return parts, name
@@ -67,7 +67,7 @@ def natural_order(name: str) -> Tuple[list, str]:
 
 def image_suffixes() -> FrozenSet[str]:
     """Return the suffixes, in lower case, of the formats that Pillow decodes here, registered plug-ins included."""
-    suffixes = Image.registered_extensions()  # which imports Pillow's own plug-ins
+    suffixes = Image.registered_extensions()  # this call imports Pillow's own plug-ins
     decoders = {name: factory for name, (factory, _) in Image.OPEN.items() if name not in UNDECODABLE}
     stubs = {name for name, factory in decoders.items() if _is_stub(factory)}
     return frozenset(suffix.lower() for suffix, name in suffixes.items() if name in decoders.keys() - stubs)
@@ -78,7 +78,7 @@ def _is_stub(factory: object) -> bool:
 
 
 def split_role(name: str) -> Optional[str]:
-    """Return which split a folder is named like ('training', 'validation', 'test'): Train, val2017, test-set."""
+    """Return the split ('training', 'validation', 'test') that a folder's name means: Train, val2017, test-set."""
     core = re.sub(r'(19|20)\d\d$', '', name.casefold())
     core = re.sub(r'[\s_.-]', '', core)
     core = re.sub(r'(data|images?|imgs?|split|set)+$', '', core)
@@ -103,13 +103,13 @@ def _identity(info: os.stat_result) -> Identity:
 
 
 class _Walk:
-    """A walk through a folder: real folders first, then links in their order, so that every order is the same."""
+    """A walk through a folder: real folders come first, then sorted links, so that the result is always the same."""
 
     def __init__(self, root: str):
         self.root = root
         self.suffixes = image_suffixes()
         self.left_out: Dict[str, str] = {}
-        self.files: List[Tuple[bool, str, Identity]] = []  # is it reached by a link, path, identity
+        self.files: List[Tuple[bool, str, Identity]] = []  # (whether a link leads to it, path, identity)
         self.folders = [root]
         self.links: List[str] = []
         self.seen: Dict[Identity, str] = {}
@@ -273,7 +273,7 @@ def _check_names(root: Path, names: Sequence[str], any_name: bool) -> None:
 
 
 def _check_nested(root: Path, names: Sequence[str], places: Sequence[Tuple[str, ...]]) -> None:
-    """Refuse folders in class folders that may be the classes themselves; log that there are others."""
+    """Raise ValueError for folders in class folders that may be the classes themselves; log a warning for others."""
     nested = [parts for parts in places if len(parts) > 2]
     if not nested:
         return
@@ -316,7 +316,7 @@ def find_splits(root: Union[str, Path], train_split: str, val_split: str) -> Spl
 
     Raises:
         FileNotFoundError: for a missing folder.
-        ValueError: for split folders beside class folders, and what else can be read in two ways.
+        ValueError: for split folders beside class folders, and for all else that can be read in two ways.
     """
     root = Path(root)
     names = folders_in(root)
@@ -347,7 +347,7 @@ def find_splits(root: Union[str, Path], train_split: str, val_split: str) -> Spl
 
 
 def _split_folder(root: Path, names: Sequence[str], name: str, argument: str, default: str) -> Optional[str]:
-    """Return the name of the folder of a split, or of the one that is named alike; None where it need not be."""
+    """Return the name of a split's folder, or of the only one with a similar name; None where none is needed."""
     if not name:
         return None
     if Path(name).is_absolute() or '..' in Path(name).parts or not Path(name).parts:

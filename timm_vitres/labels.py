@@ -11,11 +11,10 @@ from torch import nn
 
 
 def label_names(model: nn.Module) -> List[str]:
-    """Return the names of a model's classes: those of its config, ImageNet's where it has ImageNet's number of
-    classes, else 'class 0' and so on."""
+    """Return the names of a model's classes: its config's, else ImageNet's if their number fits, else 'class 0', ..."""
     cfg = getattr(model, 'pretrained_cfg', {})
     num_classes = int(model.num_classes)
-    with suppress(ValueError):  # names that are missing, or those of other classes
+    with suppress(ValueError):  # the names are missing, or belong to other classes
         return normalise_label_names(cfg.get('label_names'), num_classes)
     subset = infer_imagenet_subset(model)
     if subset:
@@ -25,15 +24,15 @@ def label_names(model: nn.Module) -> List[str]:
 
 
 def normalise_label_names(names: Any, num_classes: int) -> List[str]:
-    """Return the names of a model's classes as plain strings, by index: what config.json can hold.
+    """Return the names of a model's classes as plain strings, by index, for config.json.
 
     Args:
         names: A sequence of names by index, or a dict of them whose keys are the indices, as numbers or strings
             (`id2label` of transformers). Numbers and paths become strings.
 
     Raises:
-        ValueError: for another number of names than `num_classes`, a dict whose keys are not 0, 1, 2 and so on, what
-            has no order (a set), and a name that is neither text, number nor path.
+        ValueError: for another number of names than `num_classes`, a dict whose keys are not 0, 1, 2 and so on, names
+            without an order (a set), and a name that is neither text, number nor path.
     """
     if isinstance(names, (str, bytes, set, frozenset)) or not isinstance(names, (Mapping, Iterable)):
         raise ValueError(f'label_names: got {names!r:.80}, expected a list of names, one for each class.')

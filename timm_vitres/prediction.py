@@ -1,4 +1,7 @@
-"""Classes of images: names, probabilities, and a picture of both."""
+"""Classification of images.
+
+paths -> `predict` -> the likeliest classes of each image, and a sentence for each image that failed.
+"""
 
 from pathlib import Path
 from typing import List, NamedTuple, Sequence, Tuple, Union
@@ -26,14 +29,14 @@ def predict(model: nn.Module, images: Sequence[Union[str, Path]], topk: int = 5)
     Args:
         model: A timm model with a head, in evaluation mode.
         images: Paths.
-        topk: How many classes to return; all of them where there are fewer.
+        topk: Number of classes to return; all of them where there are fewer.
 
     Returns:
-        Predictions, and a sentence for each image that could not be read, or for which the model says nothing finite.
+        Predictions, and a sentence for each image that could not be read, or whose outputs are not finite.
 
     Raises:
         ValueError: for a model without classes, or one that takes no images, and an impossible `topk`.
-        TypeError: for one path in place of several, and for what is no path.
+        TypeError: for one path instead of a list, and for anything that is no path.
     """
     if isinstance(images, (str, Path)):
         raise TypeError(f'images: got the one path {shown(images)}, expected a list of paths.')

@@ -1,4 +1,7 @@
-"""TODO."""
+"""Output paths are checked before long work, and files appear there only when they are complete.
+
+path -> `check_output` -> `replacing` -> a temporary file beside it -> `sync` -> renamed to the path.
+"""
 
 import os
 import secrets
@@ -10,18 +13,18 @@ from typing import Iterator, Union
 
 import safetensors
 
-TEMPORARY = '.timm-vitres-'  # how all begins that is written beside something, to replace it
+TEMPORARY = '.timm-vitres-'  # the names of temporary files and folders begin with this
 
 
 def check_output(name: str, path: Union[str, Path]) -> Path:
     """Return a path where a file can be written, before long work is done for it.
 
     Args:
-        name: The argument that says the path.
+        name: The argument that gave the path.
 
     Raises:
         ValueError: for an empty path.
-        OSError: where a folder or a device is, or no file can be made.
+        OSError: where the path is a folder or a device, or no file can be made.
     """
     if not isinstance(path, (str, Path)) or not Path(path).name or '\0' in str(path):
         raise ValueError(f'{name}: got {str(path)!r}, expected the path of a file.')
@@ -45,7 +48,7 @@ def check_output(name: str, path: Union[str, Path]) -> Path:
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a path beside `path` to write to, which replaces it when the block ends, and only then.
 
-    A file that is mapped into memory, as a loaded model's weights are, can be replaced so: the model keeps the old one.
+    Even a file that is mapped into memory, such as a loaded model's weights, is safe: the model keeps the old file.
 
     Raises:
         OSError: where writing fails (a full disk); what was at `path` stays as it was.
@@ -56,7 +59,7 @@ def replacing(path: Path) -> Iterator[Path]:
         try:
             mode = _create(beside)
             yield beside
-            beside.chmod(mode)  # safetensors makes files that no one else may read
+            beside.chmod(mode)  # safetensors makes files that only their owner may read
             sync(beside)
             os.replace(beside, path)
         except BaseException:
@@ -75,7 +78,7 @@ def _create(path: Path) -> int:
 
 @contextmanager
 def _sentence(path: Path) -> Iterator[None]:
-    """Turn what goes wrong while a file is written, torch's and safetensors' own errors too, into one OSError."""
+    """Turn all errors of writing a file, those of torch and safetensors included, into one OSError."""
     try:
         yield
     except (OSError, RuntimeError, safetensors.SafetensorError) as error:

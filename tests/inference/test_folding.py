@@ -16,8 +16,7 @@ from torch.export import Dim
 
 import timm_vitres
 from timm_vitres.inference.folding import fold
-from timm_vitres.models.layers import StdConv2dSame
-from timm_vitres.models.merging import batch_norms_of_convolutions
+from timm_vitres.models.layers import PadSameStdConv2d
 
 SIZES = [(224, 224), (97, 161), (33, 470)]
 NAMES = ['vitresnet_tiny', 'vitresnet_small', 'vitresnet_nano', 'vitresnet', 'test_vitresnet', 'test_vitresnet_dual']
@@ -40,7 +39,7 @@ def outputs(model, x):
 
 
 def left_over(model):
-    return [name for name, module in model.named_modules() if isinstance(module, (nn.BatchNorm2d, StdConv2dSame))]
+    return [name for name, module in model.named_modules() if isinstance(module, (nn.BatchNorm2d, PadSameStdConv2d))]
 
 
 @pytest.mark.parametrize('features_only', [False, True])
@@ -154,7 +153,7 @@ def test_known_padding_is_static():
     for module in folded.modules():
         if isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3):
             kinds.setdefault(module.stride, set()).add((type(module).__name__, module.padding))
-    assert kinds == {(1, 1): {('Conv2d', (1, 1))}, (2, 2): {('Conv2dSame', (0, 0))}}
+    assert kinds == {(1, 1): {('Conv2d', (1, 1))}, (2, 2): {('PadSameConv2d', (0, 0))}}
 
 
 def check_same(folded, model, tolerance=1e-5):
@@ -222,23 +221,6 @@ def test_convolutions_that_two_blocks_share(door):
         else:
             setattr(stage[1], name, getattr(stage[0], name))
         check_same(door(model), model)
-
-
-class Backwards(nn.Module):
-    """A convolution and a BatchNorm under two names each, of which the second ones are used."""
-
-    def __init__(self):
-        super().__init__()
-        self.first, self.second = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
-        self.conv, self.norm = self.first, self.second
-        self.plain = nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4))
-
-    def forward(self, x):
-        return self.plain(self.norm(self.conv(x)))
-
-
-def test_a_layer_of_two_names_is_left():
-    assert batch_norms_of_convolutions(Backwards().eval()) == [('plain.0', 'plain.1')]
 
 
 class Adapter(nn.Module):

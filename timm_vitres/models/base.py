@@ -87,6 +87,18 @@ class Hybrid(nn.Module):
         return dict(state_dict)
 
     @torch.jit.ignore
+    def table_size(self, state_dict: StateDict, candidates: Sequence[Any] = ()) -> Any:
+        """Return the `img_size` with which a model like this has tables as large as a state dict's; None for any.
+
+        Args:
+            candidates: Sizes, or None, of which the first that fits is returned; else the size of a square grid is.
+
+        Raises:
+            ValueError: for a table that fits none of them and is of no square grid.
+        """
+        return None
+
+    @torch.jit.ignore
     def image_sizes(self) -> ImageSizes:
         """Return which sizes an exported graph must keep to."""
         return ImageSizes(max(info['reduction'] for info in self.feature_info), 1)  # pyright: ignore

@@ -9,9 +9,9 @@ from typing import List, Optional, Tuple, Union, cast
 
 import torch
 import torch.nn.functional as F
-from timm import layers
 from timm.layers import (
     HybridEmbed,
+    StdConv2dSame,
     is_exporting,
     register_notrace_function,
     register_notrace_module,
@@ -22,13 +22,13 @@ from torch import nn
 
 from ..checks import conform_indices
 from ..timm_private import feature_take_indices as take_indices
-from .merging import batch_norms_of_convolutions, check_plain, lay_out_, merge_batch_norm_
+from .merging import batch_norms_of_convolutions, check_plain, make_channels_last_, merge_batch_norm_
 
 __all__ = [
-    'Conv2dSame',
-    'MaxPool2dSame',
+    'PadSameConv2d',
+    'PadSameMaxPool2d',
+    'PadSameStdConv2d',
     'ResNetEmbed',
-    'StdConv2dSame',
     'check_images',
     'feature_take_indices',
     'pad_to',
@@ -76,7 +76,7 @@ def pad_same(
     return F.pad(x, (left, pad_w - left, top, pad_h - top), value=value)
 
 
-class Conv2dSame(nn.Conv2d):
+class PadSameConv2d(nn.Conv2d):
     """A convolution with 'SAME' padding by `pad_same`."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -86,7 +86,7 @@ class Conv2dSame(nn.Conv2d):
         return F.conv2d(x, self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
 
 
-class StdConv2dSame(layers.StdConv2dSame):
+class PadSameStdConv2d(StdConv2dSame):
     """timm's weight-standardised convolution with 'SAME' padding, padded by `pad_same`."""
 
     def __init__(self, *args, **kwargs):
@@ -111,7 +111,7 @@ class StdConv2dSame(layers.StdConv2dSame):
         reach = [(size - 1) * dilation for size, dilation in zip(self.kernel_size, self.dilation)]
         conv_cls, padding = nn.Conv2d, self.padding
         if self.pads and (self.stride != (1, 1) or any(total % 2 for total in reach)):
-            conv_cls = Conv2dSame  # how much there is to pad depends on the image
+            conv_cls = PadSameConv2d  # how much there is to pad depends on the image
         elif self.pads:
             padding = tuple(total // 2 for total in reach)
         conv = conv_cls(
@@ -127,11 +127,11 @@ class StdConv2dSame(layers.StdConv2dSame):
         )
         conv.weight = nn.Parameter(self.standardized_weight().detach(), requires_grad=self.weight.requires_grad)
         conv.bias = self.bias
-        lay_out_(conv)
+        make_channels_last_(conv)
         return conv.train(self.training)
 
 
-class MaxPool2dSame(nn.MaxPool2d):
+class PadSameMaxPool2d(nn.MaxPool2d):
     """Max pooling with 'SAME' padding by `pad_same`. Kernel size, stride and dilation are pairs."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -99,7 +99,7 @@ def merge_batch_norm_(module: nn.Module, layer: str, norm: str) -> None:
     weight, bias = merge(weight, bias, mean, var, batch_norm.eps, norm_weight, norm_bias)
     merged = _with_weights(before, weight, bias)
     if weight.ndim == 4:
-        lay_out_(merged)
+        make_channels_last_(merged)
     module.set_submodule(layer, merged)
     module.set_submodule(norm, getattr(batch_norm, 'act', nn.Identity().eval()))
 
@@ -120,7 +120,7 @@ def _with_weights(layer: ModelT, weight: torch.Tensor, bias: Optional[torch.Tens
     return twin
 
 
-def lay_out_(conv: nn.Module) -> None:
+def make_channels_last_(conv: nn.Module) -> None:
     """Make a convolution's weight, and so its map, channels-last, but on CUDA, where GroupNorms are slower so."""
     if conv.weight.device.type != 'cuda':
         conv.to(memory_format=torch.channels_last)

@@ -23,7 +23,7 @@ from timm.models.resnet import BasicBlock, Bottleneck
 from torch import nn
 
 from ..checks import show
-from .layers import MaxPool2dSame, StdConv2dSame
+from .layers import PadSameMaxPool2d, PadSameStdConv2d
 
 RESNETV2 = 'resnetv2'  # the name of the R+ViT checkpoints' ResNet, which timm has no name for
 Info = List[Dict[str, Any]]
@@ -122,10 +122,10 @@ class ResNetV2Backbone(ResNetV2):
             backbone.__class__ = cls  # timm's entrypoints make no other class than timm's
             return backbone
         kwargs['layers'] = kwargs.get('layers', (3, 4, 6, 3))[: max(stage, 1)]
-        defaults = dict(preact=False, stem_type='same', conv_layer=partial(StdConv2dSame, eps=1e-8))
+        defaults = dict(preact=False, stem_type='same', conv_layer=partial(PadSameStdConv2d, eps=1e-8))
         backbone = cls(**{**defaults, **kwargs})
         if 'same' in kwargs.get('stem_type', 'same'):
-            backbone.stem.pool = MaxPool2dSame((3, 3), (2, 2), dilation=(1, 1))
+            backbone.stem.pool = PadSameMaxPool2d((3, 3), (2, 2), dilation=(1, 1))
         return backbone
 
     def keep(self, stage: int, stem_stride: int) -> Union['ResNetV2Backbone', 'StemBackbone']:

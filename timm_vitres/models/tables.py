@@ -1,7 +1,7 @@
 """Tables that depend on a size: those of a checkpoint are fitted to the model, as timm does it."""
 
 import math
-from typing import Optional, Sequence
+from typing import Any, Optional, Sequence
 
 import torch
 from timm.layers import resample_abs_pos_embed, resample_patch_embed, to_2tuple
@@ -46,11 +46,11 @@ def _fit_pos_embed(
     num_tokens = pos_embed.shape[1] - num_prefix_tokens
     grid = tuple(embed.grid_size)
     old_grid = tuple(embed.dynamic_feat_size(to_2tuple(img_size))) if img_size is not None else grid
-    if math.prod(old_grid) != num_tokens:  # what is told is not about this table
-        side = math.isqrt(max(num_tokens, 0))
+    if math.prod(old_grid) != num_tokens:  # the size that is told is not this table's
+        side = _square_side(num_tokens)
         if math.prod(grid) == num_tokens:
             old_grid = grid
-        elif side > 0 and side * side == num_tokens:
+        elif side is not None:
             old_grid = (side, side)
         else:
             raise RuntimeError(
@@ -62,3 +62,24 @@ def _fit_pos_embed(
     return resample_abs_pos_embed(
         pos_embed, new_size=list(grid), old_size=list(old_grid), num_prefix_tokens=num_prefix_tokens
     )
+
+
+def table_size(table: torch.Tensor, embed: ResNetEmbed, num_prefix_tokens: int, candidates: Sequence[Any]) -> Any:
+    """Return the image size whose grid of tokens a position table (1, tokens, width) has; see `Hybrid.table_size`."""
+    num_tokens = table.shape[1] - num_prefix_tokens
+    for size in candidates:
+        if size is not None and math.prod(embed.dynamic_feat_size(to_2tuple(size))) == num_tokens:
+            return size
+    side = _square_side(num_tokens)
+    if side is None:
+        raise ValueError(
+            f'img_size: not given, and the {num_tokens} position embeddings of the checkpoint are no square grid; say '
+            f'which height and width they are for.'
+        )
+    return side * int(embed.feat_ratio())
+
+
+def _square_side(num_tokens: int) -> Optional[int]:
+    """Return the side of a square grid of tokens; None where they are none."""
+    side = math.isqrt(max(num_tokens, 0))
+    return side if side > 0 and side * side == num_tokens else None

@@ -31,7 +31,7 @@ from .features import SerialFeatures
 from .layers import ResNetEmbed, resample_pos_embed
 from .loading import build_hybrid
 from .merging import merge_layer_scale_
-from .tables import fit_tables
+from .tables import fit_tables, table_size
 
 __all__ = ['VitResNet', 'VitResNetCfg']
 
@@ -179,8 +179,22 @@ class VitResNet(SerialFeatures, Hybrid, VisionTransformer):
     @torch.jit.ignore
     def fit_tables(self, state_dict: StateDict, img_size: Optional[Sequence[int]] = None) -> StateDict:
         """Fit position table and patch projection; see `Hybrid.fit_tables`."""
-        prefix = 0 if self.no_embed_class else self.num_prefix_tokens
-        return fit_tables(state_dict, self.patch_embed, prefix if self.pos_embed is not None else None, img_size)
+        return fit_tables(state_dict, self.patch_embed, self._num_table_prefix(), img_size)
+
+    @torch.jit.ignore
+    def table_size(self, state_dict: StateDict, candidates: Sequence[Any] = ()) -> Any:
+        """See `Hybrid.table_size`."""
+        table, prefix = state_dict.get('pos_embed'), self._num_table_prefix()
+        if table is None or table.ndim != 3 or prefix is None:
+            return None
+        return table_size(table, self.patch_embed, prefix, candidates)
+
+    @torch.jit.ignore
+    def _num_table_prefix(self) -> Optional[int]:
+        """Return how many positions of the table are those of prefix tokens; None where there is no table."""
+        if self.pos_embed is None:
+            return None
+        return 0 if self.no_embed_class else self.num_prefix_tokens
 
     @torch.jit.ignore
     def image_sizes(self) -> ImageSizes:

@@ -1,0 +1,1 @@
+"""Publishing: models are saved as folders with config and card, converted from checkpoints, pushed and verified."""

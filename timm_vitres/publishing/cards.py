@@ -15,7 +15,7 @@ from ..data import data_config as model_data_config
 from ..weights.files import CARD_NAME
 
 TEMPLATE = Path(__file__).with_name('card.md')
-# what this package writes into a card, and replaces when it writes again
+# this package writes its part of a card between these marks, and replaces that part when it writes again
 OURS = re.compile(r'<!-- timm-vitres:.*?<!-- end of timm-vitres -->', re.DOTALL)
 
 
@@ -37,8 +37,8 @@ def render_card(
     Args:
         model_name: The card's title.
         source: Name that `timm.create_model` takes ('local-dir:...' or 'hf-hub:...').
-        results: What was measured; without any the card says that nothing was.
-        result_note: On what, and how, it was measured.
+        results: The measured values; without any, the card says that nothing was measured.
+        result_note: The data and the method of the measurement.
         picture: File beside the card that shows the training.
     """
     config = data_config or model_data_config(model)
@@ -90,7 +90,7 @@ def read_card(path: Path) -> Optional[str]:
 
 
 def check_card(card: str, name: str = CARD_NAME) -> None:
-    """Raise ValueError, naming the card, unless its head is YAML that the Hub understands, or it has none."""
+    """Raise ValueError, naming the card, if it has a head that is not YAML that the Hub understands."""
     head, _ = _split(card)
     if head is None and re.match(r'---[ \t]*\r?\n\w+: ', card):
         raise ValueError(f"{name}: the head of the card has no end; close it with a line '---'.")
@@ -109,9 +109,9 @@ def _line(error: Exception) -> str:
 def merge_cards(old: str, new: str) -> str:
     """Return an older card, brought up to date by a new one.
 
-    The old head's own fields, its licence, tags, and its results on other data or metrics stay, and what stays is not
-    rewritten; so does its text, letter by letter, but for what this package wrote into it, between its marks. A new
-    card without such marks is the user's: it comes after the old text where it is not a part of it.
+    The old head keeps its own fields, its licence, its tags, and its results on other data or metrics; the lines of
+    fields that stay are not rewritten. The old text stays, letter by letter, except between this package's marks. A
+    new card without such marks is the user's: its text is appended, unless the old text contains it already.
 
     Raises:
         ValueError: where the old card's head is not valid YAML.
@@ -132,7 +132,7 @@ def merge_cards(old: str, new: str) -> str:
     before = theirs.data.to_dict()
     changed = {key: value for key, value in data.to_dict().items() if before.get(key) != value}
     head = _edited(head if head is not None else 'library_name: timm\n', changed)
-    if yaml.safe_load(head) != yaml.safe_load(str(data)):  # YAML that is not a field a line: written anew
+    if yaml.safe_load(head) != yaml.safe_load(str(data)):  # YAML that has no line for each field is written anew
         head = f'{data}\n'
 
     block = OURS.search(new)
@@ -149,13 +149,13 @@ def _about(result: EvalResult) -> tuple:
 
 
 def _split(card: str) -> Tuple[Optional[str], str]:
-    """Return a card's head, without its marks (None: it has none), and its text."""
+    """Return a card's head without its marks, or None if it has no head, and the card's text."""
     found = re.match(r'---[ \t]*\r?\n(.*?)(?<=\n)---[ \t]*(?:\r?\n|$)', card, re.DOTALL)
     return (found.group(1), card[found.end() :]) if found else (None, card)
 
 
 def _edited(head: str, changes: Dict[str, Any]) -> str:
-    """Return a head with some fields set, or removed (None); the lines of all others stay as they are."""
+    """Return a head with some fields set, or removed if their value is None; all other lines stay as they are."""
     fields: Dict[str, str] = {}
     name, above = '', ''  # comments belong to the field that they stand above
     for line in head.splitlines(keepends=True):
@@ -177,7 +177,7 @@ def _edited(head: str, changes: Dict[str, Any]) -> str:
 
 
 def set_field(card: str, name: str, value: Any) -> str:
-    """Return a card with a field of its head set, or removed (None); nothing else is changed.
+    """Return a card with a field of its head set, or removed if `value` is None; nothing else is changed.
 
     Raises:
         ValueError: for a card whose head is not valid YAML.

@@ -1,6 +1,6 @@
-"""config.json of a model's folder: what it may say of the model and of its images.
+"""config.json of a model's folder is read, and checked before timm builds a model from it.
 
-folder -> `read_config` -> what timm will build; data config -> `check_data_config` -> plain values that JSON holds.
+folder -> `read_config` -> the content of its config.json, with its fields checked.
 """
 
 import json
@@ -18,11 +18,11 @@ from ..weights.files import CONFIG_NAME
 
 
 def read_config(folder: Path) -> Dict[str, Any]:
-    """Return what the config.json of a folder says, as far as timm needs it, checked.
+    """Return the content of a folder's config.json, after a check of the fields that timm needs.
 
     Raises:
         FileNotFoundError: where there is none.
-        ValueError: where it is damaged, or says what no model is; the message names the file and the field.
+        ValueError: where it is damaged, or a field has an impossible value; the message names the file and the field.
     """
     path = folder / CONFIG_NAME
     if not path.is_file():
@@ -33,7 +33,7 @@ def read_config(folder: Path) -> Dict[str, Any]:
         raise ValueError(f'{path}: is no JSON that can be read ({error}).') from error
     if not isinstance(config, dict):
         raise ValueError(f'{path}: holds {show(config)}, expected an object with the architecture of a model.')
-    cfg = config.get('pretrained_cfg', config)  # older ones of timm's have all at the top
+    cfg = config.get('pretrained_cfg', config)  # timm's older files have all fields at the top
     for name, value in (('pretrained_cfg', cfg), ('model_args', config.get('model_args') or {})):
         if not isinstance(value, dict):
             raise ValueError(f'{path}: {name}: got {show(value)}, expected names with values.')

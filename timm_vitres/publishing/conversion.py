@@ -1,14 +1,13 @@
 """A checkpoint file of any layout -> a folder that timm loads and `push` sends.
 
 last.pth.tar, R26_S_32.npz, pytorch_model.bin, hf-hub:me/name -> `convert` -> folder/{model.safetensors, config.json,
-README.md}. What the file and its neighbours say (architecture, classes, size, preprocessing) is used; the caller says
-the rest, and whatever he says counts.
+README.md}. What the file and its neighbours say (architecture, classes, size, preprocessing) is used, unless the
+caller says otherwise.
 """
 
 import argparse
 import dataclasses
 import json
-import math
 import re
 from contextlib import suppress
 from pathlib import Path
@@ -36,9 +35,9 @@ from ..weights.sources import hub_weights, local_weights
 from .cards import render_card
 from .saving import save
 
-PREPROCESSOR_NAME = 'preprocessor_config.json'  # of transformers
+PREPROCESSOR_NAME = 'preprocessor_config.json'  # transformers stores the preprocessing under this name
 PRETRAINED_FIELDS = {field.name for field in dataclasses.fields(PretrainedCfg)}
-RESAMPLING = {0: 'nearest', 1: 'lanczos', 2: 'bilinear', 3: 'bicubic'}  # PIL's numbers, which transformers writes
+RESAMPLING = {0: 'nearest', 1: 'lanczos', 2: 'bilinear', 3: 'bicubic'}  # transformers writes PIL's numbers
 
 
 def convert(
@@ -53,14 +52,14 @@ def convert(
     """Turn a checkpoint into a folder that `timm.create_model('local-dir:<folder>', pretrained=True)` loads.
 
     Args:
-        source: A file, a folder with one (or with shards and their index), or 'hf-hub:owner/name': timm's training
-            checkpoints, timm's, Google's (npz), Hugging Face's ViTHybrid weights, Conformer's of its authors or of
-            mmpretrain.
-        folder: Where to.
-        model: Architecture; by default what the checkpoint says, else the hybrid whose tensors these are.
+        source: A file, a folder with one (or with shards and their index), or 'hf-hub:owner/name'. It holds a training
+            checkpoint of timm's, or weights of timm, Google (npz), Hugging Face's ViTHybrid, or Conformer (of its
+            authors or of mmpretrain).
+        folder: The folder to write.
+        model: The architecture; by default the one that the checkpoint names, else the hybrid that has these tensors.
         label_names: Names of the classes, by index, or a dict of them by index; by default those that stand beside
             the checkpoint, if any.
-        img_size: Height and width that it was trained at; by default what the checkpoint says or its table shows.
+        img_size: Height and width of the training images; by default what the checkpoint or its position table says.
         use_ema: Take averaged weights, where the checkpoint has them.
         model_kwargs: Further arguments of the model, as for `timm.create_model`.
 
@@ -68,8 +67,8 @@ def convert(
         The folder.
 
     Raises:
-        ValueError: where the architecture can't be told, the file is no checkpoint, or label_names are not as many
-            as its classes.
+        ValueError: where the architecture is unknown, the file is no checkpoint, or label_names are not as many as
+            its classes.
         RuntimeError: for missing or unexpected keys, wrong shapes and dtypes.
         OSError: for a damaged file.
     """
@@ -141,7 +140,7 @@ def _read_json(path: Path) -> Dict[str, Any]:
 
 
 def _nested(config: Dict[str, Any]) -> Dict[str, Any]:
-    """Return what a config.json says in timm's present form; its older one has the pretrained cfg at its top."""
+    """Return a config.json in timm's present form; the older form has the pretrained cfg at the top."""
     if 'architecture' not in config or config.get('pretrained_cfg'):
         return config
     names = config.get('label_names') or config.get('labels')
@@ -153,14 +152,14 @@ def _nested(config: Dict[str, Any]) -> Dict[str, Any]:
 
 
 def _settings(path: Path, about: Dict[str, Any]) -> Dict[str, Any]:
-    """Return the settings in a checkpoint of a training run; ValueError, naming them, where they are none."""
+    """Return the settings in a training checkpoint; raise ValueError, naming the file, if they are malformed."""
     args = about.get('args') or {}
     args = vars(args) if isinstance(args, argparse.Namespace) else args
     if not isinstance(args, dict):
         raise ValueError(f'{path}: args: got {show(args)}, expected the settings of a training run.')
     if not isinstance(args.get('model_kwargs') or {}, dict):
         raise ValueError(f'{path}: model_kwargs: got {show(args["model_kwargs"])}, expected names with values.')
-    # where timm's train.py was told nothing, it says None or ''
+    # timm's train.py records None or '' for a setting that was not given
     check_data_config(str(path), {name: args[name] for name in DATA_FIELDS if args.get(name)})
     return dict(args)
 
@@ -211,11 +210,11 @@ def _on_meta(name: str, **kwargs: Any) -> Hybrid:
 def _add_shapes(
     name: str, kwargs: Dict[str, Any], state_dict: StateDict, img_size: Any = None, trained_size: Any = None
 ) -> None:
-    """Add to a model's arguments what the shapes in a checkpoint say: classes, channels, and the size of its table.
+    """Add what the shapes in a checkpoint say to a model's arguments: classes, channels, size of the position table.
 
-    That need not be the size it was trained at: timm's train.py has images of another size with --img-size, while the
-    table stays what it was. A table is never resampled here. Where several sizes have as many tokens as the table, the
-    caller's `img_size` comes first, then what the model was built with.
+    The table's size may differ from that of the training images: --img-size of timm's train.py changes only the images.
+    A table is never resampled here. Where several sizes have as many tokens as the table, the caller's `img_size` comes
+    first, then the one in the model's arguments.
     """
     model = _on_meta(name, **kwargs)
     head = state_dict.get(model.head_keys()[0])
@@ -223,25 +222,13 @@ def _add_shapes(
     first_conv = state_dict.get(f'{model.first_conv}.weight')
     if first_conv is not None and first_conv.ndim == 4:
         kwargs['in_chans'] = int(first_conv.shape[1])
-    table = state_dict.get('pos_embed')
-    if table is None or table.ndim != 3 or not hasattr(model, 'pos_embed'):  # the parallel family has none
-        return
-    num_tokens = table.shape[1] - (0 if model.no_embed_class else model.num_prefix_tokens)
-    for size in (img_size, kwargs.get('img_size'), trained_size):
-        if size is not None and math.prod(model.patch_embed.dynamic_feat_size(to_2tuple(size))) == num_tokens:
-            kwargs['img_size'] = size
-            return
-    side = math.isqrt(max(num_tokens, 0))
-    if side == 0 or side * side != num_tokens:
-        raise ValueError(
-            f'img_size: not given, and the {num_tokens} position embeddings of the checkpoint are no square grid; say '
-            f'which height and width they are for.'
-        )
-    kwargs['img_size'] = side * int(model.patch_embed.feat_ratio())
+    size = model.table_size(state_dict, (img_size, kwargs.get('img_size'), trained_size))
+    if size is not None:
+        kwargs['img_size'] = size
 
 
 def _trained_size(args: Dict[str, Any], config: Dict[str, Any]) -> Any:
-    """Return the size that timm's train.py, timm's config.json or that of transformers names, if one does."""
+    """Return the size of the training images that the settings or config.json (timm's, transformers') name, or None."""
     size = args.get('img_size') or (args['input_size'][-2:] if args.get('input_size') else None)
     cfg, built = config.get('pretrained_cfg') or {}, (config.get('model_args') or {}).get('img_size')
     told = cfg.get('input_size') and cfg['input_size'][-2:]
@@ -250,14 +237,14 @@ def _trained_size(args: Dict[str, Any], config: Dict[str, Any]) -> Any:
 
 
 def _label_names(args: Dict[str, Any], config: Dict[str, Any], num_classes: int) -> Optional[List[str]]:
-    """Return the names of the classes: of the config.json beside, or of the folders of images, if they are here."""
+    """Return the class names in config.json, or else those of the image folders, if they exist on this machine."""
     names = config.get('label_names') or (config.get('pretrained_cfg') or {}).get('label_names')
     names = names or config.get('id2label')
     folder = args.get('data_dir') or args.get('data')
     if not names and folder and not args.get('class_map'):
         split = Path(folder) / (args.get('train_split') or 'train')
         root = split if split.is_dir() else Path(folder)
-        if root.is_dir():  # in timm's order
+        if root.is_dir():  # timm numbers classes in this order
             names = sorted((child.name for child in root.iterdir() if child.is_dir()), key=natural_key)
     return normalise_label_names(names, num_classes) if names and len(names) == num_classes else None
 
@@ -265,7 +252,7 @@ def _label_names(args: Dict[str, Any], config: Dict[str, Any], num_classes: int)
 def _data_config(
     model: Hybrid, trained_size: Any, args: Dict[str, Any], config: Dict[str, Any], preprocessor: Dict[str, Any]
 ) -> Dict[str, Any]:
-    """Return how images were prepared: as the checkpoint or its neighbours say, else as published weights want."""
+    """Return the data config: as the checkpoint or its neighbours say, else as the published weights need it."""
     channels, *size = get_model_input_config(model)['input_size']
     input_size = (channels, *(to_2tuple(trained_size) if trained_size else size))
     cfgs = get_arch_pretrained_cfgs(model.pretrained_cfg['architecture']).values()
@@ -286,7 +273,7 @@ def _data_config(
 
 def _recipe(args: Dict[str, Any], about: Dict[str, Any]) -> str:
     if not args:
-        return 'Not told by the checkpoint.'
+        return 'The checkpoint does not say how it was trained.'
     told = ('model', 'epochs', 'batch_size', 'opt', 'lr', 'weight_decay', 'sched', 'layer_decay', 'drop_path', 'seed')
     settings = ', '.join(f'{key}={args[key]}' for key in told if args.get(key) is not None)
     metric = f'{args.get("eval_metric", "metric")} {about["metric"]:.2f}' if about.get('metric') else 'no metric'

@@ -1,4 +1,4 @@
-"""A model's folder as a Hub repository: pushed, verified.
+"""Pushing a model's folder to a Hub repository, and verifying weights against what was published.
 
 folder -> `push` -> repository, one commit, its checksums compared -> timm.create_model('hf-hub:me/name')
 """
@@ -24,7 +24,7 @@ from .config_file import read_config
 from .model_folder import locked
 from .saving import save
 
-# beside weights, config and card: how the training went
+# these files show how the training went; they are pushed beside weights, config and card
 EXTRA_NAMES = ('curves.png', 'summary.csv')
 Result = TypeVar('Result')
 
@@ -33,7 +33,7 @@ def check_folder(folder: Path) -> nn.Module:
     """Return the model that a folder holds, loaded as a user will load it.
 
     Raises:
-        ValueError: where it can't be; the message says why.
+        ValueError: where it can't be loaded; the message says why.
     """
     for name in (WEIGHTS_NAME, CONFIG_NAME):
         if not (folder / name).is_file():
@@ -43,7 +43,7 @@ def check_folder(folder: Path) -> nn.Module:
     try:
         read_config(folder)
         return timm.create_model(f'local-dir:{folder}', pretrained=True)
-    except Exception as error:  # whatever is wrong with it, it must not go to the Hub
+    except Exception as error:  # whatever the error is, the folder must not go to the Hub
         raise ValueError(f'{folder}: is not pushed, since it does not load: {error}') from error
 
 
@@ -66,16 +66,16 @@ def push(
 ) -> str:
     """Push a model to the Hub, as safetensors, in one commit, so that nobody ever sees half of it.
 
-    The repository is created if it is missing; a card that is there is brought up to date, not replaced. What the Hub
-    then says it has is compared with what was sent. After a failure the same call completes what is missing.
+    The repository is created if it is missing; a card that is there is updated, not replaced. The Hub's checksums are
+    then compared with those of the files that were sent. After a failure the same call completes what is missing.
 
     Args:
         model: A model made by `timm.create_model`, or a folder that holds one (`save`, `finetune`, `convert`).
         repo_id: 'owner/name'.
         revision: Branch to commit to, created if it is missing; 'main' by default.
         private: Whether a new repository is private; by default what the owner's settings say.
-        token: By default the one that `hf auth login` stored, or HF_TOKEN.
-        label_names, data_config, card: Of a model, as in `save`; a folder has its own.
+        token: The Hub's token; by default the one that `hf auth login` stored, or HF_TOKEN.
+        label_names, data_config, card: For a model, as in `save`; a folder has its own.
 
     Returns:
         The commit's address.
@@ -93,7 +93,7 @@ def push(
         raise ValueError('label_names, data_config, card: go with a model; a folder has its own.')
     if not folder.is_dir():
         raise ValueError(f'{folder}: there is no such folder.')
-    with locked(folder):  # what a killed writer left is completed first, and nobody changes what is being sent
+    with locked(folder):  # the lock completes what a killed writer left, and no one else can change the files meanwhile
         return _push_folder(folder, repo_id, revision, private, token, commit_message)
 
 
@@ -101,7 +101,7 @@ def _push_folder(
     folder: Path, repo_id: str, revision: Optional[str], private: Optional[bool], token: Optional[str], message: str
 ) -> str:
     loaded = check_folder(folder)
-    card = read_card(folder / CARD_NAME)  # a card that is no card is found before anything is created
+    card = read_card(folder / CARD_NAME)  # a broken card raises before anything is created
     digest = check(folder / WEIGHTS_NAME)
     api = HfApi(token=token, library_name='timm-vitres')
 
@@ -120,7 +120,7 @@ def _push_folder(
             commit, sent = _commit(api, repo_id, revision, folder, text, message)
             break
         except RuntimeError as error:
-            # someone else committed in between: what they wrote into the card is to be kept, too
+            # someone else committed in between, and their changes to the card must be kept, too
             if getattr(getattr(error.__cause__, 'response', None), 'status_code', None) != 412 or attempt == 2:
                 raise
     ask('compare checksums', lambda: _compare(api, repo_id, commit.oid, sent))
@@ -130,14 +130,14 @@ def _push_folder(
 def _commit(
     api: HfApi, repo_id: str, revision: Optional[str], folder: Path, card: str, message: str
 ) -> Tuple[CommitInfo, Dict[str, Union[Path, bytes]]]:
-    """Send a folder's files and a card, merged with the one that is there, in one commit; return what was sent, too."""
+    """Send a folder's files, and a card merged with the Hub's, in one commit; return the commit and what was sent."""
     parent = _ask('look at the repository', repo_id, lambda: api.repo_info(repo_id, revision=revision)).sha
     old = _ask('read its card', repo_id, lambda: _read_card(api, repo_id, parent))
     sent: Dict[str, Union[Path, bytes]] = {path.name: path for path in push_files(folder)}
     sent[CARD_NAME] = (merge_cards(old, card) if old else card).encode()
 
     def commit() -> CommitInfo:
-        operations = [CommitOperationAdd(name, file) for name, file in sent.items()]  # each is used once
+        operations = [CommitOperationAdd(name, file) for name, file in sent.items()]  # an operation works only once
         return api.create_commit(repo_id, operations, commit_message=message, revision=revision, parent_commit=parent)
 
     return _ask('commit', repo_id, commit), sent
@@ -153,7 +153,7 @@ def _plain_card(model: nn.Module, repo_id: str) -> str:
         model,
         model_name=repo_id.rpartition('/')[2],
         description=f'A `{architecture}` for timm, pushed with timm-vitres.',
-        recipe='Not told.',
+        recipe='The recipe is not known.',
         source=_name(repo_id, None),
         label_names=model.pretrained_cfg.get('label_names') or (),
     )
@@ -169,7 +169,7 @@ def _read_card(api: HfApi, repo_id: str, revision: Optional[str]) -> Optional[st
 
 
 def _compare(api: HfApi, repo_id: str, revision: str, sent: Dict[str, Union[Path, bytes]]) -> None:
-    """Raise RuntimeError unless the Hub has what was sent, by its own checksums."""
+    """Raise RuntimeError unless the Hub's own checksums are those of what was sent."""
     entries = api.get_paths_info(repo_id, list(sent), revision=revision)
     remote = {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
     with tempfile.TemporaryDirectory() as temporary:
@@ -186,7 +186,7 @@ def _compare(api: HfApi, repo_id: str, revision: str, sent: Dict[str, Union[Path
 
 
 def _checksums(entry: Optional[RepoFile], path: Path, known: Optional[str] = None) -> Tuple[Optional[str], str]:
-    """Return the checksum that the Hub has of a file (None: no such file), and the same of a local one.
+    """Return the Hub's checksum of a file (None if it has no such file), and a local file's checksum of the same kind.
 
     `known` is the sha256 of the local file, where it was computed before.
     """
@@ -200,7 +200,7 @@ def _ask(what: str, repo_id: str, function: Callable[[], Result]) -> Result:
     try:
         return retrying(function)
     except Exception as error:
-        # of a file that could not be uploaded, the client's error is a RuntimeError, made of the true one
+        # the client wraps the true error of a failed upload in a RuntimeError
         cause = error.__cause__ if type(error) is RuntimeError and error.__cause__ else error
         status = getattr(getattr(cause, 'response', None), 'status_code', None)
         if isinstance(cause, RepositoryNotFoundError):
@@ -214,7 +214,7 @@ def _ask(what: str, repo_id: str, function: Callable[[], Result]) -> Result:
         elif is_transient(cause):
             again = 'run the same again later: what has arrived is not sent twice, and nobody sees half of it'
             reason = f'the Hub does not answer as it should ({_short(cause)}); {again}'
-        elif isinstance(cause, OSError):  # what else the Hub refuses, and a file that can't be read
+        elif isinstance(cause, OSError):  # the Hub refuses for another reason, or a file can't be read
             reason = _short(cause)
         else:
             raise
@@ -226,11 +226,11 @@ def _short(error: BaseException) -> str:
 
 
 class Verification(NamedTuple):
-    """What `verify` found."""
+    """A file of weights, its sha256, and who published that."""
 
     file: Path
     sha256: str
-    published_by: Optional[str]  # who says that this is right: 'the Hub', 'the cache', 'its folder'; None: nobody
+    published_by: Optional[str]  # the publisher, such as 'the Hub', 'the cache' or 'its folder'; None if there is none
 
 
 def verify(
@@ -250,21 +250,21 @@ def verify(
         The file, its sha256 and who published it.
 
     Raises:
-        OSError: where the file is not the one that was published, or damaged.
-        RuntimeError: where the name names no weights, or `repo_id` can't be asked.
+        OSError: where the file is damaged, or is not the one that was published.
+        RuntimeError: where the name names no weights, or the repository `repo_id` can't be reached.
     """
     cfg = _pretrained_cfg(name)
     path = find_weights(cfg, cache_dir)
     in_name = hash_in_name(path.name) if cfg.url and not (cfg.file or cfg.hf_hub_id) else None
     for shard in checkpoint_files(path):
-        if shard != path:  # which is then their index
+        if shard != path:  # `path` is then the index of the shards
             check(shard)
     actual = check(path, in_name)
     hub_id = repo_id or (cfg.hf_hub_id if cfg.source != 'local-dir' and not cfg.file else None)
     if hub_id and not constants.HF_HUB_OFFLINE:
         repository, _, revision = hub_id.partition('@')
         if repo_id is None and path.parent.parent.name == 'snapshots':
-            revision = path.parent.name  # the commit that it was downloaded from
+            revision = path.parent.name  # the folder's name is the commit of the file
         api = HfApi(token=token, library_name='timm-vitres')
         try:
             entries = _ask(
@@ -275,7 +275,7 @@ def verify(
         except RuntimeError:
             if repo_id is not None:
                 raise
-            entries = None  # the cache knows, too
+            entries = None  # the cache tells a checksum, too
         if entries is not None:
             found, own = _checksums(next((e for e in entries if isinstance(e, RepoFile)), None), path, actual)
             if found != own:

@@ -1,4 +1,4 @@
-"""A model's folder: written by one process at a time, its model replaced whole or not at all.
+"""A model's folder is written by one process at a time, and its model is replaced whole or not at all.
 
 weights, config.json, card -> `replace_model`: a hidden folder inside, complete and on the disk -> named by the weights'
 sha256 -> its files renamed into place, one after the other. A kill anywhere leaves the old model or the new one.
@@ -23,16 +23,16 @@ from ..writing import TEMPORARY, sync
 
 try:
     import fcntl
-except ImportError:  # Windows
+except ImportError:  # Windows has no fcntl
     fcntl = None
 _logger = logging.getLogger(__name__)
 _READY = re.compile(re.escape(TEMPORARY) + '[0-9a-f]{64}')
-# (device, inode) of the folders that this process holds -> the thread that does, the descriptor that is locked
+# this process holds these folders: (device, inode) -> (the thread that holds it, the locked descriptor)
 _held: Dict[Tuple[int, int], Tuple[int, int]] = {}
 
 
 def _close_in_child() -> None:
-    """Let a forked loader process hold no lock, or the folder would stay locked until it ends, too."""
+    """Close the locks' descriptors in a forked process; else a folder would stay locked until that process ends."""
     for _, descriptor in _held.values():
         if descriptor >= 0:
             os.close(descriptor)
@@ -45,7 +45,7 @@ if hasattr(os, 'register_at_fork'):
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold a folder, made if it is missing, alone, and finish or clear what a killed writer left in it.
+    """Hold a folder exclusively, make it if it is missing, and finish or clear what a killed writer left in it.
 
     The lock is the operating system's, so it ends with the process; a thread that holds it may take it again.
 
@@ -73,7 +73,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def _lock(folder: Path) -> int:
-    """Return a descriptor of a folder that is locked; -1 where the system, or its file system, knows no such locks."""
+    """Lock a folder and return its descriptor, or -1 if the system, or the file system, has no such locks."""
     if fcntl is None:
         return -1
     descriptor = os.open(folder, os.O_RDONLY)
@@ -82,7 +82,7 @@ def _lock(folder: Path) -> int:
     except BlockingIOError:
         os.close(descriptor)
         raise OSError(f'{folder}: is being written by another process; wait for it, or name another folder.') from None
-    except OSError as error:  # some network file systems
+    except OSError as error:  # some network file systems have no locks
         os.close(descriptor)
         _logger.warning('%s: can not be locked (%s); let one process at a time write to it.', folder, error)
         return -1
@@ -90,7 +90,7 @@ def _lock(folder: Path) -> int:
 
 
 def _recover(folder: Path) -> None:
-    """Finish what a killed writer had begun to put in place, remove what else it left. The caller holds the lock."""
+    """Finish what a killed writer began to put in place, and remove what else it left. The caller holds the lock."""
     for path in folder.glob(f'{TEMPORARY}*'):
         if not path.is_dir() or path.is_symlink():
             path.unlink(missing_ok=True)
@@ -119,21 +119,21 @@ def replace_model(
 ) -> None:
     """Replace the model in a folder. The caller holds the lock.
 
-    A model of this package finds its new weights wherever they are once config.json has its place, so that one is
-    renamed first. timm's own loader reads `model.safetensors` alone: where the config changes by more than the sha256,
-    the old one goes first, and a kill in between leaves a folder that is refused rather than one that is mixed; the
-    next writer completes it.
+    For a model of this package config.json is renamed first: it tells the sha256, by which the loader finds the new
+    weights before they are in place. timm's own loader reads `model.safetensors` alone: if the config changes by more
+    than the sha256, the old config.json is removed first, so that a kill in between leaves a folder that can't be
+    loaded, and not a mixed one; the next writer completes it.
 
     Args:
-        folder: Where; whatever else is in it stays.
-        config: Of config.json, without the sha256 of the weights, which is added.
-        card: README.md, whose head is told the sha256 if it tells one; None leaves the one that is there.
+        folder: The model's folder; all other files in it stay.
+        config: Content of config.json; the sha256 of the weights is added here.
+        card: Content of README.md; a sha256 in its head is updated here. None leaves the old card as it is.
         finds_pending: Whether the model's loader looks for weights with the sha256 that config.json tells.
 
     Raises:
         OSError: where writing fails; the old model stays.
     """
-    _recover(folder)  # if the last replacement failed in this very process, which may hold the lock ever since
+    _recover(folder)  # a replacement may have failed in this process, which has held the lock since then
     stage = folder / f'{TEMPORARY}{secrets.token_hex(8)}'
     try:
         for name in (WEIGHTS_NAME, CONFIG_NAME, CARD_NAME):
@@ -149,7 +149,7 @@ def replace_model(
             sync(path)
         ready = folder / f'{TEMPORARY}{digest}'
         os.replace(stage, ready)
-    except (OSError, RuntimeError) as error:  # torch has errors of its own for memory that runs out
+    except (OSError, RuntimeError) as error:  # torch raises a RuntimeError if memory runs out
         shutil.rmtree(stage, ignore_errors=True)
         message = f'{folder / WEIGHTS_NAME} could not be written ({error}); the model that is there, if any, stays.'
         raise OSError(message) from error
@@ -166,7 +166,7 @@ def replace_model(
 
 
 def _told(config: Dict[str, Any], digest: str) -> Dict[str, Any]:
-    """Return a config that tells the sha256 of the weights: at its top, and in what timm hands on of it to a loader."""
+    """Return a config with the weights' sha256 at its top and in the pretrained cfg, which timm hands to a loader."""
     config = _untold(config)
     cfg = config['pretrained_cfg']
     return {
@@ -185,7 +185,7 @@ def _untold(config: Dict[str, Any]) -> Dict[str, Any]:
 
 
 def _config(folder: Path) -> Optional[Dict[str, Any]]:
-    """Return what a folder's config.json says but for the sha256; None where there is none that can be read."""
+    """Return the content of a folder's config.json without the sha256, or None if it can't be read."""
     try:
         config = json.loads((folder / CONFIG_NAME).read_text(encoding='utf-8'))
     except (OSError, ValueError):
@@ -194,7 +194,7 @@ def _config(folder: Path) -> Optional[Dict[str, Any]]:
 
 
 def with_sha256(card: bytes, digest: str) -> bytes:
-    """Return a card whose head, if it tells a sha256 of the weights, tells this one; nothing else is changed."""
+    """Return a card with this sha256 in its head, if the head tells one of the weights; nothing else is changed."""
     head, end, text = card.partition(b'\n---')
     if not card.startswith(b'---') or not end:
         return card

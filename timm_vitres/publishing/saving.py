@@ -1,4 +1,4 @@
-"""A model as a folder that timm loads: rendered and checked first, then put in place whole.
+"""A model is saved as a folder that timm loads: it is rendered and checked first, then put in place whole.
 
 model -> `save` -> folder/{model.safetensors, config.json, README.md} -> timm.create_model('local-dir:folder')
 """
@@ -41,12 +41,12 @@ def save(
 
     Args:
         model: A model made by `timm.create_model`; wrappers (torch.compile, DDP, timm's ModelEma) are taken off.
-        folder: Where; created if missing. Its files of the same names are replaced.
-        label_names: Names of the classes, by index; kept from the model's cfg where it has them.
+        folder: The folder, made if it is missing. Its files of the same names are replaced.
+        label_names: Names of the classes, by index; by default those in the model's cfg, if it has any.
         data_config: Preprocessing that the weights were trained with; by default the model's own.
-        card: Text of README.md; by default no card is written, and one that is there keeps its text. Of two cards of
-            this package, what stands outside of its marks in the old one stays. Its head is told the sha256 of the
-            weights, as config.json is.
+        card: Text of README.md; by default no card is written, and an old one keeps its text. If both cards are this
+            package's, the old text outside of its marks stays. The card's head, like config.json, tells the sha256 of
+            the weights.
 
     Returns:
         The folder.
@@ -75,7 +75,7 @@ def save(
 
 
 def _card(folder: Path, card: Optional[str]) -> Optional[bytes]:
-    """Return what README.md shall be, its sha256 still to be filled in; None where it stays as it is."""
+    """Return the new README.md, its sha256 still to be filled in, or None if the old one stays as it is."""
     path = folder / CARD_NAME
     if card is None:
         old = path.read_bytes() if path.is_file() else b''
@@ -91,10 +91,10 @@ def render_config(
     label_names: Union[None, Sequence[str], Dict[Any, str]] = None,
     data_config: Optional[Dict[str, Any]] = None,
 ) -> Dict[str, Any]:
-    """Return what config.json says of a model, in plain values that JSON holds.
+    """Return the content of a model's config.json, in plain values that JSON holds.
 
     Raises:
-        ValueError: for what it can't say; the message names the argument.
+        ValueError: for a value that it can't hold; the message names the argument.
     """
     names = label_names if label_names is not None else _own_label_names(model)
     names = normalise_label_names(names, model.num_classes) if names is not None else None
@@ -106,7 +106,7 @@ def render_config(
         args = {name: _item(value) for name, value in get_model_args(model).items()}
         save_config_for_hf(model, str(path), model_config, model_args=args, data_config=data_config)
         config = json.loads(path.read_text(encoding='utf-8'))
-    # config.json says these at its top; transformers passes num_classes on from there, too, and would meet it twice
+    # config.json has both fields at its top already; transformers would pass num_classes on twice
     config.get('model_args', {}).pop('num_classes', None)
     config['pretrained_cfg'].pop('label_names', None)
     return config
@@ -124,7 +124,7 @@ def _own_label_names(model: nn.Module) -> Any:
 
 
 def check_unchanged(model: nn.Module, config: Dict[str, Any]) -> None:
-    """Raise ValueError unless `timm.create_model`, given this config.json, builds these very tensors."""
+    """Raise ValueError unless `timm.create_model`, given this config.json, builds the same tensors and layers."""
     own = model.state_dict()
     built, kinds = _built(config)
     changed = sorted(own.keys() ^ built.keys())
@@ -152,7 +152,7 @@ def _built(config: Dict[str, Any]) -> Tuple[Dict[str, torch.Tensor], Dict[str, t
             with torch.device('meta'), warnings.catch_warnings():
                 warnings.simplefilter('ignore')
                 twin = timm.create_model(f'local-dir:{temporary}')
-        except (RuntimeError, NotImplementedError, ValueError):  # some of timm's models can't be built there
+        except (RuntimeError, NotImplementedError, ValueError):  # some of timm's models can't be built on 'meta'
             twin = timm.create_model(f'local-dir:{temporary}')
     layers = {name: type(module) for name, module in twin.named_modules() if isinstance(module, (nn.Conv2d, nn.Linear))}
     return twin.state_dict(), layers

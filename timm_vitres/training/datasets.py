@@ -1,7 +1,7 @@
-"""Image folders and timm's datasets as what a run trains on and what it is validated on.
+"""Image folders and timm's datasets are opened as a run's training and validation sets.
 
-folder or name -> `load_data` -> `Data`: a training and a validation set of PIL images, class names, counts. What
-`Data.record` returns makes `load_data` return the same images in the same order again.
+folder or name -> `load_data` -> `Data`: a training and a validation set of PIL images, class names, counts. Given the
+result of `Data.record`, `load_data` returns the same images in the same order again.
 """
 
 import os
@@ -19,18 +19,18 @@ from .named_datasets import load_named, reload_named
 from .settings import FinetuneCfg
 from .splits import Data, Subset, check_fraction, class_counts, class_names, read_record, stratified_split
 
-# Names of datasets that are an image folder: timm's, and what it would open by its folder reader or torchvision's.
+# A dataset of one of these names is an image folder; timm would open it by its own reader or by torchvision's.
 FOLDER_NAMES = ('', 'folder', 'image_folder', 'imagefolder', 'torch/folder', 'torch/image_folder')
 
 
 def load_data(cfg: FinetuneCfg, mode: str, recorded: Optional[Dict[str, Any]] = None) -> Data:
-    """Open the training and the validation set of a run, and split where only one is given.
+    """Open the training and the validation set of a run; if only one set is given, split it.
 
     Args:
         cfg: The run.
         mode: PIL's mode of the images ('L', 'RGB', 'RGBA').
-        recorded: What `Data.record` returned when the run began: its images, its split and its classes are taken,
-            whatever the settings say of them, and images that came since are left out.
+        recorded: The result of `Data.record` when the run began: its images, split and classes are taken, whatever the
+            settings say, and images that were added since are left out.
 
     Raises:
         FileNotFoundError, ValueError: for missing or impossible data; the message says what, and what is allowed.
@@ -48,7 +48,7 @@ def _load_folder(cfg: FinetuneCfg, mode: str) -> Data:
     root = Path(str(cfg.data_dir))
     splits = find_splits(root, cfg.train_split, cfg.val_split)
     any_name = splits.train != root or not cfg.train_split
-    # what names alone tell comes first: opening all images takes long
+    # names are checked first, since opening all images takes long
     train = val = ImageFolder(splits.train, input_img_mode=mode, check=False, any_name=any_name)
     if len(train.classes) < 2:
         raise ValueError(
@@ -92,7 +92,7 @@ def _files(root: Path, images: Subset) -> List[List[Any]]:
 
 
 def _check_apart(train: 'LabelledImages', val: 'LabelledImages') -> None:
-    """Refuse a validation set with training images in it, by whatever link."""
+    """Raise ValueError if the validation set shares files with the training set, or is a copy of it."""
 
     def identities(images: LabelledImages) -> Dict[Any, str]:
         infos = [(os.stat(path), path) for path, _ in images.reader.samples]
@@ -119,7 +119,7 @@ def _check_apart(train: 'LabelledImages', val: 'LabelledImages') -> None:
 
 def _reload_folder(cfg: FinetuneCfg, mode: str, recorded: Dict[str, Any]) -> Data:
     root = Path(str(cfg.data_dir))
-    folders_in(root)  # says what is wrong with it
+    folders_in(root)  # this raises if the folder can't be used
     lists = read_record(recorded, list)
     names = [str(name) for name in recorded['label_names']]
     class_to_idx = {name: index for index, name in enumerate(names)}
@@ -156,7 +156,7 @@ def _reload_folder(cfg: FinetuneCfg, mode: str, recorded: Dict[str, Any]) -> Dat
 
 
 class FolderReader(Reader):
-    """timm's reader of files that are known: (path, class index) each, and class name -> index."""
+    """A timm reader of known files: `samples` holds (path, class index), `class_to_idx` class name -> index."""
 
     def __init__(self, root: Union[str, Path], samples: List[Tuple[str, int]], class_to_idx: Dict[str, int]):
         super().__init__()
@@ -198,7 +198,7 @@ class LabelledImages(ImageDataset):
         return image if self.transform is None else self.transform(image), target
 
     def check(self, advice: str) -> None:
-        """Open every image; ValueError, with an advice, for the first that can't be read."""
+        """Open every image; raise ValueError, with an advice, for the first that can't be read."""
         bad = self._unreadable()
         if bad:
             path, reason = next(iter(bad.items()))
@@ -219,7 +219,7 @@ class LabelledImages(ImageDataset):
             bar = tqdm(pool.map(problem, samples), total=len(samples), desc='checking images', leave=False)
             problems = list(bar)
         finally:
-            pool.shutdown(cancel_futures=True)  # or an interrupted check would first open all images that are left
+            pool.shutdown(cancel_futures=True)  # else an interrupted check would first open all other images
         return {path: text for (path, _), text in zip(samples, problems) if text}
 
 
@@ -268,7 +268,7 @@ class ImageFolder(LabelledImages):
         return list(self.left_out)
 
     def check_images(self, skip_bad: bool = False) -> None:
-        """Open every image; ValueError for an unreadable one, or, with `skip_bad`, for a class that has none left."""
+        """Open every image; raise ValueError if one is unreadable or, with `skip_bad`, if all of a class are."""
         if not skip_bad:
             return self.check('Mend or remove it, or leave such images out with --skip-bad.')
         bad = self._unreadable()

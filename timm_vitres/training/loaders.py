@@ -1,8 +1,7 @@
-"""What the images of a run go through: augmentation, seeds, batches.
+"""Augmentation, seeds and batches of a run's images.
 
-`Data` -> `create_loaders` -> batches of images (B, C, H, W) and class indices (B,). What is random about an image
-depends on the seed of the run, the epoch and the image's place in the data: neither on how many workers there are, nor
-on whether the run was interrupted.
+`Data` -> `create_loaders` -> batches of images (B, C, H, W) and class indices (B,). An image's augmentation depends on
+the run's seed, the epoch and the image's place in the data, but neither on the number of workers nor on interruptions.
 """
 
 import copy
@@ -25,7 +24,7 @@ from .datasets import Data
 from .settings import FinetuneCfg
 
 _logger = logging.getLogger(__name__)
-# timm reads a section that it does not understand as if it were not there
+# timm silently ignores a section that it does not understand
 _POLICY = re.compile(r'(rand|augmix|original|originalr|v0|v0r|3a)(-([a-su-z][a-z]*\d{1,3}(\.\d+)?|t(weights|3aw?)))*')
 
 
@@ -47,7 +46,7 @@ def create_loaders(
         ratio=cfg.ratio,
         hflip=cfg.hflip,
         vflip=cfg.vflip,
-        color_jitter=cfg.color_jitter if config['input_size'][0] == 3 else 0.0,  # timm's colour jitter wants colours
+        color_jitter=cfg.color_jitter if config['input_size'][0] == 3 else 0.0,  # timm's colour jitter needs colours
         auto_augment=cfg.aa or None,
         re_prob=cfg.reprob,
         re_mode='pixel',
@@ -56,7 +55,7 @@ def create_loaders(
     data.val.transform = create_transform(**shared, crop_pct=config['crop_pct'], crop_mode=config['crop_mode'])
     batch_size = cfg.batch_size
     if 0 < len(data.train) < batch_size:
-        # the last batch is dropped where it is not full
+        # the last batch is dropped if it is not full, so that none would be left
         batch_size = max(len(data.train) // 2 * 2, 1)
         _logger.warning('batch_size: %d, since there are no more images to train on.', batch_size)
     val_batch_size = cfg.validation_batch_size or cfg.batch_size
@@ -71,7 +70,7 @@ def _names(rows: Any) -> List[str]:
 
 
 def check_policy(aa: Optional[str], mode: str) -> None:
-    """Raise ValueError unless timm has an augmentation policy, and can do all of it to images of PIL's mode `mode`."""
+    """Raise ValueError unless timm knows an augmentation policy, and all of it works on images of PIL's mode `mode`."""
     if not aa:
         return
     transforms = dict(rand=rand_augment_transform, augmix=augment_and_mix_transform)
@@ -98,9 +97,9 @@ def check_policy(aa: Optional[str], mode: str) -> None:
 
 
 def mend_(transform: Any) -> Any:
-    """Let the posterization inside of one of timm's transforms keep one bit at least, and return the transform.
+    """Make posterization inside of one of timm's transforms keep at least one bit, and return the transform.
 
-    At its strongest, timm's asks for none, which recent versions of Pillow refuse.
+    timm's strongest setting keeps no bit, which recent versions of Pillow refuse.
     """
     for operation in _operations(transform):
         if operation.name.startswith('Posterize'):
@@ -119,7 +118,7 @@ class _AtLeastOneBit:
 
 
 def _operations(transform: Any) -> List[AugmentOp]:
-    """Return the operations of timm's policies inside of a transform, wherever they are."""
+    """Return all operations of timm's policies inside of a transform, however deep."""
     if isinstance(transform, AugmentOp):
         return [transform]
     parts = transform if isinstance(transform, (list, tuple)) else ()
@@ -130,12 +129,12 @@ def _operations(transform: Any) -> List[AugmentOp]:
 
 @contextmanager
 def seeded(*key: int) -> Iterator[None]:
-    """Let Python, numpy and torch (on the CPU) draw from generators that `key` seeds, and then go on as before."""
+    """Seed Python, numpy and torch (on the CPU) by `key` for a block, then restore their states."""
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     seed = derived(*key)
     random.seed(seed)
     np.random.seed(seed % 2**32)
-    torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the accelerators', too
+    torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the accelerators, too
     try:
         yield
     finally:
@@ -145,18 +144,18 @@ def seeded(*key: int) -> Iterator[None]:
 
 
 def derived(*key: int) -> int:
-    """Return a seed of 63 bits that other numbers give another one of."""
+    """Return a seed of 63 bits made from `key`; other keys give other seeds."""
     return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]) >> 1
 
 
 class Failure(NamedTuple):
-    """What takes a sample's place where it could not be made; an exception would cross processes as a stack trace."""
+    """A stand-in for a sample that could not be made; an exception would cross processes as a stack trace."""
 
     sentence: str
 
 
 class _Epoch:
-    """The number of an epoch, which loader processes see change."""
+    """The number of the epoch, in memory that loader processes share."""
 
     def __init__(self):
         self.shared = multiprocessing.Value('q', 0, lock=False)
@@ -169,7 +168,7 @@ class _Epoch:
 
 
 class _Seeded(Dataset):
-    """A dataset whose samples are random by (seed, epoch, index) alone."""
+    """A dataset whose random numbers depend on (seed, epoch, index) alone."""
 
     def __init__(self, dataset: Any, seed: int, epoch: _Epoch, names: Sequence[str]):
         self.dataset, self.seed, self.epoch, self.names = dataset, seed, epoch, names
@@ -187,7 +186,7 @@ class _Seeded(Dataset):
 
 
 class _SeededStream(IterableDataset):
-    """A stream whose samples are random by (seed, epoch, worker, position): the same for the same number of workers."""
+    """A stream whose random numbers depend on (seed, epoch, worker, position), thus on the number of workers."""
 
     def __init__(self, dataset: Any, seed: int, epoch: _Epoch):
         self.dataset, self.seed, self.epoch = dataset, seed, epoch
@@ -230,7 +229,7 @@ class _Shuffled(Sampler):
 
 
 class Batches:
-    """Batches of a dataset's images (B, C, H, W) and class indices (B,); those to train on are shuffled and full.
+    """Batches of a dataset's images (B, C, H, W) and class indices (B,); training batches are shuffled and full.
 
     Iterating raises ValueError where an image can't be read or augmented; the message names it.
     """
@@ -249,7 +248,7 @@ class Batches:
         options: Dict[str, Any] = {}
         if isinstance(dataset, IterableDataset):
             if hasattr(dataset, 'set_loader_cfg'):
-                dataset.set_loader_cfg(num_workers=workers)  # how timm's streams estimate their length
+                dataset.set_loader_cfg(num_workers=workers)  # timm's streams estimate their length by this
             wrapped: Dataset = _SeededStream(dataset, seed, self.epoch)
         else:
             wrapped = _Seeded(dataset, seed, self.epoch, names)
@@ -261,7 +260,7 @@ class Batches:
             num_workers=workers,
             persistent_workers=workers > 0,
             collate_fn=_collate,
-            generator=torch.Generator(),  # torch's own would be drawn from when workers start
+            generator=torch.Generator(),  # else starting the workers would draw from torch's own generator
             **options,
         )
 
@@ -269,7 +268,7 @@ class Batches:
         return len(self.loader)
 
     def set_epoch(self, epoch: int) -> None:
-        """Let what is random be that of an epoch, from the next iteration on."""
+        """Use the random numbers of an epoch from the next iteration on."""
         self.epoch.set(epoch)
         if hasattr(self.dataset, 'set_epoch'):
             self.dataset.set_epoch(epoch)

@@ -1,4 +1,4 @@
-"""timm's named datasets (torch/cifar10, hfds/beans, ...) as what a run trains on and what it is validated on.
+"""timm's named datasets (torch/cifar10, hfds/beans, ...) are opened as a run's training and validation sets.
 
 name -> `load_named` -> `Data`; its record -> `reload_named` -> the same images in the same order.
 """
@@ -18,10 +18,10 @@ from .settings import FinetuneCfg
 from .splits import Data, Subset, class_counts, class_names, read_record, stratified_split
 
 PREFIXES = ('torch', 'hfds', 'hfids', 'tfds', 'wds')
-# torchvision's datasets with two splits: timm takes any name but 'train' and 'training' for the test images
+# these datasets of torchvision have two splits: timm takes any name but 'train' and 'training' for the test images
 TWO_SPLITS = ('cifar10', 'cifar100', 'mnist', 'kmnist', 'fashion_mnist', 'qmnist')
 TORCH_NAMES = (*TWO_SPLITS, 'inaturalist', 'places365', 'imagenet')
-COMPARED = 16  # images, evenly taken, by which two sets are told apart
+COMPARED = 16  # two sets are compared by the images at this many even steps
 
 
 def load_named(cfg: FinetuneCfg, mode: str) -> Data:
@@ -109,7 +109,7 @@ def reload_named(cfg: FinetuneCfg, mode: str, recorded: Dict[str, Any]) -> Data:
 
 
 def _check_name(cfg: FinetuneCfg) -> None:
-    """Refuse a name without a prefix: timm opens an image folder by any such name, and says nothing."""
+    """Raise ValueError for a name without a prefix: timm would silently open an image folder instead."""
     prefix, _, rest = cfg.dataset.partition('/')
     if rest and prefix.lower() in PREFIXES:
         if prefix.lower() == 'torch' and not cfg.data_dir:
@@ -124,7 +124,7 @@ def _check_name(cfg: FinetuneCfg) -> None:
 
 
 def _split(cfg: FinetuneCfg, split: str, argument: str) -> str:
-    """Return the name of a split as timm takes it; timm reads the test images for whatever it doesn't know."""
+    """Return a split's name as timm takes it; raise ValueError for an unknown one: timm would read test images."""
     if not split:
         raise ValueError(f"{argument}: got '', expected the name of a split of {cfg.dataset!r}.")
     prefix, _, rest = cfg.dataset.lower().partition('/')
@@ -147,7 +147,7 @@ def _parts_overlap(first: str, second: str) -> bool:
     slices = [re.fullmatch(r'[^\[]+(?:\[(-?\d+%|\d*):(-?\d+%|\d*)\])?', split) for split in (first, second)]
     ends = [end for found in slices if found for end in found.groups(default='')]
     if None in slices or len({end.endswith('%') for end in ends if end}) > 1:
-        return True  # slices that are written otherwise, or in percent and in images, can't be compared
+        return True  # slices in another notation, or in percent and in images, can't be compared
 
     def place(end: str, default: float) -> float:
         number = float(end.rstrip('%')) if end else default
@@ -169,9 +169,9 @@ def _create(cfg: FinetuneCfg, mode: str, split: str, is_training: bool) -> Datas
             input_img_mode=mode,
             seed=cfg.seed,
         )
-    except Exception as error:  # torchvision, datasets, tensorflow-datasets and webdataset each raise their own
+    except Exception as error:  # torchvision, datasets, tensorflow-datasets and webdataset raise errors of any kind
         reason = ' '.join(str(error).split()).rstrip('.') or type(error).__name__
-        reason = reason.replace('download=True', 'dataset_download')  # as the setting is named here
+        reason = reason.replace('download=True', 'dataset_download')  # the setting has this name here
         raise ValueError(f'dataset: {cfg.dataset!r}, split {split!r}, cannot be opened ({reason}).') from error
 
 
@@ -203,7 +203,7 @@ def _targets(dataset: Dataset, cfg: FinetuneCfg) -> List[int]:
 def _entry(
     dataset: Dataset, split: str, targets: Optional[List[int]] = None, indices: Optional[Sequence[int]] = None
 ) -> Dict[str, Any]:
-    """Return what a record says of a set; `indices` where it is a part of the split."""
+    """Return a set's entry in a record; `indices` are those of its images if it is only a part of the split."""
     digest = None if targets is None else hashlib.sha256(np.asarray(targets, dtype='<i8').tobytes()).hexdigest()
     return {
         'split': split,

@@ -29,20 +29,21 @@ _logger = logging.getLogger(__name__)
 RECORD_NAME = 'run.json'
 CHECKPOINT_NAME = 'last.pth.tar'
 CHANGEABLE = ('epochs', 'workers', 'device', 'validation_batch_size', 'data_dir')
-_PLACES = ('output', 'resume')  # where a run lies is no part of what it is
+_PLACES = ('output', 'resume')  # these settings say where a run lies, and are not recorded
 
 
 @contextmanager
 def run_folder(cfg: FinetuneCfg, given: Collection[str]) -> Iterator[Path]:
-    """Hold the folder of a run alone: a new or empty one, or, to resume, that of a run.
+    """Hold the folder of a run exclusively: a new or empty one, or that of the run to resume.
 
-    A folder that is made here, and left empty, goes away again.
+    A folder that is made here, and stays empty, is removed again.
 
     Args:
         given: Names of the settings that were given, rather than left at their default.
 
     Raises:
-        ValueError, OSError: for a folder that the run must not, or can't, write to; FileNotFoundError where no run is.
+        ValueError, OSError: for a folder that the run must not, or can't, write to.
+        FileNotFoundError: where there is no run to resume.
     """
     if cfg.resume:
         folder = _resumed_folder(cfg, given)
@@ -112,11 +113,11 @@ def _versions() -> Dict[str, str]:
 
 @dataclass(frozen=True)
 class Record:
-    """What a run was started with, as its folder tells it; the card is rendered from this."""
+    """The settings and data that a run was started with; its folder holds them, and its card is rendered from them."""
 
     cfg: FinetuneCfg
-    data: Dict[str, Any]  # what `Data.record` returns: class names, a description, both file lists
-    data_config: Dict[str, Any]  # timm's: input_size, mean, std, ...
+    data: Dict[str, Any]  # the result of `Data.record`: class names, a description, both file lists
+    data_config: Dict[str, Any]  # timm's data config: input_size, mean, std, ...
     autotuned: Optional[Dict[str, bool]] = None
     id: str = dataclasses.field(default_factory=lambda: uuid.uuid4().hex)
     versions: Dict[str, str] = dataclasses.field(default_factory=_versions)
@@ -128,13 +129,13 @@ class Record:
 
     @property
     def trained_cfg(self) -> FinetuneCfg:
-        """The settings with what autotune chose."""
+        """The settings, with those that autotune chose."""
         return dataclasses.replace(self.cfg, **(self.autotuned or {}))
 
     def write(self, folder: Path) -> None:
-        """Write it into the folder of the run."""
+        """Write the record into the folder of the run."""
         settings = dataclasses.asdict(self.cfg)
-        if self.cfg.data_dir and os.path.exists(self.cfg.data_dir):  # found from another working directory, too
+        if self.cfg.data_dir and os.path.exists(self.cfg.data_dir):  # a run may be resumed from another folder
             settings['data_dir'] = os.path.abspath(self.cfg.data_dir)
         for name in _PLACES:
             del settings[name]
@@ -153,7 +154,7 @@ class Record:
 
     @classmethod
     def read(cls, folder: Path) -> 'Record':
-        """Read what `write` wrote; ValueError for anything else."""
+        """Read the record that `write` wrote; raise ValueError for anything else."""
         path = folder / RECORD_NAME
         try:
             content = json.loads(path.read_text(encoding='utf-8'))
@@ -169,10 +170,10 @@ class Record:
             raise ValueError(f'resume: {path} is of a run of another version of timm-vitres ({error}).') from error
 
     def resumed(self, cfg: FinetuneCfg, given: Collection[str]) -> 'Record':
-        """Return the record with those of the given settings that may change.
+        """Return the record, updated by those of the given settings that may change.
 
         Raises:
-            ValueError: for any other that contradicts it.
+            ValueError: for any other given setting that contradicts the record.
         """
         changes, refused = {}, []
         for name in sorted(set(given) - set(_PLACES)):

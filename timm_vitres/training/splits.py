@@ -1,4 +1,4 @@
-"""What a run trains on and what it is validated on, how one set becomes two, and the record that brings both back."""
+"""A run's training and validation sets, the split of one set into two, and the record from which both are reopened."""
 
 from collections import Counter
 from numbers import Real
@@ -10,11 +10,11 @@ from torch.utils.data import Dataset
 from ..data import open_image
 from ..folders import shown
 
-NAMED = 10  # paths that are named for one reason; there can be a text file beside each of a million images
+NAMED = 10  # at most this many paths are named for one reason: a million images may have a text file each
 
 
 class Data(NamedTuple):
-    """What a run trains on."""
+    """The training and the validation set of a run, and what is known of them."""
 
     train: Dataset
     val: Dataset
@@ -22,11 +22,11 @@ class Data(NamedTuple):
     counts: Optional[List[int]]  # training images of each class, where known
     description: str
     left_out: Dict[str, str]  # path -> reason
-    lists: Dict[str, Any]  # what `record` says of the two sets
+    lists: Dict[str, Any]  # the two sets' entries in the record
 
     @property
     def skipped(self) -> List[str]:
-        """A sentence for each path that is left out; where many are for one reason, the last one counts the others."""
+        """A sentence for each path that is left out; if a reason has many paths, a last sentence counts the rest."""
         by_reason: Dict[str, List[str]] = {}
         for path, reason in self.left_out.items():
             by_reason.setdefault(reason, []).append(f'{shown(path)}: {reason}')
@@ -41,15 +41,15 @@ class Data(NamedTuple):
         """Return what `load_data` needs to open the same images again, as plain values for JSON.
 
         Returns:
-            label_names, description, train and validation. Of a folder, either set is a list of [path relative to
-            the data folder, class name, bytes]; of a named dataset it is a dict of its split, the count and a sha256
-            of its labels, and, where it is a part of the split, the indices of that part.
+            A dict of label_names, description, train and validation. For a folder, each set is a list of [path
+            relative to the data folder, class name, bytes]; for a named dataset it is a dict of its split, the count
+            and a sha256 of its labels, and the indices of its images if it is only a part of the split.
         """
         return {'label_names': self.label_names, 'description': self.description, **self.lists}
 
 
 def read_record(recorded: Dict[str, Any], kind: type) -> Dict[str, Any]:
-    """Return the two sets of a record; ValueError where it is none of an image folder (list) or a dataset (dict)."""
+    """Return a record's two sets; raise ValueError unless both are of `kind`: list (image folder) or dict (dataset)."""
     what = 'an image folder' if kind is list else 'a named dataset'
     try:
         sets = {name: recorded[name] for name in ('train', 'validation')}
@@ -70,13 +70,13 @@ def read_record(recorded: Dict[str, Any], kind: type) -> Dict[str, Any]:
 
 
 def class_counts(targets: List[int], num_classes: int) -> List[int]:
-    """Return how many there are of each class index."""
+    """Return the number of targets of each class index."""
     counter = Counter(targets)
     return [counter[index] for index in range(num_classes)]
 
 
 def class_names(dataset: Dataset) -> List[str]:
-    """Return the class names of a dataset with one of timm's readers, by index; none where it names none."""
+    """Return the class names of a dataset with one of timm's readers, by index; the list is empty if it names none."""
     class_to_idx = getattr(getattr(dataset, 'reader', None), 'class_to_idx', None) or {}
     return sorted(class_to_idx, key=class_to_idx.__getitem__)
 
@@ -106,7 +106,7 @@ class Subset(Dataset):
 
 
 def check_fraction(fraction: float, seed: int) -> None:
-    """Raise ValueError for a fraction or a seed that nothing can be split by."""
+    """Raise ValueError for a fraction or a seed that can't split a set."""
     if not isinstance(fraction, Real) or not 0 < fraction < 1:
         raise ValueError(f'val_frac: got {fraction}, expected a fraction between 0 and 1.')
     if seed < 0:
@@ -119,7 +119,7 @@ def stratified_split(
     """Split indices into two parts, class by class: the second holds `fraction` of each, and at least one.
 
     Raises:
-        ValueError: for a fraction outside (0, 1), a seed below 0, or a class of fewer than two.
+        ValueError: for a fraction outside (0, 1), a seed below 0, or a class of fewer than two targets.
     """
     check_fraction(fraction, seed)
     generator = np.random.default_rng(seed)

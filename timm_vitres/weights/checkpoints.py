@@ -1,7 +1,7 @@
-"""Checkpoints of any container and layout -> a state dict of ours (the serial family's is timm's), ready for a model.
+"""Reading checkpoint files of any container: safetensors, torch, npz, and shards with their index.
 
-file -> `read_checkpoint` (safetensors, torch, npz, known by its first bytes; shards by their index) -> `convert_layout`
-(see `layouts`) -> `checkpoint_filter_fn` (compared with the model, tables resampled).
+file -> `read_checkpoint` (the first bytes tell the container) -> a state dict in the file's own layout ->
+`convert_layout` (see `layouts`) -> a state dict in our layout.
 Nothing in a checkpoint is run, and nothing in it is left out silently.
 """
 
@@ -26,25 +26,25 @@ from .files import ALIGNMENT
 from .layouts import WRAPPERS, StateDict
 
 MMAP_VARIABLE = 'TIMM_VITRES_MMAP'
-# what Hugging Face's libraries put beside the shards of a checkpoint: which of them has which tensor
+# Hugging Face's libraries write such an index beside the shards of a checkpoint: it says which shard has which tensor
 INDEX_NAMES = ('model.safetensors.index.json', 'pytorch_model.bin.index.json')
-DEFLATE_RATIO = 1032  # zip's usual compression makes nothing smaller than by this factor
+DEFLATE_RATIO = 1032  # deflate, zip's usual compression, shrinks nothing by more than this factor
 
 
 class NoCheckpointError(ValueError):
-    """Why a file is not read as a checkpoint: it holds something else than weights, or more."""
+    """A file is not read as a checkpoint, since it holds something other than weights, or more than weights."""
 
 
 def read_checkpoint(path: Path, use_ema: bool = True, mmap: Optional[bool] = None) -> Tuple[StateDict, Dict[str, Any]]:
-    """Return the state dict in a file, in the file's own layout, and what else a training checkpoint says.
+    """Return the state dict in a file, in the file's own layout, and the other entries of a training checkpoint.
 
-    Every tensor has its memory to itself, whatever they shared in the file.
+    Every tensor has memory of its own, even if tensors share memory in the file.
 
     Args:
         path: The file, or the index of a checkpoint in shards.
         use_ema: Take the averaged weights of a training checkpoint, where it has them.
         mmap: Whether the tensors of safetensors files are mapped into memory: they are read when they are used, and
-            never written back. By default what `is_mapped` says.
+            never written back. By default `is_mapped` decides.
 
     Raises:
         OSError: for a damaged file, and shards that do not match their index.
@@ -58,23 +58,25 @@ def read_checkpoint(path: Path, use_ema: bool = True, mmap: Optional[bool] = Non
 
 
 def is_mapped(mmap: Optional[bool] = None) -> bool:
-    """Return whether weights are mapped: as asked, else as TIMM_VITRES_MMAP says, else wherever files can be replaced.
+    """Return whether weights are mapped into memory.
+
+    `mmap` decides, else the variable TIMM_VITRES_MMAP, else whether the system can replace a file that is mapped.
 
     Raises:
-        ValueError: for anything but True or False, and 0 or 1 in the variable.
+        ValueError: for an `mmap` that is neither True nor False, or a variable that is neither 0 nor 1.
     """
     if mmap is None:
         told = os.environ.get(MMAP_VARIABLE, '')
         if told not in ('', '0', '1'):
             raise ValueError(f'{MMAP_VARIABLE}: got {told!r}, expected 0 (read weights) or 1 (map them into memory).')
-        return told == '1' if told else os.name != 'nt'  # where a file that is mapped can't be replaced
+        return told == '1' if told else os.name != 'nt'  # Windows can't replace a mapped file
     if not isinstance(mmap, bool):
         raise ValueError(f'mmap: got {mmap!r:.80}, expected True or False.')
     return mmap
 
 
 def checkpoint_files(path: Path) -> List[Path]:
-    """Return the files that hold the tensors of a checkpoint: itself, or the shards that it names as an index."""
+    """Return the files that hold a checkpoint's tensors: `path` itself, or the shards that it names as an index."""
     if not path.name.endswith(INDEX_NAMES):
         return [path]
     return [path.with_name(name) for name in dict.fromkeys(_read_index(path).values())]
@@ -114,7 +116,7 @@ def _read_shards(path: Path, mmap: bool) -> StateDict:
 
 @contextmanager
 def _damage(path: Path) -> Iterator[None]:
-    """Turn whatever a reader raises into one OSError: on damaged bytes it can be any kind, and none is documented."""
+    """Turn whatever a reader raises into one OSError: damaged bytes raise errors of any kind, none documented."""
     try:
         yield
     except NoCheckpointError:
@@ -127,7 +129,7 @@ def _damage(path: Path) -> Iterator[None]:
 
 def _first_line(error: Exception) -> str:
     text = str(error).strip().partition('\n')[0][:200].rstrip('.')
-    return text if ' ' in text else f'{type(error).__name__} {text}'.strip()  # as of a KeyError
+    return text if ' ' in text else f'{type(error).__name__} {text}'.strip()  # a KeyError's text is only its key
 
 
 def _read_file(path: Path, use_ema: bool, mmap: bool) -> Tuple[StateDict, Dict[str, Any]]:
@@ -153,15 +155,15 @@ def _read_file(path: Path, use_ema: bool, mmap: bool) -> Tuple[StateDict, Dict[s
 
 def _read_safetensors(path: Path, mmap: bool) -> StateDict:
     if mmap:
-        # see `write_safetensors`
+        # `write_safetensors` aligns only tensors whose size is a multiple of ALIGNMENT; others are copied
         tensors = safetensors.torch.load_file(path)
         return {key: value.clone() if value.nbytes % ALIGNMENT else value for key, value in tensors.items()}
-    if os.name == 'nt':  # where safetensors has no other way
+    if os.name == 'nt':  # safetensors can't read a file there without mapping it
         tensors = safetensors.torch.load(path.read_bytes())
     else:
         tensors = safetensors.torch.load_file(path, backend='pread')
     aligned = {}
-    while tensors:  # one after the other, so that no more than one is there twice
+    while tensors:  # tensors are copied one by one, so that only one at a time takes memory twice
         key, value = tensors.popitem()
         aligned[key] = value.clone() if value.data_ptr() % ALIGNMENT else value
     return aligned
@@ -182,7 +184,7 @@ def _read_zip(path: Path, use_ema: bool) -> Tuple[StateDict, Dict[str, Any]]:
 
 
 def _check_archive(archive: zipfile.ZipFile, path: Path) -> None:
-    """Raise where the directory of an archive promises more than the file can hold, before memory is asked for it."""
+    """Raise OSError, before memory is allocated, where an archive's directory promises more than the file can hold."""
     promised = 0
     for info in archive.infolist():
         if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
@@ -218,10 +220,10 @@ def _read_npz(archive: zipfile.ZipFile, path: Path) -> StateDict:
 
 
 def _check_old_torch(path: Path) -> None:
-    """Raise where a file of torch's format before zip names a storage larger than itself: torch would allocate it."""
+    """Raise OSError where a file in torch's format before zip promises more than it has: torch would allocate all."""
     size = path.stat().st_size
-    with path.open('rb') as file, suppress(ValueError):  # what is no such file, torch refuses itself
-        for _ in range(4):  # a magic number, a version, the machine, and the checkpoint
+    with path.open('rb') as file, suppress(ValueError):  # torch itself refuses a file of another format
+        for _ in range(4):  # the file holds a magic number, a version, the machine and the checkpoint
             number = 0
             for opcode, argument, _ in pickletools.genops(file):
                 if opcode.name.startswith(('INT', 'LONG', 'BININT')):
@@ -231,9 +233,9 @@ def _check_old_torch(path: Path) -> None:
 
 
 def _read_torch(path: Path) -> Any:
-    # not mapped: torch.save writes into the file itself, under a live model's feet
+    # the file is not mapped, since torch.save would write into it while a model uses it
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # the settings in timm's training checkpoints
+        with torch.serialization.safe_globals([argparse.Namespace]):  # timm's train.py stores settings as one
             return torch.load(path, map_location='cpu', weights_only=True)
     except pickle.UnpicklingError as error:
         found = re.search(r'(GLOBAL [\w.]+|Unsupported \w+ [\w.]+|Unsupported operand \d+)', str(error))
@@ -245,7 +247,7 @@ def _read_torch(path: Path) -> Any:
 
 def _unwrap(checkpoint: Any, use_ema: bool, path: Path, size: Optional[int] = None) -> Tuple[StateDict, Dict[str, Any]]:
     about: Dict[str, Any] = {}
-    for _ in range(len(WRAPPERS)):  # not for ever: a dict may hold itself
+    for _ in range(len(WRAPPERS)):  # the loop is bounded, since a dict may hold itself
         wrappers = [key for key in WRAPPERS if isinstance(checkpoint, dict) and isinstance(checkpoint.get(key), dict)]
         wrappers = [key for key in wrappers if use_ema or not key.endswith('_ema')]
         if not wrappers:
@@ -266,10 +268,10 @@ def _unwrap(checkpoint: Any, use_ema: bool, path: Path, size: Optional[int] = No
 
 
 def _independent(state_dict: StateDict, size: int) -> StateDict:
-    """Return tensors that have their memory to themselves: what shares it would become one parameter of a model.
+    """Return tensors with memory of their own: tensors that share it would become one parameter of a model.
 
     Args:
-        size: Bytes that there were to be read; some versions of torch make storages that end behind them.
+        size: Number of bytes in the file; some versions of torch make storages that end beyond them.
     """
     storages = {value.untyped_storage().data_ptr(): value.untyped_storage().nbytes() for value in state_dict.values()}
     if sum(storages.values()) > size:

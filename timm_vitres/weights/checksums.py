@@ -1,4 +1,7 @@
-"""TODO."""
+"""Checksums of weight files: they are computed, compared with the published ones, and remembered.
+
+path -> `published_sha256` (the Hub's cache, config.json or the card) -> `check_once` -> a file as it was published.
+"""
 
 import hashlib
 import json
@@ -13,17 +16,17 @@ from huggingface_hub import constants
 from ..writing import TEMPORARY, replacing
 from .files import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME
 
-SHA256_FIELD = 'model_sha256'  # of config.json, which every load is compared with, and of a card's head
+SHA256_FIELD = 'model_sha256'  # the field of config.json, or of a card's head, that a load is compared with
 
 
 def hash_in_name(name: str) -> Optional[str]:
     """Return the beginning of a sha256 in a published file's name ('resnet18-5c106cde.pth'), if one is there."""
-    found = re.search(r'-(?=\d*[a-f])([0-9a-f]{8,64})\.', name)  # with a letter: a date is no hash
+    found = re.search(r'-(?=\d*[a-f])([0-9a-f]{8,64})\.', name)  # a hash has a letter, a date has none
     return found.group(1) if found else None
 
 
 def sha256(path: Path) -> str:
-    """Return a file's sha256, which is what the Hub calls a large file."""
+    """Return a file's sha256, by which the Hub names large files."""
     return _digest(path, hashlib.sha256())
 
 
@@ -40,10 +43,10 @@ def _digest(path: Path, digest: Any) -> str:
 
 
 def told_sha256(folder: Path) -> Optional[str]:
-    """Return what the sha256 of a folder's weights must be, as its config.json says, or else its card; None: nobody.
+    """Return the sha256 that a folder's config.json, or else its card, tells of the weights; None if neither tells one.
 
     Raises:
-        OSError: where config.json says something that is none.
+        OSError: where config.json tells something that is no sha256.
     """
     config: Any = None
     with suppress(OSError, ValueError):
@@ -63,7 +66,7 @@ def told_sha256(folder: Path) -> Optional[str]:
 
 
 def check_noted(notes: Optional[Sequence[str]], folder: Path) -> None:
-    """Raise OSError where a config.json that was read before tells of other weights than the folder has by now."""
+    """Raise OSError if a folder's model was replaced after the config.json with these notes was read."""
     told = told_sha256(folder)
     noted = [note.removeprefix(f'{SHA256_FIELD}: ') for note in notes or () if note.startswith(f'{SHA256_FIELD}: ')]
     if noted and told and noted[-1] != told:
@@ -71,9 +74,9 @@ def check_noted(notes: Optional[Sequence[str]], folder: Path) -> None:
 
 
 def published_sha256(path: Path) -> Optional[str]:
-    """Return what a file's sha256 must be, where something beside the file says it, else None.
+    """Return the sha256 that a file must have, if something beside the file tells it, else None.
 
-    In the Hub's cache a large file is called by it; a folder's config.json, or its card, tells that of
+    The Hub's cache names a large file by its sha256; a folder's config.json, or its card, tells that of
     `model.safetensors`.
     """
     blob = Path(os.path.realpath(path))
@@ -81,24 +84,24 @@ def published_sha256(path: Path) -> Optional[str]:
         return blob.name
     if path.name != WEIGHTS_NAME:
         return None
-    if re.fullmatch(rf'{re.escape(TEMPORARY)}[0-9a-f]{{64}}', path.parent.name):  # the folder is called by it
+    if re.fullmatch(rf'{re.escape(TEMPORARY)}[0-9a-f]{{64}}', path.parent.name):  # the name ends in the sha256
         return path.parent.name.removeprefix(TEMPORARY)
     return told_sha256(path.parent)
 
 
 def check(path: Path, published: Optional[str] = None) -> str:
-    """Return a file's sha256.
+    """Return a file's sha256, compared with the published one.
 
     Args:
-        published: What it must be, or begin with; by default `published_sha256`.
+        published: The sha256 that the file must have, or its beginning; by default `published_sha256`.
 
     Raises:
-        OSError: where it is not the published one.
+        OSError: where the file's sha256 is not the published one.
     """
     actual, published = sha256(path), published or published_sha256(path)
     if published and not actual.startswith(published):
         remedy = 'Remove it and load again'
-        if Path(os.path.realpath(path)).parent.name == 'blobs':  # removing the link to it would not be enough
+        if Path(os.path.realpath(path)).parent.name == 'blobs':  # removing only the link to the blob would not help
             path = Path(os.path.realpath(path))
         elif path.name == WEIGHTS_NAME:
             remedy = f'Restore it, or, if you changed it on purpose, take {SHA256_FIELD} out of {CONFIG_NAME}'
@@ -111,10 +114,10 @@ def check(path: Path, published: Optional[str] = None) -> str:
 
 
 def check_once(path: Path, published: Optional[str] = None) -> None:
-    """`check` a file if something says what it must be, and remember that it was, until it changes.
+    """`check` a file whose sha256 is published, and remember that it passed until it changes.
 
     Raises:
-        OSError: where its sha256 is not the published one.
+        OSError: where the file's sha256 is not the published one.
     """
     published = published or published_sha256(path)
     if published is not None and _checked().get(os.path.realpath(path)) != _state(path, published):
@@ -126,7 +129,7 @@ def remember(path: Path, published: str) -> None:
     """Remember that a file has the sha256 that it must have."""
     memory = {known: state for known, state in _checked().items() if os.path.exists(known)}
     memory[os.path.realpath(path)] = _state(path, published)
-    with suppress(OSError), replacing(_memory()) as beside:  # a home that can't be written to: checked again next time
+    with suppress(OSError), replacing(_memory()) as beside:  # without a writable home, it is checked again next time
         beside.write_text(json.dumps(memory, indent=1))
 
 
@@ -142,6 +145,6 @@ def _memory() -> Path:
 def _checked() -> Dict[str, Any]:
     try:
         memory = json.loads(_memory().read_text())
-    except (OSError, ValueError):  # none yet, or not ours
+    except (OSError, ValueError):  # there is no memory yet, or the file is not ours
         return {}
     return memory if isinstance(memory, dict) else {}

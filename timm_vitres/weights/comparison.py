@@ -1,4 +1,7 @@
-"""TODO."""
+"""Comparison of a checkpoint's tensors with a model's: keys, shapes and dtypes.
+
+state dict in our layout -> `add_batch_counts` -> `check_dtypes`, `check_keys` -> a state dict that the model can load.
+"""
 
 from typing import Sequence
 
@@ -11,9 +14,9 @@ FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 def add_batch_counts(state_dict: StateDict, model: torch.nn.Module) -> StateDict:
-    """Return a state dict with a count of 0 for each BatchNorm that lacks it, as of old torch and other programs.
+    """Return a state dict with a count of 0 for each BatchNorm that lacks one; old torch and other programs save none.
 
-    torch itself fills these counts in. Nothing but their own momentum of None makes use of them.
+    torch itself fills these counts in. Only a BatchNorm with momentum=None uses them.
     """
     state_dict = dict(state_dict)
     for key in model.state_dict():
@@ -23,9 +26,9 @@ def add_batch_counts(state_dict: StateDict, model: torch.nn.Module) -> StateDict
 
 
 def check_dtypes(state_dict: StateDict, model: torch.nn.Module) -> None:
-    """Raise RuntimeError that lists what would silently become other numbers: quantised, bool or complex weights.
+    """Raise RuntimeError that lists the weights whose numbers would silently change: quantised, bool or complex ones.
 
-    Counts (integers in the model) may be floating-point numbers, as where a whole state dict was cast.
+    Counts (integers in the model) may be floating-point numbers, since a whole state dict may have been cast.
     """
     wrong = []
     for key, own in model.state_dict().items():

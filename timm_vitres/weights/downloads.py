@@ -1,4 +1,7 @@
-"""TODO."""
+"""Downloads from the Hub and from URLs, with retries.
+
+Hub id -> `hub_file` -> a path in the Hub's cache; URL -> `url_file` -> a path in torch's cache, its hash checked.
+"""
 
 import time
 from pathlib import Path
@@ -13,7 +16,7 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntr
 from .checksums import check_once, hash_in_name
 from .files import WEIGHTS_NAMES
 
-PATIENCE = 10.0  # seconds
+PATIENCE = 10.0  # seconds; a call that took longer is not repeated
 Result = TypeVar('Result')
 
 
@@ -28,15 +31,15 @@ def is_transient(error: BaseException) -> bool:
         return error.code == 429 or error.code >= 500
     if isinstance(error, URLError):
         return isinstance(error.reason, (ConnectionError, TimeoutError))
-    # the errors of what huggingface_hub speaks through (httpx2, httpx, requests) are no ConnectionError
+    # huggingface_hub's HTTP libraries (httpx2, httpx, requests) raise errors of their own, no ConnectionError
     libraries = ('httpx', 'httpcore', 'requests', 'urllib3')
     return isinstance(error, (ConnectionError, TimeoutError)) or type(error).__module__.startswith(libraries)
 
 
 def retrying(function: Callable[[], Result], tries: int = 4, wait: float = 1.0) -> Result:
-    """Call a function that speaks to the Hub, and again after `wait`, 2 * `wait`, ... seconds while that may help.
+    """Call a function that speaks to the Hub; repeat it after `wait`, 2 * `wait`, ... seconds while that may help.
 
-    Some calls the client repeats by itself, which takes it longer than `PATIENCE`; those are not repeated here.
+    The client repeats some calls by itself, which takes longer than `PATIENCE`; those are not repeated here.
     """
     for attempt in range(tries - 1):
         start = time.monotonic()
@@ -72,7 +75,7 @@ def hub_file(
             return Path(retrying(lambda: hf_hub_download(repo_id, filename, **options)))  # noqa: B023
         except LocalEntryNotFoundError as error:
             unreachable = unreachable or error
-            options['local_files_only'] = True  # nobody is asked, and waited for, again
+            options['local_files_only'] = True  # the Hub is not asked, and waited for, again
         except EntryNotFoundError:
             pass
         except Exception as error:
@@ -101,7 +104,7 @@ def url_file(url: str, cache_dir: Union[None, str, Path] = None) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         try:
             retrying(lambda: torch.hub.download_url_to_file(url, str(path), published))
-        except RuntimeError as error:  # its hash, before it is in the cache
+        except RuntimeError as error:  # torch compares the hash before the file is in the cache
             raise OSError(f'{url}: what arrived is not what the name says ({error}); try again.') from error
         except OSError as error:
             raise OSError(

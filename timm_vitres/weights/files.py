@@ -1,6 +1,6 @@
-"""Files that can be trusted: written beside and renamed, downloaded with retries, checked against their sha256.
+"""Names of a model's files, and safetensors files that can be mapped into memory without changing results.
 
-Hub id, URL or folder -> `hub_file`, `url_file`, `weights_file` -> path -> `check_once` -> a file as it was published.
+tensors -> `write_safetensors` -> a file with aligned tensors, and its sha256.
 """
 
 import hashlib
@@ -14,7 +14,7 @@ import torch
 WEIGHTS_NAME = 'model.safetensors'
 CONFIG_NAME = 'config.json'
 CARD_NAME = 'README.md'
-# a folder's weights, in timm's order of preference
+# timm looks for a folder's weights under these names, in this order
 WEIGHTS_NAMES = (WEIGHTS_NAME, 'pytorch_model.bin', 'pytorch_model.pth', 'model.pth')
 WEIGHTS_SUFFIXES = ('.safetensors', '.pth', '.pth.tar', '.bin', '.npz')
 ALIGNMENT = 64  # bytes
@@ -28,9 +28,9 @@ _DTYPES = {
 def write_safetensors(tensors: Mapping[str, torch.Tensor], path: Path) -> str:
     """Write a safetensors file whose tensors begin at multiples of 64 bytes, as torch's own do in memory.
 
-    A matrix product may round differently where its operands do not, so this is what makes a model whose weights are
-    mapped from the file compute, bit for bit, what the saved one computed. The format does not allow gaps, so tensors
-    whose size is no multiple of 64 bytes come last; whoever maps the file copies those.
+    A matrix product may round differently if its operands are not aligned so; thanks to this, a model whose weights
+    are mapped from the file computes, bit for bit, what the saved model computed. The format does not allow gaps, so
+    tensors whose size is no multiple of 64 bytes come last; whoever maps the file copies those.
 
     Returns:
         The sha256 of what was written.

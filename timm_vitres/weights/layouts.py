@@ -1,4 +1,6 @@
-"""Layouts of state dicts (timm, Google, Hugging Face ViTHybrid, Conformer) -> ours; the serial family's is timm's.
+"""Conversion of state dicts from the layouts of timm, Google, Hugging Face ViTHybrid and Conformer to ours.
+
+Our layout of the serial family is timm's.
 
 state dict of any layout -> `find_layout` (by its keys) -> `convert_layout` -> names and shapes as in our models.
 """
@@ -10,12 +12,12 @@ import torch
 from timm.models import clean_state_dict
 
 StateDict = Dict[str, torch.Tensor]
-# what holds the weights in a training checkpoint, averaged ones first; then whatever is about them
+# a training checkpoint has its weights under one of these keys; averaged weights come first
 WRAPPERS = ('state_dict_ema', 'model_ema', 'state_dict', 'model')
 
 
 class Layout(NamedTuple):
-    """Who writes state dicts like this, and how they become timm's."""
+    """A layout of state dicts: the name of its writer, a key that only it has, and its conversion to ours."""
 
     name: str
     key: str  # a regular expression for a key that no other layout has
@@ -23,11 +25,11 @@ class Layout(NamedTuple):
 
 
 def convert_layout(state_dict: Dict[str, Any]) -> StateDict:
-    """Return a state dict, unwrapped and in our layout, whichever of `LAYOUTS` it has.
+    """Return a state dict unwrapped, and converted from any of `LAYOUTS` to our layout.
 
     Raises:
-        ValueError: for what is no dict of names with tensors.
-        RuntimeError: for a layout's names with shapes that it does not have.
+        ValueError: for anything but a dict of names with tensors.
+        RuntimeError: where the names are those of a layout, but the shapes are not.
     """
     for wrapper in WRAPPERS:
         if isinstance(state_dict.get(wrapper), dict):
@@ -46,7 +48,7 @@ def convert_layout(state_dict: Dict[str, Any]) -> StateDict:
 
 
 def find_layout(state_dict: StateDict) -> Layout:
-    """Return the layout whose mark the keys bear; timm's where they bear none."""
+    """Return the layout that one of the keys marks, or timm's if none does."""
     for layout in LAYOUTS:
         if any(re.search(layout.key, key) for key in state_dict):
             return layout
@@ -64,7 +66,7 @@ def from_google(arrays: StateDict) -> StateDict:
     Kernels are (height, width, in, out) or (in, out); attention is (width, heads, width / heads).
     """
     for prefix in ('opt/target/', 'params/'):
-        if any(key.startswith(prefix) for key in arrays):  # beside the optimizer's
+        if any(key.startswith(prefix) for key in arrays):  # the optimizer's arrays stand beside the model's
             arrays = {key.removeprefix(prefix): value for key, value in arrays.items() if key.startswith(prefix)}
     backbone = 'patch_embed.backbone.'
     stem = backbone + ('stem.' if any(key.startswith('block') for key in arrays) else '')
@@ -128,15 +130,15 @@ def from_vit_hybrid(state_dict: StateDict) -> StateDict:
             (r'^layernorm', 'norm'),
             (r'^classifier', 'head'),
         )
-        if not new.startswith('pooler.'):  # of ViTHybridModel, unused by its classifier
+        if not new.startswith('pooler.'):  # ViTHybridModel has a pooler, which its classifier does not use
             result[new] = value
     return _join_qkv(result)
 
 
 def from_conformer(state_dict: StateDict) -> StateDict:
-    """Convert a Conformer of its authors (github:pengzhiliang/Conformer), or, keys below `backbone.`, of mmpretrain.
+    """Convert a Conformer of its authors (github:pengzhiliang/Conformer), or of mmpretrain (keys below `backbone.`).
 
-    The projections between ResNet and ViT, 1x1 convolutions there, are linear layers here.
+    The projections between ResNet and ViT are 1x1 convolutions there, and linear layers here.
     """
     return {
         _renamed(

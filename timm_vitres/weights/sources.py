@@ -1,4 +1,7 @@
-"""TODO."""
+"""Sources of a model's weights (file, folder, Hub repository, URL) are resolved to one path.
+
+pretrained cfg -> `find_weights` -> `local_weights`, `hub_weights` or `url_file` -> a file, or the index of shards.
+"""
 
 from pathlib import Path
 from typing import Optional, Sequence, Union
@@ -41,7 +44,7 @@ def weights_file(path: Union[str, Path]) -> Path:
 
 
 def pending_weights(folder: Path) -> Optional[Path]:
-    """Return the weights that config.json tells of, where their writer was killed before he put them in their place."""
+    """Return the weights that config.json tells of if a killed writer did not put them in place, else None."""
     told = told_sha256(folder)
     pending = folder / f'{TEMPORARY}{told}' / WEIGHTS_NAME
     return pending if told and pending.is_file() else None
@@ -51,11 +54,11 @@ def find_weights(cfg: PretrainedCfg, cache_dir: Union[None, str, Path] = None) -
     """Return the file that a pretrained cfg names, downloaded if need be. The order of its sources is timm's.
 
     Returns:
-        The file; of a checkpoint in shards the index, beside which they lie.
+        The file, or the index of a checkpoint in shards; the shards lie beside it.
 
     Raises:
-        RuntimeError: where it names none.
-        ValueError: where what it names can't be a file, repository or address.
+        RuntimeError: where the cfg names no weights.
+        ValueError: where the cfg names something that can't be a file, repository or address.
     """
     if cfg.source == 'local-dir' or (cfg.file and cfg.source != 'hf-hub'):
         if not cfg.file or not isinstance(cfg.file, (str, Path)):
@@ -71,7 +74,7 @@ def find_weights(cfg: PretrainedCfg, cache_dir: Union[None, str, Path] = None) -
 
 
 def local_weights(path: Union[str, Path]) -> Path:
-    """Return a file itself, or the weights in a folder (see `weights_file`), or the index of those in shards."""
+    """Return a file itself, the weights in a folder (see `weights_file`), or the index of its shards."""
     folder = Path(path)
     whole = pending_weights(folder) or any((folder / name).is_file() for name in WEIGHTS_NAMES)
     if folder.is_dir() and not whole:
@@ -88,16 +91,16 @@ def hub_weights(
 
     Args:
         model_id: 'owner/name' or 'owner/name@revision'.
-        filenames: What to look for, in this order; by default all usual names.
+        filenames: Names to look for, in this order; by default all usual names.
 
     Raises:
         ValueError: for an impossible name.
-        OSError: as of `hub_file`.
+        OSError: where `hub_file` raises one.
     """
     try:
         path = hub_file(model_id, filenames or (*WEIGHTS_NAMES, *INDEX_NAMES), cache_dir)
         for shard in checkpoint_files(path):
-            if shard != path:  # of the same commit
+            if shard != path:  # all shards must come from the index's commit
                 hub_file(f'{model_id.partition("@")[0]}@{path.parent.name}', (shard.name,), cache_dir)
     except (HFValidationError, AttributeError) as error:  # a name that is no text has no `partition`
         raise ValueError(
