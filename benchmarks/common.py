@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import datetime
+import logging
 import os
 import platform
 import shlex
@@ -57,7 +58,9 @@ def write_row(name: str, row: dict, record: bool) -> None:
 
 
 def train(cfg: FinetuneCfg) -> Path:
-    """Fine-tune and return the folder; a run that was interrupted there goes on."""
+    """Fine-tune and return the folder; a run that was interrupted there goes on. Its epochs are printed."""
+    logging.basicConfig(format='%(message)s')
+    logging.getLogger('timm_vitres').setLevel(logging.INFO)
     from timm_vitres.training.loop import finetune
 
     return finetune(dataclasses.replace(cfg, resume=(Path(cfg.output) / 'run.json').is_file()))

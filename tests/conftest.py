@@ -1,13 +1,19 @@
-"""What tests share: small pictures that can be told apart, weights that nothing is hidden by."""
+"""What tests share: small pictures that can be told apart, weights that nothing is hidden by, models to save."""
 
 from pathlib import Path
+from typing import Iterator
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 
 import timm_vitres  # noqa: F401
+from timm_vitres.publishing.cards import render_card
+
+FACTS = dict(model_name='x', description='A.', recipe='B.', source='local-dir:.')  # of a card
+DUAL = 'test_vitresnet_dual'  # it has BatchNorm, and so counts of batches
 
 
 def randomise_(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
@@ -27,6 +33,36 @@ def randomise_(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
 
 def relative_difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     return ((ours - theirs).norm() / theirs.norm()).item()
+
+
+def dual() -> torch.nn.Module:
+    return randomise_(timm.create_model(DUAL, num_classes=3))
+
+
+def two(name: str = 'test_vitresnet') -> Iterator:
+    """Return two models with the same tensors' shapes, and with other names and preprocessing."""
+    cards = ('First.', 'Second.')
+    for seed, (label, mean, text) in enumerate(zip('ab', (0.25, 0.75), cards)):
+        torch.manual_seed(seed)
+        model = randomise_(timm.create_model(name, num_classes=2), seed)
+        facts = {**FACTS, 'description': text}
+        yield (
+            model,
+            dict(label_names=[label, label * 2], data_config=dict(mean=(mean,) * 3), card=render_card(model, **facts)),
+        )
+
+
+def rename_(model: torch.nn.Module, label_names) -> torch.nn.Module:
+    """Give a model's classes names, whatever they are."""
+    model.pretrained_cfg = {**model.pretrained_cfg, 'label_names': label_names}
+    return model
+
+
+def flip(path: Path, offset: int = -1000) -> None:
+    """Flip one bit inside the tensors."""
+    data = bytearray(path.read_bytes())
+    data[offset] ^= 1
+    path.write_bytes(data)
 
 
 def stripes(size: int, vertical: bool, rng: np.random.Generator) -> Image.Image:
@@ -57,3 +93,9 @@ def write_folder(root: Path, per_class: int = 12, size: int = 40) -> Path:
 @pytest.fixture
 def image_folder(tmp_path) -> Path:
     return write_folder(tmp_path / 'images')
+
+
+@pytest.fixture
+def model() -> torch.nn.Module:
+    """A small model of three classes."""
+    return randomise_(timm.create_model('test_vitresnet', num_classes=3, img_size=32))

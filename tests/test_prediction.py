@@ -4,22 +4,11 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import randomise_, stripes
+from conftest import rename_, stripes
 from PIL import Image
 
 from timm_vitres.labels import label_names
-from timm_vitres.pictures import plot_predictions
 from timm_vitres.prediction import predict
-
-
-@pytest.fixture
-def model():
-    return randomise_(timm.create_model('test_vitresnet', num_classes=3, img_size=32))
-
-
-def rename_(model, label_names):
-    model.pretrained_cfg = {**model.pretrained_cfg, 'label_names': label_names}
-    return model
 
 
 def test_each_image_fails_for_itself(model, tmp_path):
@@ -82,12 +71,3 @@ def test_names_in_a_dict(model, dictionary):
 @pytest.mark.parametrize('names', [{'0': 'cat', '1': 'dog'}, {'1': 'cat', '2': 'dog', '3': 'owl'}, {'cat': 0}, ['cat']])
 def test_names_that_are_not_of_these_classes(model, names):
     assert label_names(rename_(model, names)) == ['class 0', 'class 1', 'class 2']
-
-
-def test_a_name_with_dollars_can_be_drawn(model, tmp_path):
-    stripes(40, True, np.random.default_rng(0)).save(tmp_path / 'good.png')
-    names = ['$\\bad$', '$\\worse$', '$\\worst$']
-    predictions, _ = predict(rename_(model, names), [tmp_path / 'good.png'])
-    plot_predictions(predictions, tmp_path / 'drawing.png')
-    with Image.open(tmp_path / 'drawing.png') as drawing:
-        assert drawing.size[0] > 200

@@ -83,7 +83,12 @@ def check_branch(name: str, branch: Optional[str]) -> None:
     if branch is None:
         return
     broken = any(not part or part.startswith('.') or part.endswith(('.', '.lock')) for part in branch.split('/'))
-    if broken or branch.startswith('-') or re.search(r'[\s~^:?*\[\\\x00-\x1f\x7f]|\.\.|@\{', branch):
+    if (
+        broken
+        or branch == 'HEAD'
+        or branch.startswith('-')
+        or re.search(r'[\s~^:?*\[\\\x00-\x1f\x7f]|\.\.|@\{', branch)
+    ):
         raise ValueError(f'{name}: got {branch!r}, expected the name of a branch.')
 
 

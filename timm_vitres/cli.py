@@ -4,11 +4,13 @@ import argparse
 import dataclasses
 import io
 import json
+import logging
 import os
 import sys
 import traceback
+from contextlib import contextmanager
 from pathlib import Path
-from typing import List, Optional, Sequence
+from typing import Iterator, List, Optional, Sequence
 
 from timm.utils import ParseKwargs
 
@@ -44,40 +46,39 @@ class _Arguments(ParseKwargs):
 
 def add_finetune(subparsers) -> None:
     """`timm-vitres finetune`: every field of `FinetuneCfg` is a flag; what is not given is not in the namespace."""
-    from .training.settings import FinetuneCfg, kind_of
+    from .training.settings import PAIRS, FinetuneCfg, flag_of
 
     parser = subparsers.add_parser(
         'finetune', help='fine-tune a model on an image folder or dataset', formatter_class=_Formatter
     )
-    parser.add_argument('data', nargs='?', metavar='DIR', help='the same as --data-dir')
-    short = {'batch_size': ['-b'], 'workers': ['-j']}
+    parser.register('action', PAIRS, _Arguments)
     for field in dataclasses.fields(FinetuneCfg):
-        options = {name: field.metadata[name] for name in ('help', 'nargs', 'choices') if name in field.metadata}
-        flags = [*short.get(field.name, []), '--' + field.name.replace('_', '-')]
-        if field.name == 'resume':
-            options.update(nargs='?', const=True, metavar='PATH')
-        elif field.name == 'model_kwargs':
-            options.update(action=_Arguments)
-        elif kind_of(field.name) is bool:
-            options.update(action='store_true')
-        else:
-            options.update(type=kind_of(field.name))
-        if field.default not in (None, False, ''):
-            options['help'] += f' (default: {field.default})'
+        flags, options = flag_of(field)
+        if 'positional' in field.metadata:
+            told = f'the same as {flags[-1]}'
+            parser.add_argument(_without_flag(field), nargs='?', metavar=field.metadata['positional'], help=told)
         parser.add_argument(*flags, default=argparse.SUPPRESS, dest=field.name, **options)
     parser.set_defaults(run=run_finetune)
 
 
+def _without_flag(field: dataclasses.Field) -> str:
+    return f'{field.name} without a flag'
+
+
 def run_finetune(args: argparse.Namespace) -> int:
     """Fine-tune, and say where the model is and how it is loaded."""
-    from .training.loop import FinetuneCfg, finetune
+    from .training.loop import finetune
+    from .training.settings import FinetuneCfg
 
-    names = {field.name for field in dataclasses.fields(FinetuneCfg)}
-    given = {name: value for name, value in vars(args).items() if name in names}
-    if args.data is not None:
-        if 'data_dir' in given and given['data_dir'] != args.data:
-            raise ValueError(f'data_dir: got {args.data} and {given["data_dir"]}; give one.')
-        given['data_dir'] = args.data
+    given = {}
+    for field in dataclasses.fields(FinetuneCfg):
+        values = [
+            vars(args).get(name) for name in (field.name, _without_flag(field)) if vars(args).get(name) is not None
+        ]
+        if len(values) == 2 and values[0] != values[1]:
+            raise ValueError(f'{field.name}: got {values[1]} and {values[0]}; give one.')
+        if values:
+            given[field.name] = values[0]
     folder = finetune(FinetuneCfg(**given), given)
     print(f"The best epoch is in {folder}; timm.create_model('local-dir:{folder}', pretrained=True) loads it.")
     return 0
@@ -151,21 +152,27 @@ def run_explain(args: argparse.Namespace) -> int:
 
 def add_export(subparsers) -> None:
     """`timm-vitres export`."""
-    from .inference.exports import FORMATS
+    from .inference.formats import FORMATS, PRECISIONS
 
+    runtimes = [f'{row.runtime} ({", ".join(row.suffixes)})' for row in FORMATS.values()]
     parser = subparsers.add_parser(
-        'export', help='write a model for onnxruntime, TorchScript or torch.export', formatter_class=_Formatter
+        'export', help='write a model for another runtime, such as onnxruntime', formatter_class=_Formatter
     )
     parser.add_argument('model', metavar='MODEL', help="a timm model's name.tag, local-dir:<folder>, hf-hub:<id>")
     parser.add_argument('--output', required=True, type=Path, metavar='FILE', help='where to')
     parser.add_argument(
-        '--format', choices=list(FORMATS), help='of onnxruntime, torch.jit or torch.export; else what FILE ends in says'
+        '--format',
+        choices=list(FORMATS),
+        help=f'that of {", ".join(runtimes)}, in this order; else what FILE ends in says',
     )
+    lacking = {
+        precision: [row.name for row in FORMATS.values() if precision not in row.precisions] for precision in PRECISIONS
+    }
     parser.add_argument(
         '--precision',
         default='fp32',
-        choices=('fp32', 'bf16', 'int8'),
-        help='bf16 not of onnx, int8 not of torchscript',
+        choices=PRECISIONS,
+        help='; '.join(f'{precision} not of {", ".join(names)}' for precision, names in lacking.items() if names),
     )
     parser.add_argument(
         '--images', nargs='+', type=Path, metavar='IMAGE', help='files or folders, to compare on, and for int8 ranges'
@@ -184,7 +191,7 @@ def run_export(args: argparse.Namespace) -> int:
     check_count('num_images', args.num_images)
     size = size_of(args.img_size)
     check_output('output', args.output)
-    path, format = check_target(args.output, args.format, args.precision)
+    path, format = check_target(args.output, args.format, args.precision, has_images=bool(args.images))
     model = load_model(args.model, img_size=size)
     example = example_images(args.images, model, args.num_images) if args.images else None
     print(export(model, path, format, args.precision, not args.static, example).report)
@@ -328,16 +335,38 @@ def _say(error: BaseException) -> None:
     print(f'timm-vitres: {one_line(error)}', file=sys.stderr)
 
 
+class _Printer(logging.Handler):
+    """Prints what the library logs: its course to stdout, its warnings to stderr."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print a record; what goes wrong is for `main`, as with every other print."""
+        print(record.getMessage(), file=sys.stderr if record.levelno >= logging.WARNING else sys.stdout, flush=True)
+
+
+@contextmanager
+def _printed_logs() -> Iterator[None]:
+    logger, printer = logging.getLogger(__package__), _Printer()
+    level = logger.level
+    logger.addHandler(printer)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(printer)
+        logger.setLevel(level)
+
+
 def main(argv: Optional[List[str]] = None) -> int:
     """Run a command line and return its exit status."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors='backslashreplace')  # names of files and classes may be in any alphabet
     try:
-        try:
-            args = create_parser().parse_args(argv)
-            return args.run(args)
-        finally:
-            sys.stdout.flush()
+        with _printed_logs():
+            try:
+                args = create_parser().parse_args(argv)
+                return args.run(args)
+            finally:
+                sys.stdout.flush()
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # whoever reads what is printed, such as `head`, wants no more; nor does the flush at exit

@@ -1,4 +1,4 @@
-"""TODO."""
+"""Times on this machine: functions that take turns, and the training settings that are fastest."""
 
 import copy
 import statistics
@@ -8,7 +8,7 @@ from typing import Any, Callable, Dict, List, Tuple
 import torch
 from torch import nn
 
-_FORMATS = {'channels-last': torch.channels_last, 'contiguous': torch.contiguous_format}
+MEMORY_FORMATS = {'channels-last': torch.channels_last, 'contiguous': torch.contiguous_format}
 
 
 def fastest_training(
@@ -19,8 +19,8 @@ def fastest_training(
 
     Args:
         model: Returns logits (B, num_classes), or, with two heads, a pair of them. It stays as it is.
-        shape: Of a batch: (B, C, H, W).
-        amp_dtype: Of mixed precision: 'bfloat16' or 'float16'.
+        shape: A batch's: (B, C, H, W).
+        amp_dtype: The lower one of mixed precision: 'bfloat16' or 'float16'.
     """
     device = next(model.parameters()).device
     images = torch.randn(shape, device=device)
@@ -34,13 +34,13 @@ def fastest_training(
         copied.zero_grad()
 
     steps = {}
-    for name, memory_format in _FORMATS.items():
+    for name, memory_format in MEMORY_FORMATS.items():
         copied = copy.deepcopy(model).to(memory_format=memory_format).train()
         for amp in (False, True):
             steps[amp, name] = partial(step, copied, amp, memory_format)
     times = measure(steps, images)
     amp, name = min(times, key=lambda key: times[key])
-    text = ', '.join(f'{amp_dtype if amp else "float32"} {name} {_ms(value)}' for (amp, name), value in times.items())
+    text = ', '.join(f'{amp_dtype if amp else "float32"} {name} {as_ms(value)}' for (amp, name), value in times.items())
     return dict(amp=amp, channels_last=name == 'channels-last'), text
 
 
@@ -61,5 +61,7 @@ def measure(functions: Dict[Any, Callable], x: torch.Tensor, rounds: int = 3, se
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def _ms(seconds: float) -> str:
-    return f'{1000 * seconds:.3g} ms'
+def as_ms(seconds: float) -> str:
+    """Return a time in milliseconds, in three digits or all that stand before the point."""
+    milliseconds = 1000 * seconds
+    return f'{milliseconds:.0f} ms' if milliseconds >= 100 else f'{milliseconds:.3g} ms'

@@ -6,6 +6,7 @@ import json
 import numpy as np
 import onnx
 import onnxruntime
+import openvino
 import pytest
 import timm
 import torch
@@ -14,7 +15,8 @@ from torch.export import Dim
 
 from timm_vitres import cli
 from timm_vitres.data import example_images
-from timm_vitres.inference.exports import FORMATS, check_target, export, load
+from timm_vitres.inference.exports import check_target, export, load
+from timm_vitres.inference.formats import FORMATS
 from timm_vitres.publishing import hub
 
 NAMES = ['vitresnet_tiny', 'vitresnet_small', 'vitresnet_nano', 'test_vitresnet']
@@ -170,14 +172,17 @@ TOLERANCE = {'fp32': 1e-5, 'bf16': 5e-2, 'int8': 8e-2}
 
 @pytest.mark.recent
 @pytest.mark.parametrize(
-    'format, precision', [(format, precision) for format, precisions in FORMATS.items() for precision in precisions]
+    'format, precision', [(row.name, precision) for row in FORMATS.values() for precision in row.precisions]
 )
 def test_files_for_runtimes(format, precision, tmp_path):
     """Float32 images of any size in, float32 logits out, and what a program needs to know beside them."""
     model = create('vitresnet', **LAYERS)
-    path = tmp_path / 'new folder' / 'model'
-    exported = export(model, path, format, precision)
-    assert exported.path == path and [file.name for file in path.parent.iterdir()] == ['model']
+    row = FORMATS[format]
+    path = tmp_path / 'new folder' / ('model' + (row.suffixes[0] if row.beside else ''))
+    images = torch.randn(8, 3, 224, 224) if precision in row.needs_images else None
+    exported = export(model, path, format, precision, example=images)
+    files = [path.name, *(f'model{suffix}' for suffix in row.beside)]
+    assert exported.path == path and sorted(file.name for file in path.parent.iterdir()) == sorted(files)
     assert format in exported.report and precision in exported.report
     run = load(path, format)
     for shape in ((1, 3, 224, 224), (3, 3, 97, 65)):
@@ -196,6 +201,9 @@ def config_of(path, format):
         torch.jit.load(str(path), _extra_files=files)
     elif format == 'pt2':
         torch.export.load(path, extra_files=files)
+    elif format == 'openvino':
+        info = openvino.Core().read_model(path).get_rt_info(['timm_vitres', 'config'])
+        files = {'config.json': info.astype(str)}
     else:
         files = {prop.key: prop.value for prop in onnx.load(path).metadata_props}
     return files['config.json']
@@ -205,9 +213,10 @@ def config_of(path, format):
 @pytest.mark.parametrize('format', list(FORMATS))
 def test_a_pyramid_as_a_file(format, tmp_path):
     model = create('vitresnet', **{**LAYERS, 'num_classes': 0}, features_only=True)
-    export(model, tmp_path / 'model', format)
+    path = tmp_path / f'model{FORMATS[format].suffixes[0]}'
+    export(model, path, format)
     x = torch.randn(2, 3, 70, 97)
-    for y, expected in zip(load(tmp_path / 'model', format)(x), model(x), strict=True):
+    for y, expected in zip(load(path, format)(x), model(x), strict=True):
         assert relative_difference(y, expected) < 1e-5
 
 
@@ -237,7 +246,11 @@ def test_onnx_ranges_of_images(tmp_path):
         (dict(format='torchscript', precision='int8'), "format 'torchscript' can be fp32 or bf16"),
         (dict(format='onnx', example=torch.randn(1, 1, 64, 64)), r'example: got \(1, 1, 64, 64\)'),
         (dict(format='onnx', dynamic='no'), "dynamic: got 'no'"),
-        (dict(), r"format: not given, and the name of .*model does not say it .*'onnx', 'torchscript', 'pt2'"),
+        (dict(format='openvino'), r'path: got .*model, expected a name that ends in \.xml: its weights .* \.bin'),
+        (
+            dict(),
+            r"format: not given, and the name of .*model does not say it .*'onnx', 'torchscript', 'pt2', 'openvino'",
+        ),
     ],
 )
 def test_mistakes_in_exports_are_named(kwargs, message, tmp_path):
@@ -248,11 +261,19 @@ def test_mistakes_in_exports_are_named(kwargs, message, tmp_path):
 
 @pytest.mark.recent
 @pytest.mark.parametrize(
-    'name, format', [('m.onnx', 'onnx'), ('m.pt', 'torchscript'), ('m.TS', 'torchscript'), ('m.pt2', 'pt2')]
+    'name, format',
+    [
+        ('m.onnx', 'onnx'),
+        ('m.pt', 'torchscript'),
+        ('m.TS', 'torchscript'),
+        ('m.pt2', 'pt2'),
+        ('m.xml', 'openvino'),
+    ],
 )
 def test_the_name_of_the_file_says_the_format(name, format, tmp_path):
     assert check_target(tmp_path / name, None, 'fp32') == (tmp_path / name, format)
-    assert check_target(tmp_path / 'm', format, 'fp32') == (tmp_path / 'm', format)
+    if not FORMATS[format].beside:
+        assert check_target(tmp_path / 'm', format, 'fp32') == (tmp_path / 'm', format)
     other = 'pt2' if format == 'onnx' else 'onnx'
     with pytest.raises(ValueError, match=f"format: got '{other}', but {name} is the name of '{format}'"):
         check_target(tmp_path / name, other, 'fp32')

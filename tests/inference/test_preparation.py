@@ -15,7 +15,7 @@ from torch import nn
 import timm_vitres
 from timm_vitres import prepare
 from timm_vitres.inference.exports import export
-from timm_vitres.measure import measure
+from timm_vitres.inference.formats import ENGINES
 
 SMALL = dict(backbone='resnet18', stage=1, depth=1, embed_dim=32, num_heads=2, img_size=64)
 # how far outputs may be off, relative
@@ -45,6 +45,52 @@ def test_it_computes_the_same(name, precision):
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     if precision != 'fp32':
         assert fast.difference > 1e-5  # it is another precision
+
+
+@pytest.mark.recent
+@pytest.mark.parametrize(
+    'engine, precision', [(engine, precision) for engine, row in ENGINES.items() for precision in row.precisions]
+)
+@pytest.mark.parametrize('name', ['test_vitresnet', 'test_vitresnet_dual'])
+def test_engines_keep_the_contract(name, engine, precision):
+    """Float32 in and out, any size, a report, no gradient, and no way to save it."""
+    model = create(name)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    example = torch.randn(4, 3, 96, 64)
+    fast = prepare(model, precision, example=example, engine=engine)
+    for x in (example, torch.randn(2, 3, 97, 161), torch.randn(1, 3, 64, 130), torch.randn(4, 3, 33, 70), example):
+        y = fast(x)
+        assert y.dtype == torch.float32 and not y.requires_grad
+        assert relative_difference(y, model(x)) < dict(fp32=1e-5, bf16=5e-2, int8=0.2)[precision]
+    assert torch.equal(fast(example.double()), fast(example)) and fast(example.requires_grad_()).grad_fn is None
+    assert fast.difference == pytest.approx(relative_difference(fast(example), model(example)), rel=0.1, abs=1e-7)
+    assert f'{precision}, run by {ENGINES[engine].runtime}' in fast.report and 'of 4 images' in fast.report
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert (fast.difference > 1e-4) == (precision != 'fp32')
+    with pytest.raises(TypeError, match='neither saved nor copied'):
+        copy.deepcopy(fast)
+    with pytest.raises(ValueError, match='folded for inference'):
+        timm_vitres.save(fast, 'model')
+
+
+@pytest.mark.recent
+def test_a_pyramid_by_an_engine():
+    model = create('test_vitresnet', features_only=True, num_classes=0)
+    fast = prepare(model, engine='openvino')
+    x = torch.randn(2, 3, 80, 96)
+    for y, expected in zip(fast(x), model(x), strict=True):
+        assert relative_difference(y, expected) < 1e-5
+
+
+@pytest.mark.recent
+def test_a_missing_engine_is_named():
+    code = (
+        "import sys; sys.modules['openvino'] = None\n"
+        'import timm, timm_vitres\n'
+        "timm_vitres.prepare(timm.create_model('test_vitresnet').eval(), engine='openvino')\n"
+    )
+    result = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    assert 'ValueError: engine: \'openvino\' needs openvino, pip install "timm-vitres[openvino]".' in result.stderr
 
 
 def test_a_pyramid():
@@ -127,6 +173,10 @@ def test_a_model_in_bfloat16_is_taken_as_it_is():
         (dict(example=torch.zeros(1, 3, 64, 64, device='meta')), 'example: got a tensor that is meta'),
         (dict(example=torch.zeros(1, 3, 64, 3)), 'input: got an image of 64x3 pixels'),
         (dict(compile='no'), "compile: got 'no'"),
+        (dict(engine='tensorrt'), "engine: got 'tensorrt', expected one of 'torch', 'onnxruntime', 'openvino'"),
+        (dict(engine='openvino', compile=True), "compile: got True, but 'openvino' compiles by itself"),
+        (dict(engine='openvino', precision='int8'), "example: not given, but 'int8' of 'openvino' takes the ranges"),
+        (dict(engine='onnxruntime', precision='bf16'), "precision: got 'bf16', format 'onnx' can be fp32 or int8"),
     ],
 )
 def test_mistakes_are_named(kwargs, message):
@@ -163,7 +213,7 @@ def test_it_is_neither_saved_nor_copied(compile):
         (lambda: timm_vitres.fold(fast), 'neither saved nor copied'),
         (lambda: torch.save(fast.state_dict(), io.BytesIO()), 'has no state dict; save the original'),
         (lambda: fast.load_state_dict(model.state_dict()), 'loads no weights; load them into the original'),
-        (lambda: torch.jit.script(fast), 'is not scripted; timm_vitres.inference.exports'),
+        (lambda: torch.jit.script(fast), r'is not scripted; timm_vitres\.export writes'),
     ]
     for call, message in calls:
         with pytest.raises(TypeError, match=f'^a prepared model .*{message}'):
@@ -195,13 +245,3 @@ def test_training_mode_and_missing_torchao_are_named():
     )
     result = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
     assert 'ValueError: precision: \'int8\' needs torchao, pip install "timm-vitres[int8]".' in result.stderr
-
-
-def test_what_is_faster_is_found():
-    def slow(x):
-        for _ in range(50):
-            x = x @ x
-        return x
-
-    times = measure({'slow': slow, 'fast': lambda x: x @ x}, torch.eye(128), rounds=3, seconds=0.01)
-    assert times['fast'] < times['slow']

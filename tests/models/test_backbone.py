@@ -2,11 +2,6 @@
 
 import pytest
 import timm
-import torch
-from timm.models import ResNetV2
-from timm.models.resnetv2 import create_resnetv2_stem
-
-from timm_vitres.models.backbone import STEM_TYPES
 
 
 def create(**kwargs):
@@ -63,11 +58,3 @@ def test_what_a_backbone_has_by_itself_may_be_said(kwargs):
 def test_a_variant_of_measures_takes_changes_of_others(kwargs):
     """What the caller did not say himself is never held against him."""
     assert timm.create_model('vitresnet_nano', device='meta', **kwargs).patch_embed.backbone is not None
-
-
-def test_stem_types_are_those_that_timm_knows():
-    for stem_type in STEM_TYPES[ResNetV2]:
-        create_resnetv2_stem(3, 16, stem_type, norm_layer=lambda width, **_: torch.nn.BatchNorm2d(width))
-    for stem_type in ('Deep', 'deep_tiered', 'none'):
-        with pytest.raises(AssertionError):
-            create_resnetv2_stem(3, 16, stem_type)

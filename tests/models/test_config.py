@@ -105,28 +105,6 @@ def test_mistakes_of_type_are_named(kwargs, message):
         timm.create_model('vitresnet', **{'depth': 1, 'device': 'meta', **kwargs})
 
 
-@pytest.mark.parametrize('name', ['vitresnet', 'test_vitresnet_dual'])
-def test_numbers_of_numpy_are_numbers(name):
-    changes = dict(embed_dim=np.int64(48), num_heads=np.int32(3), mlp_ratio=np.float32(2), qkv_bias=np.bool_(False))
-    model = timm.create_model(name, device='meta', img_size=np.int64(64), num_classes=np.int64(5), **changes)
-    assert [type(getattr(model.cfg, key)) for key in changes] == [int, int, float, bool]
-    assert model.num_classes == 5
-    assert type(model.num_classes) is int
-
-
-@pytest.mark.parametrize('name', ['vitresnet', 'test_vitresnet_dual'])
-@pytest.mark.parametrize('indices', [99, 0, True, (0, 99), (-99,), ('a',), 'last', 1.5, (), (0, 0)])
-def test_wrong_levels_are_named(name, indices):
-    with pytest.raises(ValueError, match=r'^out_indices: got'):
-        timm.create_model(name, features_only=True, out_indices=indices, device='meta', **dict(depth=6))
-
-
-@pytest.mark.parametrize('name', ['vitresnet_small', 'test_vitresnet_dual'])
-def test_unknown_arguments_are_answered_with_the_nearest(name):
-    with pytest.raises(TypeError, match=r'^embed_dims: .* did you mean embed_dim'):
-        timm.create_model(name, embed_dims=12, device='meta')
-
-
 @pytest.mark.parametrize('name', ['test_vitresnet', 'test_vitresnet_dual'])
 @pytest.mark.parametrize('x', [torch.ones(1, 3, 96, 96, dtype=torch.uint8), np.ones((1, 3, 96, 96)), None])
 def test_what_is_no_image_is_named(name, x):

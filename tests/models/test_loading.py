@@ -1,11 +1,4 @@
-import copy
-import http.server
-import json
-import os
 import re
-import subprocess
-import sys
-import threading
 
 import numpy as np
 import pytest
@@ -13,12 +6,10 @@ import safetensors.torch
 import timm
 import torch
 from conftest import randomise_, relative_difference
-from layouts import write_shards
 
 import timm_vitres
-from timm_vitres import prediction as predict
-from timm_vitres.models import loading
-from timm_vitres.weights import checksums, downloads, files, sources
+from timm_vitres.models import loading, vitresnet
+from timm_vitres.weights import files
 from timm_vitres.weights.checkpoints import read_checkpoint
 from timm_vitres.weights.files import WEIGHTS_NAME
 
@@ -222,17 +213,6 @@ def test_unmapped_weights_begin_where_torchs_do(tmp_path):
         assert torch.equal(found[key], value) and found[key].data_ptr() % files.ALIGNMENT == 0, key
 
 
-@pytest.mark.parametrize('name', ['test_vitresnet', 'test_vitresnet_dual'])
-def test_how_weights_were_read_is_not_saved(name, tmp_path):
-    folder = timm_vitres.save(timm.create_model(name, num_classes=3, mmap=True), tmp_path / 'first')
-    model = timm.create_model(f'local-dir:{folder}', pretrained=True, mmap=False, drop_path_rate=0.1)
-    assert model._model_args['drop_path_rate'] == 0.1 and 'mmap' not in timm.models.get_model_args(model)
-    again = timm_vitres.save(model, tmp_path / 'again')
-    assert (again / 'config.json').read_bytes() == (folder / 'config.json').read_bytes()
-    assert 'mmap' not in (again / 'config.json').read_text()
-    assert copy.deepcopy(model)._model_args == model._model_args
-
-
 def test_what_is_no_way_to_read_weights(source, monkeypatch):
     for mmap in ('no', 0, 1, [False]):
         for pretrained in (True, False):
@@ -241,23 +221,6 @@ def test_what_is_no_way_to_read_weights(source, monkeypatch):
     monkeypatch.setenv('TIMM_VITRES_MMAP', 'off')
     with pytest.raises(ValueError, match="TIMM_VITRES_MMAP: got 'off', expected 0"):
         timm.create_model(f'local-dir:{source[1]}', pretrained=True)
-
-
-@pytest.mark.parametrize('name', ['test_vitresnet', 'test_vitresnet_dual'])
-def test_a_new_head_has_no_old_names(name, tmp_path):
-    """Neither in the model, nor in what is saved of it; the cfg that it was made from is another's."""
-    model = timm.create_model(name, num_classes=2)
-    assert predict.label_names(model) == ['class 0', 'class 1']
-    folder = timm_vitres.save(model, tmp_path, label_names=['cat', 'dog'])
-    loaded = timm.create_model(f'local-dir:{folder}', pretrained=True)
-    assert predict.label_names(loaded) == ['cat', 'dog']
-    cfg = loaded.pretrained_cfg
-    loaded.reset_classifier(2)
-    assert predict.label_names(loaded) == ['class 0', 'class 1'] and cfg['label_names'] == ['cat', 'dog']
-    assert loaded.default_cfg is loaded.pretrained_cfg and 'label_names' not in loaded.pretrained_cfg
-    assert loaded.pretrained_cfg == {key: value for key, value in cfg.items() if key != 'label_names'}
-    saved = timm_vitres.save(loaded, tmp_path / 'again')
-    assert 'cat' not in (saved / 'config.json').read_text()
 
 
 def test_another_number_of_classes_has_no_old_names(tmp_path):
@@ -271,73 +234,9 @@ def test_another_number_of_classes_has_no_old_names(tmp_path):
     assert 'label_names' not in model.pretrained_cfg
 
 
-@pytest.mark.parametrize(
-    'overlay, error, message',
-    [
-        (dict(file='none.pth'), FileNotFoundError, 'none.pth: there is no such file or folder'),
-        (dict(file=5), ValueError, 'file: got 5 in the pretrained_cfg, expected a path'),
-        (dict(source='local-dir'), ValueError, 'file: got None in the pretrained_cfg, expected a path'),
-        (dict(hf_hub_id='a/b/c'), ValueError, "hf_hub_id: got 'a/b/c', expected 'owner/name'"),
-        (dict(hf_hub_id='a b'), ValueError, "hf_hub_id: got 'a b', expected 'owner/name'"),
-        (dict(hf_hub_id=['a']), ValueError, r"hf_hub_id: got \['a'\], expected 'owner/name'"),
-        (dict(url='weights.pth'), ValueError, "url: got 'weights.pth' in the pretrained_cfg, expected one like http"),
-        (dict(url=3), ValueError, 'url: got 3 in the pretrained_cfg'),
-        (dict(state_dict={'a': 1}), ValueError, "state_dict: 'a' has int, expected names with tensors"),
-    ],
-)
-def test_a_source_that_is_none(overlay, error, message):
-    with pytest.raises(error, match=message):
-        timm.create_model('test_vitresnet', pretrained=True, pretrained_cfg_overlay=overlay)
-
-
-def test_a_folder_without_weights(tmp_path):
-    (tmp_path / 'model.safetensors').mkdir()
-    with pytest.raises((OSError, ValueError), match=r'model\.safetensors is a folder|holds no weights'):
-        timm.create_model('test_vitresnet', pretrained=True, pretrained_cfg_overlay=dict(file=str(tmp_path)))
-
-
-def test_load_state_dict_takes_a_dict():
-    with pytest.raises(TypeError, match='state_dict: got list, expected a dict of names with tensors'):
-        timm.create_model('test_vitresnet').load_state_dict([1])
-
-
-def test_shards_of_the_hub(tmp_path, monkeypatch):
-    """In the Hub's cache, as a download leaves it, with no network; each shard is checked against its checksum."""
-    monkeypatch.setattr(files.constants, 'HF_HUB_OFFLINE', True)
-    monkeypatch.setattr(files.constants, 'HF_HOME', str(tmp_path / 'home'))
-    model = randomise_(timm.create_model('test_vitresnet', num_classes=3))
-    revision = '0123456789abcdef0123456789abcdef01234567'
-    repo = tmp_path / 'models--me--large'
-    snapshot = repo / 'snapshots' / revision
-    for folder in (repo / 'refs', repo / 'blobs', snapshot):
-        folder.mkdir(parents=True)
-    (repo / 'refs' / 'main').write_text(revision)
-    index = write_shards(model, snapshot)
-    for shard in sorted(snapshot.glob('*.safetensors')):
-        blob = shard.rename(repo / 'blobs' / checksums.sha256(shard))
-        shard.symlink_to(blob)
-    options = dict(pretrained=True, num_classes=3, cache_dir=tmp_path)
-    overlay = dict(hf_hub_id='me/large', num_classes=3)
-    loaded = timm.create_model('test_vitresnet', pretrained_cfg_overlay=overlay, **options)
-    for key, value in model.state_dict().items():
-        assert torch.equal(loaded.state_dict()[key], value), key
-    assert loading.hub_weights('me/large@main', cache_dir=tmp_path) == index
-    flip(blob)
-    with pytest.raises(OSError, match='is damaged, or was changed'):
-        timm.create_model('test_vitresnet', pretrained_cfg_overlay=overlay, **options)
-    shard.unlink()
-    with pytest.raises(FileNotFoundError, match=r'me/large@.*model-00003-of-00003\.safetensors is not in the cache'):
-        timm.create_model('test_vitresnet', pretrained_cfg_overlay=overlay, **options)
-
-
 def test_meta_is_refused(source):
     with pytest.raises(ValueError, match="device: got 'meta'"):
         timm.create_model(f'local-dir:{source[1]}', pretrained=True, device='meta')
-
-
-def test_no_weights_is_an_error():
-    with pytest.raises(RuntimeError, match='No pretrained weights exist for test_vitresnet'):
-        timm.create_model('test_vitresnet', pretrained=True)
 
 
 def test_a_head_that_fits_is_kept(source):
@@ -352,73 +251,6 @@ def test_a_head_that_fits_is_kept(source):
     loaded = timm.create_model('test_vitresnet', pretrained=True, num_classes=3, pretrained_cfg_overlay=overlay)
     assert not torch.equal(loaded.head.weight, model.head.weight)
     assert torch.equal(loaded.norm.weight, model.norm.weight)
-
-
-class TestCheckedFiles:
-    """Files whose sha256 is known; `home` keeps the memory of what was checked."""
-
-    @pytest.fixture(autouse=True)
-    def home(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(files.constants, 'HF_HOME', str(tmp_path / 'home'))
-
-    def cached(self, tmp_path):
-        """Return the snapshot's path of a model in a cache as the Hub's client leaves it."""
-        folder = timm_vitres.save(randomise_(timm.create_model('test_vitresnet', num_classes=3)), tmp_path / 'saved')
-        blobs = tmp_path / 'cache' / 'blobs'
-        blobs.mkdir(parents=True)
-        snapshot = tmp_path / 'cache' / 'snapshots' / '0'
-        snapshot.mkdir(parents=True)
-        blob = blobs / checksums.sha256(folder / 'model.safetensors')
-        (folder / 'model.safetensors').rename(blob)
-        (folder / 'config.json').rename(snapshot / 'config.json')
-        (snapshot / 'model.safetensors').symlink_to(blob)
-        return snapshot / 'model.safetensors'
-
-    def test_a_file_is_checked_once(self, tmp_path, monkeypatch):
-        path = self.cached(tmp_path)
-        hashed = []
-        original = checksums.sha256
-        monkeypatch.setattr(checksums, 'sha256', lambda file: hashed.append(file) or original(file))
-        for _ in range(3):
-            timm.create_model(f'local-dir:{path.parent}', pretrained=True)
-        assert len(hashed) == 1
-        os.utime(path, ns=(1, 1))
-        timm.create_model(f'local-dir:{path.parent}', pretrained=True)
-        assert len(hashed) == 2
-        (tmp_path / 'home' / 'timm-vitres' / 'checked.json').write_text('no JSON')
-        timm.create_model(f'local-dir:{path.parent}', pretrained=True)
-        assert len(hashed) == 3
-
-    @pytest.mark.parametrize('first', [True, False])
-    def test_a_flipped_bit_is_refused(self, first, tmp_path):
-        path = self.cached(tmp_path)
-        if not first:
-            timm.create_model(f'local-dir:{path.parent}', pretrained=True)
-        flip(path.resolve())
-        with pytest.raises(OSError, match='is damaged, or was changed after it was published'):
-            timm.create_model(f'local-dir:{path.parent}', pretrained=True)
-
-    def test_the_memory_survives_processes(self, tmp_path):
-        path = self.cached(tmp_path)
-        code = 'import sys, timm, timm_vitres\ntimm.create_model(f"local-dir:{sys.argv[1]}", pretrained=True)'
-        environment = {**os.environ, 'HF_HOME': str(tmp_path / 'home')}
-        subprocess.run([sys.executable, '-c', code, str(path.parent)], env=environment, check=True, cwd=tmp_path)
-        memory = json.loads((tmp_path / 'home' / 'timm-vitres' / 'checked.json').read_text())
-        assert list(memory) == [str(path.resolve())]
-        checksums.check_once(path)  # remembered: what follows is not looked at
-        stat = path.stat()
-        flip(path.resolve())
-        os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-        checksums.check_once(path)
-        with pytest.raises(OSError, match='is damaged'):
-            checksums.check(path)
-
-
-def flip(path, offset=-1000):
-    """Flip one bit inside the tensors."""
-    data = bytearray(path.read_bytes())
-    data[offset] ^= 1
-    path.write_bytes(data)
 
 
 def test_a_truncated_file_is_refused(tmp_path):
@@ -441,88 +273,6 @@ def test_a_truncated_file_is_refused(tmp_path):
     assert data
 
 
-def test_which_weights_a_folder_has(tmp_path):
-    with pytest.raises(FileNotFoundError, match='there is no such file or folder'):
-        sources.weights_file(tmp_path / 'none')
-    with pytest.raises(FileNotFoundError, match='holds no weights'):
-        sources.weights_file(tmp_path)
-    (tmp_path / 'one.pth').touch()
-    assert sources.weights_file(tmp_path) == tmp_path / 'one.pth'
-    (tmp_path / 'two.pth').touch()
-    with pytest.raises(ValueError, match=r'holds one\.pth, two\.pth; name the one'):
-        sources.weights_file(tmp_path)
-    (tmp_path / 'pytorch_model.bin').touch()
-    assert sources.weights_file(tmp_path).name == 'pytorch_model.bin'
-
-
-def test_a_url_is_downloaded_once(tmp_path):
-    model = randomise_(timm.create_model('test_vitresnet', num_classes=3))
-    torch.save(model.state_dict(), tmp_path / 'weights.pth')
-    digest = checksums.sha256(tmp_path / 'weights.pth')
-    (tmp_path / 'weights.pth').rename(tmp_path / f'weights-{digest}.pth')
-    overlay = dict(url=f'file://{tmp_path}/weights-{digest}.pth', num_classes=3)
-    options = dict(pretrained=True, num_classes=3, pretrained_cfg_overlay=overlay, cache_dir=tmp_path / 'cache')
-    loaded = timm.create_model('test_vitresnet', **options)
-    assert torch.equal(loaded.head.weight, model.head.weight)
-    (tmp_path / f'weights-{digest}.pth').unlink()
-    timm.create_model('test_vitresnet', **options)
-    flip(tmp_path / 'cache' / f'weights-{digest}.pth', offset=5000)
-    with pytest.raises(OSError, match='its sha256 is'):
-        timm.create_model('test_vitresnet', **options)
-
-
-def test_a_download_that_fails_is_one_sentence_and_leaves_nothing(tmp_path):
-    cache = tmp_path / 'cache'
-    (tmp_path / 'weights-0a1b2c3d.pth').write_bytes(b'half of it')
-    for name, message in (
-        ('weights-0a1b2c3d.pth', 'is not what the name says'),
-        ('none.pth', 'could not be downloaded'),
-    ):
-        with pytest.raises(OSError, match=message):
-            downloads.url_file(f'file://{tmp_path}/{name}', cache)
-    assert not list(cache.iterdir())
-
-
-@pytest.mark.parametrize('faults', [2, 9])
-def test_a_server_that_fails_is_asked_again(faults, tmp_path, monkeypatch):
-    class Handler(http.server.BaseHTTPRequestHandler):
-        asked = 0
-
-        def do_GET(self):
-            Handler.asked += 1
-            self.send_response(503 if Handler.asked <= faults else 200)
-            self.end_headers()
-            self.wfile.write(b'weights')
-
-        def log_message(self, *args):
-            pass
-
-    monkeypatch.setattr(downloads.time, 'sleep', lambda seconds: None)
-    with http.server.ThreadingHTTPServer(('127.0.0.1', 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        url = f'http://127.0.0.1:{server.server_port}/weights.pth'
-        if faults == 2:
-            assert downloads.url_file(url, tmp_path).read_bytes() == b'weights'
-        else:
-            with pytest.raises(OSError, match=r'could not be downloaded .*503'):
-                downloads.url_file(url, tmp_path)
-        server.shutdown()
-    assert Handler.asked == min(faults + 1, 4)
-
-
-def test_names_are_no_hashes(tmp_path):
-    """timm's train.py writes checkpoint-12.pth.tar, users write dates and commits into names."""
-    model = randomise_(timm.create_model('test_vitresnet', num_classes=3))
-    for name in ('checkpoint-12.pth.tar', 'model-20261124.pth', 'model-3f2a9b1c.pth'):
-        torch.save(dict(state_dict=model.state_dict()), tmp_path / name)
-        overlay = dict(file=str(tmp_path / name), num_classes=3)
-        loaded = timm.create_model('test_vitresnet', pretrained=True, num_classes=3, pretrained_cfg_overlay=overlay)
-        assert torch.equal(loaded.head.weight, model.head.weight)
-    overlay = dict(url=f'file://{tmp_path}/model-20261124.pth', num_classes=3)
-    options = dict(pretrained=True, num_classes=3, cache_dir=tmp_path / 'cache', pretrained_cfg_overlay=overlay)
-    timm.create_model('test_vitresnet', **options)
-
-
 def test_assigning_keeps_the_models_dtype():
     model = timm.create_model('test_vitresnet', num_classes=3, device='meta', dtype=torch.float32)
     weights = {
@@ -534,21 +284,9 @@ def test_assigning_keeps_the_models_dtype():
     assert relative_difference(model.norm.weight, weights['norm.weight'].float()) == 0
 
 
-def test_safetensors_files_are_the_librarys(tmp_path):
-    """What we write, its library reads: every dtype, shapes of no and of one dimension, strides."""
-    tensors = {
-        'b': torch.randn(3, 5).T,
-        'a': torch.arange(7),
-        'scalar': torch.tensor(3.5, dtype=torch.float64),
-        'empty': torch.empty(0, 4),
-        'half': torch.randn(64).half(),
-        'brain': torch.randn(2, 3, 5).bfloat16().to(memory_format=torch.contiguous_format),
-        'flags': torch.tensor([True, False]),
-        'channels_last': torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last),
-    }
-    files.write_safetensors(tensors, tmp_path / 'file.safetensors')
-    read = safetensors.torch.load_file(tmp_path / 'file.safetensors')
-    assert read.keys() == tensors.keys()
-    assert all(torch.equal(read[key], value) and read[key].dtype == value.dtype for key, value in tensors.items())
-    with pytest.raises(ValueError, match='z: has dtype'):
-        files.write_safetensors({'z': torch.zeros(1, dtype=torch.complex64)}, tmp_path / 'file.safetensors')
+def test_tags_name_whole_hub_ids():
+    for name, default_cfg in vitresnet.default_cfgs.items():
+        for tag, cfg in default_cfg.cfgs.items():
+            if cfg.has_weights:
+                assert cfg.hf_hub_id.count('/') == 1 and not cfg.hf_hub_id.endswith('/'), (name, tag)
+            assert not cfg.fixed_input_size

@@ -392,22 +392,6 @@ def test_device_and_dtype(name):
         assert relative_difference(half.float(), expected) < 0.1
 
 
-def test_buffers_that_are_not_saved_come_back():
-    """Built on meta, given memory, then `init_non_persistent_buffers`."""
-    options = dict(backbone='resnetblur18', depth=1, embed_dim=48)
-    reference = randomise_(timm.create_model('vitresnet', **options))
-    model = timm.create_model('vitresnet', device='meta', **options).to_empty(device='cpu').eval()
-    model.load_state_dict(reference.state_dict())
-    for module in model.modules():
-        for name, buffer in module.named_buffers(recurse=False):
-            if name in module._non_persistent_buffers_set:
-                buffer.fill_(torch.nan)
-    model.init_non_persistent_buffers()
-    x = torch.randn(1, 3, 64, 64)
-    with torch.inference_mode():
-        torch.testing.assert_close(model(x), reference(x))
-
-
 @pytest.mark.parametrize('name', ['drop_rate', 'drop_path_rate', 'attn_drop_rate', 'patch_drop_rate'])
 def test_impossible_rates_are_named(name):
     for rate in (-0.1, 1.0):

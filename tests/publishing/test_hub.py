@@ -1,236 +1,601 @@
+"""Pushing and pulling with the unmodified client, in fresh processes, against a Hub on the loopback address."""
+
 import json
-import resource
-import signal
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
-import safetensors.torch
 import timm
 import torch
 from conftest import randomise_
-from huggingface_hub import ModelCard
-from timm.utils import ModelEmaV3
+from hub_server import HubServer
+from huggingface_hub import EvalResult, ModelCard
 
-from timm_vitres.models.vitresnet import default_cfgs
-from timm_vitres.publishing import hub
-from timm_vitres.publishing.cards import render_card
-from timm_vitres.weights.checksums import sha256
-from timm_vitres.writing import replacing
+import timm_vitres
+from timm_vitres.cli import main
+from timm_vitres.publishing import cards
+from timm_vitres.publishing import hub as hub_module
+from timm_vitres.weights import checksums
 
-# every registered name that fits in memory, each with other classes, channels and size
-CHANGES = [
-    ('test_vitresnet', {}),
-    ('vitresnet_tiny', dict(num_classes=3, img_size=(96, 160))),
-    ('vitresnet_small', dict(in_chans=1, img_size=(64, 96), num_classes=0)),
-    ('vitresnet_base', dict(num_classes=5, img_size=64)),
-    pytest.param('vitresnet_large', dict(num_classes=5, img_size=64), marks=pytest.mark.slow),
-    ('vitresnet_nano', dict(num_classes=10, in_chans=1, img_size=28)),
-    ('vitresnet', dict(backbone='resnet18', depth=0, num_classes=4)),
-    ('vitresnet', dict(backbone='', embed_dim=96, num_heads=3, depth=2, img_size=(64, 32))),
-    # every field of the config that a ResNet takes, and every field of the ViT
-    (
-        'vitresnet',
-        dict(
-            **dict(backbone='resnet26d', stage=2, layers=(1, 2, 1), channels=(8, 16, 32), block='basic', stem_stride=2),
-            **dict(stem_type='deep_tiered', stem_width=16, avg_down=False, replace_stem_pool=False, cardinality=1),
-            **dict(base_width=64, block_reduce_first=1, down_kernel_size=3, output_stride=16),
-            **dict(backbone_norm_layer='groupnorm1', backbone_act_layer='silu'),
-            **dict(patch_size=(2, 4), embed_dim=48, depth=2, num_heads=4, mlp_ratio=2.0, class_token=True),
-            **dict(reg_tokens=2, global_pool='avg', qkv_bias=False, qk_norm=True, proj_bias=False, init_values=0.1),
-            **dict(pre_norm=True, final_norm=True, fc_norm=False, no_embed_class=True, norm_layer='rmsnorm'),
-            **dict(act_layer='silu', mlp_layer='swiglu', img_size=(64, 96), num_classes=3, in_chans=4),
-        ),
-    ),
-    (
-        'vitresnet',
-        dict(
-            **dict(backbone='resnetv2_50', layers=(1, 1), channels=(64, 64), stem_chs=32, width_factor=1),
-            **dict(bottle_ratio=0.5, preact=False, depth=1, embed_dim=32, num_heads=2, img_size=64),
-        ),
-    ),
-]
+# older clients say that a file is not in the cache, or give up, where recent ones tell what broke, or try again
+RECENT = pytest.mark.recent
+PUSH = """
+import json, sys, timm_vitres
+print(timm_vitres.push(sys.argv[1], 'me/name', **json.loads(sys.argv[2])))
+"""
+LOAD = """
+import sys, timm, timm_vitres, torch
+model = timm.create_model(sys.argv[1], pretrained=True).eval()
+x = torch.linspace(-1, 1, 2 * model.in_chans * 64 * 96).view(2, model.in_chans, 64, 96)
+with torch.inference_mode():
+    torch.save([model(x), model.state_dict()], sys.argv[2])
+"""
+CALL_PUSH = 'import sys, timm_vitres\ntimm_vitres.push(sys.argv[1], sys.argv[2])'
+# runs one call after the other; our waits between tries are left out, the client's are not
+WORKER = """
+import contextlib, json, sys, time, types, timm, timm_vitres, torch
+from timm_vitres.weights import downloads
+downloads.time = types.SimpleNamespace(sleep=lambda seconds: None, monotonic=time.monotonic)
+for line in sys.stdin:
+    code, sys.argv, error = *json.loads(line), None
+    with contextlib.redirect_stdout(sys.stderr):
+        try:
+            exec(code, {})
+        except BaseException as raised:
+            error = f'{type(raised).__name__}: {raised}'
+    print(json.dumps(error), flush=True)
+"""
 
 
-@pytest.mark.parametrize('name, changes', CHANGES)
-def test_save_and_load_is_bit_equal(name, changes, tmp_path):
-    model = randomise_(timm.create_model(name, **changes))
-    hub.save(model, tmp_path / 'model')
-    loaded = timm.create_model(f'local-dir:{tmp_path}/model', pretrained=True).eval()
-    assert loaded.cfg == model.cfg
-    x = torch.randn(2, model.in_chans, *model.patch_embed.img_size)
+@pytest.fixture
+def server(tmp_path):
+    with HubServer(tmp_path / 'hub') as server:
+        yield server
+
+
+@pytest.fixture
+def run(server, tmp_path):
+    """Run a client in a fresh process with an empty cache; `fails`: a part of what it then says."""
+    homes = iter(range(100))
+
+    def run(code, *args, token=None, home=None, fails=None, **environment):
+        environment = {**server.environment(home or tmp_path / f'home{next(homes)}', token), **environment}
+        command = [sys.executable, *(['-c', code] if isinstance(code, str) else code), *map(str, args)]
+        result = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path, timeout=120)
+        if fails is None:
+            assert result.returncode == 0, result.stderr
+            return result.stdout
+        assert result.returncode == 1 and fails in result.stderr, result.stderr
+        if not isinstance(code, str):  # the command line
+            assert 'Traceback' not in result.stderr
+            assert result.stderr.strip().splitlines()[-1].startswith('timm-vitres: ')  # after the client's own warnings
+        return result.stderr
+
+    return run
+
+
+@pytest.fixture(scope='module')
+def hub(tmp_path_factory):
+    """A server, and a process of the user 'me' that talks to it."""
+    root = tmp_path_factory.mktemp('hub')
+    with HubServer(root / 'hub') as server:
+        environment = server.environment(root / 'home', 'token-me')
+        with subprocess.Popen(
+            [sys.executable, '-c', WORKER],
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        ) as process:
+            yield server, process
+            process.stdin.close()
+
+
+@pytest.fixture
+def faulty(hub, request):
+    """A server for faults, the repository of this test, and a function that calls the process, returning its error."""
+    server, process = hub
+    server.faults.clear()
+
+    def call(code, *args):
+        process.stdin.write(json.dumps([code, ['', *map(str, args)]]) + '\n')
+        process.stdin.flush()
+        return json.loads(process.stdout.readline())
+
+    name = 'me/' + re.sub('[^a-z0-9]+', '-', request.node.name)[:60].strip('-')
+    return server, name, call
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+    """A saved model of 3 classes and its folder."""
+    return saved(tmp_path_factory.mktemp('saved'))
+
+
+def saved(tmp_path, name='test_vitresnet', seed=0, **options):
+    model = randomise_(timm.create_model(name, **{'num_classes': 3, **options}), seed=seed)
+    return model, timm_vitres.save(model, tmp_path / 'saved')
+
+
+def check_equal(model, file):
+    logits, state_dict = torch.load(file)
+    x = torch.linspace(-1, 1, 2 * model.in_chans * 64 * 96).view(2, model.in_chans, 64, 96)
     with torch.inference_mode():
-        assert torch.equal(loaded(x), model(x))
-    assert {path.name for path in (tmp_path / 'model').iterdir()} == {'model.safetensors', 'config.json'}
-    # once more: what was loaded is saved as the same
-    hub.save(loaded, tmp_path / 'again')
-    for file in ('model.safetensors', 'config.json'):
-        assert (tmp_path / 'again' / file).read_bytes() == (tmp_path / 'model' / file).read_bytes()
+        assert torch.equal(logits, model(x))
+    assert all(torch.equal(state_dict[key], value) for key, value in model.state_dict().items())
 
 
-@pytest.mark.parametrize('size', [(128, 96), (224, 224), (33, 70)])
-def test_reloaded_at_another_size(size, tmp_path):
-    model = randomise_(timm.create_model('test_vitresnet', img_size=(96, 160), num_classes=3))
-    hub.save(model, tmp_path)
-    loaded = timm.create_model(f'local-dir:{tmp_path}', pretrained=True, img_size=size).eval()
-    assert loaded.patch_embed.img_size == size
-    x = torch.randn(1, 3, *size)
-    with torch.inference_mode():
-        assert torch.equal(loaded(x), model(x))
-
-
-def test_reloaded_with_other_classes_and_channels(tmp_path):
-    model = randomise_(timm.create_model('test_vitresnet', num_classes=3))
-    hub.save(model, tmp_path)
-    loaded = timm.create_model(f'local-dir:{tmp_path}', pretrained=True, num_classes=7, in_chans=1).eval()
-    assert loaded.num_classes == 7 and loaded.in_chans == 1
-    assert torch.equal(loaded.blocks[1].mlp.fc1.weight, model.blocks[1].mlp.fc1.weight)
-    grey = loaded.patch_embed.backbone.stem.conv.weight
-    torch.testing.assert_close(grey, model.patch_embed.backbone.stem.conv.weight.sum(1, keepdim=True))
-
-
-def test_what_was_changed_after_creation_is_saved(tmp_path):
-    model = timm.create_model('test_vitresnet', num_classes=3)
-    model.set_input_size(img_size=(64, 128))
-    model.reset_classifier(4, 'avg')
-    randomise_(model).to(memory_format=torch.channels_last)
-    hub.save(model, tmp_path, label_names=['a', 'b', 'c', 'd'])
-    loaded = timm.create_model(f'local-dir:{tmp_path}', pretrained=True).eval()
-    x = torch.randn(1, 3, 64, 128)
-    with torch.inference_mode():
-        torch.testing.assert_close(loaded(x), model(x), rtol=1e-5, atol=1e-6)
-    for key, value in model.state_dict().items():
-        assert torch.equal(loaded.state_dict()[key], value)
-    assert loaded.pretrained_cfg['label_names'] == ['a', 'b', 'c', 'd']
-
-
-def test_config_says_what_the_weights_were_trained_with(tmp_path):
-    model = timm.create_model('vitresnet_nano', num_classes=2, img_size=28)
-    config = dict(input_size=(3, 48, 48), mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6), crop_pct=0.8)
-    hub.save(model, tmp_path, label_names=['cat', 'dog'], data_config=config)
-    written = json.loads((tmp_path / 'config.json').read_text())
-    assert written['label_names'] == ['cat', 'dog'] and written['num_classes'] == 2
-    assert 'num_classes' not in written['model_args']  # transformers would pass it twice
-    loaded = timm.create_model(f'local-dir:{tmp_path}', pretrained=True)
-    resolved = timm.data.resolve_model_data_config(loaded)
-    assert resolved['input_size'] == [3, 48, 48] or resolved['input_size'] == (3, 48, 48)
-    assert tuple(resolved['mean']) == (0.1, 0.2, 0.3) and resolved['crop_pct'] == 0.8
-    assert loaded.patch_embed.img_size == (28, 28)
-
-
-FACTS = dict(model_name='x', description='A.', recipe='B.', source='local-dir:.')
-
-
-def test_the_card_knows_the_weights(tmp_path):
-    """Its sha256 follows what is saved, by whom ever; a file that is not the card's is refused."""
-    first, second = (randomise_(timm.create_model('test_vitresnet', num_classes=2), seed=seed) for seed in (0, 1))
-    hub.save(first, tmp_path, card=render_card(first, **FACTS))
-    card = ModelCard.load(tmp_path / 'README.md')
-    assert card.data['model_sha256'] == sha256(tmp_path / 'model.safetensors')
-    hub.save(second, tmp_path)
-    assert ModelCard.load(tmp_path / 'README.md').data['model_sha256'] == sha256(tmp_path / 'model.safetensors')
-    assert ModelCard.load(tmp_path / 'README.md').text == card.text
-    timm.create_model(f'local-dir:{tmp_path}', pretrained=True)
-    safetensors.torch.save_file(first.state_dict(), tmp_path / 'model.safetensors')
-    sentence = r'or, if you changed it on purpose, take model_sha256 out of config\.json and README'
-    with pytest.raises(OSError, match=sentence):
-        timm.create_model(f'local-dir:{tmp_path}', pretrained=True)
-    # config.json says it, with and without a card, and whoever takes it out of both is not asked again
-    config = json.loads((tmp_path / 'config.json').read_text())
-    del config['model_sha256']
-    (tmp_path / 'config.json').write_text(json.dumps(config))
-    with pytest.raises(OSError, match=sentence):
-        timm.create_model(f'local-dir:{tmp_path}', pretrained=True)
-    (tmp_path / 'README.md').write_text('# mine\n')
-    timm.create_model(f'local-dir:{tmp_path}', pretrained=True)
-    hub.save(second, tmp_path)
-    assert (tmp_path / 'README.md').read_text() == '# mine\n'
-
-
-def fold_a_convolution(model):
-    conv = model.patch_embed.backbone.stem.conv
-    plain = torch.nn.Conv2d(3, conv.out_channels, 7, 2, bias=False)
-    plain.weight.data = conv.standardized_weight().detach()
-    model.patch_embed.backbone.stem.conv = plain
-
-
-def quantise_the_head(model):
-    model.head.weight = torch.nn.Parameter(model.head.weight.data.to(torch.int8), requires_grad=False)
+GENERIC = dict(backbone='resnet18', stage=2, embed_dim=48, num_heads=3, depth=2, reg_tokens=1, img_size=(64, 96))
 
 
 @pytest.mark.parametrize(
-    'change, where',
+    'name, options',
     [
-        (fold_a_convolution, 'stem.conv'),
-        (lambda model: setattr(model, 'norm', torch.nn.Identity()), 'norm.bias, norm.weight'),
-        (lambda model: model.prune_intermediate_layers([1]), 'blocks.0.attn'),
-        (lambda model: setattr(model, 'head', torch.nn.Linear(64, 5)), 'head'),
-        (quantise_the_head, 'head.weight'),
+        ('vitresnet_tiny', dict(img_size=96)),
+        ('vitresnet_small', dict(img_size=(64, 96), num_classes=5)),
+        ('vitresnet_nano', dict(in_chans=1, img_size=32)),
+        ('vitresnet', GENERIC),
     ],
 )
-def test_what_was_changed_for_inference_is_refused(change, where, tmp_path):
-    model = timm.create_model('test_vitresnet', num_classes=3).eval()
-    change(model)
-    with pytest.raises(ValueError, match='it was changed for inference') as error:
-        hub.save(model, tmp_path)
-    assert where in str(error.value) and not list(tmp_path.iterdir())
-    with pytest.raises(ValueError, match='it was changed for inference'):
-        hub.push(model, 'me/name')
-    with pytest.raises(ValueError, match='without features_only'):
-        hub.save(timm.create_model('test_vitresnet', features_only=True), tmp_path)
+def test_what_is_pushed_is_pulled(name, options, server, run, tmp_path):
+    server.redirect_lfs = name != 'vitresnet_tiny'  # as the real Hub does
+    model, folder = saved(tmp_path, name, **options)
+    run(PUSH, folder, '{}', token='token-me')
+    run(LOAD, 'hf-hub:me/name', 'out.pt')
+    check_equal(model, tmp_path / 'out.pt')
+    # one commit, no pickle
+    assert len(server.history('me/name')) == 2
+    assert server.files('me/name').keys() == {'.gitattributes', 'model.safetensors', 'config.json', 'README.md'}
+    card = ModelCard(server.files('me/name')['README.md'].read_text())
+    assert card.data.library_name == 'timm' and 'Not measured.' in card.text
+    assert card.data['model_sha256'] == checksums.sha256(folder / 'model.safetensors')
+    assert "import timm_vitres\nimport timm\n\nmodel = timm.create_model('hf-hub:me/name'" in card.text
 
 
-def test_wrappers_are_taken_off(tmp_path):
-    model = randomise_(timm.create_model('test_vitresnet', num_classes=3))
-    for wrapped in (torch.compile(model), ModelEmaV3(model), torch.nn.DataParallel(model)):
-        hub.save(wrapped, tmp_path)
-        saved = safetensors.torch.load_file(tmp_path / 'model.safetensors')
-        assert saved.keys() == model.state_dict().keys()
+def test_a_model_is_pushed_as_it_is(faulty):
+    """From Python, with its classes; the same again changes nothing."""
+    server, name, call = faulty
+    code = (
+        'import sys, timm, timm_vitres, torch\n'
+        'torch.manual_seed(0)\n'
+        "model = timm.create_model('test_vitresnet', num_classes=2)\n"
+        "timm_vitres.push(model, sys.argv[1], label_names=['cat', 'dog'], private=True)\n"
+    )
+    assert call(code, name) is None
+    assert call(code, name) is None
+    assert len(server.history(name)) == 2
+    assert json.loads(server.files(name)['config.json'].read_text())['label_names'] == ['cat', 'dog']
+    assert 'cat, dog' in server.files(name)['README.md'].read_text()
 
 
-def test_models_of_timm_are_saved_too(tmp_path):
-    model = randomise_(timm.create_model('resnet18', num_classes=3))
-    loaded = timm.create_model(f'local-dir:{hub.save(model, tmp_path)}', pretrained=True).eval()
-    x = torch.randn(1, 3, 64, 64)
-    with torch.inference_mode():
-        assert torch.equal(loaded(x), model(x))
+def test_private_repositories(server, run, tmp_path):
+    model, folder = saved(tmp_path)
+    run(PUSH, folder, '{"private": true}', token='token-me')
+    for token in (None, 'token-other'):
+        run(LOAD, 'hf-hub:me/name', 'out.pt', token=token, fails='RepositoryNotFoundError')
+    run(LOAD, 'hf-hub:me/name', 'out.pt', token='token-me')
+    check_equal(model, tmp_path / 'out.pt')
 
 
-def test_others_may_read_what_is_saved(tmp_path):
-    hub.save(timm.create_model('test_vitresnet'), tmp_path)
-    (tmp_path / 'plain').touch()
-    modes = {path.stat().st_mode for path in tmp_path.iterdir()}
-    assert len(modes) == 1
+def test_a_revision(faulty, folder, tmp_path):
+    server, name, call = faulty
+    model, folder = folder
+    assert call(CALL_PUSH, folder, name) is None
+    first = server.history(name)[0]
+    other, folder = saved(tmp_path, seed=1)
+    assert call(CALL_PUSH.replace(')', ", revision='better')"), folder, name) is None
+    for revision, expected in (('', model), (f'@{first}', model), ('@better', other)):
+        assert call(LOAD, f'hf-hub:{name}{revision}', tmp_path / 'out.pt') is None
+        check_equal(expected, tmp_path / 'out.pt')
+    assert f'hf-hub:{name}@better' in server.files(name, 'better')['README.md'].read_text()
 
 
-def test_save_refuses_mistakes(tmp_path):
-    with pytest.raises(ValueError, match='label_names: got 1'):
-        hub.save(timm.create_model('test_vitresnet', num_classes=2), tmp_path, label_names=['one'])
-    with pytest.raises(ValueError, match='expected a model made by'):
-        hub.save(torch.nn.Linear(1, 1), tmp_path)
+def test_published_names_from_the_hub_and_offline(server, run, tmp_path):
+    """A tag's repository, users' own R+ViT weights, files of other kinds; then the same with no server to ask."""
+    model = randomise_(timm.create_model('vit_tiny_r_s16_p8_224'))
+    torch.save(model.state_dict(), tmp_path / 'weights.bin')
+    for repo in ('timm/vit_tiny_r_s16_p8_224.augreg_in21k_ft_in1k', 'me/mine'):
+        server.put(repo, {'pytorch_model.bin': tmp_path / 'weights.bin'})
+    code = (
+        'import timm, timm_vitres, torch, sys\n'
+        "name = 'vitresnet_tiny.augreg_in21k_ft_in1k'\n"
+        'model = timm.create_model(name, pretrained=True)\n'
+        "mine = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=dict(hf_hub_id='me/mine'))\n"
+        'maps = timm.create_model(name, pretrained=True, features_only=True, in_chans=1, img_size=96)\n'
+        'other = timm.create_model(name, pretrained=True, num_classes=5, img_size=96)\n'
+        'models = model, mine, maps.model, other\n'
+        'torch.save([one.state_dict() for one in models], sys.argv[1])\n'
+    )
+    for environment in ({}, {'HF_HUB_OFFLINE': '1'}):
+        run(code, 'out.pt', home=tmp_path / 'home', **environment)
+        for state_dict in torch.load(tmp_path / 'out.pt'):
+            assert torch.equal(state_dict['blocks.3.mlp.fc1.weight'], model.blocks[3].mlp.fc1.weight)
+    run(code, 'out.pt', HF_HUB_OFFLINE='1', fails='is not in the cache, and the Hub can not be reached')
 
 
-def test_a_full_disk_leaves_the_last_good_file(tmp_path):
-    model = randomise_(timm.create_model('test_vitresnet'))
-    hub.save(model, tmp_path)
-    before = safetensors.torch.load_file(tmp_path / 'model.safetensors')
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
-    try:
-        with pytest.raises(OSError, match=r'model\.safetensors could not be written'):
-            hub.save(randomise_(model, seed=1), tmp_path)
-        with pytest.raises(OSError, match=r'state\.pt could not be written'), replacing(tmp_path / 'state.pt') as p:
-            torch.save(model.state_dict(), p)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        signal.signal(signal.SIGXFSZ, handler)
-    after = safetensors.torch.load_file(tmp_path / 'model.safetensors')
-    assert all(torch.equal(after[key], before[key]) for key in before)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ['config.json', 'model.safetensors']
+@pytest.mark.slow  # the client asks for 23 seconds
+def test_a_server_that_is_gone(server, run, tmp_path):
+    """What is in the cache loads, also where it is not of the first name that is looked for."""
+    model = randomise_(timm.create_model('vit_tiny_r_s16_p8_224'))
+    torch.save(model.state_dict(), tmp_path / 'weights.bin')
+    server.put('timm/vit_tiny_r_s16_p8_224.augreg_in21k_ft_in1k', {'pytorch_model.bin': tmp_path / 'weights.bin'})
+    code = LOAD.replace('sys.argv[1]', "'vitresnet_tiny'").replace('2]', '1]')
+    run(code, 'out.pt', home=tmp_path / 'home')
+    expected = torch.load(tmp_path / 'out.pt')[0]
+    (tmp_path / 'out.pt').unlink()
+    run(code, 'out.pt', home=tmp_path / 'home', HF_ENDPOINT='http://127.0.0.1:9')
+    assert torch.equal(torch.load(tmp_path / 'out.pt')[0], expected)
 
 
-def test_tags_name_whole_hub_ids():
-    for name, default_cfg in default_cfgs.items():
-        for tag, cfg in default_cfg.cfgs.items():
-            if cfg.has_weights:
-                assert cfg.hf_hub_id.count('/') == 1 and not cfg.hf_hub_id.endswith('/'), (name, tag)
-            assert not cfg.fixed_input_size
+RECOVERED = [  # what our code, or the client, makes good by itself
+    ('status', 'create', {}),
+    ('drop', 'create', {}),
+    ('drop-after', 'create', {}),
+    ('status', 'validate-yaml', {}),
+    ('status', 'info', {}),
+    ('drop', 'info', {}),
+    ('status', 'preupload', {}),
+    ('status', 'lfs-batch', {}),
+    ('status', 'lfs-put', {}),
+    ('cut', 'lfs-put', {}),
+    pytest.param('drop', 'lfs-verify', {}, marks=RECENT),
+    ('status', 'commit', {}),
+    ('status', 'commit', dict(status=429)),
+    ('drop', 'commit', {}),
+    ('drop-after', 'commit', {}),
+    ('status', 'paths-info', {}),
+    ('drop', 'paths-info', {}),
+]
+
+
+@pytest.mark.parametrize('kind, step, options', RECOVERED)
+def test_one_fault_while_pushing(kind, step, options, faulty, folder):
+    server, name, call = faulty
+    _, folder = folder
+    server.fail(kind, step, **options)
+    assert call(CALL_PUSH, folder, name) is None
+    assert not server.faults and len(server.history(name)) == 2
+    assert server.files(name)['model.safetensors'].read_bytes() == (folder / 'model.safetensors').read_bytes()
+
+
+@pytest.mark.parametrize(
+    'kind, step, what',
+    [
+        ('status', 'create', 'create the repository'),
+        ('drop', 'info', 'look at the repository'),
+        ('status', 'commit', 'commit'),
+        ('drop', 'commit', 'commit'),
+        ('status', 'paths-info', 'compare checksums'),
+    ],
+)
+def test_a_lasting_fault_and_the_run_after_it(kind, step, what, faulty, folder, tmp_path):
+    """One clear sentence, no half of a model on the Hub, and the same call again completes it."""
+    server, name, call = faulty
+    model, folder = folder
+    server.fail(kind, step, times=1000)
+    error = call(CALL_PUSH, folder, name)
+    assert error.startswith(f'RuntimeError: {name}: could not {what}: the Hub does not answer as it should ('), error
+    assert error.endswith('and nobody sees half of it.')
+    server.faults.clear()
+    if step not in ('create', 'paths-info'):
+        assert server.files(name).keys() == {'.gitattributes'}
+        assert call(LOAD, f'hf-hub:{name}', tmp_path / 'out.pt') is not None
+    assert call(CALL_PUSH, folder, name) is None
+    assert len(server.history(name)) == 2
+    assert call(LOAD, f'hf-hub:{name}', tmp_path / 'out.pt') is None
+    check_equal(model, tmp_path / 'out.pt')
+
+
+@pytest.mark.slow  # the client itself tries for half a minute
+def test_an_upload_that_is_cut(server, run, tmp_path):
+    """From the command line, which says one sentence."""
+    model, folder = saved(tmp_path)
+    server.fail('cut', 'lfs-put', times=1000)
+    command = ['-m', 'timm_vitres.cli', 'push', folder, 'me/name', '--yes']
+    said = run(command, token='token-me', fails='me/name: could not commit: the Hub does not answer as it should')
+    assert said.strip().splitlines()[-1].startswith('timm-vitres: me/name: could not commit')
+    server.faults.clear()
+    assert server.files('me/name').keys() == {'.gitattributes'}
+    assert "timm.create_model('hf-hub:me/name', pretrained=True)" in run(command, token='token-me')
+    run(LOAD, 'hf-hub:me/name', 'out.pt')
+    check_equal(model, tmp_path / 'out.pt')
+
+
+@pytest.mark.parametrize(
+    'token, sentence',
+    [
+        ('token-read', 'the token has no right to do so'),
+        ('token-other', 'the token has no right to do so'),
+        ('token-unknown', 'the Hub does not know the token'),
+    ],
+)
+def test_who_may_not_push(token, sentence, faulty, folder):
+    server, name, call = faulty
+    server.put(name, {'README.md': b'# mine\n'})
+    error = call(CALL_PUSH.replace(')', f', token={token!r})'), folder[1], name)
+    assert error.startswith(f'RuntimeError: {name}: could not ') and sentence in error
+    assert server.files(name).keys() == {'.gitattributes', 'README.md'}
+
+
+def test_who_has_no_token(server, run, tmp_path):
+    command = ['-m', 'timm_vitres.cli', 'push', saved(tmp_path)[1], 'me/name', '--yes']
+    run(command, fails='me/name: could not create the repository: ')
+    assert not (tmp_path / 'hub' / 'me').exists() or not server.repo('me/name').exists()
+
+
+def test_what_arrived_wrong_is_noticed(faulty, folder, tmp_path):
+    """The Hub's checksums of the commit are compared with what was sent."""
+    _, name, call = faulty
+    code = (
+        'import sys, timm_vitres\n'
+        'from huggingface_hub import HfApi\n'
+        'original = HfApi.create_commit\n'
+        'def lie(self, repo_id, operations, **kwargs):\n'
+        "    operations = [op for op in operations if op.path_in_repo != 'config.json']\n"
+        '    return original(self, repo_id, operations, **kwargs)\n'
+        'HfApi.create_commit = lie\n'
+        'try:\n'
+        '    timm_vitres.push(sys.argv[1], sys.argv[2])\n'
+        'finally:\n'
+        '    HfApi.create_commit = original\n'
+    )
+    assert f'{name}: config.json on the Hub has the checksum None, not ' in call(code, folder[1], name)
+
+
+def test_someone_else_commits_meanwhile(faulty, folder, tmp_path):
+    """The stale parent is refused by the Hub; what the other wrote into the card is in ours."""
+    server, name, call = faulty
+    server.put(name, {'README.md': b'---\nlicense: mit\n---\n# mine\n'})
+    code = (
+        'import os, sys, timm_vitres\n'
+        'from huggingface_hub import CommitOperationAdd, HfApi\n'
+        'original, calls = HfApi.create_commit, []\n'
+        'def slow(self, repo_id, operations, **kwargs):\n'
+        '    if not calls:\n'
+        '        calls.append(1)\n'
+        "        card = CommitOperationAdd('README.md', b'---\\nlicense: mit\\n---\\n# ours\\n')\n"
+        "        original(HfApi(), repo_id, [card], commit_message='meanwhile')\n"
+        '    return original(self, repo_id, operations, **kwargs)\n'
+        'HfApi.create_commit = slow\n'
+        'try:\n'
+        '    timm_vitres.push(sys.argv[1], sys.argv[2])\n'
+        'finally:\n'
+        '    HfApi.create_commit = original\n'
+    )
+    assert call(code, folder[1], name) is None
+    card = ModelCard(server.files(name)['README.md'].read_text())
+    assert '# ours' in card.text and '# mine' not in card.text and card.data.license == 'mit'
+
+
+def test_a_card_that_is_there_is_brought_up_to_date(faulty, folder, tmp_path):
+    server, name, call = faulty
+    model, _ = folder
+    task = dict(task_type='image-classification', dataset_type='imagefolder')
+    cells = dict(dataset_name='cells', dataset_config='cells')
+    old = ModelCard(
+        '---\nlicense: mit\ntags: [solar]\nlanguage: en\nmodel_name: x\n---\n# Solar cells\n\nWritten by hand.\n'
+    )
+    old.data.model_name = 'x'
+    old.data.eval_results = [
+        EvalResult(**task, **cells, metric_type='accuracy', metric_value=1.0),
+        EvalResult(**task, dataset_name='roofs', dataset_config='roofs', metric_type='accuracy', metric_value=2.0),
+    ]
+    server.put(name, {'README.md': str(old).encode()})
+    facts = dict(model_name='cells', description='A test.', recipe='One epoch.', source='local-dir:.')
+    results = [EvalResult(**task, **cells, metric_type='accuracy', metric_value=3.0)]
+    card = cards.render_card(model, results=results, **facts)
+    folder = timm_vitres.save(model, tmp_path / 'saved', card=card)
+    assert call(CALL_PUSH, folder, name) is None
+    assert call(CALL_PUSH, folder, name) is None
+    new = ModelCard(server.files(name)['README.md'].read_text())
+    assert new.data.license == 'mit' and new.data.language == 'en' and new.data.library_name == 'timm'
+    assert new.data.tags == ['solar', 'timm', 'timm-vitres', 'image-classification']
+    values = {result.dataset_name: result.metric_value for result in new.data.eval_results}
+    assert values == {'cells': 3.0, 'roofs': 2.0}
+    assert 'Written by hand.' in new.text and new.text.count('One epoch.') == 1 and new.text.count('# cells') == 1
+
+
+OWN_CARD = (
+    "---\r\n# my licence\r\nlicense:   mit  # as always\r\ntags: [solar,  'cells']\r\n\r\nlanguage: en\r\n---\r\n"
+    "\r\n\r\n# Mine  \r\n\r\n    model = timm.create_model('local-dir:mine')\r\n\r\n"
+    'model_sha256: is told above\r\n\r\n\r\n'
+)
+
+
+def test_the_users_own_text_survives_letter_by_letter(faulty, folder, tmp_path):
+    """Head and text, line ends and comments, whether it is the repository's or the folder's; pushed twice and more."""
+    server, name, call = faulty
+    model, _ = folder
+    head, text = OWN_CARD.split('---\r\n', 2)[1:]
+    facts = dict(model_name='x', description='A test.', recipe='One epoch.', source='local-dir:.')
+    carded = timm_vitres.save(model, tmp_path / 'carded', card=cards.render_card(model, **facts))
+    server.put(name, {'README.md': OWN_CARD.encode()})
+    for _ in range(2):
+        assert call(CALL_PUSH, carded, name) is None
+        sent = server.files(name)['README.md'].read_bytes().decode()
+        assert text.rstrip() in sent and '# my licence\r\nlicense:   mit  # as always\r\n' in sent
+        assert 'language: en\r\n' in sent and sent.count('One epoch.') == 1 and sent.count('# Mine') == 1
+        assert ModelCard(sent).data.tags == ['solar', 'cells', 'timm', 'timm-vitres', 'image-classification']
+        assert f"create_model('hf-hub:{name}'" in sent
+    # a folder's README that is all his own is sent as it is, but for the sha256 in its head, and not twice
+    own = timm_vitres.save(model, tmp_path / 'own')
+    (own / 'README.md').write_bytes(OWN_CARD.encode())
+    for _ in range(2):
+        assert call(CALL_PUSH, own, f'{name}-own') is None
+        sent = server.files(f'{name}-own')['README.md'].read_bytes().decode()
+        assert sent.endswith(f'---\n{text}') and sent.startswith(f'---\n{head}')
+    assert (own / 'README.md').read_bytes() == OWN_CARD.encode()
+
+
+@pytest.mark.parametrize(
+    'card, message',
+    [
+        (b'---\nno: [yaml\n---\n# Mine\n', 'README.md: the head of the card is no valid YAML'),
+        (b'---\n- a\n- list\n---\n# Mine\n', 'README.md: the head of the card is not one of a model'),
+        (b'---\nlicense: mit\n# Mine, without an end\n', 'README.md: the head of the card has no end'),
+        (b'---\nlicense: mit\nmodel-index: 3\n---\n', 'README.md: the head of the card is not one of a model'),
+        ('---\nlicense: mit\n---\ncaf\xe9\n'.encode('latin-1'), r'README.md: is no UTF-8 text \(byte 24 is not\)'),
+    ],
+)
+def test_a_broken_card_is_found_before_anything_is_created(card, message, faulty, folder, tmp_path):
+    server, name, call = faulty
+    broken = timm_vitres.save(folder[0], tmp_path / 'broken')
+    (broken / 'README.md').write_bytes(card)
+    assert re.search(message, call(CALL_PUSH, broken, f'{name}-new'))
+    assert not server.repo(f'{name}-new').exists()
+    # one that lies in the repository is named, too, and stays
+    server.put(name, {'README.md': card})
+    assert re.search('README.md', call(CALL_PUSH, folder[1], name))
+    assert server.files(name)['README.md'].read_bytes() == card
+
+
+def test_a_card_with_a_byte_order_mark_is_pushed(faulty, folder, tmp_path):
+    server, name, call = faulty
+    marked = timm_vitres.save(folder[0], tmp_path / 'marked')
+    (marked / 'README.md').write_bytes(b'\xef\xbb\xbf---\nlicense: mit\n---\n# Mine\n')
+    assert call(CALL_PUSH, marked, name) is None
+    sent = server.files(name)['README.md'].read_text()
+    assert ModelCard(sent).data.license == 'mit' and sent.endswith('# Mine\n')
+
+
+def test_a_dry_run_sends_nothing(folder, capsys, monkeypatch):
+    _, folder = folder
+    monkeypatch.setattr(hub_module.HfApi, '__init__', None)
+    assert main(['push', str(folder), 'me/name']) == 0
+    out = capsys.readouterr().out
+    assert 'Nothing was sent; repeat with --yes' in out and checksums.sha256(folder / 'model.safetensors') in out
+
+
+def test_what_does_not_load_is_not_pushed(tmp_path, monkeypatch):
+    _, folder = saved(tmp_path)
+    monkeypatch.setattr(hub_module.HfApi, '__init__', None)  # nobody is asked
+    data = (folder / 'model.safetensors').read_bytes()
+    (folder / 'model.safetensors').write_bytes(data[:-5])
+    with pytest.raises(ValueError, match=r'is not pushed, since it does not load: .* is damaged or incomplete'):
+        timm_vitres.push(folder, 'me/name')
+    (folder / 'model.safetensors').unlink()
+    with pytest.raises(ValueError, match=r'has no model\.safetensors'):
+        timm_vitres.push(folder, 'me/name')
+
+
+@RECENT
+def test_the_command_line_when_connections_break(faulty, folder):
+    """Also where timm asks, for config.json."""
+    server, name, call = faulty
+    server.put(name, {file: folder[1] / file for file in ('config.json', 'model.safetensors')})
+    code = (
+        'import contextlib, io, sys\n'
+        'from timm_vitres.cli import main\n'
+        'with contextlib.redirect_stderr(io.StringIO()) as said:\n'
+        "    status = main([*sys.argv[1:3], *(['--model', sys.argv[2]] if sys.argv[1] == 'predict' else [])])\n"
+        'raise SystemExit(f"{status} {said.getvalue()}")\n'
+    )
+    for command in ('verify', 'predict'):
+        server.fail('drop', 'head', times=100)
+        error = call(code, command, f'hf-hub:{name}')
+        server.faults.clear()
+        assert error.startswith('SystemExit: 1 timm-vitres: ') and 'the Hub does not answer as it should (' in error
+
+
+PULLED = [
+    # a fault of HUB.md, and whether it is made good
+    ('status', 'get', dict(match='model.safetensors'), True),
+    ('drop', 'get', dict(match='model.safetensors'), True),
+    ('cut', 'get', dict(match='model.safetensors'), True),
+    pytest.param('status', 'head', dict(match='model.safetensors'), True, marks=RECENT),
+    pytest.param('drop', 'head', dict(match='model.safetensors'), True, marks=RECENT),
+    ('flip', 'get', dict(match='model.safetensors'), 'is damaged, or was changed after it was published'),
+    ('short', 'get', dict(match='model.safetensors', times=9), 'Consistency check failed'),
+    ('status', 'get', dict(match='model.safetensors', times=99), '503'),
+    ('drop', 'head', dict(match='model.safetensors', times=99), 'disconnected'),
+]
+
+
+@pytest.mark.parametrize('kind, step, options, outcome', PULLED)
+def test_faults_while_pulling(kind, step, options, outcome, faulty, folder, tmp_path):
+    """After each, either the model is right, or there is none; and the next run gets it."""
+    server, name, call = faulty
+    model, folder = folder
+    server.put(name, {file: folder / file for file in ('config.json', 'model.safetensors')})
+    server.fail(kind, step, **options)
+    arguments = LOAD, f'hf-hub:{name}', tmp_path / 'out.pt'
+    error = call(*arguments)
+    if outcome is not True:
+        assert outcome in error
+        assert not (tmp_path / 'out.pt').exists()
+        if kind == 'flip':  # which the client cached, so it has to be removed, as the message says
+            assert 'Remove it and load again' in call(*arguments)
+            blob = Path(re.search(r'OSError: (\S*) is damaged', error)[1])
+            assert blob.name == checksums.sha256(folder / 'model.safetensors')
+            blob.unlink()
+        server.faults.clear()
+        error = call(*arguments)
+    assert error is None and not server.faults
+    check_equal(model, tmp_path / 'out.pt')
+
+
+VERIFY = """
+import sys, timm_vitres
+print(found := timm_vitres.verify(sys.argv[1], sys.argv[2] or None))
+assert found.published_by == (sys.argv[3] or None), found
+"""
+
+
+def test_verify(faulty, folder, tmp_path):
+    server, name, call = faulty
+    _, folder = folder
+    names = ('config.json', 'model.safetensors')
+    server.put(name, {file: folder / file for file in names})
+    assert call(VERIFY, f'hf-hub:{name}', '', 'the Hub') is None
+    server.fail('status', 'paths-info', times=4)
+    assert call(VERIFY, f'hf-hub:{name}', '', 'the cache') is None
+    # a folder says it of itself, and one of another program is compared with a repository
+    assert call(VERIFY, f'local-dir:{folder}', '', 'its folder') is None
+    assert call(VERIFY, f'local-dir:{untold(folder, tmp_path)}', '', '') is None
+    assert call(VERIFY, f'local-dir:{folder}', name, 'the Hub') is None
+    _, other = saved(tmp_path, seed=1)
+    assert 'it is damaged, or another version' in call(VERIFY, other, name, '')
+    assert 'there is no such repository' in call(VERIFY, other, 'me/none', '')
+    assert 'Invalid pretrained tag' in call(VERIFY, 'vitresnet_small.nonsense', '', '')
+    # a newer commit does not make the cached version wrong
+    server.put(name, {file: other / file for file in names})
+    cached = f'hf-hub:{name}@{server.history(name)[1]}'
+    assert call(VERIFY, cached, '', 'the Hub') is None
+    blob = find_blob(call, cached, tmp_path)
+    data = bytearray(blob.read_bytes())
+    data[-100] ^= 1
+    blob.write_bytes(data)
+    assert 'is damaged' in call(VERIFY, cached, '', '')
+
+
+def untold(folder, tmp_path):
+    """Return a copy of a folder as other programs write it: its config.json tells no sha256."""
+    copied = shutil.copytree(folder, tmp_path / 'untold')
+    config = json.loads((copied / 'config.json').read_text())
+    del config['model_sha256']
+    (copied / 'config.json').write_text(json.dumps(config))
+    return copied
+
+
+def find_blob(call, name, tmp_path):
+    code = 'import sys, timm_vitres\nopen(sys.argv[2], "w").write(str(timm_vitres.verify(sys.argv[1]).file.resolve()))'
+    assert call(code, name, tmp_path / 'file') is None
+    return Path((tmp_path / 'file').read_text())
+
+
+def test_verify_on_the_command_line(server, run, tmp_path):
+    """One name after the other; a folder's own sha256 counts, too."""
+    model, folder = saved(tmp_path)
+    server.put('me/name', {file: folder / file for file in ('config.json', 'model.safetensors')})
+    facts = dict(model_name='x', description='A test.', recipe='None.', source='local-dir:.')
+    carded = timm_vitres.save(model, tmp_path / 'carded', card=cards.render_card(model, **facts))
+    command = ['-m', 'timm_vitres.cli', 'verify']
+    out = run(command, 'hf-hub:me/name', f'local-dir:{carded}')
+    assert out.count(f'sha256 {checksums.sha256(folder / "model.safetensors")}') == 2
+    assert 'says the Hub.' in out and 'says its folder.' in out
+    other = f'local-dir:{untold(folder, tmp_path)}'
+    run(command, 'hf-hub:me/name', other, fails='nobody says what it should be')

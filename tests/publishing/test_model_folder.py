@@ -10,21 +10,17 @@ import sys
 import threading
 from pathlib import Path
 
-import numpy as np
 import pytest
 import timm
 import torch
-from conftest import randomise_
+from conftest import two
 
 from timm_vitres import writing
 from timm_vitres.models import loading
 from timm_vitres.publishing import model_folder
-from timm_vitres.publishing.cards import render_card
 from timm_vitres.publishing.conversion import convert
 from timm_vitres.publishing.saving import save
-from timm_vitres.weights import checksums
 
-FACTS = dict(model_name='x', description='A.', recipe='B.', source='local-dir:.')
 # every call of the file layer that changes what a folder holds
 WRITES = ('mkdir', 'open', 'replace', 'rename', 'unlink', 'rmdir', 'fsync', 'remove')
 
@@ -76,19 +72,6 @@ def fingerprint(folder: Path):
     with torch.inference_mode():
         logits = model(torch.ones(1, 3, 64, 64))
     return [round(value, 5) for value in logits[0].tolist()], cfg['label_names'], list(cfg['mean'])
-
-
-def two(name='test_vitresnet'):
-    """Return two models with the same tensors' shapes, and with other names and preprocessing."""
-    cards = ('First.', 'Second.')
-    for seed, (label, mean, text) in enumerate(zip('ab', (0.25, 0.75), cards)):
-        torch.manual_seed(seed)
-        model = randomise_(timm.create_model(name, num_classes=2), seed)
-        facts = {**FACTS, 'description': text}
-        yield (
-            model,
-            dict(label_names=[label, label * 2], data_config=dict(mean=(mean,) * 3), card=render_card(model, **facts)),
-        )
 
 
 @pytest.mark.parametrize('after', [False, True])
@@ -212,84 +195,6 @@ def test_weights_in_shards_that_a_killed_writer_replaces_are_not_read(die, tmp_p
         assert found in (old, new)
         seen.add(found == new)
     assert seen == {False, True}
-
-
-class Odd:
-    pass
-
-
-@pytest.mark.parametrize(
-    'wrong, message',
-    [
-        (dict(label_names=[b'a', b'b']), 'label_names: the name of class 0 is'),
-        (dict(label_names={0: 'a', 2: 'b'}), 'label_names: got a dict with the keys'),
-        (dict(label_names=[Odd(), Odd()]), 'label_names: the name of class 0 is'),
-        (dict(data_config=dict(mean=Odd())), 'data_config: mean: got <test_model_folder.Odd'),
-        (dict(data_config=dict(mean=(0.5, float('nan'), 0.5))), 'data_config: mean: got'),
-        (dict(data_config=dict(std=0.0)), 'data_config: std: got'),
-        (dict(data_config=dict(crop_pct=-1)), 'data_config: crop_pct: got'),
-        (dict(data_config=dict(crop_mode='middle')), 'data_config: crop_mode: got'),
-        (dict(data_config=dict(interpolation='best')), 'data_config: interpolation: got'),
-        (dict(data_config=dict(input_size=(3, 0, 9))), 'data_config: input_size: got'),
-        (dict(card='---\nno: [yaml\n---\n'), 'card: the head of the card is no valid YAML'),
-        (dict(card='---\n- a list\n---\n'), 'card: the head of the card'),
-    ],
-)
-def test_what_can_not_be_written_leaves_the_old_model(wrong, message, tmp_path):
-    (first, of_first), (second, of_second) = two()
-    folder = save(first, tmp_path / 'model', **of_first)
-    before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    with pytest.raises(ValueError, match=message):
-        save(second, folder, **{**of_second, **wrong})
-    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
-
-
-def test_a_class_as_an_argument_is_refused_before_anything_is_touched(tmp_path):
-    folder = save(timm.create_model('test_resnet', num_classes=2), tmp_path / 'model')
-    before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    other = timm.create_model('test_resnet', num_classes=2, norm_layer=torch.nn.BatchNorm2d)
-    with pytest.raises(ValueError, match='norm_layer'):
-        save(other, folder)
-    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
-
-
-def test_plain_values_are_made_of_what_users_give(tmp_path):
-    measures = dict(embed_dim=np.int64(48), img_size=(np.int32(64), 96), init_values=np.float32(0.5))
-    model = timm.create_model('test_vitresnet', num_classes=2, **measures)
-    loaded = timm.create_model(f'local-dir:{save(model, tmp_path / "numpy")}', pretrained=True)
-    assert loaded.cfg == model.cfg and loaded.patch_embed.img_size == (64, 96)
-    model = randomise_(timm.create_model('test_vitresnet', num_classes=2))
-    config = dict(mean=torch.tensor([0.25, 0.5, 0.75]), std=np.float32(0.5), crop_pct=np.float64(0.5))
-    save(model, tmp_path, label_names=np.array([3, 7]), data_config=config)
-    loaded = timm.create_model(f'local-dir:{tmp_path}', pretrained=True)
-    assert loaded.pretrained_cfg['label_names'] == ['3', '7']
-    assert loaded.pretrained_cfg['mean'] == [0.25, 0.5, 0.75] and loaded.pretrained_cfg['crop_pct'] == 0.5
-    save(model, tmp_path, label_names=[Path('a/cat'), Path('dog')])
-    assert json.loads((tmp_path / 'config.json').read_text())['label_names'] == ['a/cat', 'dog']
-    save(model, tmp_path, label_names={'1': 'dog', '0': 'cat'})
-    # and what is loaded is saved with its names, where transformers looks for them
-    save(timm.create_model(f'local-dir:{tmp_path}', pretrained=True), tmp_path / 'again')
-    assert json.loads((tmp_path / 'again' / 'config.json').read_text())['label_names'] == ['cat', 'dog']
-
-
-def test_a_broken_readme_of_the_users_stays_as_it_is(tmp_path):
-    (first, of_first), (second, _) = two()
-    save(first, tmp_path, label_names=of_first['label_names'])
-    for text in (
-        b'---\nno: [yaml\n---\n',
-        'caf\xe9'.encode('latin-1'),
-        b'\xef\xbb\xbf# BOM\r\n',
-        b'---\nlicense: mit\n',
-    ):
-        (tmp_path / 'README.md').write_bytes(text)
-        save(second, tmp_path)
-        assert (tmp_path / 'README.md').read_bytes() == text
-    # a card of ours whose head he broke is told the new sha256, and nothing else
-    text = b'---\nmine: [\nmodel_sha256: ' + b'0' * 64 + b'\n---\nmodel_sha256: is a field\n'
-    (tmp_path / 'README.md').write_bytes(text)
-    save(second, tmp_path)
-    digest = checksums.sha256(tmp_path / 'model.safetensors').encode()
-    assert (tmp_path / 'README.md').read_bytes() == text.replace(b'0' * 64, digest)
 
 
 def test_planted_links_are_not_followed(tmp_path):
@@ -417,7 +322,7 @@ def test_a_lock_is_refused_to_others_and_ends_with_its_process(tmp_path):
         child = multiprocessing.get_context('fork').Process(target=threading.Event().wait, daemon=True)
         child.start()
     try:
-        result = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+        result = subprocess.run([sys.executable, '-c', code, folder], capture_output=True, text=True)
         assert result.returncode == 0, result.stderr
     finally:
         child.kill()

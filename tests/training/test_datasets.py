@@ -10,7 +10,7 @@ import pytest
 from conftest import draw, stripes, write_folder
 from PIL import features
 
-from timm_vitres.training.datasets import ImageFolder, load_data, stratified_split
+from timm_vitres.training.datasets import ImageFolder, load_data
 from timm_vitres.training.settings import FinetuneCfg
 
 
@@ -169,24 +169,6 @@ def test_an_interrupted_check_ends_at_once(image_folder, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         ImageFolder(image_folder)
     assert len(opened) < 100
-
-
-# Splitting
-
-
-def test_stratified_split():
-    targets = [0] * 10 + [1] * 5 + [2] * 2
-    first, second = stratified_split(targets, 0.2)
-    assert sorted(first + second) == list(range(17))
-    assert [[targets[i] for i in second].count(c) for c in (0, 1, 2)] == [2, 1, 1]
-    assert stratified_split(targets, 0.2) == (first, second) != stratified_split(targets, 0.2, seed=1)
-    with pytest.raises(ValueError, match='class 1 has 1 image'):
-        stratified_split([0, 0, 1], 0.5)
-    for fraction in (1.0, 0.0, -0.1, float('nan'), float('inf'), '0.2', None):
-        with pytest.raises(ValueError, match='val_frac: got'):
-            stratified_split(targets, fraction)
-    with pytest.raises(ValueError, match='seed: got -1'):
-        stratified_split(targets, 0.2, seed=-1)
 
 
 # The record of a run

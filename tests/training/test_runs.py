@@ -17,8 +17,9 @@ from timm_vitres.publishing import hub
 from timm_vitres.publishing.model_folder import locked
 from timm_vitres.training import loop as module
 from timm_vitres.training import report as report_module
-from timm_vitres.training.loop import FinetuneCfg, finetune
+from timm_vitres.training.loop import finetune
 from timm_vitres.training.runs import Record
+from timm_vitres.training.settings import FinetuneCfg
 
 
 class Killed(BaseException):

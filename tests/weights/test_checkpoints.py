@@ -4,8 +4,6 @@ import json
 import os
 import random
 import struct
-import subprocess
-import sys
 import warnings
 import zipfile
 from pathlib import Path
@@ -15,7 +13,7 @@ import pytest
 import safetensors.torch
 import timm
 import torch
-from conftest import randomise_, relative_difference
+from conftest import DUAL, dual, randomise_, relative_difference
 from layouts import google_layout, hybrid_layout, write_shards
 
 import timm_vitres
@@ -79,29 +77,6 @@ def test_changes_in_the_same_call(name, theirs, tmp_path):
         assert relative_difference(model.forward_head(model.forward_features(x), pre_logits=True), expected) < 1e-6
         last = reference.forward_intermediates(x, intermediates_only=True)[-1]
         assert relative_difference(maps(x)[-1], last) < 1e-6
-
-
-def test_timms_checkpoints_load_from_the_hubs_id(tmp_path):
-    """The Hub's cache as a download leaves it, and a fresh process that may not ask the network."""
-    reference = randomise_(timm.create_model('vit_tiny_r_s16_p8_224'))
-    revision = '0123456789abcdef0123456789abcdef01234567'
-    repo = tmp_path / 'models--timm--vit_tiny_r_s16_p8_224.augreg_in21k_ft_in1k'
-    (repo / 'refs').mkdir(parents=True)
-    (repo / 'refs' / 'main').write_text(revision)
-    (repo / 'snapshots' / revision).mkdir(parents=True)
-    safetensors.torch.save_file(reference.state_dict(), repo / 'snapshots' / revision / 'model.safetensors')
-    code = (
-        'import sys, timm, torch, timm_vitres\n'
-        "model = timm.create_model('vitresnet_tiny.augreg_in21k_ft_in1k', pretrained=True, cache_dir=sys.argv[1])\n"
-        'torch.save(model.eval()(torch.linspace(-1, 1, 3 * 224 * 224).view(1, 3, 224, 224)).detach(), sys.argv[2])\n'
-    )
-    environment = {**os.environ, 'HF_HUB_OFFLINE': '1'}
-    command = [sys.executable, '-c', code, str(tmp_path), str(tmp_path / 'logits.pt')]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
-    with torch.inference_mode():
-        expected = reference(torch.linspace(-1, 1, 3 * 224 * 224).view(1, 3, 224, 224))
-    assert relative_difference(torch.load(tmp_path / 'logits.pt'), expected) < 1e-6
 
 
 @pytest.mark.parametrize(
@@ -238,171 +213,6 @@ def test_a_pickle_with_code_is_never_run(zipped, tmp_path, monkeypatch):
     assert not (tmp_path / 'EVIL').exists()
     torch.load(tmp_path / 'pytorch_model.bin', weights_only=False)  # the file is what it says
     assert (tmp_path / 'EVIL').exists()
-
-
-def wrong(change):
-    weights = timm.create_model('test_vitresnet', num_classes=3).state_dict()
-    change(weights)
-    return weights
-
-
-@pytest.mark.parametrize('num_classes', [3, 5])
-@pytest.mark.parametrize(
-    'change, message',
-    [
-        (lambda weights: weights.pop('blocks.1.attn.qkv.weight'), 'missing keys: blocks.1.attn.qkv.weight'),
-        (lambda weights: weights.update(extra=torch.ones(1)), 'unexpected keys: extra'),
-        (lambda weights: weights.pop('patch_embed.backbone.stem.conv.weight'), 'missing keys: patch_embed.backbone.st'),
-        (
-            lambda weights: weights.update({'norm.weight': torch.ones(3)}),
-            r'wrong shapes: norm\.weight \(3,\) for \(64,\)',
-        ),
-        (lambda weights: weights.update(pos_embed=torch.ones(1, 8, 64)), 'no square grid'),
-    ],
-)
-def test_wrong_keys_are_errors(change, message, num_classes):
-    # with other classes than the checkpoint's, timm alone would load what it finds and say nothing
-    overlay = dict(state_dict=wrong(change), num_classes=3)
-    with pytest.raises(RuntimeError, match=message):
-        timm.create_model('test_vitresnet', pretrained=True, num_classes=num_classes, pretrained_cfg_overlay=overlay)
-
-
-def test_patch_projection_is_resampled():
-    model = randomise_(timm.create_model('vitresnet', backbone='', patch_size=16, depth=1, img_size=64, num_classes=3))
-    overlay = dict(state_dict=model.state_dict(), num_classes=3, input_size=(3, 64, 64))
-    options = dict(backbone='', patch_size=32, depth=1, img_size=128, num_classes=3)
-    larger = timm.create_model('vitresnet', pretrained=True, pretrained_cfg_overlay=overlay, **options).eval()
-    flat = torch.full((1, 3, 64, 64), 0.7)
-    with torch.inference_mode():  # FlexiViT: a plain image looks the same at both patch sizes
-        expected = model.patch_embed(flat)
-        actual = larger.patch_embed(torch.full((1, 3, 128, 128), 0.7))
-    torch.testing.assert_close(actual.mean((1, 2)), expected.mean((1, 2)), rtol=0.1, atol=0.05)
-
-
-@pytest.fixture(scope='module')
-def wide(tmp_path_factory):
-    """Timm's class for 64 x 256 pixels, whose 2 x 8 tokens could be 4 x 4, too, and a file of its weights."""
-    model = randomise_(timm.create_model('vit_tiny_r_s16_p8_224', img_size=(64, 256), num_classes=5))
-    path = tmp_path_factory.mktemp('wide') / 'weights.pth'
-    torch.save(model.state_dict(), path)
-    return model, path
-
-
-WAYS = {
-    'checkpoint_path': lambda path, folder: dict(model_name='vitresnet_tiny', checkpoint_path=str(path)),
-    'file': lambda path, folder: dict(
-        model_name='vitresnet_tiny', pretrained=True, pretrained_cfg_overlay=dict(file=str(path))
-    ),
-    'folder': lambda path, folder: dict(
-        model_name=f'local-dir:{convert(path, folder, "vitresnet_tiny", img_size=(64, 256))}', pretrained=True
-    ),
-}
-
-
-@pytest.mark.parametrize('way', WAYS)
-def test_a_table_that_fits_is_kept(way, wide, tmp_path):
-    reference, path = wide
-    model = timm.create_model(**WAYS[way](path, tmp_path / 'out'), num_classes=5, img_size=(64, 256)).eval()
-    x = torch.randn(1, 3, 64, 256)
-    with torch.inference_mode():
-        assert relative_difference(model(x), reference(x)) < 1e-6
-    assert torch.equal(model.pos_embed, reference.pos_embed)
-    again = timm.create_model('vitresnet_tiny', num_classes=5, img_size=(64, 256)).eval()
-    again.load_state_dict(model.state_dict())
-    assert torch.equal(again.pos_embed, reference.pos_embed)
-
-
-@pytest.mark.parametrize('size', [(128, 128), (256, 64), (96, 160)])
-def test_a_table_of_another_grid_with_as_many_tokens_is_resampled(size, wide, tmp_path):
-    """Where the folder says that the grid was 2 x 8, it is resampled from that, and not from 4 x 4."""
-    reference, path = wide
-    folder = convert(path, tmp_path, 'vitresnet_tiny', img_size=(64, 256))
-    model = timm.create_model(f'local-dir:{folder}', pretrained=True, img_size=size)
-    expected = timm.layers.resample_abs_pos_embed(
-        reference.pos_embed, [size[0] // 32, size[1] // 32], [2, 8], num_prefix_tokens=1
-    )
-    assert torch.equal(model.pos_embed, expected) and not torch.equal(expected, reference.pos_embed)
-
-
-def test_the_models_own_size_tells_the_tables_grid(wide, tmp_path):
-    """Images of 128 x 128, and a table of 2 x 8 that timm's train.py was given by --model-kwargs."""
-    reference, path = wide
-    args = argparse.Namespace(img_size=128, model_kwargs=dict(img_size=[64, 256]))
-    checkpoint = dict(state_dict=torch.load(path), args=args, arch='vit_tiny_r_s16_p8_224')
-    torch.save(checkpoint, tmp_path / 'last.pth.tar')
-    model = timm.create_model(f'local-dir:{convert(tmp_path / "last.pth.tar", tmp_path / "out")}', pretrained=True)
-    assert torch.equal(model.pos_embed, reference.pos_embed) and model.patch_embed.img_size == (64, 256)
-    assert tuple(timm.data.resolve_model_data_config(model)['input_size']) == (3, 128, 128)
-
-
-DUAL = 'test_vitresnet_dual'  # it has BatchNorm, and so counts of batches
-
-
-def dual():
-    return randomise_(timm.create_model(DUAL, num_classes=3))
-
-
-def load(weights, way):
-    """Load a state dict by a pretrained cfg, or by torch's method."""
-    if way == 'pretrained':
-        overlay = dict(state_dict=weights, num_classes=3)
-        return timm.create_model(DUAL, pretrained=True, num_classes=3, pretrained_cfg_overlay=overlay).eval()
-    model = timm.create_model(DUAL, num_classes=3).eval()
-    model.load_state_dict(weights)
-    return model
-
-
-@pytest.mark.parametrize('way', ['pretrained', 'load_state_dict'])
-@pytest.mark.parametrize('dtype', [torch.int8, torch.uint8, torch.int64, torch.bool, torch.cfloat, torch.float8_e4m3fn])
-def test_weights_that_are_no_floating_point_numbers_are_refused(dtype, way):
-    for key in ('head_vit.weight', 'stem.conv1.weight', 'units.1.block.norm1.bias'):
-        weights = dual().state_dict()
-        weights[key] = weights[key].to(dtype)
-        with pytest.raises(RuntimeError, match=rf'{key} is {dtype} for torch\.float32'):
-            load(weights, way)
-
-
-@pytest.mark.parametrize('way', ['pretrained', 'load_state_dict'])
-@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float64])
-def test_state_dicts_that_were_cast_load(dtype, way):
-    """Also their counts, which become floating-point numbers where everything is cast."""
-    weights = {key: value.to(dtype) for key, value in dual().state_dict().items()}
-    for key, value in load(weights, way).state_dict().items():
-        assert torch.equal(value, weights[key].to(value.dtype)), key
-    weights['stem.bn1.num_batches_tracked'] = torch.tensor(True)
-    with pytest.raises(RuntimeError, match=r'stem\.bn1\.num_batches_tracked is torch\.bool for torch\.int64'):
-        load(weights, way)
-
-
-def test_an_integer_file_is_no_candidate_for_conversion(tmp_path):
-    weights = {key: value.to(torch.int8) for key, value in dual().state_dict().items()}
-    safetensors.torch.save_file(weights, tmp_path / 'model.safetensors')
-    with pytest.raises(RuntimeError, match='holds other numbers than weights'):
-        convert(tmp_path, tmp_path / 'out', DUAL)
-    assert not (tmp_path / 'out').exists()
-
-
-def test_counts_of_batches_are_filled_in(tmp_path):
-    """Old torch, and programs that leave them out: torch takes them as 0."""
-    model = dual()
-    weights = {key: value for key, value in model.state_dict().items() if 'num_batches_tracked' not in key}
-    assert len(weights) < len(model.state_dict())
-    torch.save(weights, tmp_path / 'weights.pth')
-    overlay = dict(file=str(tmp_path / 'weights.pth'), num_classes=3)
-    loaded = [
-        load(weights, 'load_state_dict'),
-        timm.create_model(DUAL, pretrained=True, num_classes=3, pretrained_cfg_overlay=overlay),
-        timm.create_model(f'local-dir:{convert(tmp_path / "weights.pth", tmp_path / "out", DUAL)}', pretrained=True),
-    ]
-    x = torch.randn(2, 3, 64, 64)
-    for one in loaded:
-        count = one.stem.bn1.num_batches_tracked
-        assert count.dtype == torch.int64 and count.device.type == 'cpu' and count == 0
-        with torch.inference_mode():
-            assert torch.equal(one.eval()(x), model(x))
-    weights.pop('stem.bn1.running_var')
-    with pytest.raises(RuntimeError, match=r'missing keys: .*stem\.bn1\.running_var'):
-        load(weights, 'pretrained')
 
 
 def shared(model):

@@ -1,0 +1,1 @@
+"""Models for inference: folded, prepared for this machine, exported as files."""

@@ -1,6 +1,9 @@
-"""TODO."""
+"""What preparing and exporting share: models in a lower precision behind float32, int8 layers, examples, differences.
 
-from typing import Any, Callable, Optional
+folded model -> `Lowered` -> float32 images in, float32 outputs out; `check_example` says what it is compared on.
+"""
+
+from typing import Any, Callable, List, Optional
 
 import torch
 from timm.models import get_model_traits
@@ -8,9 +11,11 @@ from torch import nn
 
 from ..data import data_config
 
+PRECISIONS = ('fp32', 'bf16', 'int8')
 
-class InOut(nn.Module):
-    """A model of any precision that takes images of any dtype, and returns logits in float32."""
+
+class Lowered(nn.Module):
+    """A model that computes in a dtype, with images of any floating dtype before it and float32 outputs behind it."""
 
     def __init__(self, model: nn.Module, dtype: torch.dtype = torch.float32, memory_format=torch.contiguous_format):
         super().__init__()
@@ -22,13 +27,34 @@ class InOut(nn.Module):
         return y.float() if torch.is_tensor(y) else [one.float() for one in y]
 
 
+class LoweredLogits(Lowered):
+    """`Lowered` for a model with one output, in types that TorchScript knows."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x: (B, C, H, W) -> (B, num_classes), float32."""
+        return self.model(x.to(self.dtype)).float()
+
+
+class LoweredMaps(Lowered):
+    """`Lowered` for a pyramid (features_only), in types that TorchScript knows."""
+
+    def forward(self, x: torch.Tensor) -> List[torch.Tensor]:
+        """x: (B, C, H, W) -> maps (B, num_chs, H / reduction, W / reduction), float32."""
+        maps = self.model(x.to(self.dtype))
+        assert torch.jit.isinstance(maps, List[torch.Tensor])  # TorchScript sees all that the method could return
+        return [y.float() for y in maps]
+
+
 def quantise_(model: nn.Module) -> int:
     """Make the weights of a model's linear layers int8 by torchao, but for its heads; return how many."""
     try:
         from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
     except ImportError:
         raise ValueError('precision: \'int8\' needs torchao, pip install "timm-vitres[int8]".') from None
-    heads = get_model_traits(model).get('classifier', ())
+    classifier = (
+        get_model_traits(model).get('classifier') or getattr(model, 'pretrained_cfg', {}).get('classifier') or ()
+    )
+    heads = (classifier,) if isinstance(classifier, str) else classifier
 
     def wanted(module: nn.Module, name: str) -> bool:
         return type(module) is nn.Linear and name not in heads

@@ -1,105 +1,196 @@
 """A model made fast for inference: folded, lowered, laid out as this machine likes it best, compiled.
 
-model in evaluation mode -> `fold` -> precision (bf16; torchao's int8) -> memory format, by measurement ->
-torch.compile -> `Prepared`, which takes and returns float32 and says what was done to it.
+model in evaluation mode -> `fold` -> an engine: torch (precision, memory format by measurement, torch.compile), or the
+runtime of an export format -> `Prepared`, which takes and returns float32 and says what was done to it.
 """
 
 import copy
 import logging
+import tempfile
 import time
 from collections import Counter
 from contextlib import contextmanager, nullcontext
-from typing import Any, Iterator, Optional
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Callable, Dict, Iterator, Optional, Tuple
 
 import torch
 from timm.models import get_model_traits
 from torch import nn
 from tqdm import tqdm
 
-from ..measure import _FORMATS, _ms, measure
-from ..models.config import check_choice
+from ..checks import check_choice
+from ..measure import MEMORY_FORMATS, as_ms, measure
+from .exports import write_compared
 from .folding import fold
-from .lowering import InOut, check_example, check_outputs, difference, forward_only, quantise_
+from .formats import ENGINES
+from .lowering import PRECISIONS, Lowered, check_example, check_outputs, difference, forward_only, quantise_
 
-PRECISIONS = ('fp32', 'bf16', 'int8')
 _NAMES = {torch.float32: 'fp32', torch.bfloat16: 'bf16'}
 _logger = logging.getLogger(__name__)
 
 
+@dataclass
+class Preparation:
+    """What was done to a model, and measured of it."""
+
+    model: str  # the name of its class
+    shape: Tuple[int, ...]  # of the example: (B, C, H, W)
+    is_noise: bool  # whether the example is none of the caller's
+    where: str  # device and threads
+    merged: str  # which layers folding took out
+    candidates: Dict[str, float] = field(default_factory=dict)  # seconds of what was tried
+    chosen: str = ''
+    compile_seconds: Optional[float] = None
+    seconds_before: float = 0.0
+    seconds_after: float = 0.0
+    difference: float = 0.0  # norm of the difference of the outputs on the example, relative to their norm
+    same_class: Optional[Tuple[int, int]] = None  # for how many images of how many the likeliest class is the same
+
+    def render(self) -> str:
+        """Return all of it as one sentence."""
+        parts = [f'folded ({self.merged})']
+        if self.candidates:
+            parts.append('measured ' + ', '.join(f'{name} {as_ms(value)}' for name, value in self.candidates.items()))
+        parts.append(self.chosen)
+        if self.compile_seconds is not None:
+            parts.append(f'compiled by torch.compile in {self.compile_seconds:.0f} s')
+        ratio = self.seconds_after / self.seconds_before
+        parts.append(f'{as_ms(self.seconds_before)} before, {as_ms(self.seconds_after)} now, ratio {ratio:.3f}')
+        parts.append(f'outputs differ by {self.difference:.1e} of their norm')
+        if self.same_class is not None:
+            parts[-1] += ', the likeliest class is the same for {} of {} images'.format(*self.same_class)
+        noise = ' of noise' if self.is_noise else ''
+        return f'{self.model} at {self.shape}{noise} on {self.where}: {"; ".join(parts)}.'
+
+
 def prepare(
-    model: nn.Module, precision: str = 'fp32', compile: bool = False, example: Optional[torch.Tensor] = None
+    model: nn.Module,
+    precision: str = 'fp32',
+    compile: bool = False,
+    example: Optional[torch.Tensor] = None,
+    engine: str = 'torch',
 ) -> 'Prepared':
     """Return a copy of a model that is made fast for inference on the model's device, and says in `report` how.
 
-    It is folded, lowered to a precision, and compiled if wanted. Whether maps are channels-last is decided by measuring
-    both, and so is, for int8, what is not int8: torchao quantises the linear layers but the heads (weights once,
-    activations as they come), and the convolutions and everything else are bf16 or fp32, whichever is faster here.
+    With torch it is folded, lowered to a precision, and compiled if wanted. Whether maps are channels-last is decided
+    by measuring both, and so is, for int8, what is not int8: torchao quantises the linear layers but the heads (weights
+    once, activations as they come), and the convolutions and everything else are bf16 or fp32, whichever is faster
+    here. Other engines run the folded model as `export` writes it, on CPU.
 
     Args:
         model: A timm model (also with features_only) in evaluation mode. It stays as it is.
-        precision: 'fp32'; 'bf16'; 'int8' (`pip install timm-vitres[int8]`), which is fast only when compiled.
+        precision: 'fp32'; 'bf16' (not with onnxruntime); 'int8', which with torch needs
+            `pip install timm-vitres[int8]`, and is fast only when compiled.
         compile: Whether torch.compile shall compile it (a minute; again, once, when another size comes).
         example: Images (B, C, H, W) like those to come, for measurements of time and of what the precision costs. By
-            default one image of noise, of the model's own size.
+            default one image of noise, of the model's own size. OpenVINO's int8 takes its ranges from them, and
+            onnxruntime's makes convolutions int8 with them.
+        engine: 'torch'; 'openvino' (`pip install timm-vitres[openvino]`); 'onnxruntime' (timm-vitres[export]).
 
     Returns:
         Takes images (B, C, H, W) of any floating dtype, without gradients; returns what the model returns, in float32.
 
     Raises:
-        ValueError: for an unknown precision, an example of another shape, a model in training mode, one that `fold`
-            refuses or whose outputs are not finite, or where torchao is missing.
+        ValueError: for an unknown precision or engine, an example of another shape, a model in training mode, one that
+            `fold` refuses or whose outputs are not finite, or where a package is missing.
         TypeError: for what is no module, or is prepared already.
-        RuntimeError: where torch.compile can't compile here.
+        RuntimeError: where torch.compile can't compile here, or the engine can't hold the model.
     """
+    check_choice('engine', engine, ('torch', *ENGINES))
     check_choice('precision', precision, PRECISIONS)
     check_choice('compile', compile, (False, True))
+    if engine != 'torch':
+        _check_engine(engine, precision, compile, example is not None)
     images = check_example(model, example)
     folded = fold(model)
-    before = forward_only(InOut(model, next(model.parameters()).dtype))
+    before = forward_only(Lowered(model, next(model.parameters()).dtype))
     expected = before(images)
     check_outputs(expected)
-
-    steps = tqdm(total=3 if compile else 2, desc='measuring memory formats', leave=False, disable=None)
-    dtypes = dict(fp32=[torch.float32], bf16=[torch.bfloat16], int8=[torch.bfloat16, torch.float32])[precision]
-    candidates = {
-        (dtype, name): InOut(copy.deepcopy(folded).to(dtype=dtype, memory_format=memory_format), dtype, memory_format)
-        for dtype in dtypes
-        for name, memory_format in _FORMATS.items()
-    }
-    seconds = measure({key: forward_only(candidate) for key, candidate in candidates.items()}, images)
-    dtype, memory_format = min(candidates, key=lambda key: seconds[key])
-    lowered = candidates[dtype, memory_format]
-    del candidates
-    report = [f'folded ({_merged(model, folded)})']
-    report += ['measured ' + ', '.join(f'{_NAMES[key[0]]} {key[1]} {_ms(value)}' for key, value in seconds.items())]
-
-    report.append(f'{_NAMES[dtype]}, {memory_format}')
-    if precision == 'int8':
-        quantised = quantise_(lowered.model)
-        report[-1] += f', but {quantised} linear layers int8 (torchao: weights per channel, activations per token)'
-
-    prepared = Prepared(lowered, model, precision)
+    threads = f', {torch.get_num_threads()} threads' if images.device.type == 'cpu' else ''
+    done = Preparation(
+        type(model).__name__,
+        tuple(images.shape),
+        example is None,
+        f'{images.device}{threads}',
+        _merged(model, folded),
+    )
+    steps = tqdm(total=3 if compile else 2, desc=f'preparing for {engine}', leave=False, disable=None)
+    if engine == 'torch':
+        lowered = _lower(folded, precision, images, done)
+    else:
+        del folded
+        lowered = _EngineModule(_run_by_engine(model, engine, precision, images, example is not None))
+        done.chosen = f'{precision}, run by {ENGINES[engine].runtime}'
+    prepared = Prepared(lowered, model, precision, engine)
     if compile:
         steps.update()
         steps.set_description('compiling')
         start = time.perf_counter()
         prepared.compile_(images)
-        report.append(f'compiled by torch.compile in {time.perf_counter() - start:.0f} s')
-
+        done.compile_seconds = time.perf_counter() - start
     steps.update()
     steps.set_description('measuring')
     seconds = measure({'before': before, 'after': prepared}, images)
-    ratio = seconds['after'] / seconds['before']
-    report.append(f'{_ms(seconds["before"])} before, {_ms(seconds["after"])} now, ratio {ratio:.3f}')
+    done.seconds_before, done.seconds_after = seconds['before'], seconds['after']
     outputs = prepared(images)
-    prepared.difference = difference(outputs, expected)
-    report.append(f'outputs differ by {prepared.difference:.1e} of their norm' + _agreement(outputs, expected))
+    done.difference = difference(outputs, expected)
+    done.same_class = _agreement(outputs, expected)
     steps.close()
-    where = f'{images.device}' + (f', {torch.get_num_threads()} threads' if images.device.type == 'cpu' else '')
-    title = f'{type(model).__name__} at {tuple(images.shape)}{"" if example is not None else " of noise"} on {where}: '
-    prepared.report = title + '; '.join(report) + '.'
+    prepared.done = done
     _logger.info(prepared.report)
     return prepared
+
+
+def _check_engine(engine: str, precision: str, compile: bool, has_images: bool) -> None:
+    """Raise ValueError for what an engine can't do, or not here."""
+    row = ENGINES[engine]
+    if compile:
+        raise ValueError(f"compile: got True, but {engine!r} compiles by itself; it is for the engine 'torch'.")
+    row.check_precision(precision, has_images)
+    row.check_installed(precision, argument='engine')
+
+
+def _lower(folded: nn.Module, precision: str, images: torch.Tensor, done: Preparation) -> Lowered:
+    """Return a folded model in the dtype and memory format that are fastest for a precision, measured on images."""
+    dtypes = dict(fp32=[torch.float32], bf16=[torch.bfloat16], int8=[torch.bfloat16, torch.float32])[precision]
+    candidates = {
+        (dtype, name): Lowered(copy.deepcopy(folded).to(dtype=dtype, memory_format=memory_format), dtype, memory_format)
+        for dtype in dtypes
+        for name, memory_format in MEMORY_FORMATS.items()
+    }
+    seconds = measure({key: forward_only(candidate) for key, candidate in candidates.items()}, images)
+    done.candidates = {f'{_NAMES[dtype]} {name}': value for (dtype, name), value in seconds.items()}
+    dtype, memory_format = min(candidates, key=lambda key: seconds[key])
+    lowered = candidates[dtype, memory_format]
+    done.chosen = f'{_NAMES[dtype]}, {memory_format}'
+    if precision == 'int8':
+        quantised = quantise_(lowered.model)
+        done.chosen += f', but {quantised} linear layers int8 (torchao: weights per channel, activations per token)'
+    return lowered
+
+
+def _run_by_engine(
+    model: nn.Module, engine: str, precision: str, images: torch.Tensor, calibrate: bool
+) -> Callable[[torch.Tensor], Any]:
+    """Return what runs a model as its engine's file."""
+    row = ENGINES[engine]
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / f'model{row.suffixes[0]}'
+        write_compared(model, file, row, precision, images, calibrate, what=f'engine: {engine!r}')
+        return row.load(file)
+
+
+class _EngineModule(nn.Module):
+    """What an engine runs, as a module."""
+
+    def __init__(self, run: Callable[[torch.Tensor], Any]):
+        super().__init__()
+        self.run = run
+
+    def forward(self, x: torch.Tensor) -> Any:
+        """x: (B, C, H, W) -> what the model returns, in float32."""
+        return self.run(x.detach().float())
 
 
 class Prepared(nn.Module):
@@ -108,19 +199,20 @@ class Prepared(nn.Module):
     It is made for the machine and the process that it is in, so it is neither saved nor copied: TypeError says so.
 
     Attributes:
-        report: What was done, and what was measured of it.
+        done: What was done, and what was measured of it.
         precision: 'fp32', 'bf16' or 'int8'.
-        difference: Norm of the difference of its outputs to the model's on the example, relative to their norm.
+        engine: 'torch', or whose runtime it is.
     """
+
+    done: Preparation
 
     folded = True  # `save` and `push` refuse it
     is_prepared = True
 
-    def __init__(self, lowered: 'InOut', model: nn.Module, precision: str):
+    def __init__(self, lowered: nn.Module, model: nn.Module, precision: str, engine: str = 'torch'):
         super().__init__()
         self.lowered = lowered.requires_grad_(False)
-        self.precision = precision
-        self.report, self.difference = '', 0.0
+        self.precision, self.engine = precision, engine
         self.compiled = self.graphed = False
         # what timm's functions, and ours, ask a model for: its data config, classes, and maps
         data = ('pretrained_cfg', 'default_cfg', 'pretrained_model_args', 'model_args', 'in_chans')
@@ -129,6 +221,16 @@ class Prepared(nn.Module):
                 setattr(self, name, getattr(model, name))
         self._traits = get_model_traits(model)  # where timm looks for the size and channels of images
         self.eval()
+
+    @property
+    def report(self) -> str:
+        """What was done, and what was measured of it, in a sentence."""
+        return self.done.render()
+
+    @property
+    def difference(self) -> float:
+        """Norm of the difference of its outputs to the model's on the example, relative to their norm."""
+        return self.done.difference
 
     def train(self, mode: bool = True):
         """Refuse training mode (ValueError)."""
@@ -189,11 +291,11 @@ def _compile_settings(device: torch.device) -> Iterator[None]:
         yield
 
 
-def _agreement(y: Any, expected: Any) -> str:
+def _agreement(y: Any, expected: Any) -> Optional[Tuple[int, int]]:
+    """Return for how many of how many images the likeliest class is the same; None for one image, and for maps."""
     if not torch.is_tensor(y) or y.ndim != 2 or len(y) < 2:
-        return ''
-    same = int((y.argmax(-1) == expected.argmax(-1)).sum())
-    return f', the likeliest class is the same for {same} of {len(y)} images'
+        return None
+    return int((y.argmax(-1) == expected.argmax(-1)).sum()), len(y)
 
 
 def _merged(model: nn.Module, folded: nn.Module) -> str:

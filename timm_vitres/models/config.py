@@ -20,11 +20,10 @@ from ..checks import (
     Width,
     annotations_of,
     between,
-    check_choice,
     conform,
 )
 
-__all__ = ['VitResNetCfg', 'VitResNetDualCfg', 'check_choice']
+__all__ = ['VitResNetCfg', 'VitResNetDualCfg']
 GlobalPool = Literal['', 'avg', 'avgmax', 'max', 'token', 'map', 'prr']
 StemType = Literal['', 'deep', 'deep_tiered', 'tiered', 'fixed', 'deep_fixed', 'same', 'deep_same']
 DualGlobalPool = Literal['', 'avg', 'token']

@@ -194,14 +194,14 @@ class StemBackbone(nn.Sequential):
         return stem
 
     def forward_levels(self, x: torch.Tensor, num_levels: int) -> List[torch.Tensor]:
-        """x: (B, C, H, W) -> the stem's map without and with pooling."""
+        """x: (B, C, H, W) -> the stem's map without pooling, and that with it."""
         levels: List[torch.Tensor] = []
         for i, module in enumerate(self):
             x = module(x)
             if i == self.stem_feat_idx:
                 levels.append(x)
         levels.append(x)
-        return levels
+        return levels[:num_levels]
 
     def blocks(self) -> List[nn.Module]:
         """Return no block: a stem has none."""

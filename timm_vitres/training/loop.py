@@ -34,11 +34,10 @@ from ..weights.files import CONFIG_NAME, WEIGHTS_NAME
 from ..writing import replacing
 from .datasets import Data, load_data
 from .loaders import check_policy, create_loaders
-from .report import CURVES_NAME, BalancedEvaluator, best_epoch, count_epochs, evaluate, run_card, write_summary
+from .report import CURVES_NAME, best_epoch, count_epochs, evaluate, run_card, write_summary
 from .runs import CHECKPOINT_NAME, RECORD_NAME, Record, given_settings, run_folder
 from .settings import FinetuneCfg
 
-__all__ = ['BalancedEvaluator', 'EachHead', 'FinetuneCfg', 'create_finetune_model', 'evaluate', 'finetune', 'load_data']
 _logger = logging.getLogger(__name__)
 
 
@@ -83,12 +82,12 @@ def _set_head_loss_(model: nn.Module, cfg: FinetuneCfg) -> None:
         return
     head = f'head_{cfg.head_loss}'
     if not isinstance(model, Hybrid) or head not in model.heads:
-        raise ValueError(f"head_loss: got {cfg.head_loss!r}, but {cfg.model} is no vitresnet_dual; use 'both'.")
+        raise ValueError(f"head_loss: got {cfg.head_loss!r}, but {cfg.model} has no head of that name; use 'both'.")
     model.train_one_head(head)
 
 
-class EachHead(nn.Module):
-    """A loss of logits, or, of a pair of logits, the mean of the loss of either."""
+class MeanOverHeads(nn.Module):
+    """A loss of logits, or the mean of the losses of each head where a model returns the logits of several."""
 
     def __init__(self, criterion: nn.Module):
         super().__init__()
@@ -133,7 +132,7 @@ def finetune(cfg: FinetuneCfg, given: Optional[Collection[str]] = None) -> Path:
         record = Record.read(folder).resumed(cfg, given)
         state = _read_state(folder, record)
         if state is not None and len(state['history']) >= record.cfg.epochs and _is_whole(folder, state['history']):
-            print(f'The run in {folder} is finished: all of its {record.cfg.epochs} epochs are trained.', flush=True)
+            _logger.info('The run in %s is finished: all of its %d epochs are trained.', folder, record.cfg.epochs)
             return folder
         return _set_up(record.cfg, folder, record, state).train()
 
@@ -202,7 +201,7 @@ def _autotune(cfg: FinetuneCfg, model: nn.Module, num_classes: int, input_size: 
     """Return the fastest amp and channels_last."""
     with torch.random.fork_rng():  # so that a run with the same settings, named, is the same run
         settings, times = fastest_training(model, num_classes, (cfg.batch_size, *input_size), cfg.amp_dtype)
-    print(f'autotune: {times}; training with {settings}.', flush=True)
+    _logger.info('autotune: %s; training with %s.', times, settings)
     return settings
 
 
@@ -225,7 +224,7 @@ def _read_state(folder: Path, record: Record) -> Optional[Dict[str, Any]]:
 
 
 def _is_whole(folder: Path, history: List[Dict[str, float]]) -> bool:
-    """Whether all that follows the last checkpoint was written; the table of epochs is written last."""
+    """Return whether all that follows the last checkpoint was written; the table of epochs is written last."""
     files = (folder / WEIGHTS_NAME, folder / CONFIG_NAME)
     return count_epochs(folder) == len(history) and all(path.is_file() for path in files)
 
@@ -253,7 +252,7 @@ class _Run:
             num_classes = len(record.label_names)
             self.mixup = Mixup(cfg.mixup, cfg.cutmix, label_smoothing=cfg.smoothing, num_classes=num_classes)
         self.task = ClassificationTask(model, device=device, verbose=False, **self._loss(data.counts))
-        self.task.criterion = EachHead(self.task.criterion)
+        self.task.criterion = MeanOverHeads(self.task.criterion)
         self.optimizer, self.scheduler = self._create_optimizer()
         dtype = torch.bfloat16 if cfg.amp_dtype == 'bfloat16' else torch.float16
         self.autocast = (lambda: torch.autocast(device.type, dtype)) if cfg.amp else nullcontext
@@ -310,10 +309,9 @@ class _Run:
             self.history.append(row)
             self._write_checkpoint()
             self._write_results()
-            print(
-                f'epoch {epoch}: train loss {train_loss:.3f}, validation loss {row["eval_loss"]:.3f}, '
-                f'top1 {row["eval_top1"]:.2f}, balanced {row["eval_balanced"]:.2f}, {row["seconds"]:.0f} s',
-                flush=True,
+            _logger.info(
+                'epoch %d: train loss %.3f, validation loss %.3f, top1 %.2f, balanced %.2f, %.0f s',
+                *(epoch, train_loss, row['eval_loss'], row['eval_top1'], row['eval_balanced'], row['seconds']),
             )
         return self.folder
 

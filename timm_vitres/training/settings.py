@@ -6,7 +6,7 @@ import numbers
 import os
 import typing
 from dataclasses import dataclass
-from typing import Any, Dict, Optional, Tuple, Union
+from typing import Any, Dict, List, Optional, Tuple, Union
 
 import numpy as np
 
@@ -14,6 +14,8 @@ from ..checks import plain
 
 SCHEDULES = ('cosine', 'tanh', 'step', 'multistep', 'poly', 'wsd', 'rsqrt', 'constant', 'none')
 INTERPOLATIONS = ('bilinear', 'bicubic', 'nearest', 'box', 'hamming', 'lanczos')
+ARGPARSE = ('help', 'nargs', 'choices', 'const', 'metavar', 'action')
+PAIRS = 'name=value'  # argparse's action of a dict's flag, which the command registers
 MAX_BATCH = 2**20
 MAX_COUNT = 2**31 - 1  # the sum of two such is a seed that numpy takes
 
@@ -22,8 +24,9 @@ def _option(default: Any, help: str, **kwargs: Any) -> Any:
     """A field that the command line shows as a flag with this help.
 
     Args:
-        kwargs: What argparse takes (nargs, type, choices), and what every number must keep to: low, high (these are
-            allowed), above, below (these are not); `lengths` are how many numbers there may be.
+        kwargs: What argparse takes (`ARGPARSE`; `type` where it is not the field's own), `short` (a second flag) and
+            `positional` (the name of an argument that says the same without a flag); and what every number must keep
+            to: low, high (these are allowed), above, below (these are not); `lengths` are how many there may be.
     """
     return dataclasses.field(default=default, metadata=dict(help=help, **kwargs))
 
@@ -37,7 +40,9 @@ class FinetuneCfg:
     """
 
     # Data
-    data_dir: Optional[str] = _option(None, 'image folder: one sub-folder per class, or train/ and val/ with those')
+    data_dir: Optional[str] = _option(
+        None, 'image folder: one sub-folder per class, or train/ and val/ with those', positional='DIR'
+    )
     dataset: str = _option('', "any name that timm's create_dataset takes, e.g. torch/cifar10; '' is an image folder")
     dataset_download: bool = _option(False, 'let the dataset download itself')
     train_split: str = _option('train', 'name of the training split')
@@ -50,21 +55,23 @@ class FinetuneCfg:
     # Model
     model: str = _option('vitresnet_small', "a timm model's name, or local-dir:<folder>, or hf-hub:<id>")
     pretrained: bool = _option(False, 'start from pretrained weights')
-    model_kwargs: Optional[Dict[str, Any]] = _option(None, 'further arguments of the model: name=value', nargs='*')
-    img_size: Union[None, int, Tuple[int, ...]] = _option(
-        None, 'image size, one number or height and width', nargs='+', type=int, low=1, high=2**14, lengths=(1, 2)
+    model_kwargs: Optional[Dict[str, Any]] = _option(
+        None, 'further arguments of the model: name=value', nargs='*', action=PAIRS
     )
-    in_chans: Optional[int] = _option(None, 'image channels: 1 or 3', type=int, low=1)
-    drop: Optional[float] = _option(None, 'dropout rate of the classifier', type=float, low=0, below=1)
-    drop_path: Optional[float] = _option(None, 'stochastic depth rate', type=float, low=0, below=1)
+    img_size: Union[None, int, Tuple[int, ...]] = _option(
+        None, 'image size, one number or height and width', nargs='+', low=1, high=2**14, lengths=(1, 2)
+    )
+    in_chans: Optional[int] = _option(None, 'image channels: 1 or 3', low=1)
+    drop: Optional[float] = _option(None, 'dropout rate of the classifier', low=0, below=1)
+    drop_path: Optional[float] = _option(None, 'stochastic depth rate', low=0, below=1)
     mean: Optional[Tuple[float, ...]] = _option(
-        None, "mean of normalisation; the model's", nargs='+', type=float, low=0, high=1, lengths=(1, 3, 4)
+        None, "mean of normalisation; the model's", nargs='+', low=0, high=1, lengths=(1, 3, 4)
     )
     std: Optional[Tuple[float, ...]] = _option(
-        None, "deviation of normalisation; the model's", nargs='+', type=float, low=1e-3, high=1e3, lengths=(1, 3, 4)
+        None, "deviation of normalisation; the model's", nargs='+', low=1e-3, high=1e3, lengths=(1, 3, 4)
     )
-    interpolation: Optional[str] = _option(None, "resize interpolation; the model's", type=str, choices=INTERPOLATIONS)
-    crop_pct: Optional[float] = _option(None, "centre crop in validation; the model's", type=float, low=0.1, high=2)
+    interpolation: Optional[str] = _option(None, "resize interpolation; the model's", choices=INTERPOLATIONS)
+    crop_pct: Optional[float] = _option(None, "centre crop in validation; the model's", low=0.1, high=2)
     head_loss: str = _option(
         'sum',
         'loss of a model with two heads: on the sum of their logits, on both (the mean of two losses), or on one head, '
@@ -73,15 +80,15 @@ class FinetuneCfg:
     )
     # Optimisation
     epochs: int = _option(10, 'epochs to train', low=1, high=MAX_COUNT)
-    batch_size: int = _option(32, 'images a step', low=1, high=MAX_BATCH)
+    batch_size: int = _option(32, 'images a step', short='-b', low=1, high=MAX_BATCH)
     validation_batch_size: Optional[int] = _option(
-        None, 'images a step in validation; batch_size', type=int, low=1, high=MAX_BATCH
+        None, 'images a step in validation; batch_size', low=1, high=MAX_BATCH
     )
     opt: str = _option('adamw', 'optimizer')
     lr: float = _option(5e-4, 'learning rate', above=0)
     weight_decay: float = _option(0.05, 'weight decay', low=0)
-    layer_decay: Optional[float] = _option(None, 'layer-wise learning rate decay', type=float, above=0, high=1)
-    clip_grad: Optional[float] = _option(None, 'gradient norm to clip at', type=float, above=0)
+    layer_decay: Optional[float] = _option(None, 'layer-wise learning rate decay', above=0, high=1)
+    clip_grad: Optional[float] = _option(None, 'gradient norm to clip at', above=0)
     sched: str = _option('cosine', 'learning rate schedule', choices=SCHEDULES)
     warmup_epochs: float = _option(1.0, 'epochs of warm-up', low=0, high=MAX_COUNT)
     warmup_lr: float = _option(1e-5, 'learning rate that warm-up begins with', low=0)
@@ -90,15 +97,15 @@ class FinetuneCfg:
     # Augmentation
     no_aug: bool = _option(False, 'no augmentation')
     scale: Tuple[float, ...] = _option(
-        (0.35, 1.0), 'random resized crop: range of area', nargs=2, type=float, above=0, high=1, lengths=(2,)
+        (0.35, 1.0), 'random resized crop: range of area', nargs=2, above=0, high=1, lengths=(2,)
     )
     ratio: Tuple[float, ...] = _option(
-        (0.75, 4 / 3), 'random resized crop: range of aspect ratio', nargs=2, type=float, above=0, lengths=(2,)
+        (0.75, 4 / 3), 'random resized crop: range of aspect ratio', nargs=2, above=0, lengths=(2,)
     )
     hflip: float = _option(0.5, 'probability of a horizontal flip', low=0, high=1)
     vflip: float = _option(0.0, 'probability of a vertical flip', low=0, high=1)
     color_jitter: float = _option(0.4, 'colour jitter', low=0, high=10)
-    aa: Optional[str] = _option(None, 'AutoAugment policy, e.g. rand-m9-mstd0.5-inc1', type=str)
+    aa: Optional[str] = _option(None, 'AutoAugment policy, e.g. rand-m9-mstd0.5-inc1')
     reprob: float = _option(0.0, 'random erasing probability', low=0, high=1)
     mixup: float = _option(0.0, 'mixup alpha', low=0, high=100)
     cutmix: float = _option(0.0, 'cutmix alpha', low=0, high=100)
@@ -109,6 +116,10 @@ class FinetuneCfg:
         None,
         "go on with the run in output, or in PATH, by that run's own settings; only epochs (upward), workers, device, "
         'validation-batch-size and data-dir (the same images in another place) may be given anew',
+        nargs='?',
+        const=True,
+        metavar='PATH',
+        type=str,
     )
     eval_metric: str = _option('top1', 'what the best epoch is chosen by', choices=('top1', 'balanced', 'loss'))
     device: str = _option('', 'torch device; the accelerator if there is one, else cpu')
@@ -118,7 +129,7 @@ class FinetuneCfg:
     autotune: bool = _option(
         False, 'time training steps with and without amp and channels_last, and train with what is fastest here'
     )
-    workers: int = _option(2, 'loader processes', low=0, high=1024)
+    workers: int = _option(2, 'loader processes', short='-j', low=0, high=1024)
     seed: int = _option(42, 'random seed', low=0, high=MAX_COUNT)
 
     def __post_init__(self):
@@ -158,6 +169,19 @@ def kind_of(name: str) -> type:
     return next((kind for kind in kinds if kind in (bool, int, float, str)), None) or (
         typing.get_args(kinds[0])[0] if typing.get_origin(kinds[0]) is tuple else dict
     )
+
+
+def flag_of(field: dataclasses.Field) -> Tuple[List[str], Dict[str, Any]]:
+    """Return the flags of a setting on the command line, and what argparse needs to know of them."""
+    known = field.metadata
+    flags = [*([known['short']] if 'short' in known else []), '--' + field.name.replace('_', '-')]
+    options = {name: known[name] for name in ARGPARSE if name in known}
+    if 'action' not in options:
+        kind = known.get('type', kind_of(field.name))
+        options.update(dict(action='store_true') if kind is bool else dict(type=kind))
+    if field.default not in (None, False, ''):
+        options['help'] += f' (default: {field.default})'
+    return flags, options
 
 
 def _checked(name: str, value: Any, kinds: Tuple[Any, ...], limits: typing.Mapping[str, Any]) -> Any:

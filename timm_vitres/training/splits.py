@@ -51,11 +51,11 @@ class Data(NamedTuple):
 def read_record(recorded: Dict[str, Any], kind: type) -> Dict[str, Any]:
     """Return a record's two sets; raise ValueError unless both are of `kind`: list (image folder) or dict (dataset)."""
     what = 'an image folder' if kind is list else 'a named dataset'
-    try:
-        sets = {name: recorded[name] for name in ('train', 'validation')}
-        labels, description = recorded['label_names'], recorded['description']
-    except (KeyError, TypeError) as error:
-        raise ValueError(f'recorded: the record of the images lacks {error}.') from None
+    for name in ('train', 'validation', 'label_names', 'description'):
+        if name not in told:
+            raise ValueError(f'recorded: the record of the images lacks {name!r}.')
+    sets = {name: recorded[name] for name in ('train', 'validation')}
+    labels, description = recorded['label_names'], recorded['description']
     good = isinstance(labels, list) and isinstance(description, str)
     good = good and all(isinstance(value, kind) for value in sets.values())
     if good and kind is list:

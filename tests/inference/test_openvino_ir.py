@@ -1,0 +1,123 @@
+"""OpenVINO's files: every size as torch computes it, two files that belong together, and what other programs read."""
+
+import json
+
+import openvino
+import pytest
+import timm
+import torch
+from conftest import randomise_, relative_difference
+
+from timm_vitres.inference import exports
+from timm_vitres.inference.exports import export, load
+from timm_vitres.inference.openvino_ir import OWN_GRAPHS, is_export
+
+pytestmark = pytest.mark.recent
+LAYERS = dict(backbone='resnet18', stage=1, depth=1, embed_dim=32, num_heads=2, num_classes=7)
+
+
+@pytest.fixture
+def net():
+    return randomise_(timm.create_model('vitresnet', **LAYERS, img_size=64)).eval()
+
+
+@pytest.mark.parametrize('name', ['test_vitresnet', 'test_vitresnet_dual', 'vitresnet_nano'])
+def test_position_tables_are_resized_as_by_torch(name, tmp_path):
+    """Larger, smaller and odd: OpenVINO's own cubic resizing is off by 1e-3 and more."""
+    model = randomise_(timm.create_model(name)).eval()
+    export(model, tmp_path / 'm.xml')
+    run = load(tmp_path / 'm.xml', 'openvino')
+    for shape in [(2, 3, 224, 224), (1, 3, 97, 161), (3, 3, 225, 250), (1, 3, 33, 470), (1, 3, 64, 96)]:
+        x = torch.randn(shape)
+        with torch.inference_mode():
+            assert relative_difference(run(x), model(x)) < 1e-5, shape
+
+
+def test_the_first_sizes_have_graphs_of_their_own(net, tmp_path):
+    export(net, tmp_path / 'm.xml')
+    run = load(tmp_path / 'm.xml', 'openvino')
+    for batch in range(1, 6):
+        x = torch.randn(batch, 3, 64, 64 + batch)
+        first, again = run(x), run(x)
+        assert torch.equal(first, again) and relative_difference(first, net(x)) < 1e-5
+    assert len(run.graphs) == OWN_GRAPHS + 1 and None in run.graphs
+
+
+def test_outputs_are_not_overwritten_by_the_next_call(net, tmp_path):
+    export(net, tmp_path / 'm.xml')
+    run = load(tmp_path / 'm.xml', 'openvino')
+    x = torch.randn(2, 3, 64, 64)
+    first = run(x)
+    kept = first.clone()
+    run(torch.randn(2, 3, 64, 64))
+    assert torch.equal(first, kept)
+
+
+def test_other_programs_read_it(net, tmp_path):
+    """By OpenVINO alone: names of input and output, sizes that may vary, config and precision."""
+    export(net, tmp_path / 'm.xml', precision='bf16')
+    model = openvino.Core().read_model(tmp_path / 'm.xml')
+    assert model.input(0).get_any_name() == 'image' and model.output(0).get_any_name() == 'logits'
+    dimensions = model.input(0).get_partial_shape()
+    assert [dimensions[i].is_dynamic for i in range(4)] == [True, False, True, True]
+    assert json.loads(model.get_rt_info(['timm_vitres', 'config']).astype(str))['input_size'] == [3, 64, 64]
+    assert model.get_rt_info(['timm_vitres', 'precision']).astype(str) == 'bf16'
+    x = torch.randn(1, 3, 64, 96)
+    found = openvino.compile_model(model, 'CPU', {'INFERENCE_PRECISION_HINT': 'f32'})(x.numpy())[0]
+    assert relative_difference(torch.from_numpy(found), net(x)) < 1e-5
+
+
+def test_nothing_of_the_users_is_written_over(net, tmp_path):
+    """Neither an .xml that is no model nor weights that are called .bin."""
+    (tmp_path / 'notes.xml').write_text('<note>mine</note>')
+    torch.save(net.state_dict(), tmp_path / 'pytorch_model.bin')
+    (tmp_path / 'folder.bin').mkdir()
+    before = {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    for name, other in (('notes', 'notes.xml'), ('pytorch_model', 'pytorch_model.bin'), ('folder', 'folder.bin')):
+        with pytest.raises(FileExistsError, match=rf'{other}: holds no export, by its name or content'):
+            export(net, tmp_path / f'{name}.xml')
+    assert before == {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+
+
+@pytest.mark.parametrize('killed_at', [1, 2, 3])
+def test_a_kill_never_leaves_a_model_with_the_weights_of_another(net, tmp_path, monkeypatch, killed_at):
+    export(net, tmp_path / 'm.xml')
+    x = torch.randn(1, 3, 64, 64)
+    old = load(tmp_path / 'm.xml', 'openvino')(x)
+    other = randomise_(timm.create_model('vitresnet', **{**LAYERS, 'num_classes': 5}, img_size=64), seed=1).eval()
+    replacing, calls = exports.replacing, []
+
+    def killed(path):
+        calls.append(path)
+        if len(calls) == killed_at:
+            raise KeyboardInterrupt
+        return replacing(path)
+
+    monkeypatch.setattr(exports, 'replacing', killed)
+    with pytest.raises(KeyboardInterrupt):
+        export(other, tmp_path / 'm.xml')
+    if killed_at == 1:
+        assert torch.equal(load(tmp_path / 'm.xml', 'openvino')(x), old)
+    else:
+        with pytest.raises(RuntimeError):
+            load(tmp_path / 'm.xml', 'openvino')
+    monkeypatch.setattr(exports, 'replacing', replacing)
+    assert is_export(tmp_path / 'm.xml')
+    export(other, tmp_path / 'm.xml')  # the same call mends it
+    assert relative_difference(load(tmp_path / 'm.xml', 'openvino')(x), other(x)) < 1e-5
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['m.bin', 'm.xml']
+
+
+def test_int8_takes_its_ranges_from_images(net, tmp_path):
+    """Convolutions are int8, too, and ranges of other images give another model."""
+    x = torch.randn(8, 3, 64, 64)
+    found = []
+    for scale in (1.0, 0.05):
+        export(net, tmp_path / f'{scale}.xml', precision='int8', example=scale * x)
+        model = openvino.Core().read_model(tmp_path / f'{scale}.xml')
+        kinds = [node.get_type_name() for node in model.get_ops()]
+        assert kinds.count('FakeQuantize') >= kinds.count('Convolution') > 5
+        found.append(relative_difference(load(tmp_path / f'{scale}.xml', 'openvino')(x), net(x)))
+    assert found[0] < 0.1 < found[1]
+    with pytest.raises(ValueError, match="example: not given, but 'int8' of 'openvino' takes the ranges"):
+        export(net, tmp_path / 'm.xml', precision='int8')

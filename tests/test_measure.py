@@ -1,0 +1,109 @@
+"""Times are compared in turns, and the fastest way to train is found."""
+
+import copy
+from types import SimpleNamespace
+
+import pytest
+import timm
+import torch
+from conftest import DUAL, randomise_
+
+from timm_vitres import measure as module
+from timm_vitres.measure import fastest_training, measure
+
+
+def test_what_is_faster_is_found():
+    def slow(x):
+        for _ in range(50):
+            x = x @ x
+        return x
+
+    times = measure({'slow': slow, 'fast': lambda x: x @ x}, torch.eye(128), rounds=3, seconds=0.01)
+    assert times['fast'] < times['slow']
+
+
+def test_functions_take_turns():
+    """A machine that is slow for a while then slows all of them down."""
+    order = []
+    functions = {name: lambda x, name=name: order.append((name, x)) for name in ('a', 'b', 'c')}
+    x = torch.ones(1)
+    assert measure(functions, x, rounds=2, seconds=0).keys() == functions.keys()
+    turns = [name for index, (name, _) in enumerate(order) if index == 0 or order[index - 1][0] != name]
+    assert turns == ['a', 'b', 'c'] * 3  # the first turn warms up
+    assert all(given is x for _, given in order)
+
+
+def test_the_median_of_the_rounds_counts(monkeypatch):
+    class Timer:
+        """The warm-up takes one second; the rounds take 2, 900 and 3."""
+
+        def __init__(self, *args, **kwargs):
+            self.means = iter((1.0, 2.0, 900.0, 3.0))
+
+        def timeit(self, number):
+            return SimpleNamespace(mean=next(self.means))
+
+    monkeypatch.setattr('torch.utils.benchmark.Timer', Timer)
+    assert measure({'a': None}, torch.ones(1)) == {'a': 3.0}
+
+
+STEPS = [(False, 'channels-last'), (True, 'channels-last'), (False, 'contiguous'), (True, 'contiguous')]
+
+
+@pytest.mark.parametrize('fastest', STEPS)
+def test_the_fastest_settings_are_returned(fastest, monkeypatch):
+    times = {step: 0.25 if step == fastest else 0.5 for step in STEPS}
+    monkeypatch.setattr(module, 'measure', lambda steps, images: {step: times[step] for step in steps})
+    found, text = fastest_training(torch.nn.Linear(1, 1), 1, (2, 3, 8, 8), 'float16')
+    assert found == dict(amp=fastest[0], channels_last=fastest[1] == 'channels-last')
+    name = f'{"float16" if fastest[0] else "float32"} {fastest[1]}'
+    assert f'{name} 250 ms' in text and text.count('500 ms') == 3
+
+
+class Witness(torch.nn.Module):
+    """A model that notes how it was called, in one list for all of its copies."""
+
+    told = []
+
+    def __init__(self):
+        super().__init__()
+        self.conv = torch.nn.Conv2d(3, 5, 3)
+
+    def forward(self, x):
+        layouts = [
+            torch.channels_last if tensor.is_contiguous(memory_format=torch.channels_last) else None
+            for tensor in (x, self.conv.weight)
+        ]
+        y = self.conv(x)
+        self.told.append((y.dtype, *layouts, self.training, self.conv.weight.grad))
+        return y.mean((2, 3))
+
+
+def test_each_step_is_what_its_name_says(monkeypatch):
+    monkeypatch.setattr(Witness, 'told', [])
+
+    def run_twice(steps, images):
+        for step in (*steps.values(), *steps.values()):
+            step(images)
+        return dict.fromkeys(steps, 1.0)
+
+    monkeypatch.setattr(module, 'measure', run_twice)
+    fastest_training(Witness().eval(), 5, (2, 3, 8, 8))
+    expected = []
+    for layout in (torch.channels_last, None):
+        expected += [(dtype, layout, layout, True, None) for dtype in (torch.float32, torch.bfloat16)]
+    assert Witness.told == expected * 2
+
+
+@pytest.mark.parametrize('name', ['test_vitresnet', DUAL])
+def test_the_model_stays_as_it_is(name):
+    """A model has one head or two; its weights, statistics, gradients and memory layout are left alone."""
+    model = randomise_(timm.create_model(name, num_classes=4))
+    if name == DUAL:
+        model.set_distilled_training(True)
+    before = copy.deepcopy(model.state_dict())
+    found, text = fastest_training(model, 4, (2, 3, 32, 32))
+    assert found.keys() == {'amp', 'channels_last'} and text.count(' ms') == 4
+    assert not model.training and all(parameter.grad is None for parameter in model.parameters())
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, before[key]) and value.stride() == before[key].stride(), key

@@ -1,0 +1,166 @@
+"""A run reports metrics, a table of its epochs, and a card of its model."""
+
+import contextlib
+
+import pytest
+import timm
+import torch
+from huggingface_hub import ModelCard
+
+from timm_vitres.training import report
+from timm_vitres.training.report import (
+    BalancedEvaluator,
+    best_epoch,
+    count_epochs,
+    evaluate,
+    run_card,
+    write_summary,
+)
+from timm_vitres.training.runs import Record
+from timm_vitres.training.settings import FinetuneCfg
+
+
+def test_balanced_accuracy():
+    evaluator = BalancedEvaluator()
+    evaluator.update(torch.eye(2)[[0, 0, 0, 0]], torch.tensor([0, 0, 0, 1]))
+    metrics = evaluator.compute()
+    assert metrics['top1'] == 75 and metrics['balanced'] == 50
+
+
+def test_a_class_that_is_not_there_has_no_recall():
+    evaluator = BalancedEvaluator()
+    evaluator.update(torch.eye(4)[[0, 1, 1]], torch.tensor([0, 0, 3]))
+    assert evaluator.compute()['balanced'] == 25  # half of class 0 and none of class 3 is right
+    evaluator.reset()
+    evaluator.update(torch.eye(4)[[2]], torch.tensor([2]))
+    assert evaluator.compute()['balanced'] == 100
+
+
+class Scores(torch.nn.Module):
+    """A model whose images are its logits. (B, classes) -> (B, classes)"""
+
+    def forward(self, x):
+        assert not self.training and torch.is_inference_mode_enabled()
+        return x
+
+
+def test_a_model_is_evaluated_image_by_image():
+    """The metrics do not depend on how the images are put into batches."""
+    torch.manual_seed(0)
+    logits, target = torch.randn(11, 7), torch.randint(3, (11,))
+    logits[torch.arange(4), target[:4]] += 5
+    loader = [(logits[start:end], target[start:end]) for start, end in ((0, 4), (4, 8), (8, 11))]
+    entered = []
+
+    @contextlib.contextmanager
+    def autocast():
+        entered.append(None)
+        yield
+
+    found = evaluate(Scores().train(), loader, 'cpu', autocast)
+    ranks = logits.argsort(1, descending=True)
+    hits = ranks[:, 0] == target
+    recalls = [hits[target == label].double().mean().item() for label in target.unique()]
+    assert len(entered) == 3 and len(recalls) == 3 and 0 < hits.sum() < 11
+    assert found == {
+        'loss': pytest.approx(torch.nn.functional.cross_entropy(logits, target).item(), rel=1e-5),
+        'top1': pytest.approx(100 * hits.double().mean().item()),
+        'top5': pytest.approx(100 * (ranks[:, :5] == target[:, None]).any(1).double().mean().item()),
+        'balanced': pytest.approx(100 * sum(recalls) / 3),
+    }
+
+
+def row(epoch, **kwargs):
+    return dict(epoch=epoch, **{f'eval_{key}': value for key, value in kwargs.items()})
+
+
+def test_the_best_epoch_is_the_first_of_the_best():
+    history = [row(0, loss=2.0, top1=50.0), row(1, loss=1.0, top1=75.0), row(2, loss=0.5, top1=75.0)]
+    history.append(row(3, loss=0.5, top1=60.0))
+    assert best_epoch(history, 'top1') is history[1]
+    assert best_epoch(history, 'loss') is history[2]
+
+
+HISTORY = [
+    dict(epoch=0, train_loss=2.0, eval_loss=2.5, eval_top1=25.0, eval_balanced=20.0, seconds=1.5),
+    dict(epoch=1, train_loss=1.0, eval_loss=1.5, eval_top1=75.0, eval_balanced=70.0, seconds=1.25),
+]
+
+
+@pytest.mark.parametrize('draws', [True, False])
+def test_the_table_has_a_row_for_each_epoch(draws, tmp_path, monkeypatch):
+    monkeypatch.setattr(report, 'draws_curves', lambda: draws)
+    assert count_epochs(tmp_path) == 0
+    for number in (1, 2):
+        write_summary(HISTORY[:number], tmp_path)
+        assert count_epochs(tmp_path) == number
+    assert (tmp_path / 'summary.csv').read_bytes() == (
+        b'epoch,train_loss,eval_loss,eval_top1,eval_balanced,seconds\n0,2.0,2.5,25.0,20.0,1.5\n1,1.0,1.5,75.0,70.0,1.25\n'
+    )
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == ({'summary.csv', 'curves.png'} if draws else {'summary.csv'})
+
+
+def test_a_whole_table_means_that_the_curves_are_drawn(tmp_path, monkeypatch):
+    def fail(history, path):
+        path.write_text('half')
+        raise OSError(28, 'No space left on device')
+
+    write_summary(HISTORY[:1], tmp_path)
+    curves = (tmp_path / 'curves.png').read_bytes()
+    monkeypatch.setattr(report, 'plot_curves', fail)
+    with pytest.raises(OSError, match=r'curves\.png could not be written'):
+        write_summary(HISTORY, tmp_path)
+    assert count_epochs(tmp_path) == 1 and (tmp_path / 'curves.png').read_bytes() == curves
+
+
+@pytest.mark.parametrize('data', [b'', b'\xff\xfe\x00', b'epoch,train_loss\n'])
+def test_a_table_that_can_not_be_read_has_no_epochs(data, tmp_path):
+    (tmp_path / 'summary.csv').write_bytes(data)
+    assert count_epochs(tmp_path) == 0
+
+
+BEST = dict(epoch=3, eval_loss=0.5, eval_top1=91.6666, eval_balanced=88.3333)
+
+
+def card_of(model, autotuned=None, **kwargs):
+    """Return the text of the card of a run with these settings."""
+    settings = dict(data_dir='photos/cells', model='test_vitresnet', lr=3e-3, epochs=5)
+    data = dict(label_names=['cat', 'dog', 'owl'], description='24 images of 3 classes', train=[], validation=[])
+    record = Record(FinetuneCfg(**{**settings, **kwargs}), data, timm.data.resolve_model_data_config(model), autotuned)
+    return run_card(record, BEST, model, 'Cells')
+
+
+def test_a_card_tells_what_the_run_recorded(model):
+    card = ModelCard(card_of(model, weight_decay=0.25, seed=7, eval_metric='balanced'))
+    results = {result.metric_type: result for result in card.data.eval_results}
+    assert results['accuracy'].metric_value == 91.67 and results['balanced_accuracy'].metric_value == 88.33
+    for result in results.values():
+        assert (result.task_type, result.dataset_type) == ('image-classification', 'imagefolder')
+        assert (result.dataset_name, result.dataset_config) == ('cells', 'cells')
+    recipe = 'opt=adamw, lr=0.003, weight_decay=0.25, sched=cosine, '
+    assert '24 images of 3 classes. epochs=5, batch_size=32, ' + recipe in ' '.join(card.text.split())
+    assert 'seed=7.' in card.text and 'head_loss' not in card.text and 'cat, dog, owl' in card.text
+    assert '# Cells' in card.text and "create_model('local-dir:.'" in card.text
+    assert 'after epoch 3 on ' in card.text and 'by which this epoch was chosen (balanced)' in card.text
+
+
+def test_a_card_names_the_weights_that_the_run_began_with(model):
+    model.pretrained_cfg = {**model.pretrained_cfg, 'tag': 'augreg_in21k', 'license': 'apache-2.0'}
+    card = ModelCard(card_of(model, pretrained=True))
+    assert '`test_vitresnet` fine-tuned with timm-vitres from the weights `augreg_in21k`.' in card.text
+    assert card.data.license == 'apache-2.0'
+    card = ModelCard(card_of(model))
+    assert 'fine-tuned with timm-vitres from random weights.' in card.text and card.data.license is None
+
+
+def test_a_card_tells_of_what_is_not_usual(model, monkeypatch):
+    assert '](curves.png)' in card_of(model)
+    monkeypatch.setattr(report, 'draws_curves', lambda: False)
+    text = card_of(model, head_loss='both', dataset='torch/fashion_mnist')
+    assert 'curves.png' not in text and 'head_loss=both, seed=' in text
+    assert {result.dataset_name for result in ModelCard(text).data.eval_results} == {'torch/fashion_mnist'}
+
+
+def test_a_card_tells_the_settings_that_autotune_chose(model):
+    assert 'batch_size=4,' in card_of(model, autotuned=dict(batch_size=4), batch_size=8)

@@ -1,0 +1,126 @@
+"""OpenVINO: its files written from ONNX, and run at every size, the first sizes by graphs of their own.
+
+model.onnx -> `write` -> model.xml, model.bin -> `load` -> images (B, C, H, W) in, float32 outputs out
+"""
+
+import logging
+import os
+import sys
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Any, Dict, Optional, Tuple
+
+import numpy as np
+import torch
+
+OWN_GRAPHS = 2  # sizes that get one: those of full batches, and of the last one, which may be smaller
+INFO = 'timm_vitres'  # where in a file's rt_info config and precision stand
+# OpenVINO computes in bfloat16 wherever the machine can, unless it is told otherwise; what is not int8 stays float32
+HINTS = {'fp32': 'f32', 'bf16': 'bf16', 'int8': 'f32'}
+
+CUT_OFF = '<!-- <net > was being replaced when its writer was killed: export the model again -->'
+
+
+def write(onnx_file: Path, path: Path, precision: str, config: str, calibration: Optional[torch.Tensor]) -> None:
+    """Write an ONNX file as OpenVINO's .xml, with a .bin beside it that holds the weights.
+
+    Args:
+        config: JSON that the file shall hold.
+        calibration: Images (B, C, H, W), by whose activations nncf makes convolutions and linear layers int8.
+    """
+    import openvino
+
+    model = openvino.Core().read_model(onnx_file)
+    _resize_as_pillow_(model)
+    if calibration is not None:
+        model = _quantised(model, calibration)
+    model.set_rt_info(precision, [INFO, 'precision'])
+    model.set_rt_info(config, [INFO, 'config'])
+    openvino.save_model(model, path, compress_to_fp16=False)
+
+
+def _resize_as_pillow_(model: Any) -> None:
+    """Let position tables be resized as torch resizes them.
+
+    OpenVINO's cubic resizing passes over `antialias`, which changes the table even where it becomes larger; its mode
+    'bicubic_pillow' is torch's antialiased one.
+    """
+    from openvino import opset11
+
+    for node in model.get_ops():
+        attributes = node.get_attributes() if node.get_type_name() == 'Interpolate' else {}
+        if attributes.get('mode') != 'cubic' or not attributes['antialias']:
+            continue
+        image, sizes = (node.input_value(i) for i in range(2))
+        axes = opset11.constant(np.array([2, 3], dtype=np.int64))
+        resized = opset11.interpolate(
+            image,
+            opset11.gather(sizes, axes, opset11.constant(np.int64(0))),
+            'bicubic_pillow',
+            attributes['shape_calculation_mode'],
+            cube_coeff=attributes['cube_coeff'],
+            coordinate_transformation_mode=attributes['coordinate_transformation_mode'],
+            axes=axes,
+        )
+        node.output(0).replace(resized.output(0))
+    model.validate_nodes_and_infer_types()
+
+
+def _quantised(model: Any, images: torch.Tensor) -> Any:
+    """Return a model whose convolutions and linear layers are int8, by the ranges that images (B, C, H, W) show."""
+    import nncf
+
+    nncf.set_log_level(logging.ERROR)
+    dataset = nncf.Dataset([image.numpy() for image in images.split(1)])
+    with redirect_stdout(sys.stderr):  # where progress belongs
+        # the type of model smooths the activations' outliers before they are rounded
+        return nncf.quantize(model, dataset, model_type=nncf.ModelType.TRANSFORMER, subset_size=len(images))
+
+
+def is_export(path: Path) -> bool:
+    """Return whether a file is a model of OpenVINO's, so that its .bin holds that model's weights."""
+    with path.open('rb') as file:
+        return b'<net ' in file.read(1000)
+
+
+class Runner:
+    """A file that runs at every size.
+
+    A graph of one size is up to four times as fast as one for all sizes (benchmarks/results/throughput.csv), and is
+    compiled within half a second, but holds the weights once more. So the first sizes that come get a graph of their
+    own, and all further ones share one.
+    """
+
+    def __init__(self, path: Path):
+        import openvino
+
+        self.core = openvino.Core()
+        self.core.set_property({'ENABLE_MMAP': os.name != 'nt'})  # a file that is mapped can't be removed there
+        self.model = self.core.read_model(path)
+        told = [INFO, 'precision']
+        precision = self.model.get_rt_info(told).astype(str) if self.model.has_rt_info(told) else 'fp32'
+        self.settings = {'INFERENCE_PRECISION_HINT': HINTS[precision], 'INFERENCE_NUM_THREADS': torch.get_num_threads()}
+        self.graphs: Dict[Optional[Tuple[int, ...]], Any] = {}
+
+    def __call__(self, x: torch.Tensor) -> Any:
+        """x: (B, C, H, W), float32 -> a tensor, or a list of them."""
+        shape: Optional[Tuple[int, ...]] = tuple(x.shape)
+        if shape not in self.graphs:
+            shape = shape if len(self.graphs) < OWN_GRAPHS else None
+        if shape not in self.graphs:
+            self.graphs[shape] = self._compile(shape)
+        found = self.graphs[shape]([x.contiguous().numpy()])
+        outputs = [torch.from_numpy(np.array(found[i])) for i in range(len(found))]
+        return outputs[0] if 'logits' in self.graphs[shape].output(0).get_names() else outputs
+
+    def _compile(self, shape: Optional[Tuple[int, ...]]) -> Any:
+        model = self.model
+        if shape is not None:
+            model = model.clone()
+            model.reshape(list(shape))
+        return self.core.compile_model(model, 'CPU', self.settings)
+
+
+def load(path: Path) -> Runner:
+    """Return what a file computes."""
+    return Runner(path)
