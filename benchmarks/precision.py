@@ -5,8 +5,8 @@
 `timm-vitres finetune` trains a model from random weights on Fashion-MNIST (60,000 photographs of clothes, Xiao et al.
 2017; a tenth is held out to choose the epoch by), for every seed in fp32 and in bf16. The 10,000 test images are then
 looked at once by each: a row for every run in benchmarks/results/precision_train.csv. The first run's model is
-prepared in every precision, and exported as int8 for onnxruntime with ranges of 64 training images; what each gets
-right of the test images, on CPU, is a row in benchmarks/results/precision.csv.
+prepared in every precision, for OpenVINO too, and exported as int8 for onnxruntime; int8 of both takes its ranges from
+64 training images. What each gets right of the test images, on CPU, is a row in benchmarks/results/precision.csv.
 Data: the Debian package dataset-fashion-mnist, or --data-dir with its four .gz files.
 """
 
@@ -31,7 +31,7 @@ from timm_vitres.training.datasets import load_data
 from timm_vitres.training.settings import FinetuneCfg
 
 SETTINGS = {'fp32': {}, 'bf16': dict(amp=True)}
-PATHS = ('fp32', 'bf16', 'int8', 'onnxruntime int8')
+PATHS = ('fp32', 'bf16', 'int8', 'onnxruntime int8', 'openvino', 'openvino bf16', 'openvino int8')
 
 
 def unpack(source: Path, root: Path) -> Path:
@@ -125,6 +125,11 @@ def main() -> None:
         if path.startswith('onnxruntime'):
             exported = export(model, args.output / 'model.onnx', 'onnx', 'int8', dynamic=False, example=calibration)
             function, report = load(exported.path, 'onnx'), exported.report
+        elif path.startswith('openvino'):
+            precision = path.partition(' ')[2] or 'fp32'
+            images = calibration if precision == 'int8' else example
+            function = timm_vitres.prepare(model, precision, example=images, engine='openvino')
+            report = function.report
         else:
             function = timm_vitres.prepare(model, path, compile=True, example=example)
             report = function.report

@@ -67,6 +67,18 @@ def onnxruntime(model: nn.Module, x: torch.Tensor, precision: str) -> Callable[[
         return load(path, 'onnx')
 
 
+def openvino_for_all_sizes(model: nn.Module, x: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Return a model as OpenVINO runs it when other sizes than that of x came first, which have graphs of their own."""
+    from timm_vitres.inference.exports import export, load
+
+    with tempfile.TemporaryDirectory() as folder:
+        export(model, Path(folder) / 'model.xml', example=x)
+        run = load(Path(folder) / 'model.xml', 'openvino')
+        for side in (64, 96):
+            run(torch.randn(1, 3, side, side))
+        return run
+
+
 PATHS = {
     'eager': lambda model, x: model,
     'folded': lambda model, x: timm_vitres.fold(model),  # of timm's models it is timm's reparameterize_model
@@ -76,7 +88,12 @@ PATHS = {
     'int8 compiled': partial(prepared, precision='int8', compile=True),
     'onnxruntime': partial(onnxruntime, precision='fp32'),
     'onnxruntime int8': partial(onnxruntime, precision='int8'),
+    'openvino': partial(prepared, precision='fp32', engine='openvino'),
+    'openvino, all sizes': openvino_for_all_sizes,
+    'openvino bf16': partial(prepared, precision='bf16', engine='openvino'),
+    'openvino int8': partial(prepared, precision='int8', engine='openvino'),
 }
+ON_CPU = [path for path in PATHS if path.startswith(('onnxruntime', 'openvino'))]
 
 
 def is_ours(name: str) -> bool:
@@ -254,8 +271,8 @@ def measure_paths(
         row.update(reference=reference[0], **compared('ratio', times[key], times[reference]))
         row.update(common=common[0], **compared('common_ratio', times[key], times[common[0], 'eager']))
         row.update(memory_mb='', memory_ratio='')
-        graphs = args.device == 'cuda' and 'compiled' in path  # which keep their memory from call to call
-        if 'onnxruntime' not in path and not graphs:  # whose memory torch does not see
+        graphs = args.device == 'cuda' and 'compiled' in path  # these keep their memory from call to call
+        if path not in ON_CPU and not graphs:  # torch does not see the memory of other engines
             row.update(memory_mb=megabytes(memory[key]), memory_ratio=round(memory[key] / memory[reference], 3))
         row.update(
             difference=f'{difference(logits[key], logits[label, "eager"]):.1e}',
@@ -403,10 +420,9 @@ def main() -> None:
         if name not in PAIRS and not timm.is_model(name):
             parser.error(f'--models: {name!r} is none of {", ".join(PAIRS)}, and no model of timm.')
     if args.command == 'inference':
-        on_cpu = [path for path in PATHS if 'onnxruntime' in path]
-        asked = args.paths or [path for path in PATHS if args.device == 'cpu' or path not in on_cpu]
-        if args.device == 'cuda' and set(asked) & set(on_cpu):
-            parser.error(f'--paths: {", ".join(on_cpu)} run on CPU only.')
+        asked = args.paths or [path for path in PATHS if args.device == 'cpu' or path not in ON_CPU]
+        if args.device == 'cuda' and set(asked) & set(ON_CPU):
+            parser.error(f'--paths: {", ".join(ON_CPU)} run on CPU only.')
         args.paths = [path for path in PATHS if path in ('eager', *asked)]
     if args.command == 'scaling':
         args.axes = args.axes or ['resolution', 'batch', *(['threads'] if args.device == 'cpu' else [])]

@@ -15,13 +15,15 @@ from timm_vitres.inference.openvino_ir import OWN_GRAPHS, is_export
 pytestmark = pytest.mark.recent
 LAYERS = dict(backbone='resnet18', stage=1, depth=1, embed_dim=32, num_heads=2, num_classes=7)
 
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ('test_vitresnet_dual', 'vitresnet_nano')]
+
 
 @pytest.fixture
 def net():
     return randomise_(timm.create_model('vitresnet', **LAYERS, img_size=64)).eval()
 
 
-@pytest.mark.parametrize('name', ['test_vitresnet', 'test_vitresnet_dual', 'vitresnet_nano'])
+@pytest.mark.parametrize('name', ['test_vitresnet', *SLOW])
 def test_position_tables_are_resized_as_by_torch(name, tmp_path):
     """Larger, smaller and odd: OpenVINO's own cubic resizing is off by 1e-3 and more."""
     model = randomise_(timm.create_model(name)).eval()

@@ -49,9 +49,14 @@ def test_it_computes_the_same(name, precision):
 
 @pytest.mark.recent
 @pytest.mark.parametrize(
-    'engine, precision', [(engine, precision) for engine, row in ENGINES.items() for precision in row.precisions]
+    'name, engine, precision',
+    [
+        pytest.param(name, engine, precision, marks=[] if name == 'test_vitresnet' else pytest.mark.slow)
+        for name in ('test_vitresnet', 'test_vitresnet_dual')
+        for engine, row in ENGINES.items()
+        for precision in row.precisions
+    ],
 )
-@pytest.mark.parametrize('name', ['test_vitresnet', 'test_vitresnet_dual'])
 def test_engines_keep_the_contract(name, engine, precision):
     """Float32 in and out, any size, a report, no gradient, and no way to save it."""
     model = create(name)
@@ -80,6 +85,14 @@ def test_a_pyramid_by_an_engine():
     x = torch.randn(2, 3, 80, 96)
     for y, expected in zip(fast(x), model(x), strict=True):
         assert relative_difference(y, expected) < 1e-5
+
+
+@pytest.mark.recent
+def test_any_timm_model_by_an_engine():
+    model = randomise_(timm.create_model('resnet18', num_classes=5)).eval()
+    x = torch.randn(3, 3, 64, 96)
+    fast = prepare(model, example=x, engine='openvino')
+    assert relative_difference(fast(x), model(x)) < 1e-5 and relative_difference(fast(x[:2]), model(x[:2])) < 1e-5
 
 
 @pytest.mark.recent

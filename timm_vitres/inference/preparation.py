@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from ..checks import check_choice
 from ..measure import MEMORY_FORMATS, as_ms, measure
+from ..models.base import Hybrid
 from .exports import write_compared
 from .folding import fold
 from .formats import ENGINES
@@ -76,7 +77,8 @@ def prepare(
     With torch it is folded, lowered to a precision, and compiled if wanted. Whether maps are channels-last is decided
     by measuring both, and so is, for int8, what is not int8: torchao quantises the linear layers but the heads (weights
     once, activations as they come), and the convolutions and everything else are bf16 or fp32, whichever is faster
-    here. Other engines run the folded model as `export` writes it, on CPU.
+    here. Other engines run the folded model as `export` writes it, on CPU; one that is not of this package then takes
+    images of the example's height and width alone.
 
     Args:
         model: A timm model (also with features_only) in evaluation mode. It stays as it is.
@@ -177,7 +179,8 @@ def _run_by_engine(
     row = ENGINES[engine]
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / f'model{row.suffixes[0]}'
-        write_compared(model, file, row, precision, images, calibrate, what=f'engine: {engine!r}')
+        dynamic = isinstance(getattr(model, 'model', model), Hybrid)  # others may take the example's size alone
+        write_compared(model, file, row, precision, images, calibrate, dynamic, what=f'engine: {engine!r}')
         return row.load(file)
 
 

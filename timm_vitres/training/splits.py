@@ -52,7 +52,7 @@ def read_record(recorded: Dict[str, Any], kind: type) -> Dict[str, Any]:
     """Return a record's two sets; raise ValueError unless both are of `kind`: list (image folder) or dict (dataset)."""
     what = 'an image folder' if kind is list else 'a named dataset'
     for name in ('train', 'validation', 'label_names', 'description'):
-        if name not in told:
+        if not isinstance(recorded, dict) or name not in recorded:
             raise ValueError(f'recorded: the record of the images lacks {name!r}.')
     sets = {name: recorded[name] for name in ('train', 'validation')}
     labels, description = recorded['label_names'], recorded['description']
