@@ -108,9 +108,20 @@ def dual_elpv() -> str:
 
 
 def timings(on_cpu: bool) -> dict:
-    """Return rows of throughput.py inference by device, model, image size, path and batch size."""
-    rows = newest('throughput', 'device', 'model', 'size', 'path', 'batch')
+    """Return rows of throughput.py inference by device, machine, model, image size, path and batch size."""
+    rows = newest('throughput', 'device', 'machine', 'model', 'size', 'path', 'batch')
     return {key: row for key, row in rows.items() if (key[0] == 'cpu') == on_cpu}
+
+
+def of_one_machine(rows: dict, model: str) -> dict:
+    """Return the rows of `timings` of the machine that measured a model last, without the machine in their keys."""
+    machine = [key[1] for key in rows if key[2] == model][-1]
+    return {(key[0], *key[2:]): row for key, row in rows.items() if key[1] == machine}
+
+
+def short(machine: str) -> str:
+    """Return the name of a machine's processor without what all of them have."""
+    return re.sub(r'\(R\)|Processor|, \d+ cores', '', machine).strip()
 
 
 def published() -> dict:
@@ -128,14 +139,14 @@ def ratios_to_timm(rows: dict) -> str:
     """Return a table of the hybrids, ours and timm's, each against timm's class in eager mode."""
     timms = {row['reference'] for row in rows.values() if row['model'].startswith('vitresnet')}
     lines = []
-    for device, model, size in dict.fromkeys(key[:3] for key in rows):
+    for device, machine, model, size in dict.fromkeys(key[:4] for key in rows):
         if not model.startswith('vitresnet') and model not in timms:
             continue
-        for path in dict.fromkeys(key[3] for key in rows if key[:3] == (device, model, size)):
-            pair = (rows.get((device, model, size, path, batch)) for batch in ('1', '16'))
+        for path in dict.fromkeys(key[4] for key in rows if key[:4] == (device, machine, model, size)):
+            pair = (rows.get((device, machine, model, size, path, batch)) for batch in ('1', '16'))
             name = f'`{model}`' + (f' at {size} x {size}' if size != '224' else '')
-            lines.append([name, path, *(row['ratio'] if row else '' for row in pair)])
-    return table(['model', '', 'time, batch 1', 'time, batch 16'], lines)
+            lines.append([name, short(machine), path, *(row['ratio'] if row else '' for row in pair)])
+    return table(['model', 'processor', '', 'time, batch 1', 'time, batch 16'], lines)
 
 
 def throughput() -> str:
@@ -144,18 +155,22 @@ def throughput() -> str:
 
 
 def throughput_ours() -> str:
-    """Our paths alone, a hybrid a line: ratios at batch 1 and 16."""
-    rows = {key: row for key, row in timings(on_cpu=True).items() if 'vitresnet' in key[1]}
-    models = dict.fromkeys(key[1:3] for key in rows)
-    paths = list(dict.fromkeys(key[3] for key in rows))
+    """Our paths alone, a hybrid on a machine a line: ratios at batch 1 and 16."""
+    rows = {key: row for key, row in timings(on_cpu=True).items() if 'vitresnet' in key[2]}
+    models = dict.fromkeys(key[1:4] for key in rows)
+    # a graph for one size was a trial, that the package does not offer
+    paths = [path for path in dict.fromkeys(key[4] for key in rows) if not path.endswith('one size')]
 
-    def cell(model: str, size: str, path: str) -> str:
-        found = [rows.get(('cpu', model, size, path, batch)) for batch in ('1', '16')]
+    def cell(machine: str, model: str, size: str, path: str) -> str:
+        found = [rows.get(('cpu', machine, model, size, path, batch)) for batch in ('1', '16')]
         return ' / '.join(row['ratio'] for row in found if row)
 
     return table(
-        ['batch 1 / 16', *paths],
-        [[f'`{model}`', *(cell(model, size, path) for path in paths)] for model, size in models],
+        ['batch 1 / 16', 'processor', *paths],
+        [
+            [f'`{model}`', short(machine), *(cell(machine, model, size, path) for path in paths)]
+            for machine, model, size in models
+        ],
     )
 
 
@@ -197,7 +212,7 @@ def throughput_others() -> str:
     """Accuracy as published, and time on CPU against one hybrid of timm's in eager mode: ratios; the fastest first."""
     rows = {
         key: row
-        for key, row in timings(on_cpu=True).items()
+        for key, row in of_one_machine(timings(on_cpu=True), 'resnet50').items()
         if row['size'] == '224' and row['common'] == 'vit_small_r26_s32_224'
     }
     accuracy, lines = published(), []

@@ -67,18 +67,6 @@ def onnxruntime(model: nn.Module, x: torch.Tensor, precision: str) -> Callable[[
         return load(path, 'onnx')
 
 
-def openvino_for_all_sizes(model: nn.Module, x: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Return a model as OpenVINO runs it when other sizes than that of x came first, which have graphs of their own."""
-    from timm_vitres.inference.exports import export, load
-
-    with tempfile.TemporaryDirectory() as folder:
-        export(model, Path(folder) / 'model.xml', example=x)
-        run = load(Path(folder) / 'model.xml', 'openvino')
-        for side in (64, 96):
-            run(torch.randn(1, 3, side, side))
-        return run
-
-
 PATHS = {
     'eager': lambda model, x: model,
     'folded': lambda model, x: timm_vitres.fold(model),  # of timm's models it is timm's reparameterize_model
@@ -89,7 +77,6 @@ PATHS = {
     'onnxruntime': partial(onnxruntime, precision='fp32'),
     'onnxruntime int8': partial(onnxruntime, precision='int8'),
     'openvino': partial(prepared, precision='fp32', engine='openvino'),
-    'openvino, all sizes': openvino_for_all_sizes,
     'openvino bf16': partial(prepared, precision='bf16', engine='openvino'),
     'openvino int8': partial(prepared, precision='int8', engine='openvino'),
 }
@@ -250,7 +237,8 @@ def measure_paths(
     title = f'{name}, {batch} x {size}'
     sides = {(common[0], 'eager'): (common[1], x)}
     logits, worked = {}, True
-    todo = [(path, label) for path in args.paths for label in models]
+    labels = [label for label in models if is_ours(label) or not (args.ours and is_ours(name))]
+    todo = [(path, label) for path in args.paths for label in models if label in labels or path == 'eager']
     for path, label in tqdm(todo, desc=f'{title}: preparing', leave=False, disable=None):
         try:
             function = PATHS[path](models[label], x)
@@ -411,6 +399,7 @@ def main() -> None:
             sub.add_argument('--axes', nargs='+', choices=['resolution', 'batch', 'threads'], help='threads: on CPU')
         else:
             sub.add_argument('--threads', type=int)
+    commands.choices['inference'].add_argument('--ours', action='store_true', help="timm's class in eager mode alone")
     commands.choices['inference'].add_argument('--paths', nargs='+', choices=list(PATHS), help='eager is always there')
     commands.choices['train'].add_argument('--compile', action='store_true', help='torch.compile the models')
     args = parser.parse_args()

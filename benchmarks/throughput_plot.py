@@ -12,7 +12,7 @@ from typing import Sequence
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, LogLocator, NullLocator
-from report import RESULTS, fastest, newest, published, timings
+from report import RESULTS, fastest, newest, of_one_machine, published, timings
 
 OURS, TIMM = '#c8102e', '#707070'
 REACH = 0.32  # smallest distance of two labels, in % of accuracy
@@ -96,10 +96,10 @@ def draw(rows: dict, device: str, file: str) -> None:
 
 def main() -> None:
     """Draw a picture of the CPU and, if there is one, of the CUDA device measured last."""
-    draw(timings(on_cpu=True), 'cpu', 'throughput.png')
+    draw(of_one_machine(timings(on_cpu=True), 'resnet50'), 'cpu', 'throughput.png')
     cuda = timings(on_cpu=False)
-    if len({key[1] for key in cuda}) > 2:  # a pair alone makes no picture
-        draw(cuda, list(cuda)[-1][0], 'throughput_cuda.png')
+    if len({key[2] for key in cuda}) > 2:  # a pair alone makes no picture
+        draw(of_one_machine(cuda, list(cuda)[-1][2]), list(cuda)[-1][0], 'throughput_cuda.png')
 
 
 if __name__ == '__main__':

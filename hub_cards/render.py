@@ -16,27 +16,33 @@ from typing import Any, Dict, Iterator, List, Tuple
 
 import timm
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from timm.models import PretrainedCfg
+from timm.models import PretrainedCfg, get_arch_pretrained_cfgs
 from torch import nn
 
-from timm_vitres.models import vitresnet, vitresnet_dual
+import timm_vitres  # noqa: F401  (registers the models)
+from timm_vitres.models.base import Hybrid
 
 FOLDER = Path(__file__).parent
 
 
 def published_weights() -> Iterator[Tuple[str, PretrainedCfg]]:
     """Yield the name.tag and the cfg of every weight that lives somewhere."""
-    for architecture, cfgs in (*vitresnet.default_cfgs.items(), *vitresnet_dual.default_cfgs.items()):
-        for tag, cfg in cfgs.cfgs.items():
+    for architecture in (name for family in Hybrid.families for name in family.variants):
+        for name, cfg in get_arch_pretrained_cfgs(architecture).items():
             if cfg.has_weights:
-                yield f'{architecture}.{tag}', cfg
+                yield name, cfg
 
 
 def read(name: str) -> Dict[str, Any]:
     """Return a weight's facts, with those of its kind and of its architecture."""
-    facts = json.loads((FOLDER / f'{name}.json').read_text(encoding='utf-8'))
+    path, architecture = FOLDER / f'{name}.json', name.partition('.')[0]
+    if not path.is_file():
+        sys.exit(f'{name} has weights, but no facts: write hub_cards/{path.name}, as its neighbours are, then render.')
+    facts = json.loads(path.read_text(encoding='utf-8'))
     kinds = json.loads((FOLDER / 'kinds.json').read_text(encoding='utf-8'))
-    return {**kinds['architectures'][name.partition('.')[0]], **kinds['weights'][facts['kind']], **facts}
+    if architecture not in kinds['architectures'] or facts.get('kind') not in kinds['weights']:
+        sys.exit(f'{name}: hub_cards/kinds.json lacks its architecture or its kind of weights; describe it there.')
+    return {**kinds['architectures'][architecture], **kinds['weights'][facts['kind']], **facts}
 
 
 @cache

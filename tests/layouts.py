@@ -132,6 +132,19 @@ def mmpretrain_layout(state_dict):
     return result
 
 
+def _google(model):
+    return {name: torch.from_numpy(array.copy()) for name, array in google_layout(model).items()}
+
+
+# What writes a hybrid of an architecture in each of `LAYOUTS`
+EXAMPLES = {
+    'Google JAX': ('test_vitresnet', _google),
+    'transformers ViTHybrid': ('test_vitresnet', hybrid_layout),
+    'Conformer': ('test_vitresnet_dual', lambda model: conformer_layout(model.state_dict())),
+    'mmpretrain Conformer': ('test_vitresnet_dual', lambda model: mmpretrain_layout(model.state_dict())),
+}
+
+
 def write_shards(model, folder, suffix='safetensors'):
     """Write a model as Hugging Face's libraries write large ones; return the index."""
     folder.mkdir(exist_ok=True)

@@ -53,6 +53,12 @@ def test_commands_are_known(tmp_path):
     assert targets and all(f'\n{target}:' in makefile for target in targets)
 
 
+def test_every_variant_stands_in_a_table():
+    listed = re.findall(r'^\| `(vitresnet\w*)` \|', README, re.MULTILINE)
+    missing = set(timm.list_models('vitresnet*')) - set(listed)
+    assert not missing, f'README.md: its tables of models lack {", ".join(sorted(missing))}; add a line for each.'
+
+
 def test_tables_are_those_of_the_recorded_rows():
     command = [sys.executable, str(ROOT / 'benchmarks' / 'report.py'), '--check']
     result = subprocess.run(command, capture_output=True, text=True)

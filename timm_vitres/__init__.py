@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from .training.settings import FinetuneCfg
 
 __version__ = '0.1.0'
-# name -> the module that it is imported from when it is first used
+# The module that each name is imported from when it is first used
 _LAZY = {
     'FinetuneCfg': 'training.settings',
     'convert': 'publishing.conversion',

@@ -7,6 +7,7 @@ Python: a list becomes a tuple, and a number of NumPy's becomes a number of Pyth
 
 import difflib
 import functools
+import importlib.util
 import inspect
 import math
 import numbers
@@ -213,6 +214,19 @@ def conform_indices(name: str, indices: Any, number: int, distinct: bool = False
 def check_choice(name: str, value: Any, choices: Tuple[Any, ...]) -> None:
     """Raise ValueError unless a value is one of `choices`."""
     conform(name, value, Literal[choices])  # pyright: ignore[reportInvalidTypeArguments]
+
+
+def on_one_line(error: BaseException) -> str:
+    """Return what an error says, on one line; the name of its class where it says nothing."""
+    return ' '.join(str(error).split()) or type(error).__name__
+
+
+def is_installed(package: str) -> bool:
+    """Return whether a package can be imported, without importing it."""
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ValueError:  # sys.modules has None in its place
+        return False
 
 
 def show(value: Any) -> str:

@@ -311,7 +311,7 @@ def _print_table(predictions: Sequence) -> None:
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
     def _get_help_string(self, action: argparse.Action) -> Optional[str]:
-        # a default of None or False says nothing
+        # None, False and '' tell a reader nothing
         return super()._get_help_string(action) if action.default not in (None, False, '') else action.help
 
 
@@ -331,7 +331,7 @@ def create_parser() -> argparse.ArgumentParser:
 
 
 def _say(error: BaseException) -> None:
-    traceback.clear_frames(error.__traceback__)  # progress bars in them are closed, so that the line is ours
+    traceback.clear_frames(error.__traceback__)  # this closes the progress bars in them, so that the line is ours
     print(f'timm-vitres: {one_line(error)}', file=sys.stderr)
 
 
@@ -369,7 +369,7 @@ def main(argv: Optional[List[str]] = None) -> int:
                 sys.stdout.flush()
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # whoever reads what is printed, such as `head`, wants no more; nor does the flush at exit
+    except BrokenPipeError:  # a reader such as `head` wants no more, not even what is flushed at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return READER_GONE
     except MISTAKES as error:

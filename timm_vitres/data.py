@@ -18,7 +18,7 @@ from timm.models import get_model_input_config
 from torch import nn
 from tqdm import tqdm
 
-from .checks import ImageSide, between, conform, show
+from .checks import ImageSide, between, conform, on_one_line, show
 from .folders import find_images, shown
 from .weights.files import CONFIG_NAME
 
@@ -83,8 +83,7 @@ class _ImageError(ValueError):
     """An image can't be used; the message names it and the reason."""
 
     def __init__(self, name: str, error: Exception):
-        reason = ' '.join(str(error).split()) or type(error).__name__
-        super().__init__(f'image: {name} cannot be read as an image ({reason}).')
+        super().__init__(f'image: {name} cannot be read as an image ({on_one_line(error)}).')
 
 
 def _check_file(path: Union[str, Path]) -> None:

@@ -46,13 +46,13 @@ def fastest_training(
 
 def measure(functions: Dict[Any, Callable], x: torch.Tensor, rounds: int = 3, seconds: float = 0.2) -> Dict[Any, float]:
     """Return the median time of each function of x, in seconds; they take turns, `rounds` times."""
-    from torch.utils.benchmark import Timer  # here, since importing this package does not need it
+    from torch.utils.benchmark import Timer  # it is imported late, since importing this package does not need it
 
     timers = {
         name: Timer('function(x)', globals=dict(function=function, x=x), num_threads=torch.get_num_threads())
         for name, function in functions.items()
     }
-    once = {name: timer.timeit(1).mean for name, timer in timers.items()}  # and warm
+    once = {name: timer.timeit(1).mean for name, timer in timers.items()}  # this also warms up
     repeats = {name: max(1, round(seconds / value)) for name, value in once.items()}
     times: Dict[Any, List[float]] = {name: [] for name in functions}
     for _ in range(rounds):

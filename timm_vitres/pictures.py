@@ -1,29 +1,30 @@
-"""TODO."""
+"""Pictures, as PNGs by matplotlib (`pip install timm-vitres[plot]`): curves of a run, explanations, predictions."""
 
-import importlib.util
 import math
 from pathlib import Path
 from typing import Dict, List, Sequence
 
 import numpy as np
 
+from .checks import is_installed
 from .data import open_image
 from .explanation import Explanation
 from .prediction import Prediction
 from .writing import replacing
 
+RESNET_TITLE = 'ResNet: Grad-CAM of its last stage'
+VIT_TITLE = 'ViT: attention rollout'
+
 
 def draws_curves() -> bool:
-    """Whether matplotlib is here, which curves need."""
-    return importlib.util.find_spec('matplotlib') is not None
+    """Return whether curves can be drawn: they need matplotlib."""
+    return is_installed('matplotlib')
 
 
 def plot_curves(history: List[Dict[str, float]], path: Path) -> None:
     """Draw loss and accuracy by epoch as a PNG."""
-    from matplotlib.figure import Figure
-
     epochs = [row['epoch'] + 1 for row in history]
-    figure = Figure(figsize=(9, 3.5), layout='constrained')
+    figure = new_figure('curves', 9, 3.5)
     loss, accuracy = figure.subplots(1, 2)
     loss.plot(epochs, [row['train_loss'] for row in history], marker='.', label='training')
     loss.plot(epochs, [row['eval_loss'] for row in history], marker='.', label='validation')
@@ -34,10 +35,6 @@ def plot_curves(history: List[Dict[str, float]], path: Path) -> None:
         axes.grid(alpha=0.3)
         axes.legend()
     figure.savefig(path, dpi=120, format='png')
-
-
-RESNET_TITLE = 'ResNet: Grad-CAM of its last stage'
-VIT_TITLE = 'ViT: attention rollout'
 
 
 def plot_explanation(explanation: Explanation, path: Path) -> None:

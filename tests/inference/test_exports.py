@@ -340,6 +340,12 @@ class Unscriptable(torch.nn.Module):
         return x + next(iter({1.0: x} | {}))
 
 
+def test_a_model_that_is_refused_leaves_no_folder(tmp_path):
+    with pytest.raises(ValueError, match='it is in training mode'):
+        export(create('vitresnet', **LAYERS).train(), tmp_path / 'new' / 'model.pt')
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_wrong_export_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / 'model.pt'
     path.write_text('the old one')

@@ -26,6 +26,7 @@ def rendered():
 def test_cards_are_what_their_facts_render(rendered):
     assert {path.name for path in rendered} == {f'{name}.md' for name in (*NAMES, 'family')}
     for path, text in rendered.items():
+        assert path.is_file(), f'{path.name} is missing: run `python hub_cards/render.py`'
         assert path.read_text(encoding='utf-8') == text, f'{path.name}: run `python hub_cards/render.py`'
     known = {path.name for path in rendered} | {f'{name}.json' for name in (*NAMES, 'kinds')}
     left_over = {path.name for path in FOLDER.iterdir() if path.is_file()} - known
@@ -34,6 +35,8 @@ def test_cards_are_what_their_facts_render(rendered):
 
 @pytest.mark.parametrize('name', NAMES)
 def test_a_card(name):
+    for suffix, remedy in (('json', 'write it, as its neighbours are'), ('md', 'run `python hub_cards/render.py`')):
+        assert (FOLDER / f'{name}.{suffix}').is_file(), f'hub_cards/{name}.{suffix} is missing: {remedy}.'
     text = (FOLDER / f'{name}.md').read_text(encoding='utf-8')
     card = ModelCard(text)  # raises for a head that is not valid, its results too
     facts = json.loads((FOLDER / f'{name}.json').read_text(encoding='utf-8'))

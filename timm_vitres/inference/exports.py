@@ -25,8 +25,8 @@ from .folding import copy_model, fold
 from .formats import FORMATS, Format, Run, Source
 from .lowering import check_example, check_outputs, difference, forward_only
 
-# How far outputs may be off, of their norm: runtimes add up in another order. A low precision is only reported, but an
-# output that is off by its whole norm is that of another model
+# Outputs may be off by this part of their norm: runtimes add up in another order, and what a low precision costs is
+# reported, not judged. Outputs that are off by their whole norm are those of another model
 _TOLERANCE = {'fp32': 1e-4, 'bf16': 1.0, 'int8': 1.0}
 
 
@@ -34,7 +34,7 @@ class Exported(NamedTuple):
     """A file, and how far its outputs are from the model's."""
 
     path: Path
-    difference: float  # of the outputs' norm
+    difference: float  # norm of the outputs' difference, relative to the outputs' norm
     report: str
 
 
@@ -76,35 +76,29 @@ def export(
     path, format = check_target(path, format, precision, example is not None)
     check_choice('dynamic', dynamic, (False, True))
     images = check_example(model, example)
+    source = capture(model, precision, images, example is not None, dynamic)
     row = FORMATS[format]
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f'.{path.name}.', dir=path.parent) as folder:
         file = Path(folder) / f'model{row.suffixes[0]}'
-        error = write_compared(model, file, row, precision, images, example is not None, dynamic, what=str(path))
+        error = write_compared(source, file, row, what=str(path))
         _put_in_place(file, path, row)
     shape = 'any height and width' if dynamic else f'{images.shape[2]}x{images.shape[3]} pixels'
     report = f'{path}: {format}, {precision}, for {shape}; its outputs differ by {error:.1e} of their norm.'
     return Exported(path, error, report)
 
 
-def write_compared(
-    model: nn.Module,
-    file: Path,
-    row: Format,
-    precision: str,
-    images: torch.Tensor,
-    calibrate: bool,
-    dynamic: bool = True,
-    what: str = 'model',
-) -> float:
-    """Write a model as a new file, load it again, and return the difference of outputs on images (B, C, H, W).
+def capture(
+    model: nn.Module, precision: str, images: torch.Tensor, calibrate: bool = False, dynamic: bool = True
+) -> Source:
+    """Return what a format's writer needs of a model, and what its file will be compared on: images, outputs.
 
     Args:
+        images: (B, C, H, W).
         calibrate: Whether the images are the caller's, from which int8 may take its ranges.
-        what: How sentences about the file begin.
 
     Raises:
-        ValueError, RuntimeError: as `export`.
+        ValueError: as `export`.
     """
     if images.device.type != 'cpu':
         raise ValueError(f'model: it is on {images.device}, and is exported from the CPU; model.cpu() moves it.')
@@ -117,15 +111,33 @@ def write_compared(
     if not isinstance(expected, (torch.Tensor, list)):
         raise ValueError(f'model: it returns a {type(expected).__name__}, expected logits, or the list of a pyramid.')
     check_outputs(expected)
-    source = Source(
+    captured = images[[0, -1]]  # a batch of one image would be taken for a constant
+    compared = [(images, expected)]
+    if dynamic:
+        stride = _image_sizes(model).stride
+        other = F.interpolate(captured, (2 * stride, 3 * stride))
+        compared.append((other, own(other)))
+    return Source(
         folded,
         is_pyramid=isinstance(expected, list),
-        images=images[[0, -1]],  # a batch of one image would be taken for a constant
+        images=captured,
         sizes=_dynamic_shapes(model) if dynamic else {0: Dim('batch')},
         precision=precision,
         calibration=images if calibrate else None,
         config=_config(model),
+        compared=compared,
     )
+
+
+def write_compared(source: Source, file: Path, row: Format, what: str) -> float:
+    """Write a new file, load it again, and return the difference of its outputs on the images of `capture`.
+
+    Args:
+        what: How sentences about the file begin.
+
+    Raises:
+        RuntimeError: where the format can't hold the model, or what was written does not compute what it does.
+    """
     with tqdm(total=2, desc=f'writing {row.name}', leave=False, disable=None) as steps, warnings.catch_warnings():
         warnings.simplefilter('ignore')  # torch warns itself
         with _one_sentence(f'{what}: format {row.name!r} can not hold this model'):
@@ -133,14 +145,12 @@ def write_compared(
         steps.update()
         steps.set_description('comparing')
         run = load(file, row.name)
-        error = worst = difference(run(images), expected)
-        if dynamic:
-            stride = _image_sizes(model).stride
-            other = F.interpolate(source.images, (2 * stride, 3 * stride))
-            worst = max(worst, difference(run(other), own(other)))
-    if not worst < _TOLERANCE[precision]:
-        raise RuntimeError(f"{what}: what was written differs from the model, by {worst:.1e} of the outputs' norm.")
-    return error
+        differences = [difference(run(images), expected) for images, expected in source.compared]
+    if not max(differences) < _TOLERANCE[source.precision]:
+        raise RuntimeError(
+            f"{what}: what was written differs from the model, by {max(differences):.1e} of the outputs' norm."
+        )
+    return differences[0]
 
 
 def _files(path: Path, row: Format) -> Tuple[Path, ...]:
@@ -216,12 +226,13 @@ def _one_sentence(what: str) -> Iterator[None]:
 
 def load(path: Path, format: str) -> Run:
     """Return what an exported file computes: images (B, C, H, W), float32 -> a tensor, or a list of them."""
+    check_choice('format', format, tuple(FORMATS))
     return FORMATS[format].load(Path(path))
 
 
 def _config(model: nn.Module) -> Dict[str, Any]:
     """Return what a program needs to know to use the file: data config and class names."""
-    net = getattr(model, 'model', model)  # features_only
+    net = getattr(model, 'model', model)  # timm wraps a model that returns features
     config = data_config(net)
     if getattr(net, 'num_classes', 0):
         config['label_names'] = label_names(net)
@@ -229,7 +240,7 @@ def _config(model: nn.Module) -> Dict[str, Any]:
 
 
 def _image_sizes(model: nn.Module) -> ImageSizes:
-    net = getattr(model, 'model', model)  # features_only
+    net = getattr(model, 'model', model)  # timm wraps a model that returns features
     return net.image_sizes() if isinstance(net, Hybrid) else ImageSizes(net.feature_info[-1]['reduction'], 1)
 
 

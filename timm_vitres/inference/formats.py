@@ -3,17 +3,17 @@
 `Source` (a folded model, images, sizes) -> `Format.write` -> a file -> `Format.load` -> float32 images in, outputs out
 """
 
-import importlib.util
 import json
 import tempfile
 import zipfile
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Callable, Dict, Optional, Tuple
+from typing import Any, Callable, Dict, List, Optional, Tuple
 
 import torch
 from torch import nn
 
+from ..checks import is_installed
 from . import openvino_ir
 from .lowering import PRECISIONS, LoweredLogits, LoweredMaps, forward_only, quantise_
 
@@ -33,6 +33,7 @@ class Source:
     precision: str
     calibration: Optional[torch.Tensor]  # images of the caller's: (B, C, H, W)
     config: Dict[str, Any]  # data config and class names
+    compared: List[Tuple[torch.Tensor, Any]]  # images, and what the model returns for them
 
     @property
     def config_text(self) -> str:
@@ -79,16 +80,8 @@ class Format:
         if precision in self.needs_images and not has_images:
             raise ValueError(
                 f'example: not given, but {precision!r} of {self.name!r} takes the ranges of its activations from '
-                f'images; give some of yours.'
+                f'images; give some of yours (on the command line: --images).'
             )
-
-
-def is_installed(package: str) -> bool:
-    """Return whether a package can be imported, without importing it."""
-    try:
-        return importlib.util.find_spec(package) is not None
-    except ValueError:  # its entry in sys.modules is None
-        return False
 
 
 def is_checkpoint(path: Path) -> bool:

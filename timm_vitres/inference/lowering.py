@@ -41,7 +41,7 @@ class LoweredMaps(Lowered):
     def forward(self, x: torch.Tensor) -> List[torch.Tensor]:
         """x: (B, C, H, W) -> maps (B, num_chs, H / reduction, W / reduction), float32."""
         maps = self.model(x.to(self.dtype))
-        assert torch.jit.isinstance(maps, List[torch.Tensor])  # TorchScript sees all that the method could return
+        assert torch.jit.isinstance(maps, List[torch.Tensor])  # TorchScript sees every type that the method can return
         return [y.float() for y in maps]
 
 

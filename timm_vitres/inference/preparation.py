@@ -22,7 +22,7 @@ from tqdm import tqdm
 from ..checks import check_choice
 from ..measure import MEMORY_FORMATS, as_ms, measure
 from ..models.base import Hybrid
-from .exports import write_compared
+from .exports import capture, write_compared
 from .folding import fold
 from .formats import ENGINES
 from .lowering import PRECISIONS, Lowered, check_example, check_outputs, difference, forward_only, quantise_
@@ -177,10 +177,11 @@ def _run_by_engine(
 ) -> Callable[[torch.Tensor], Any]:
     """Return what runs a model as its engine's file."""
     row = ENGINES[engine]
+    dynamic = isinstance(getattr(model, 'model', model), Hybrid)  # others may take the example's size alone
+    source = capture(model, precision, images, calibrate, dynamic)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / f'model{row.suffixes[0]}'
-        dynamic = isinstance(getattr(model, 'model', model), Hybrid)  # others may take the example's size alone
-        write_compared(model, file, row, precision, images, calibrate, dynamic, what=f'engine: {engine!r}')
+        write_compared(source, file, row, what=f'engine: {engine!r}')
         return row.load(file)
 
 

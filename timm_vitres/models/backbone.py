@@ -9,7 +9,7 @@ from typing import Any, Callable, Dict, Iterable, Optional
 
 from torch import nn
 
-from ..checks import check_choice
+from ..checks import check_choice, on_one_line
 from .resnets import Kind, NoBackbone, kind_of
 
 # A config's fields that are measures of a ResNet, and their names in timm's classes
@@ -134,8 +134,9 @@ def _blame(name: str, build: Callable[..., nn.Module], measures: Dict[str, Any],
             continue
         guilty.append(measure)
     got = ', '.join(f'{_FIELDS.get(key, key)}: got {measures[key]!r}' for key in guilty or measures)
-    reason = ' '.join(str(error).split()).rstrip('.') or type(error).__name__
-    return f'{got or f"backbone: got {name!r}"}, with which timm can not build {name!r}: {reason}.'
+    return (
+        f'{got or f"backbone: got {name!r}"}, with which timm can not build {name!r}: {on_one_line(error).rstrip(".")}.'
+    )
 
 
 def check_effects(name: str, given: Iterable[str], **arguments: Any) -> None:

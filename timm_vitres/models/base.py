@@ -15,14 +15,14 @@ from ..weights.checkpoints import read_checkpoint
 from ..weights.comparison import add_batch_counts, check_dtypes, check_keys
 from ..weights.layouts import StateDict, convert_layout
 
-LABEL_KEYS = ('label_names', 'label_descriptions')  # of a pretrained cfg
+LABEL_KEYS = ('label_names', 'label_descriptions')  # where a pretrained cfg has the names of classes
 
 
 class ImageSizes(NamedTuple):
     """Which heights and widths, in pixels, a model takes in a graph that serves them all."""
 
     stride: int  # the deepest map has one pixel for so many of the image's
-    multiple: int  # of which height and width must be multiples; 1 where every size is taken
+    multiple: int  # height and width must be multiples of it; 1 where every size is taken
 
 
 class ExplainedParts(NamedTuple):
@@ -52,7 +52,7 @@ class Hybrid(nn.Module):
     variants: ClassVar[Sequence[str]] = ()
     foreign_names: ClassVar[Dict[str, str]] = {}
     num_pyramid: int
-    folded: bool = False  # by `fold`
+    folded: bool = False  # whether `fold` made it
     __jit_unused_properties__ = ['_model_args', 'first_conv', 'heads']
 
     def __init_subclass__(cls, **kwargs: Any):
@@ -142,7 +142,7 @@ class Hybrid(nn.Module):
         converted = convert_layout(dict(state_dict))
         check_dtypes(converted, self)
         converted = OrderedDict(self.fit_tables(converted))
-        if hasattr(state_dict, '_metadata'):  # torch's versions of modules
+        if hasattr(state_dict, '_metadata'):  # torch keeps the versions of its modules there
             converted._metadata = state_dict._metadata  # pyright: ignore[reportAttributeAccessIssue]
         return super().load_state_dict(converted, strict=strict, assign=assign)
 
@@ -183,7 +183,7 @@ class Hybrid(nn.Module):
         cfg = getattr(self, 'pretrained_cfg', None)  # there is none while the model is built
         if cfg and any(key in cfg for key in LABEL_KEYS):
             self.pretrained_cfg = {key: value for key, value in cfg.items() if key not in LABEL_KEYS}
-            self.default_cfg = self.pretrained_cfg  # as in timm
+            self.default_cfg = self.pretrained_cfg  # timm has both names for it
 
     @property
     def _model_args(self) -> Dict[str, Any]:

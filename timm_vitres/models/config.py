@@ -47,7 +47,7 @@ class VitResNetCfg:
     stage: Optional[Annotated[int, between(0, 4)]] = None  # the last stage kept; 0 keeps the stem alone
     # Its measures, in timm's words for `ResNet` and `ResNetV2`
     layers: Optional[Tuple[Count, ...]] = None  # blocks of each stage
-    channels: Optional[Tuple[Width, ...]] = None  # width of each stage (of timm's ResNet: before the block's expansion)
+    channels: Optional[Tuple[Width, ...]] = None  # width of each stage (timm's ResNet: before the block's expansion)
     block: Optional[Literal['basic', 'bottleneck']] = None
     # 4; 2 leaves out the pooling; 1 makes the first convolution's stride 1, too
     stem_stride: Optional[Literal[1, 2, 4]] = None
@@ -63,7 +63,7 @@ class VitResNetCfg:
     width_factor: Optional[Factor] = None  # ResNetV2: factor on all widths
     bottle_ratio: Optional[Ratio] = None  # ResNetV2: bottleneck width / block width
     preact: Optional[bool] = None  # ResNetV2: norm and activation before the convolutions
-    output_stride: Optional[Literal[8, 16, 32]] = None  # of the tokens, kept by dilation in place of strides
+    output_stride: Optional[Literal[8, 16, 32]] = None  # stride of the tokens, kept by dilation in place of strides
     backbone_norm_layer: Optional[MapNorm] = None
     backbone_act_layer: Optional[Activation] = None
     # The ViT
@@ -109,7 +109,7 @@ class VitResNetDualCfg:
     num_heads: Width = 6
     mlp_ratio: Ratio = 4.0
     qkv_bias: bool = True
-    # of the tokens: the class token, or 'avg'; '' returns map and tokens as they are
+    # how tokens are pooled: 'token' takes the class token; '' returns map and tokens as they are
     global_pool: DualGlobalPool = 'token'
 
     def __post_init__(self):

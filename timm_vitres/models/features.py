@@ -28,9 +28,9 @@ class Plan(NamedTuple):
     """What has to be computed for some maps."""
 
     maps: List[int]  # indices of `feature_info`, in the order wanted
-    num_levels: int  # how many levels of the ResNet
+    num_levels: int  # how many levels of the ResNet are computed
     past_resnet: bool  # whether tokens are made of its map
-    last_block: int  # of the ViT; -1 for none
+    last_block: int  # the last block of the ViT that runs; -1 for none
     kept_blocks: List[int]  # blocks whose tokens are kept
 
 
@@ -38,9 +38,9 @@ class Computed(NamedTuple):
     """What was computed."""
 
     x: torch.Tensor  # what the last part returned: tokens (B, N, D)
-    levels: List[torch.Tensor]  # of the ResNet: (B, C, h, w)
-    tokens: Dict[int, torch.Tensor]  # of each block that is kept: (B, P + H' * W', D)
-    grid: Tuple[int, int]  # of the tokens: (H', W')
+    levels: List[torch.Tensor]  # maps of the ResNet: (B, C, h, w)
+    tokens: Dict[int, torch.Tensor]  # by block: (B, P + H' * W', D)
+    grid: Tuple[int, int]  # how the tokens lie: (H', W')
 
 
 class SerialFeatures(nn.Module):

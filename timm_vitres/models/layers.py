@@ -44,7 +44,7 @@ def feature_take_indices(num_features: int, indices: Optional[Union[int, List[in
     Raises:
         ValueError: for indices that the features do not have.
     """
-    # a compiled graph has its indices checked where it is captured
+    # indices are checked where a compiled graph is captured
     if not torch.jit.is_scripting() and not torch.compiler.is_compiling() and indices is not None:
         indices = conform_indices('indices', indices, num_features)
     return take_indices(num_features, indices)
@@ -91,7 +91,7 @@ class PadSameStdConv2d(StdConv2dSame):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.pads = self.same_pad  # that which timm calls dynamic
+        self.pads = self.same_pad  # timm pads itself where this is set
         self.same_pad = False
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -149,9 +149,9 @@ def resample_pos_embed(
     PyTorch (2.14) has no backward of that resize for the symbolic sizes that a compiled training step has, so there it
     is written as what it is, a product with a matrix along each side.
     """
-    if not torch.jit.is_scripting():  # noqa: SIM102 (a script leaves out no more than this)
+    if not torch.jit.is_scripting():  # noqa: SIM102 (a script leaves out what is behind this condition alone)
         if (
-            torch.compiler.is_compiling()  # asked first: torch.fx can't follow what depends on a tensor
+            torch.compiler.is_compiling()  # it is asked first, since torch.fx can't follow conditions on a tensor
             and not is_exporting()
             and torch.is_grad_enabled()
             and pos_embed.requires_grad
@@ -192,7 +192,7 @@ def unflatten_tokens(x: torch.Tensor, grid: Tuple[int, int]) -> torch.Tensor:
 def pad_to(x: torch.Tensor, size: Tuple[int, int]) -> torch.Tensor:
     """Repeat the last pixels to the right and below until a map has `size`. (B, C, h, w) -> (B, C, *size)."""
     pad_h, pad_w = size[0] - x.shape[-2], size[1] - x.shape[-1]
-    if is_exporting() or pad_h > 0 or pad_w > 0:  # a captured graph is to know the size by what it is padded to
+    if is_exporting() or pad_h > 0 or pad_w > 0:  # padding tells a captured graph the size that it has then
         x = F.pad(x, (0, pad_w, 0, pad_h), mode='replicate')
     return x
 
@@ -259,7 +259,7 @@ class ResNetEmbed(HybridEmbed):
         self.only_multiples = any(isinstance(m, nn.AvgPool2d) and not m.ceil_mode for m in backbone.modules())
 
     def _init_backbone(self, img_size: Size = 224, patch_size: Size = 1, **kwargs):
-        # timm runs the backbone here to see what comes out; a ResNet's feature_info says it
+        # timm runs the backbone here to see what it returns; feature_info tells it without running anything
         height, width = cast(Tuple[int, int], to_2tuple(img_size))
         patch_h, patch_w = cast(Tuple[int, int], to_2tuple(patch_size))
         info = self.backbone.feature_info
@@ -310,7 +310,7 @@ class ResNetEmbed(HybridEmbed):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: (B, C, H, W) -> tokens (B, H', W', D)."""
-        # a compiled or exported graph has its shapes checked where it is captured
+        # shapes are checked where a compiled or exported graph is captured
         if not torch.jit.is_scripting() and not torch.compiler.is_compiling():
             self.check_input(x)
         return self.patchify(self.backbone(x))
@@ -340,7 +340,7 @@ class ResNetEmbed(HybridEmbed):
         stride_h = self.feature_ratio[0] * self.patch_size[0] // factor
         stride_w = self.feature_ratio[1] * self.patch_size[1] // factor
         height, width = (size[0] + stride_h - 1) // stride_h, (size[1] + stride_w - 1) // stride_w
-        # negative padding: of a slice, an exported graph would have to prove that it is smaller
+        # padding may be negative; an exported graph would have to prove that a slice is smaller
         return F.pad(x, (0, width - x.shape[-1], 0, height - x.shape[-2]))
 
     def prune(self, level: int) -> None:

@@ -45,11 +45,11 @@ def build_hybrid(model_cls: Type[ModelT], variant: str, pretrained: bool, cfg: A
         kwargs['num_classes'] = 0
         twin = model_cls(cfg, img_size=kwargs.get('img_size'), device='meta')
         indices = kwargs.pop('out_indices', None)
-        feature_cfg['out_indices'] = tuple(range(twin.num_pyramid))  # the pyramid alone
+        feature_cfg['out_indices'] = tuple(range(twin.num_pyramid))  # further features are for those who ask for them
         if indices is not None:
             feature_cfg['out_indices'] = conform_indices('out_indices', indices, len(twin.feature_info), distinct=True)
     create: Any = model_cls
-    if pretrained:  # timm would initialise all of the model, and then copy
+    if pretrained:  # timm would initialise the whole model, and then copy the weights into it
         source = resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay'))
         img_size = (kwargs.get('pretrained_model_args') or {}).get('img_size')
         create = partial(create_pretrained, model_cls, source, kwargs.get('cache_dir'), img_size, mmap)
@@ -64,7 +64,7 @@ def _forget_other_labels(model: nn.Module) -> None:
         return
     names = model.pretrained_cfg.get('label_names') or ()
     counted = isinstance(names, (list, tuple, dict)) and len(names) in (0, model.num_classes)
-    if not counted or (model.pretrained_cfg.get('num_classes') or 0) < 0:  # see `_drop_other_head_`
+    if not counted or (model.pretrained_cfg.get('num_classes') or 0) < 0:  # `_drop_other_head_` says what -1 means
         model.forget_labels()
 
 
@@ -93,14 +93,14 @@ def create_pretrained(
         RuntimeError: for a checkpoint that is not one of this model: missing and unexpected keys, wrong shapes.
         OSError: for a file that is damaged, or is not the one that was published.
     """
-    device = torch.empty(0, device=device).device  # the default one, too
+    device = torch.empty(0, device=device).device  # None becomes torch's default device
     if device.type == 'meta':
         raise ValueError("device: got 'meta', where no weights can be; use pretrained=False.")
     conform('weight_init', weight_init, WeightInit)
     model = model_cls(device='meta', dtype=dtype, weight_init='skip', **kwargs)
     model.weight_init_mode = 'reset' if weight_init == 'skip' else weight_init
     model.pretrained_cfg = source.to_dict()
-    if source.state_dict and not source.source:  # someone else's tensors: not to be shared
+    if source.state_dict and not source.source:  # the caller may change his tensors, so they are copied
         state_dict: Dict[str, Any] = {
             key: value.detach().clone(memory_format=torch.contiguous_format)
             for key, value in convert_layout(source.state_dict).items()
@@ -130,7 +130,7 @@ def assign_(model: nn.Module, state_dict: StateDict, device: Union[str, torch.de
     """Make the tensors of a state dict the model's own, in the model's dtype; nothing is copied that fits as it is."""
     own = model.state_dict()
     tensors = {key: value.to(device=device, dtype=own[key].dtype) for key, value in state_dict.items()}
-    nn.Module.load_state_dict(model, tensors, strict=False, assign=True)  # compared before
+    nn.Module.load_state_dict(model, tensors, strict=False, assign=True)  # the keys were compared before
 
 
 def _adapt_first_conv_(state_dict: StateDict, model: Hybrid) -> None:

@@ -1,4 +1,8 @@
-"""TODO."""
+"""Layers merged into the layers before them: what the hooks of timm's `reparameterize_model` are made of.
+
+convolution or linear layer, BatchNorm or LayerScale -> one layer that computes both. A layer is never changed, since
+others may share it, and what merging would lose (hooks, adapters, parametrizations) is refused by name.
+"""
 
 import copy
 from collections import Counter, OrderedDict
@@ -12,7 +16,7 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 
 ModelT = TypeVar('ModelT', bound=nn.Module)
-# a subclass may compute something else
+# Their subclasses may compute something else, so types are compared exactly
 _CONVS = (nn.Conv2d, Conv2dSame)
 _BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, BatchNormAct2d, SyncBatchNormAct)
 
@@ -93,7 +97,7 @@ def merge_batch_norm_(module: nn.Module, layer: str, norm: str) -> None:
     norm_weight = torch.ones_like(batch_norm.running_mean) if batch_norm.weight is None else batch_norm.weight
     norm_bias = torch.zeros_like(batch_norm.running_mean) if batch_norm.bias is None else batch_norm.bias
     tensors = (before.weight, before.bias, batch_norm.running_mean, batch_norm.running_var, norm_weight, norm_bias)
-    # in float32 or better, so that what is rounded to a lower precision is the result alone
+    # all is computed in float32 or better, so that only the result is rounded to a lower precision
     wide = torch.promote_types(before.weight.dtype, torch.float32)
     weight, bias, mean, var, norm_weight, norm_bias = (None if t is None else t.detach().to(wide) for t in tensors)
     weight, bias = merge(weight, bias, mean, var, batch_norm.eps, norm_weight, norm_bias)
@@ -140,7 +144,7 @@ def merge_layer_scale_(block: nn.Module) -> None:
         parts = ((f'{branch}.{layer}', linear), (f'{branch}.{drop}', getattr(parent, drop)), (name, scale))
         for part, module in parts:
             check_plain(part, module)
-        if parent._forward_hooks:  # they would see, and may change, what is scaled already
+        if parent._forward_hooks:  # they would see outputs that are scaled already
             check_plain(branch, parent)
         _check_type(f'{branch}.{layer}', linear, (nn.Linear,))
         gamma = scale.gamma.detach()
@@ -156,7 +160,7 @@ class _LayerTracer(fx.Tracer):
     """Goes into blocks, but not into layers."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        # an adapter is a layer, whatever it holds; a parametrised layer has children, too
+        # an adapter and a parametrised layer have children, but are layers
         is_layer = isinstance(m, _BATCH_NORMS) or hasattr(m, 'base_layer') or parametrize.is_parametrized(m)
         return is_layer or next(m.children(), None) is None or isinstance(m, tuple(get_notrace_modules()))
 
@@ -192,7 +196,7 @@ def batch_norms_of_convolutions(module: nn.Module) -> List[Tuple[str, str]]:
         layer, norm = str(before.target), str(node.target)
         parts = [module.get_submodule(name) for name in (layer, norm)]
         kinds = [parametrize.type_before_parametrizations(part) for part in parts]
-        # others do something with their weights, but an adapter is around one of these
+        # subclasses are left out, since they change their weights; an adapter is kept, to be refused by name
         plain = kinds[0] in _CONVS or hasattr(parts[0], 'base_layer')
         once = all(calls[name] == 1 and names[id(part)] == 1 for name, part in zip((layer, norm), parts))
         if plain and once and kinds[1] in _BATCH_NORMS and parts[1].running_mean is not None:

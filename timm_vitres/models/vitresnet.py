@@ -117,7 +117,7 @@ class VitResNet(SerialFeatures, Hybrid, VisionTransformer):
         )
         self.patch_embed.check_size('img_size', self.patch_embed.img_size)
         self.cfg = cfg
-        # which convolution sees the image depends on the backbone, so it is a trait of the instance, not of the cfg
+        # the first convolution depends on the backbone, so its name is a trait of the instance, not of the cfg
         first_conv = next(name for name, module in self.named_modules() if isinstance(module, nn.Conv2d))
         self._traits = dict(first_conv=first_conv, classifier=('head',))
         self._init_drop_path(drop_path_rate)
@@ -134,10 +134,10 @@ class VitResNet(SerialFeatures, Hybrid, VisionTransformer):
         """
         mode = mode or self.weight_init_mode  # pyright: ignore[reportAssignmentType]
         if mode == 'jax_nlhb' and self.num_classes == 0:
-            mode = 'jax'  # there is no head to have a bias
+            mode = 'jax'  # the two differ in the head's bias alone
         super().init_weights('reset' if mode == 'skip' else mode, needs_reset)
         if needs_reset:
-            if mode in ('reset', 'skip'):  # timm then leaves out what is no layer's own
+            if mode in ('reset', 'skip'):  # timm then initialises nothing but the layers that can do it themselves
                 backbone = self.patch_embed.backbone
                 backbone.init_as_built()
                 known = {self, *backbone.modules()}
@@ -275,7 +275,7 @@ class VitResNet(SerialFeatures, Hybrid, VisionTransformer):
     def _change_cfg(self, **changes: Any) -> None:
         """Keep config and saved arguments those of the model that this one has become."""
         self.cfg = dataclasses.replace(self.cfg, **changes)
-        self._model_args = {**getattr(self, '_model_args', {}), **changes}  # where timm keeps them
+        self._model_args = {**getattr(self, '_model_args', {}), **changes}  # timm writes these into config.json
 
     @checked
     def reset_classifier(self, num_classes: NumClasses, global_pool: Optional[GlobalPool] = None) -> None:
@@ -329,7 +329,7 @@ def _cfg_384(**kwargs) -> Dict[str, Any]:
 
 
 _IMAGENET = dict(mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD)
-# The first tag with weights is a name's default
+# A name without a tag means its first tag that has weights
 default_cfgs = generate_default_cfgs(
     {
         'vitresnet_tiny.augreg_in21k_ft_in1k': _cfg(hf_hub_id='timm/vit_tiny_r_s16_p8_224.augreg_in21k_ft_in1k'),

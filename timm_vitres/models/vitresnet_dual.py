@@ -120,7 +120,7 @@ class VitResNetDual(Hybrid):
         self._traits = dict(first_conv='stem.conv1', classifier=('head_resnet', 'head_vit'))
 
         third = cfg.depth // 3
-        self.units_of_level = [0, third, 2 * third, cfg.depth - 1, cfg.depth]  # how many come before each map
+        self.units_of_level = [0, third, 2 * third, cfg.depth - 1, cfg.depth]  # how many units each map comes after
         self.feature_info = [dict(num_chs=cfg.stem_width, reduction=2, module='stem')]
         for reduction, count in zip((4, 8, 16, 32), self.units_of_level[1:]):
             last = count - 1

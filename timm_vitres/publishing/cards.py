@@ -11,6 +11,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from torch import nn
 
+from ..checks import on_one_line
 from ..data import data_config as model_data_config
 from ..weights.files import CARD_NAME
 
@@ -97,13 +98,13 @@ def check_card(card: str, name: str = CARD_NAME) -> None:
     try:
         ModelCard(card)
     except yaml.YAMLError as error:
-        raise ValueError(f'{name}: the head of the card is no valid YAML; mend it ({_line(error)}).') from error
+        raise ValueError(
+            f'{name}: the head of the card is no valid YAML; mend it ({on_one_line(error):.200}).'
+        ) from error
     except Exception as error:  # fields of other types than the Hub knows fail in many ways
-        raise ValueError(f'{name}: the head of the card is not one of a model; mend it ({_line(error)}).') from error
-
-
-def _line(error: Exception) -> str:
-    return ' '.join(str(error).split())[:200] or type(error).__name__
+        raise ValueError(
+            f'{name}: the head of the card is not one of a model; mend it ({on_one_line(error):.200}).'
+        ) from error
 
 
 def merge_cards(old: str, new: str) -> str:

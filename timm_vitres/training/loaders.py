@@ -20,6 +20,7 @@ from timm.data import auto_augment_transform, create_transform, rand_augment_tra
 from timm.data.auto_augment import AugmentOp, augment_and_mix_transform
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, default_collate, get_worker_info
 
+from ..checks import on_one_line
 from .datasets import Data
 from .settings import FinetuneCfg
 
@@ -210,7 +211,7 @@ class _SeededStream(IterableDataset):
 
 
 def _sentence(name: str, error: Exception) -> str:
-    text = ' '.join(str(error).split()) or type(error).__name__
+    text = on_one_line(error)
     return text if name in text else f'{name}: {text}'
 
 

@@ -24,7 +24,7 @@ from torch import nn
 from torch.nn.utils import get_total_norm
 from tqdm import tqdm
 
-from ..checks import plain
+from ..checks import on_one_line, plain
 from ..data import data_config, image_mode
 from ..measure import fastest_training
 from ..models.base import Hybrid
@@ -61,7 +61,7 @@ def create_finetune_model(cfg: FinetuneCfg, num_classes: int) -> nn.Module:
     try:
         model = timm.create_model(cfg.model, pretrained=cfg.pretrained, num_classes=num_classes, **kwargs)
     except (TypeError, AttributeError, LookupError, AssertionError, ArithmeticError) as error:
-        # what a constructor says of an argument that it does not know, or can't work with
+        # constructors raise these for arguments that they do not know, or can't work with
         reason = f' ({error})' if str(error) else ''
         raise TypeError(f'model_kwargs: {cfg.model} can not be made with {kwargs}{reason}.') from error
     if cfg.img_size is not None and hasattr(model, 'set_input_size'):
@@ -167,7 +167,7 @@ def _set_up(
         size = _image_size(cfg.img_size) if cfg.img_size is not None else None
         asked = dict(img_size=size, mean=cfg.mean, std=cfg.std, interpolation=cfg.interpolation, crop_pct=cfg.crop_pct)
         config = plain('data_config', data_config(model, **asked))
-        # what the model's own config says must keep to what a setting may be, or validation would fail after an epoch
+        # the model's own data config must keep to the limits of settings, or validation would fail after an epoch
         dataclasses.replace(cfg, **{name: config[name] for name in ('mean', 'std', 'interpolation', 'crop_pct')})
         autotuned = _autotune(cfg, model, len(data.label_names), config['input_size']) if cfg.autotune else None
         record = Record(cfg, data.record(), config, autotuned)
@@ -181,9 +181,9 @@ def _set_up(
 def _check_device(name: str) -> torch.device:
     try:
         device = torch.device(name or ('cuda' if torch.cuda.is_available() else 'cpu'))
-        torch.zeros(1, device=device).item()  # which 'meta' can't, nor a device that is not here
+        torch.zeros(1, device=device).item()  # 'meta' can't do this, nor can a device that is missing
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = ' '.join(str(error).split()).partition('. ')[0].rstrip('.')
+        reason = on_one_line(error).partition('. ')[0].rstrip('.')
         raise ValueError(f'device: got {name!r}, which can not be used here ({reason}).') from error
     return device
 
@@ -199,7 +199,7 @@ def _check_optimizer(opt: str) -> None:
 
 def _autotune(cfg: FinetuneCfg, model: nn.Module, num_classes: int, input_size: Tuple[int, ...]) -> Dict[str, bool]:
     """Return the fastest amp and channels_last."""
-    with torch.random.fork_rng():  # so that a run with the same settings, named, is the same run
+    with torch.random.fork_rng():  # a run that is given these settings by name draws the same numbers
         settings, times = fastest_training(model, num_classes, (cfg.batch_size, *input_size), cfg.amp_dtype)
     _logger.info('autotune: %s; training with %s.', times, settings)
     return settings
@@ -263,7 +263,7 @@ class _Run:
         options = dict(lr=cfg.lr, weight_decay=cfg.weight_decay, layer_decay=cfg.layer_decay)
         try:
             optimizer = create_optimizer_v2(self.model, opt=cfg.opt, **options)
-        except Exception as error:  # one that needs a package, a GPU, or another kind of parameters
+        except Exception as error:  # optimizers may need a package, a GPU, or another kind of parameters
             raise ValueError(f'opt: {cfg.opt!r} can not be used here ({error}).') from error
         try:
             scheduler, _ = create_scheduler_v2(
@@ -301,7 +301,7 @@ class _Run:
                 train_loss = self._train_epoch(epoch)
                 metrics = self._validate(epoch)
             except Diverged:
-                if not self.history:  # with these settings there is nothing to go on with
+                if not self.history:  # a record alone would be nothing to go on with
                     (self.folder / RECORD_NAME).unlink()
                 raise
             row = dict(epoch=epoch, train_loss=train_loss, **{f'eval_{name}': metrics[name] for name in metrics})
@@ -399,8 +399,9 @@ class _Run:
             if self.scaler is not None:
                 self.scaler.load_state_dict(state['scaler'])
         except (RuntimeError, KeyError, ValueError) as error:
-            reason = ' '.join(str(error).split())
-            raise ValueError(f'resume: {CHECKPOINT_NAME} does not fit the model of the run ({reason}).') from error
+            raise ValueError(
+                f'resume: {CHECKPOINT_NAME} does not fit the model of the run ({on_one_line(error)}).'
+            ) from error
         self.history = state['history']
-        if self.scheduler is not None:  # where there are more epochs than before, this is another schedule
+        if self.scheduler is not None:  # it is not restored, since more epochs make another schedule
             self.scheduler.step_update(num_updates=len(self.history) * len(self.train_batches))

@@ -13,6 +13,7 @@ from timm.data import create_dataset
 from torch.utils.data import Dataset, IterableDataset
 from tqdm import tqdm
 
+from ..checks import on_one_line
 from ..folders import split_role
 from .settings import FinetuneCfg
 from .splits import Data, Subset, class_counts, class_names, read_record, stratified_split
@@ -170,8 +171,9 @@ def _create(cfg: FinetuneCfg, mode: str, split: str, is_training: bool) -> Datas
             seed=cfg.seed,
         )
     except Exception as error:  # torchvision, datasets, tensorflow-datasets and webdataset raise errors of any kind
-        reason = ' '.join(str(error).split()).rstrip('.') or type(error).__name__
-        reason = reason.replace('download=True', 'dataset_download')  # the setting has this name here
+        reason = (
+            on_one_line(error).rstrip('.').replace('download=True', 'dataset_download')
+        )  # the setting has this name here
         raise ValueError(f'dataset: {cfg.dataset!r}, split {split!r}, cannot be opened ({reason}).') from error
 
 

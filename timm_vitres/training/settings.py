@@ -15,7 +15,7 @@ from ..checks import plain
 SCHEDULES = ('cosine', 'tanh', 'step', 'multistep', 'poly', 'wsd', 'rsqrt', 'constant', 'none')
 INTERPOLATIONS = ('bilinear', 'bicubic', 'nearest', 'box', 'hamming', 'lanczos')
 ARGPARSE = ('help', 'nargs', 'choices', 'const', 'metavar', 'action')
-PAIRS = 'name=value'  # argparse's action of a dict's flag, which the command registers
+PAIRS = 'name=value'  # the command registers an action of this name with argparse
 MAX_BATCH = 2**20
 MAX_COUNT = 2**31 - 1  # the sum of two such is a seed that numpy takes
 
@@ -156,7 +156,7 @@ class FinetuneCfg:
             raise ValueError('data_dir: no folder given; give an image folder, or the name of a dataset.')
 
 
-# name of a setting -> the types that it may have
+# The types that each setting may have
 KINDS: Dict[str, Tuple[Any, ...]] = {
     name: typing.get_args(hint) if typing.get_origin(hint) is Union else (hint,)
     for name, hint in typing.get_type_hints(FinetuneCfg).items()
