@@ -181,7 +181,7 @@ def precision() -> str:
         ['model', 'precision', 'top-1 (%)', 'less than fp32', 'the same class (%)'],
         [
             [f'`{row["model"]}`', row['path'], row['top1'], row['drop'], row['same_class']]
-            for row in newest_rows.values()
+            for row in sorted(newest_rows.values(), key=lambda row: row['model'])
         ],
     )
 
@@ -189,8 +189,9 @@ def precision() -> str:
 def precision_train() -> str:
     """Top-1 after training in fp32 and in bf16."""
     runs = defaultdict(list)
-    for row in newest('precision_train', 'model', 'setting', 'seed', 'device', 'epochs').values():
-        runs[row['model'], row['epochs'], row['device'], row['setting']].append(float(row['top1']))
+    for row in newest('precision_train', 'model', 'setting', 'seed', 'device', 'machine', 'epochs').values():
+        place = short(row['machine']) if row['device'] == 'cpu' else row['device']
+        runs[row['model'], row['epochs'], place, row['setting']].append(float(row['top1']))
     return table(
         ['model', 'epochs', 'on', 'trained in', 'top-1 (%)'],
         [[f'`{key[0]}`', *key[1:], spread(values, 2)] for key, values in runs.items()],
