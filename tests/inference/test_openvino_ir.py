@@ -10,7 +10,7 @@ from conftest import randomise_, relative_difference
 
 from timm_vitres.inference import exports
 from timm_vitres.inference.exports import export, load
-from timm_vitres.inference.openvino_ir import is_export
+from timm_vitres.inference.openvino_ir import OWN_GRAPHS, is_export
 
 pytestmark = pytest.mark.recent
 LAYERS = dict(backbone='resnet18', stage=1, depth=1, embed_dim=32, num_heads=2, num_classes=7)
@@ -33,6 +33,16 @@ def test_position_tables_are_resized_as_by_torch(name, tmp_path):
         x = torch.randn(shape)
         with torch.inference_mode():
             assert relative_difference(run(x), model(x)) < 1e-5, shape
+
+
+def test_the_first_sizes_have_graphs_of_their_own(net, tmp_path):
+    export(net, tmp_path / 'm.xml')
+    run = load(tmp_path / 'm.xml', 'openvino')
+    for batch in range(1, 6):
+        x = torch.randn(batch, 3, 64, 64 + batch)
+        first, again = run(x), run(x)
+        assert torch.equal(first, again) and relative_difference(first, net(x)) < 1e-5
+    assert len(run.graphs) == OWN_GRAPHS + 1 and None in run.graphs
 
 
 def test_outputs_are_not_overwritten_by_the_next_call(net, tmp_path):
