@@ -201,7 +201,7 @@ def test_validation_images_are_those_of_the_beginning(images, tmp_path, monkeypa
     before = Record.read(tmp_path / 'run').data
     shutil.copy(images / 'down' / '0.png', images / 'down' / '00.png')  # which would shift the split
     seen = []
-    with monkeypatch.context() as patch:
+    with monkeypatch.context() as patch, caplog.at_level('WARNING'):
         create = module.create_loaders
         patch.setattr(module, 'create_loaders', lambda *args: seen.append(args[1]) or create(*args))
         finetune(dataclasses.replace(cfg, resume=True))
