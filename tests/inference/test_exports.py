@@ -205,6 +205,7 @@ def config_of(path, format):
         info = openvino.Core().read_model(path).get_rt_info(['timm_vitres', 'config'])
         files = {'config.json': info.astype(str)}
     else:
+        assert format == 'onnx', f'config_of: say here how a file of the format {format!r} tells its config.'
         files = {prop.key: prop.value for prop in onnx.load(path).metadata_props}
     return files['config.json']
 
@@ -249,7 +250,7 @@ def test_onnx_ranges_of_images(tmp_path):
         (dict(format='openvino'), r'path: got .*model, expected a name that ends in \.xml: its weights .* \.bin'),
         (
             dict(),
-            r"format: not given, and the name of .*model does not say it .*'onnx', 'torchscript', 'pt2', 'openvino'",
+            rf'format: not given, and the name of .*model does not say it .*{", ".join(map(repr, FORMATS))}',
         ),
     ],
 )

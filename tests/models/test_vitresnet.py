@@ -28,7 +28,7 @@ PARAMETERS = dict(vitresnet_tiny=6.3, vitresnet_small=36.4, vitresnet_base=99.0,
 
 
 def test_family_is_registered():
-    assert NAMES == [  # a variant that is new belongs into this list; CONTRIBUTING.md says where else
+    variants = [
         'test_vitresnet',
         'vitresnet',
         'vitresnet_base',
@@ -37,6 +37,7 @@ def test_family_is_registered():
         'vitresnet_small',
         'vitresnet_tiny',
     ]
+    assert variants == NAMES, 'add the new variant to this list; CONTRIBUTING.md says where else it is to be named.'
     assert 'vitresnet_small.augreg_in21k_ft_in1k_384' in timm.list_models('vitresnet*', pretrained=True)
     modules = {family.__module__.rpartition('.')[2] for family in Hybrid.families if family.variants}
     of_families = {name for module in modules for name in timm.list_models(module=module)}

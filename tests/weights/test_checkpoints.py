@@ -325,7 +325,7 @@ def damaged(data: bytes, rng: random.Random) -> bytes:
     elif kind == 4:
         changed[start:start] = rng.randbytes(rng.randrange(1, 20))
     else:
-        digit = rng.choice([index for index, byte in enumerate(data) if chr(byte).isdigit()])
+        digit = rng.choice([index for index, byte in enumerate(data) if chr(byte).isdigit()] or [start])
         changed[digit : digit + 1] = rng.choice((b'999999999999', b'-1', b'9' * 30))
     return bytes(changed)
 
