@@ -72,9 +72,8 @@ def run_finetune(args: argparse.Namespace) -> int:
 
     given = {}
     for field in dataclasses.fields(FinetuneCfg):
-        values = [
-            vars(args).get(name) for name in (field.name, _without_flag(field)) if vars(args).get(name) is not None
-        ]
+        told = (vars(args).get(name) for name in (field.name, _without_flag(field)))
+        values = [value for value in told if value is not None]
         if len(values) == 2 and values[0] != values[1]:
             raise ValueError(f'{field.name}: got {values[1]} and {values[0]}; give one.')
         if values:
@@ -152,7 +151,8 @@ def run_explain(args: argparse.Namespace) -> int:
 
 def add_export(subparsers) -> None:
     """`timm-vitres export`."""
-    from .inference.formats import FORMATS, PRECISIONS
+    from .inference.formats import FORMATS
+    from .inference.lowering import PRECISIONS
 
     runtimes = [f'{row.runtime} ({", ".join(row.suffixes)})' for row in FORMATS.values()]
     parser = subparsers.add_parser(

@@ -121,13 +121,13 @@ def test_a_failure_at_any_write_loses_nothing(error, images, tmp_path, monkeypat
     good = []
     with monkeypatch.context() as patch:
         calls = kill_at(patch, 'replace', 0, owner=os)
-        save = hub.save
+        save = module.save
 
         def saved(model, *args):
             good.append({key: value.clone() for key, value in model.state_dict().items()})
             return save(model, *args)
 
-        patch.setattr(module.hub, 'save', saved)
+        patch.setattr(module, 'save', saved)
         whole = finetune(cfg)
     assert len(calls) >= 5 and good
     failures = 0

@@ -15,9 +15,8 @@ from torch import nn
 
 from ..checks import is_installed
 from . import openvino_ir
-from .lowering import PRECISIONS, LoweredLogits, LoweredMaps, forward_only, quantise_
+from .lowering import LoweredLogits, LoweredMaps, forward_only, quantise_
 
-__all__ = ['ENGINES', 'FORMATS', 'PRECISIONS', 'Format', 'Run', 'Source']
 CONFIG_ENTRY = 'config.json'  # what a file says of its images and classes
 Run = Callable[[torch.Tensor], Any]  # images (B, C, H, W), float32 -> a tensor, or a list of them
 
@@ -39,6 +38,11 @@ class Source:
     def config_text(self) -> str:
         """The config as JSON."""
         return json.dumps(self.config)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What torch's own formats compute in."""
+        return torch.bfloat16 if self.precision == 'bf16' else torch.float32
 
     def module(self, dtype: torch.dtype = torch.float32) -> nn.Module:
         """Return the model in a dtype, behind float32 images and outputs."""
@@ -94,7 +98,7 @@ def is_checkpoint(path: Path) -> bool:
 
 
 def _write_torchscript(source: Source, path: Path) -> None:
-    script = torch.jit.script(source.module(torch.bfloat16 if source.precision == 'bf16' else torch.float32))
+    script = torch.jit.script(source.module(source.dtype))
     torch.jit.save(script, str(path), _extra_files={CONFIG_ENTRY: source.config_text})
 
 
@@ -103,7 +107,7 @@ def _load_torchscript(path: Path) -> Run:
 
 
 def _write_pt2(source: Source, path: Path) -> None:
-    out = source.module(torch.bfloat16 if source.precision == 'bf16' else torch.float32)
+    out = source.module(source.dtype)
     if source.precision == 'int8':
         quantise_(out.model)
     if source.precision == 'bf16':

@@ -182,7 +182,7 @@ def _run_by_engine(
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / f'model{row.suffixes[0]}'
         write_compared(source, file, row, what=f'engine: {engine!r}')
-        return row.load(file)
+        return row.load(file)  # it is loaded anew, since the comparison's sizes took the graphs of their own
 
 
 class _EngineModule(nn.Module):

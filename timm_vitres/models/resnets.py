@@ -63,12 +63,8 @@ class ResNetBackbone(ResNet):
         if stem_stride < 4:
             self.maxpool = nn.Identity()
         _set_first_stride_(self.conv1, stem_stride)
-        self._end_with(_levels(self.feature_info, stage, stem_stride, pool='maxpool'))
+        _end_with_(self, _levels(self.feature_info, stage, stem_stride, pool='maxpool'))
         return self
-
-    def _end_with(self, info: Info) -> None:
-        self.feature_info = info
-        self.num_features = self.head_hidden_size = info[-1]['num_chs']
 
     def forward_levels(self, x: torch.Tensor, num_levels: int) -> List[torch.Tensor]:
         """x: (B, C, H, W) -> `num_levels` maps (B, num_chs, H / reduction, W / reduction)."""
@@ -143,8 +139,7 @@ class ResNetV2Backbone(ResNetV2):
             return StemBackbone.of(self, info)
         if not isinstance(self.norm, nn.Identity):
             info[-1]['module'] = 'norm'
-        self.feature_info = info
-        self.num_features = self.head_hidden_size = info[-1]['num_chs']
+        _end_with_(self, info)
         return self
 
     def forward_levels(self, x: torch.Tensor, num_levels: int) -> List[torch.Tensor]:
@@ -283,6 +278,12 @@ def _levels(info: Any, stage: int, stem_stride: int, pool: str) -> Info:
     if stage == 0 and stem_stride == 4:
         levels.append(dict(levels[0], reduction=4, module=pool))
     return levels
+
+
+def _end_with_(backbone: Any, info: Info) -> None:
+    """Let a backbone tell its levels, the last of which it returns."""
+    backbone.feature_info = info
+    backbone.num_features = backbone.head_hidden_size = info[-1]['num_chs']
 
 
 def _prune_stages_(backbone: Any, level: int) -> None:

@@ -29,7 +29,7 @@ from ..data import data_config, image_mode
 from ..measure import fastest_training
 from ..models.base import Hybrid
 from ..pictures import draws_curves
-from ..publishing import hub
+from ..publishing.saving import save
 from ..weights.files import CONFIG_NAME, WEIGHTS_NAME
 from ..writing import replacing
 from .datasets import Data, load_data
@@ -388,7 +388,7 @@ class _Run:
         """Write the model, if the last epoch is the best one, and then the table of epochs, the last thing."""
         if self.best is self.history[-1]:
             card = run_card(self.record, self.best, self.model, self.folder.resolve().name)
-            hub.save(self.model, self.folder, self.record.label_names, self.record.data_config, card)
+            save(self.model, self.folder, self.record.label_names, self.record.data_config, card)
         write_summary(self.history, self.folder)
 
     def restore(self, state: Dict[str, Any]) -> None:
