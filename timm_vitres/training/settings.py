@@ -16,6 +16,7 @@ SCHEDULES = ('cosine', 'tanh', 'step', 'multistep', 'poly', 'wsd', 'rsqrt', 'con
 INTERPOLATIONS = ('bilinear', 'bicubic', 'nearest', 'box', 'hamming', 'lanczos')
 ARGPARSE = ('help', 'nargs', 'choices', 'const', 'metavar', 'action')
 PAIRS = 'name=value'  # the command registers an action of this name with argparse
+TTA = ('', 'flip', 'shift')
 MAX_BATCH = 2**20
 MAX_COUNT = 2**31 - 1  # the sum of two such is a seed that numpy takes
 
@@ -50,11 +51,24 @@ class FinetuneCfg:
     val_frac: float = _option(
         0.2, 'part of each class held out for validation where no validation split is given', above=0, below=1
     )
+    class_map: str = _option('', 'text file with the class names, one a line, in the order of their indices')
+    input_key: Optional[str] = _option(None, 'name of the images in the samples of an hfds/, tfds/ or wds/ dataset')
+    target_key: Optional[str] = _option(None, 'name of the labels in the samples of an hfds/, tfds/ or wds/ dataset')
+    train_num_samples: Optional[int] = _option(
+        None, 'images in the training split of a stream that does not say it', low=1, high=MAX_COUNT
+    )
+    val_num_samples: Optional[int] = _option(
+        None, 'images in the validation split of a stream that does not say it', low=1, high=MAX_COUNT
+    )
     skip_bad: bool = _option(False, 'leave unreadable images out instead of failing')
     no_check: bool = _option(False, 'do not open every image before training (a bad one then ends the run)')
     # Model
     model: str = _option('vitresnet_small', "a timm model's name, or local-dir:<folder>, or hf-hub:<id>")
     pretrained: bool = _option(False, 'start from pretrained weights')
+    pretrained_path: Optional[str] = _option(
+        None, 'start from the weights in this file; their head is replaced where it has other classes'
+    )
+    initial_checkpoint: str = _option('', 'start from the weights in this file, head and all; every key must fit')
     model_kwargs: Optional[Dict[str, Any]] = _option(
         None, 'further arguments of the model: name=value', nargs='*', action=PAIRS
     )
@@ -78,6 +92,42 @@ class FinetuneCfg:
         'the other being set to zero',
         choices=('sum', 'both', 'resnet', 'vit'),
     )
+    grad_checkpointing: bool = _option(False, 'compute activations again in the backward pass, to save memory')
+    torchcompile: Optional[str] = _option(
+        None, 'compile the model by torch.compile, with this backend', nargs='?', const='inductor'
+    )
+    torchcompile_mode: Optional[str] = _option(None, 'mode of torch.compile')
+    freeze: str = _option(
+        '',
+        'leave a part as it is: the resnet, the vit, or the body (all but the head)',
+        choices=('', 'resnet', 'vit', 'body'),
+    )
+    freeze_epochs: Optional[int] = _option(
+        None, 'for so many epochs, after which everything is trained; else for all', low=1, high=MAX_COUNT
+    )
+    lora: Optional[int] = _option(
+        None,
+        'train low-rank adapters of this rank (LoRA, by peft) and the head alone; merged on saving',
+        low=1,
+        high=4096,
+    )
+    # Distillation
+    kd_model_name: Optional[str] = _option(
+        None, 'teacher: a timm model of the same classes; local-dir:<folder> is one of ours'
+    )
+    kd_distill_type: str = _option(
+        'logit',
+        "what is learnt from the teacher: its logits, its pooled features, or, by a student's second head, its answers",
+        choices=('logit', 'feature', 'token'),
+    )
+    kd_token_distill_type: str = _option(
+        'soft', 'answers of the teacher: its probabilities, or its best class', choices=('soft', 'hard')
+    )
+    kd_temperature: float = _option(4.0, 'softmax temperature of the distillation', above=0, high=1e3)
+    distill_loss_weight: Optional[float] = _option(
+        None, 'weight of the distillation loss; 1, or 1 - task_loss_weight where that is given alone', low=0, high=1e4
+    )
+    task_loss_weight: Optional[float] = _option(None, 'weight of the loss on the labels; 1', low=0, high=1e4)
     # Optimisation
     epochs: int = _option(10, 'epochs to train', low=1, high=MAX_COUNT)
     batch_size: int = _option(32, 'images a step', short='-b', low=1, high=MAX_BATCH)
@@ -85,14 +135,48 @@ class FinetuneCfg:
         None, 'images a step in validation; batch_size', low=1, high=MAX_BATCH
     )
     opt: str = _option('adamw', 'optimizer')
+    opt_eps: Optional[float] = _option(None, "epsilon of the optimizer; the optimizer's", above=0, high=1)
+    opt_betas: Optional[Tuple[float, ...]] = _option(
+        None, "betas of the optimizer; the optimizer's", nargs='+', low=0, below=1, lengths=(1, 2, 3)
+    )
+    momentum: float = _option(0.9, 'momentum, of optimizers that have one', low=0, below=1)
+    opt_kwargs: Optional[Dict[str, Any]] = _option(
+        None, 'further arguments of the optimizer: name=value', nargs='*', action=PAIRS
+    )
     lr: float = _option(5e-4, 'learning rate', above=0)
+    lr_base: Optional[float] = _option(
+        None, 'learning rate of lr_base_size images a step, in place of lr; scaled to those of the run', above=0
+    )
+    lr_base_size: int = _option(256, 'images a step that lr_base is for', low=1, high=MAX_COUNT)
+    lr_base_scale: str = _option(
+        '',
+        "how lr_base grows with the images a step: '' is sqrt for Adam's kin and lamb, else linear",
+        choices=('', 'linear', 'sqrt'),
+    )
+    grad_accum_steps: int = _option(1, 'batches whose gradients are added before a step', low=1, high=MAX_BATCH)
     weight_decay: float = _option(0.05, 'weight decay', low=0)
     layer_decay: Optional[float] = _option(None, 'layer-wise learning rate decay', above=0, high=1)
     clip_grad: Optional[float] = _option(None, 'gradient norm to clip at', above=0)
+    clip_mode: str = _option(
+        'norm', 'clip the norm, every value, or adaptively (agc)', choices=('norm', 'value', 'agc')
+    )
     sched: str = _option('cosine', 'learning rate schedule', choices=SCHEDULES)
     warmup_epochs: float = _option(1.0, 'epochs of warm-up', low=0, high=MAX_COUNT)
     warmup_lr: float = _option(1e-5, 'learning rate that warm-up begins with', low=0)
     min_lr: float = _option(1e-6, 'learning rate that the schedule ends with', low=0)
+    decay_epochs: float = _option(90, 'epochs between steps of the step schedule', above=0, high=MAX_COUNT)
+    decay_milestones: Tuple[int, ...] = _option(
+        (90, 180, 270), 'epochs at which the multistep schedule steps', nargs='+', low=1, high=MAX_COUNT
+    )
+    decay_rate: float = _option(0.1, 'factor of a step of the schedule', above=0, high=1)
+    cooldown_epochs: int = _option(0, 'epochs at min_lr after the schedule, added to epochs', low=0, high=MAX_COUNT)
+    model_ema: bool = _option(False, 'average the weights; both are evaluated, and the best epoch is of either')
+    model_ema_decay: float = _option(0.9998, 'decay of the average', low=0, below=1)
+    model_ema_warmup: bool = _option(False, 'let the decay of the average grow from 0')
+    bce_loss: bool = _option(False, 'binary cross-entropy of each class in place of softmax')
+    bce_sum: bool = _option(False, 'sum of the classes, not mean, in bce_loss')
+    bce_target_thresh: Optional[float] = _option(None, 'soft targets above this are 1 in bce_loss', low=0, below=1)
+    bce_pos_weight: Optional[float] = _option(None, 'weight of the positive part of bce_loss', above=0, high=1e6)
     balance_classes: bool = _option(False, 'weight the loss by inverse class frequency')
     # Augmentation
     no_aug: bool = _option(False, 'no augmentation')
@@ -105,10 +189,33 @@ class FinetuneCfg:
     hflip: float = _option(0.5, 'probability of a horizontal flip', low=0, high=1)
     vflip: float = _option(0.0, 'probability of a vertical flip', low=0, high=1)
     color_jitter: float = _option(0.4, 'colour jitter', low=0, high=10)
+    color_jitter_prob: Optional[float] = _option(None, 'probability of any colour jitter; always', low=0, high=1)
+    grayscale_prob: float = _option(0.0, 'probability of a grey image', low=0, high=1)
+    gaussian_blur_prob: float = _option(0.0, 'probability of blur', low=0, high=1)
+    train_interpolation: str = _option(
+        '', 'resize interpolation in training; that of validation', choices=('', 'random', *INTERPOLATIONS)
+    )
+    train_crop_mode: Optional[str] = _option(
+        None,
+        'crop in training: rrc (random resized crop), rkrc or rkrr (random crop of a resized image)',
+        choices=('rrc', 'rkrc', 'rkrr'),
+    )
+    aug_repeats: int = _option(0, 'augmentations of each image that is drawn, in one epoch', low=0, high=64)
     aa: Optional[str] = _option(None, 'AutoAugment policy, e.g. rand-m9-mstd0.5-inc1')
     reprob: float = _option(0.0, 'random erasing probability', low=0, high=1)
+    remode: str = _option(
+        'pixel', 'random erasing by noise of pixels, one colour, or zeros', choices=('pixel', 'rand', 'const')
+    )
+    recount: int = _option(1, 'random erasing: most rectangles an image', low=1, high=64)
     mixup: float = _option(0.0, 'mixup alpha', low=0, high=100)
     cutmix: float = _option(0.0, 'cutmix alpha', low=0, high=100)
+    cutmix_minmax: Optional[Tuple[float, ...]] = _option(
+        None, 'range of the side that cutmix pastes, in place of its alpha', nargs=2, above=0, below=1, lengths=(2,)
+    )
+    mixup_prob: float = _option(1.0, 'probability of mixup or cutmix', low=0, high=1)
+    mixup_switch_prob: float = _option(0.5, 'probability of cutmix where both are on', low=0, high=1)
+    mixup_mode: str = _option('batch', 'what has a mixing ratio of its own', choices=('batch', 'pair', 'elem'))
+    mixup_off_epoch: int = _option(0, 'first epoch without mixup and cutmix; 0 is never', low=0, high=MAX_COUNT)
     smoothing: float = _option(0.1, 'label smoothing', low=0, below=1)
     # The run
     output: str = _option('output', 'folder of the run and its model: a new or an empty one')
@@ -122,6 +229,19 @@ class FinetuneCfg:
         type=str,
     )
     eval_metric: str = _option('top1', 'what the best epoch is chosen by', choices=('top1', 'balanced', 'loss'))
+    early_stopping: Optional[int] = _option(
+        None, 'end after so many epochs that were no better than the best', low=1, high=MAX_COUNT
+    )
+    tta: str = _option(
+        '', 'test-time augmentation in validation: mean of the logits of flips, or of flips and shifts', choices=TTA
+    )
+    checkpoint_hist: int = _option(
+        0, 'keep the best N epochs as checkpoint-<epoch>.pth.tar, e.g. for avg_checkpoints.py', low=0, high=1000
+    )
+    log_wandb: bool = _option(False, 'log every epoch to Weights & Biases, if installed; its variables say where')
+    log_tensorboard: bool = _option(False, 'log every epoch for TensorBoard, if installed, into output/tensorboard')
+    fsdp: bool = _option(False, 'shard weights and optimizer over the processes (torch fully_shard), not only images')
+    sync_bn: bool = _option(False, 'compute BatchNorm over the images of all processes')
     device: str = _option('', 'torch device; the accelerator if there is one, else cpu')
     amp: bool = _option(False, 'mixed precision')
     amp_dtype: str = _option('bfloat16', 'mixed precision dtype', choices=('bfloat16', 'float16'))
@@ -141,14 +261,21 @@ class FinetuneCfg:
         if not self.resume:  # a run that goes on is checked when its record has said the rest
             self._check_together()
 
+    @property
+    def mixes(self) -> bool:
+        """Whether images of a batch are mixed."""
+        return self.mixup > 0 or self.cutmix > 0 or self.cutmix_minmax is not None
+
     def _check_together(self) -> None:
         for name in ('scale', 'ratio'):
             low, high = getattr(self, name)
             if low > high:
                 raise ValueError(f'{name}: got {(low, high)}, expected the smaller number first.')
+        if self.cutmix_minmax is not None and self.cutmix_minmax[0] > self.cutmix_minmax[1]:
+            raise ValueError(f'cutmix_minmax: got {self.cutmix_minmax}, expected the smaller number first.')
         if self.min_lr > self.lr:
             raise ValueError(f'min_lr: got {self.min_lr:g}, expected at most lr, which is {self.lr:g}.')
-        if (self.mixup or self.cutmix) and self.batch_size % 2:
+        if self.mixes and self.batch_size % 2:
             raise ValueError(f'batch_size: got {self.batch_size}, but mixup and cutmix want an even number.')
         if not self.output:
             raise ValueError("output: got '', expected the name of a folder.")
@@ -201,7 +328,9 @@ def _checked(name: str, value: Any, kinds: Tuple[Any, ...], limits: typing.Mappi
     if dict in origins and isinstance(value, dict):
         return plain(name, value)
     if tuple in origins and isinstance(value, (list, tuple, np.ndarray)):
-        if len(value) not in limits['lengths']:
+        if not value or ('lengths' in limits and len(value) not in limits['lengths']):
+            if 'lengths' not in limits:
+                raise ValueError(f'{name}: got {tuple(value)}, expected one number or more.')
             *others, last = map(str, limits['lengths'])
             lengths = f'{", ".join(others)} or {last}' if others else last
             raise ValueError(f'{name}: got {tuple(value)}, expected {lengths} numbers.')
