@@ -187,7 +187,8 @@ def flags(rng: random.Random) -> Iterator[Case]:
         if action.type in (int, float) and dest in INTERVALS[command]:
             bad += [number for number in NUMBERS if not is_legal(number, action.type, INTERVALS[command][dest])]
         if action.choices:
-            bad += [typo(rng.choice(list(action.choices)), rng), '']
+            wrong = typo(rng.choice([*filter(None, action.choices)]), rng)
+            bad += [value for value in (wrong, '') if value not in action.choices]  # '' may stand for none
         for value in dict.fromkeys(bad):
             if action.option_strings:
                 values = [value] * (action.nargs if isinstance(action.nargs, int) else 1)

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import rename_, stripes
+from conftest import draw, rename_, stripes
 from PIL import Image
 
+from timm_vitres.data import preprocess
 from timm_vitres.labels import label_names
 from timm_vitres.prediction import predict
 
@@ -51,11 +52,34 @@ def test_what_is_not_finite_is_no_prediction(model, tmp_path):
     assert len(failed) == 1 and 'good.png the model gives no finite numbers' in failed[0]
 
 
+@pytest.mark.parametrize('tta', ['flip', 'shift'])
+def test_a_prediction_may_be_of_several_views(tta, model, tmp_path):
+    paths = [draw(tmp_path / f'{index}.png', index) for index in range(2)]
+    found, _ = predict(model, paths, tta=tta)
+    plain, _ = predict(model, paths)
+    for path, prediction, alone in zip(paths, found, plain):
+        x = preprocess(path, model)
+        views = [x] if tta == 'flip' else [x, x, *moved(x)]
+        logits = torch.stack([model(view) for one in views for view in (one, one.flip(-1))]).mean(0)[0]
+        expected = dict(zip(label_names(model), logits.softmax(-1).tolist()))
+        assert dict(zip(prediction.labels, prediction.probabilities)) == pytest.approx(expected, rel=1e-4)
+        assert dict(zip(alone.labels, alone.probabilities)) != pytest.approx(expected, rel=1e-2)
+
+
+def moved(x):
+    """Return a batch moved by a pixel up and left, and down and right."""
+    rows = torch.arange(32)
+    for after in (torch.cat([rows[1:], rows[30:31]]), torch.cat([rows[1:2], rows[:-1]])):  # the edge is reflected
+        yield x[..., after, :][..., after]
+
+
 def test_mistakes_in_calls(model):
     with pytest.raises(TypeError, match=r'images: got the one path x\.png, expected a list'):
         predict(model, 'x.png')
     with pytest.raises(ValueError, match='topk: got 0'):
         predict(model, [], topk=0)
+    with pytest.raises(ValueError, match="tta: got 'turn', expected one of '', 'flip', 'shift'"):
+        predict(model, [], tta='turn')
     with pytest.raises(ValueError, match='model: it has no classes'):
         predict(timm.create_model('test_vitresnet', num_classes=0), [])
     # a mistake of the model is no image's

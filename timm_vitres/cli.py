@@ -10,7 +10,7 @@ import sys
 import traceback
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Iterator, List, Optional, Sequence
+from typing import Iterator, List, Optional, Sequence, Tuple
 
 from timm.utils import ParseKwargs
 
@@ -85,10 +85,18 @@ def run_finetune(args: argparse.Namespace) -> int:
 
 def add_predict(subparsers) -> None:
     """`timm-vitres predict`."""
+    from .views import TTA
+
     parser = subparsers.add_parser('predict', help='classify images', formatter_class=_Formatter)
     parser.add_argument('images', nargs='+', type=Path, metavar='IMAGE', help='image files')
     parser.add_argument('--model', required=True, help="a timm model's name.tag, local-dir:<folder>, hf-hub:<id>")
     parser.add_argument('--topk', type=int, default=5, metavar='K', help='how many classes to name')
+    parser.add_argument(
+        '--tta',
+        default='',
+        choices=TTA,
+        help='average over the image and its mirror image, or also over shifts of both',
+    )
     parser.add_argument('--json', action='store_true', help='print JSON instead of a table')
     parser.add_argument('--plot', type=Path, metavar='PNG', help='draw the images with their predictions')
     parser.add_argument('--device', default='cpu', help='torch device')
@@ -104,7 +112,7 @@ def run_predict(args: argparse.Namespace) -> int:
     if args.plot is not None:
         check_picture('plot', args.plot, args.images)
     model = load_model(args.model, args.device)
-    predictions, unreadable = predict(model, args.images, topk=args.topk)
+    predictions, unreadable = predict(model, args.images, topk=args.topk, tta=args.tta)
     if args.json and predictions:
         print(json.dumps([prediction._asdict() for prediction in predictions], indent=2))
     else:
@@ -302,6 +310,50 @@ def run_verify(args: argparse.Namespace) -> int:
     return status
 
 
+def add_run(subparsers) -> None:
+    """`timm-vitres run`; `_split` keeps the arguments of the script from argparse."""
+    parser = subparsers.add_parser(
+        'run',
+        help='run a script of others that shall know the models, such as validate.py of timm',
+        usage='%(prog)s [-h] (SCRIPT | -m MODULE) ...',
+    )
+    program = parser.add_mutually_exclusive_group(required=True)
+    program.add_argument('script', nargs='?', metavar='SCRIPT', help='a file, and then its own arguments')
+    program.add_argument('-m', dest='module', metavar='MODULE', help='a module, and then its own arguments')
+    parser.set_defaults(run=run_script)
+
+
+def run_script(args: argparse.Namespace) -> int:
+    """Run a script of others; its exit status is ours."""
+    from .scripts import run
+
+    return run(args.script, args.module, args.others)
+
+
+def _split(words: List[str]) -> Tuple[List[str], List[str]]:
+    """Return what is for argparse, and what is for the script that `run` runs, whatever that looks like."""
+    end = (3 if words[1:2] == ['-m'] else 2) if words[:1] == ['run'] else len(words)
+    return words[:end], words[end:]
+
+
+def add_doctor(subparsers) -> None:
+    """`timm-vitres doctor`."""
+    parser = subparsers.add_parser('doctor', help='say what works here, and what to do about what does not')
+    parser.set_defaults(run=run_doctor)
+
+
+def run_doctor(args: argparse.Namespace) -> int:
+    """Print what was found, a line each; 1 if something that is needed does not work."""
+    from .doctor import BROKEN, examine
+
+    status = 0
+    for finding in examine():
+        remedy = f'; {finding.remedy}' if finding.remedy else ''
+        print(f'{finding.state:8}{finding.name:14}{finding.text}{remedy}', flush=True)
+        status = 1 if finding.state == BROKEN else status
+    return status
+
+
 def _print_table(predictions: Sequence) -> None:
     width = max((len(prediction.image) for prediction in predictions), default=0)
     for prediction in predictions:
@@ -327,6 +379,8 @@ def create_parser() -> argparse.ArgumentParser:
     add_convert(subparsers)
     add_push(subparsers)
     add_verify(subparsers)
+    add_run(subparsers)
+    add_doctor(subparsers)
     return parser
 
 
@@ -363,7 +417,8 @@ def main(argv: Optional[List[str]] = None) -> int:
     try:
         with _printed_logs():
             try:
-                args = create_parser().parse_args(argv)
+                own, others = _split(sys.argv[1:] if argv is None else argv)
+                args = create_parser().parse_args(own, argparse.Namespace(others=others))
                 return args.run(args)
             finally:
                 sys.stdout.flush()

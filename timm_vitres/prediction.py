@@ -13,6 +13,7 @@ from tqdm import tqdm
 from .data import data_config, image_mode, open_image, to_batch
 from .folders import shown
 from .labels import label_names
+from .views import averaged, check_tta
 
 
 class Prediction(NamedTuple):
@@ -23,25 +24,29 @@ class Prediction(NamedTuple):
     probabilities: List[float]
 
 
-def predict(model: nn.Module, images: Sequence[Union[str, Path]], topk: int = 5) -> Tuple[List[Prediction], List[str]]:
+def predict(
+    model: nn.Module, images: Sequence[Union[str, Path]], topk: int = 5, tta: str = ''
+) -> Tuple[List[Prediction], List[str]]:
     """Classify image files.
 
     Args:
         model: A timm model with a head, in evaluation mode.
         images: Paths.
         topk: Number of classes to return; all of them where there are fewer.
+        tta: Test-time augmentation: '', 'flip' or 'shift' (`views.averaged`).
 
     Returns:
         Predictions, and a sentence for each image that could not be read, or whose outputs are not finite.
 
     Raises:
-        ValueError: for a model without classes, or one that takes no images, and an impossible `topk`.
+        ValueError: for a model without classes, or one that takes no images, and an impossible `topk` or `tta`.
         TypeError: for one path instead of a list, and for anything that is no path.
     """
     if isinstance(images, (str, Path)):
         raise TypeError(f'images: got the one path {shown(images)}, expected a list of paths.')
     if topk < 1:
         raise ValueError(f'topk: got {topk}, expected a number from 1 up.')
+    check_tta(tta)
     if not model.num_classes:
         raise ValueError('model: it has no classes (num_classes=0), so it predicts none; load one with a head.')
     names = label_names(model)
@@ -56,7 +61,7 @@ def predict(model: nn.Module, images: Sequence[Union[str, Path]], topk: int = 5)
             failed.append(str(error))
             continue
         with torch.inference_mode():
-            probabilities = model(x)[0].float().softmax(-1)
+            probabilities = averaged(model, x, tta)[0].softmax(-1)
         if not torch.isfinite(probabilities).all():
             failed.append(f'image: for {shown(path)} the model gives no finite numbers, so there is no prediction.')
             continue
