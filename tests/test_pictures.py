@@ -16,9 +16,12 @@ from timm_vitres.pictures import (
     VIT_TITLE,
     draws_curves,
     new_figure,
+    plot_confusion,
     plot_curves,
     plot_explanation,
+    plot_images,
     plot_predictions,
+    shortened,
 )
 from timm_vitres.prediction import Prediction, predict
 from timm_vitres.writing import TEMPORARY
@@ -85,6 +88,74 @@ def test_titles_stand_above_the_likeliest_class(tmp_path, monkeypatch):
     figure, _ = figure_of(call, monkeypatch)
     assert [axes.get_title() for axes in figure.axes] == ['first\ncat  75%', '$d\\og$  75%']
     assert len(figure.axes) == 2
+
+
+def test_images_have_a_heading_and_titles_of_several_lines(tmp_path, monkeypatch):
+    image = Image.new('L', (3000, 1500), 90)
+    call = partial(plot_images, iter([image] * 5), ['$a$\nb'] * 5, tmp_path / 'drawn.png', 'The worst:')
+    figure, _ = figure_of(call, monkeypatch)
+    assert figure.get_suptitle() == 'The worst:' and [axes.get_title() for axes in figure.axes] == ['$a$\nb'] * 5
+    for axes in figure.axes:  # a large image is not kept as large as it is, nor is a grey one stretched
+        pixels = axes.images[0].get_array()
+        assert pixels.shape == (300, 600, 3) and (np.asarray(pixels) == 90).all()
+    assert image.size == (3000, 1500) and image.mode == 'L'
+
+
+# true class, predicted class, images
+CELLS = np.array([[0, 0, 6], [0, 1, 2], [2, 0, 1], [2, 2, 19]])
+
+
+def test_a_confusion_matrix_of_few_classes_has_numbers(tmp_path, monkeypatch):
+    names = ['cat', 'a dog of a very long name', '$\\owl$']
+    figure, _ = figure_of(partial(plot_confusion, CELLS, names, tmp_path / 'drawn.png', 'title', ['x']), monkeypatch)
+    axes, bar = figure.axes
+    texts = {text.get_position(): text.get_text() for text in axes.texts}
+    assert texts == {(0, 0): '6\n75%', (1, 0): '2\n25%', (0, 2): '1\n5%', (2, 2): '19\n95%'}
+    assert [label.get_text() for label in axes.get_xticklabels()] == ['cat', 'a dog of a v…y long name', '$\\owl$']
+    rows = ['cat (8)', 'a dog of a v…y long name (0)', '$\\owl$ (20)']
+    assert [label.get_text() for label in axes.get_yticklabels()] == rows
+    shares = axes.images[-1].get_array()
+    assert shares.filled(-1).tolist() == [[75, 25, 0], [-1, -1, -1], [5, 0, 95]]
+    assert figure.get_suptitle() == 'title' and bar.get_ylabel() == '% of the images of the true class'
+
+
+def test_a_confusion_matrix_is_dark_where_the_images_are(tmp_path):
+    """The whole picture: rows are true classes from above, and a class without images is grey."""
+    cells = np.array([[0, 2, 5], [1, 0, 5]])
+    plot_confusion(cells, ['a', 'b', 'c'], tmp_path / 'drawn.png', 'title')
+    drawn = drawing(tmp_path / 'drawn.png')
+    grey = np.abs(drawn - 217).max(-1) < 4
+    bottom = np.flatnonzero(grey.mean(1) > 0.3).max()  # of the last row
+    columns = np.flatnonzero(grey.mean(0) > 0.1)
+    left, side = columns.min(), np.ptp(columns) + 1
+    square = drawn[bottom - side + 1 : bottom + 1, left : left + side]
+    dark = [[share(panel(square, row, 3, column, 3), (8, 48, 107)) for column in range(3)] for row in range(3)]
+    assert np.greater(dark, 0.8).tolist() == [[False, False, True], [True, False, False], [False, False, False]]
+
+
+@pytest.mark.parametrize('number', [60, 300])
+def test_a_confusion_matrix_of_many_classes_has_lines_beside_it(number, tmp_path, monkeypatch):
+    cells = np.array([*([index, index, 9] for index in range(number)), [4, 7, 1]])
+    names = [f'class {index}' for index in range(number)]
+    call = partial(plot_confusion, cells, names, tmp_path / 'drawn.png', 'title', ['first', '$second$'])
+    figure, _ = figure_of(call, monkeypatch)
+    axes, text, _ = figure.axes
+    assert not axes.texts and text.texts[0].get_text() == 'first\n$second$'
+    if number == 60:
+        shares = axes.images[-1].get_array()
+        assert shares[4, 7] == 10 and shares[4, 4] == 90 and shares.sum() == 6000
+        assert [label.get_text() for label in axes.get_xticklabels()] == names
+    else:
+        (dots,) = axes.collections
+        found = {tuple(place): value for place, value in zip(dots.get_offsets().tolist(), dots.get_array())}
+        expected = {(float(index), float(index)): 100.0 for index in range(number)}
+        assert found == {**expected, (4, 4): 90, (7, 4): 10} and axes.get_ylim() == (299.5, -0.5)
+    plot_confusion(cells, names, tmp_path / 'drawn.png', 'title')
+    assert share(drawing(tmp_path / 'drawn.png'), (8, 48, 107)) > 0
+
+
+def test_long_names_are_shortened_in_their_middle():
+    assert shortened('x' * 24) == 'x' * 24 and shortened('abcdefgh', 6) == 'abc…gh' and shortened('a\nb') == 'a\\nb'
 
 
 HISTORY = [
