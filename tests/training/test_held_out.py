@@ -56,6 +56,7 @@ def test_figures_by_hand():
     assert found.top1 == pytest.approx(400 / 7)
     assert found.balanced == pytest.approx(125 / 3) and found.macro_f1 == pytest.approx(115 / 3)
     assert found.worst_classes == [2, 1, 0]
+    assert report(answers([0, 1, 1], [2, 2, 2]), NAMES).worst_classes == [1, 0]
     assert found.confusions == [(1, 2, 1), (1, 1, 0), (1, 0, 1)]  # of equals, that of the largest share comes first
 
 
@@ -114,7 +115,8 @@ def picture(index: int) -> Image.Image:
 def test_the_files_of_a_report(tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(held_out, 'plot_images', lambda images, *rest: drawn.append((list(images), *rest)))
-    lines = write_report(tmp_path, answers(LABELS, PREDICTED, TRUTH), NAMES, picture, FILES, 'By flips.')
+    given = answers(LABELS, PREDICTED, TRUTH)._replace(indices=np.arange(10, 17))  # the first ten are not asked for
+    lines = write_report(tmp_path, given, NAMES, picture, [*10 * ['none'], *FILES], 'By flips.')
     assert lines == [
         '7 validation images of 3 classes: accuracy 57.14%, balanced accuracy 41.67%, macro F1 38.33%.',
         'Left out of the means, since they have no validation image: yak.',
@@ -133,7 +135,7 @@ def test_the_files_of_a_report(tmp_path, monkeypatch):
     with Image.open(tmp_path / 'confusion.png') as confusion:
         assert confusion.format == 'PNG'
     ((images, titles, path, heading),) = drawn
-    assert [image.getpixel((0, 0))[0] for image in images] == [50, 60, 30]  # the least probable truth comes first
+    assert [image.getpixel((0, 0))[0] for image in images] == [150, 160, 130]  # the least probable truth comes first
     assert titles == [
         'dog/5.png\ntrue: dog 10.0%\npredicted: cat 75.0%',
         'owl/6.png\ntrue: owl 20.0%\npredicted: dog 75.0%',
