@@ -29,12 +29,20 @@ DEFAULT_TRAIN, DEFAULT_VAL = 'train', 'validation'
 Identity = Tuple[int, int]  # device and inode
 
 
+class File(NamedTuple):
+    """What one call of `os.stat` says of an image; on a network each call takes long."""
+
+    size: int  # bytes
+    identity: Identity
+
+
 class Found(NamedTuple):
     """What is in a folder, however deep: images in natural order, and the reason for each path that is left out."""
 
     images: List[str]
     left_out: Dict[str, str]
     same: Dict[str, str]  # a path left out since it leads to the same file as another -> that other path
+    files: Dict[str, File]  # an image's path -> its file
 
 
 class Classes(NamedTuple):
@@ -43,6 +51,7 @@ class Classes(NamedTuple):
     samples: List[Tuple[str, str]]
     names: List[str]
     left_out: Dict[str, str]
+    files: Dict[str, File]
 
 
 class Splits(NamedTuple):
@@ -94,6 +103,12 @@ def find_images(root: Union[str, Path]) -> Found:
     return _Walk(str(Path(root))).found()
 
 
+def below(root: Union[str, Path], paths: Iterable[str]) -> List[str]:
+    """Return paths that `find_images` found in a folder, relative to that folder, or to one above it: `root`."""
+    start = 0 if str(Path(root)) == '.' else len(os.path.join(Path(root), ''))
+    return [path[start:] for path in paths]
+
+
 def _is_hidden(name: str) -> bool:
     return name.startswith('.') or name in SYSTEM_FOLDERS
 
@@ -109,7 +124,7 @@ class _Walk:
         self.root = root
         self.suffixes = image_suffixes()
         self.left_out: Dict[str, str] = {}
-        self.files: List[Tuple[bool, str, Identity]] = []  # (whether a link leads to it, path, identity)
+        self.files: List[Tuple[bool, str, File]] = []  # (whether a link leads to it, path, file)
         self.folders = [root]
         self.links: List[str] = []
         self.seen: Dict[Identity, str] = {}
@@ -122,15 +137,16 @@ class _Walk:
             self._read(self.folders.pop() if self.folders else heapq.heappop(self.links), linked)
         first: Dict[Identity, str] = {}
         same: Dict[str, str] = {}
-        images: List[str] = []
-        for _, path, identity in sorted(self.files):
+        files: Dict[str, File] = {}
+        for _, path, file in sorted(self.files):
+            identity = file.identity
             if identity[1] and identity in first:  # a file system without inodes says 0
                 same[path] = first[identity]
                 self.left_out[path] = f'the same file as {shown(first[identity])}'
             else:
                 first[identity] = path
-                images.append(path)
-        return Found(sorted(images, key=natural_order), self.left_out, same)
+                files[path] = file
+        return Found(sorted(files, key=natural_order), self.left_out, same, files)
 
     def _read(self, folder: str, linked: bool) -> None:
         try:
@@ -143,8 +159,9 @@ class _Walk:
                 inside = sorted(entries, key=lambda entry: entry.name)
         except OSError as error:
             raise type(error)(f'the folder {shown(folder)} cannot be read ({error.strerror}).') from error
+        start = '' if folder == '.' else os.path.join(folder, '')  # pathlib would take most of a walk's time
         for entry in inside:
-            self._sort_in(Path(folder), entry, linked)
+            self._sort_in(start + entry.name, entry, linked)
 
     def _circle(self, folder: str, identity: Identity) -> str:
         before = self.seen.get(identity)
@@ -152,8 +169,8 @@ class _Walk:
             return 'a link that leads in a circle'
         return f'a link to {shown(before)}, which is read already'
 
-    def _sort_in(self, folder: Path, entry: os.DirEntry, linked: bool) -> None:
-        path, is_link = str(folder / entry.name), entry.is_symlink()
+    def _sort_in(self, path: str, entry: os.DirEntry, linked: bool) -> None:
+        is_link = entry.is_symlink()
         try:
             info = os.stat(path)
         except OSError as error:
@@ -174,7 +191,7 @@ class _Walk:
         elif os.path.splitext(entry.name)[1].lower() not in self.suffixes:
             self.left_out[path] = 'no image, by its suffix'
         else:
-            self.files.append((linked or is_link, path, _identity(info)))
+            self.files.append((linked or is_link, path, File(info.st_size, _identity(info))))
 
 
 def _count_files(folder: str) -> str:
@@ -233,7 +250,7 @@ def find_classes(root: Union[str, Path], any_name: bool = False) -> Classes:
     if not found.images:
         left_out = f' ({len(found.left_out)} files or folders are left out)' if found.left_out else ''
         raise FileNotFoundError(f'data_dir: Found 0 images in {shown(root)} and its folders{left_out}.')
-    places = [Path(path).relative_to(root).parts for path in found.images]
+    places = [tuple(path.split(os.sep)) for path in below(root, found.images)]
     loose = [parts[0] for parts in places if len(parts) == 1]
     if loose:
         raise ValueError(
@@ -252,10 +269,11 @@ def find_classes(root: Union[str, Path], any_name: bool = False) -> Classes:
         if (root / name / 'model.safetensors').is_file():
             raise ValueError(f'data_dir: {shown(root / name)} holds a model and is no class; move it elsewhere.')
     for path, other in found.same.items():
-        if Path(path).relative_to(root).parts[0] != Path(other).relative_to(root).parts[0]:
+        if len({name.split(os.sep)[0] for name in below(root, (path, other))}) > 1:
             raise ValueError(f'data_dir: {shown(path)} and {shown(other)} are one file in two classes; remove one.')
     _check_nested(root, names, places)
-    return Classes([(path, parts[0]) for path, parts in zip(found.images, places)], names, found.left_out)
+    samples = [(path, parts[0]) for path, parts in zip(found.images, places)]
+    return Classes(samples, names, found.left_out, found.files)
 
 
 def _check_names(root: Path, names: Sequence[str], any_name: bool) -> None:

@@ -60,7 +60,7 @@ def test_what_names_tell_is_told_before_images_are_opened(image_folder, monkeypa
     def fails(*args):
         raise AssertionError('an image was opened')
 
-    monkeypatch.setattr('timm_vitres.training.datasets.open_image', fails)
+    monkeypatch.setattr('timm_vitres.training.checking.open_image', fails)
     with pytest.raises(ValueError, match='val_frac: got nan'):
         load(image_folder, val_frac=float('nan'))
     (image_folder / 'down').rename(image_folder.parent / 'down')
@@ -163,7 +163,7 @@ def test_an_interrupted_check_ends_at_once(image_folder, monkeypatch):
             threading.Event().wait(0.05)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr('timm_vitres.training.datasets.open_image', open_slowly)
+    monkeypatch.setattr('timm_vitres.training.checking.open_image', open_slowly)
     for index in range(200):
         (image_folder / 'down' / f'{index}.png').write_text('')
     with pytest.raises(KeyboardInterrupt):

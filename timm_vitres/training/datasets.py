@@ -4,21 +4,26 @@ folder or name -> `load_data` -> `Data`: a training and a validation set of PIL 
 result of `Data.record`, `load_data` returns the same images in the same order again.
 """
 
+import logging
 import os
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Set, Tuple, Union
 
 from timm.data import ImageDataset
 from timm.data.readers.reader import Reader
-from tqdm import tqdm
 
 from ..data import open_image
-from ..folders import find_classes, find_images, find_splits, folders_in, shown
+from ..folders import File, below, find_classes, find_images, find_splits, folders_in, shown
+from .checking import MANY, BackgroundCheck, raise_for, unreadable
+from .class_maps import read_class_map
 from .named_datasets import load_named, reload_named
 from .settings import FinetuneCfg
 from .splits import Data, Subset, check_fraction, class_counts, class_names, read_record, stratified_split
 
+_logger = logging.getLogger(__name__)
+SETS = ('train', 'validation')
+UNREADABLE = 'Mend or remove it, or leave such images out with --skip-bad.'
+FOUND_LATE = 'Mend or remove it, or leave such images out with --skip-bad; then begin another run.'
 # A dataset of one of these names is an image folder; timm would open it by its own reader or by torchvision's.
 FOLDER_NAMES = ('', 'folder', 'image_folder', 'imagefolder', 'torch/folder', 'torch/image_folder')
 
@@ -47,9 +52,12 @@ def load_data(cfg: FinetuneCfg, mode: str, recorded: Optional[Dict[str, Any]] = 
 def _load_folder(cfg: FinetuneCfg, mode: str) -> Data:
     root = Path(str(cfg.data_dir))
     splits = find_splits(root, cfg.train_split, cfg.val_split)
-    any_name = splits.train != root or not cfg.train_split
+    names = read_class_map(cfg.class_map) if cfg.class_map else []
+    class_map = {name: index for index, name in enumerate(names)}
+    known_to = f'class_map {shown(cfg.class_map)}' if names else 'the training data'
+    shared = dict(input_img_mode=mode, check=False, known_to=known_to)
     # names are checked first, since opening all images takes long
-    train = val = ImageFolder(splits.train, input_img_mode=mode, check=False, any_name=any_name)
+    train = val = ImageFolder(splits.train, class_map, any_name=splits.train != root or not cfg.train_split, **shared)
     if len(train.classes) < 2:
         raise ValueError(
             f'data_dir: {shown(splits.train)} has the one class {shown(train.classes[0])!r}; at least two are needed.'
@@ -57,12 +65,15 @@ def _load_folder(cfg: FinetuneCfg, mode: str) -> Data:
     if splits.validation is None:
         check_fraction(cfg.val_frac, cfg.seed)
     else:
-        class_map = train.reader.class_to_idx
-        val = ImageFolder(splits.validation, class_map, input_img_mode=mode, check=False, any_name=True)
+        val = ImageFolder(splits.validation, train.reader.class_to_idx, any_name=True, **shared)
         _check_apart(train, val)
-    for folder in [train] if train is val else [train, val]:
-        if not cfg.no_check:
-            folder.check_images(cfg.skip_bad)
+    folders = [train] if train is val else [val, train]
+    count = sum(map(len, folders))
+    is_checked_now = not cfg.no_check and (cfg.skip_bad or count <= MANY)
+    if is_checked_now and count > MANY:
+        _logger.info('skip_bad: all %d images are opened before training, which may take minutes.', count)
+    for folder in folders if is_checked_now else []:
+        folder.check_images(cfg.skip_bad)
     left_out = {**splits.left_out, **train.left_out, **val.left_out}
     if splits.validation is None:
         train_indices, val_indices = stratified_split(train.targets, cfg.val_frac, cfg.seed, train.classes)
@@ -71,32 +82,62 @@ def _load_folder(cfg: FinetuneCfg, mode: str) -> Data:
         train_indices, val_indices = range(len(train)), range(len(val))
         how = f'validation on the {len(val)} images of {splits.validation.name}/'
     sets = Subset(train, train_indices, mode), Subset(val, val_indices, mode)
+    check = None if cfg.no_check or is_checked_now else _background_check(sets, FOUND_LATE)
+    _say_empty(train)
     description = f'{len(train)} images of {len(train.classes)} classes in {root.resolve().name}; {how}'
     if left_out:
         description += f'; {len(left_out)} files or folders left out'
-    return _folder_data(root, *sets, description, left_out)
+    return _folder_data(root, sets, description, left_out, check)
 
 
-def _folder_data(root: Path, train: Subset, val: Subset, description: str, left_out: Dict[str, str]) -> Data:
-    lists = {'train': _files(root, train), 'validation': _files(root, val)}
-    names = train.dataset.classes
-    targets = train.dataset.targets
-    counts = class_counts([targets[index] for index in train.indices], len(names))
-    return Data(train, val, names, counts, description, left_out, lists)
+def _folder_data(
+    root: Path,
+    sets: Tuple[Subset, Subset],
+    description: str,
+    left_out: Dict[str, str],
+    check: Optional[BackgroundCheck],
+) -> Data:
+    train = sets[0].dataset
+    lists = {split: _files(root, images) for split, images in zip(SETS, sets)}
+    targets = train.targets
+    counts = class_counts([targets[index] for index in sets[0].indices], len(train.classes))
+    return Data(*sets, train.classes, counts, description, left_out, lists, check)
 
 
 def _files(root: Path, images: Subset) -> List[List[Any]]:
-    samples, names = images.dataset.reader.samples, images.dataset.classes
-    chosen = [samples[index] for index in images.indices]
-    return [[Path(path).relative_to(root).as_posix(), names[target], os.path.getsize(path)] for path, target in chosen]
+    reader, names = images.dataset.reader, images.dataset.classes
+    chosen = [reader.samples[index] for index in images.indices]
+    places = below(root, (path for path, _ in chosen))
+    return [
+        [place.replace(os.sep, '/'), names[target], reader.files[path].size]
+        for place, (path, target) in zip(places, chosen)
+    ]
+
+
+def _background_check(sets: Tuple[Subset, Subset], advice: str) -> BackgroundCheck:
+    """Return a check of both sets, not begun; validation images come first, since a run needs them last."""
+    train, val = ([images.dataset.reader.samples[index][0] for index in images.indices] for images in sets)
+    _logger.info('%d images: they are opened while the run trains; one that cannot be read ends it.', len(train + val))
+    return BackgroundCheck(val + train, sets[0].mode, advice)
+
+
+def _say_empty(train: 'LabelledImages') -> None:
+    filled = set(train.targets)
+    empty = [shown(name) for index, name in enumerate(train.classes) if index not in filled]
+    if empty:
+        _logger.warning(
+            'class_map: %d of its %d classes have no image to train on, such as %s.',
+            *(len(empty), len(train.classes), empty[0]),
+        )
 
 
 def _check_apart(train: 'LabelledImages', val: 'LabelledImages') -> None:
     """Raise ValueError if the validation set shares files with the training set, or is a copy of it."""
 
     def identities(images: LabelledImages) -> Dict[Any, str]:
-        infos = [(os.stat(path), path) for path, _ in images.reader.samples]
-        return {(info.st_dev, info.st_ino) if info.st_ino else os.path.realpath(path): path for info, path in infos}
+        files = images.reader.files
+        keys = [(files[path].identity, path) for path, _ in images.reader.samples]
+        return {key if key[1] else os.path.realpath(path): path for key, path in keys}
 
     ours, theirs = identities(train), identities(val)
     both = [(ours[key], path) for key, path in theirs.items() if key in ours]
@@ -107,8 +148,9 @@ def _check_apart(train: 'LabelledImages', val: 'LabelledImages') -> None:
         )
 
     def contents(images: LabelledImages) -> List[Tuple[str, int]]:
-        paths = [path for path, _ in images.reader.samples]
-        return [(os.path.relpath(path, images.reader.root), os.path.getsize(path)) for path in paths]
+        reader = images.reader
+        paths = [path for path, _ in reader.samples]
+        return [(place, reader.files[path].size) for place, path in zip(below(reader.root, paths), paths)]
 
     if len(train) == len(val) and contents(train) == contents(val):
         raise ValueError(
@@ -123,17 +165,23 @@ def _reload_folder(cfg: FinetuneCfg, mode: str, recorded: Dict[str, Any]) -> Dat
     lists = read_record(recorded, list)
     names = [str(name) for name in recorded['label_names']]
     class_to_idx = {name: index for index, name in enumerate(names)}
+    found = find_images(root)
     samples: Dict[str, List[Tuple[str, int]]] = {}
+    sizes: Dict[str, File] = {}
     changed: List[str] = []
+    start = '' if str(root) == '.' else os.path.join(root, '')
     for split, files in lists.items():
         samples[split] = []
         for name, label, size in files:
-            path = root / name
-            samples[split].append((str(path), class_to_idx[label]))
-            if not path.is_file():
+            path = start + name
+            samples[split].append((path, class_to_idx[label]))
+            file = found.files.get(path) or _file(path)
+            if file is None:
                 changed.append(f'{shown(name)} (gone)')
-            elif path.stat().st_size != size:
-                changed.append(f'{shown(name)} ({path.stat().st_size} bytes, not {size})')
+            elif file.size != size:
+                changed.append(f'{shown(name)} ({file.size} bytes, not {size})')
+            else:
+                sizes[path] = file
     if changed:
         more = f' and {len(changed) - 5} more' if len(changed) > 5 else ''
         raise ValueError(
@@ -143,26 +191,48 @@ def _reload_folder(cfg: FinetuneCfg, mode: str, recorded: Dict[str, Any]) -> Dat
     known: Set[str] = {path for split in samples.values() for path, _ in split}
     if len(known) < sum(map(len, samples.values())):
         raise ValueError('recorded: an image is named twice; begin another run.')
-    found = find_images(root)
     left_out = {path: reason for path, reason in found.left_out.items() if path not in known}
     left_out.update({path: 'not part of this run' for path in found.images if path not in known})
-    sets: List[Subset] = []
-    for split in ('train', 'validation'):
-        images = LabelledImages(FolderReader(root, samples[split], class_to_idx), mode)
-        if not cfg.no_check:
-            images.check('It could be read when the run began; put it back.')
-        sets.append(Subset(images, range(len(images)), mode))
-    return _folder_data(root, *sets, recorded['description'], left_out)
+    both = [LabelledImages(FolderReader(root, samples[split], class_to_idx, sizes), mode) for split in SETS]
+    sets = Subset(both[0], range(len(both[0])), mode), Subset(both[1], range(len(both[1])), mode)
+    check = None
+    if not cfg.no_check and len(known) > MANY:
+        check = _background_check(sets, 'The run began with it: put the file back as it was, or begin another run.')
+    for images in both if not cfg.no_check and check is None else []:
+        images.check('It could be read when the run began; put it back.')
+    return _folder_data(root, sets, recorded['description'], left_out, check)
+
+
+def _file(path: str) -> Optional[File]:
+    """Return what is known of a file that is no longer found as an image: a link to it may have taken its place."""
+    if not os.path.isfile(path):
+        return None
+    info = os.stat(path)
+    return File(info.st_size, (info.st_dev, info.st_ino))
 
 
 class FolderReader(Reader):
-    """A timm reader of known files: `samples` holds (path, class index), `class_to_idx` class name -> index."""
+    """A timm reader of known files.
 
-    def __init__(self, root: Union[str, Path], samples: List[Tuple[str, int]], class_to_idx: Dict[str, int]):
+    Args:
+        root: The folder.
+        samples: (path, class index) of each.
+        class_to_idx: Class name -> index.
+        files: Path -> what is known of the file, its size among it.
+    """
+
+    def __init__(
+        self,
+        root: Union[str, Path],
+        samples: List[Tuple[str, int]],
+        class_to_idx: Dict[str, int],
+        files: Dict[str, File],
+    ):
         super().__init__()
         self.root = str(root)
         self.samples = samples
         self.class_to_idx = class_to_idx
+        self.files = files
 
     def __getitem__(self, index: int):
         path, target = self.samples[index]
@@ -199,28 +269,11 @@ class LabelledImages(ImageDataset):
 
     def check(self, advice: str) -> None:
         """Open every image; raise ValueError, with an advice, for the first that can't be read."""
-        bad = self._unreadable()
-        if bad:
-            path, reason = next(iter(bad.items()))
-            more = f' {len(bad) - 1} more cannot be read either.' if len(bad) > 1 else ''
-            raise ValueError(f'image: {shown(path)} {reason}.{more} {advice}')
+        raise_for(self.unreadable(), advice)
 
-    def _unreadable(self) -> Dict[str, str]:
-        def problem(sample: Tuple[str, int]) -> Optional[str]:
-            try:
-                open_image(sample[0], self.input_img_mode)
-            except (OSError, ValueError) as error:
-                return str(error).removeprefix(f'image: {shown(sample[0])} ').rstrip('.')
-            return None
-
-        samples = self.reader.samples
-        pool = ThreadPoolExecutor()
-        try:
-            bar = tqdm(pool.map(problem, samples), total=len(samples), desc='checking images', leave=False)
-            problems = list(bar)
-        finally:
-            pool.shutdown(cancel_futures=True)  # else an interrupted check would first open all other images
-        return {path: text for (path, _), text in zip(samples, problems) if text}
+    def unreadable(self) -> Dict[str, str]:
+        """Open every image; return the reason for each path that can't be read."""
+        return unreadable([path for path, _ in self.reader.samples], self.input_img_mode)
 
 
 class ImageFolder(LabelledImages):
@@ -232,6 +285,7 @@ class ImageFolder(LabelledImages):
         check: Open every image now: an unreadable one is an error.
         skip_bad: Leave unreadable images out (they are listed in `left_out`) instead of failing.
         any_name: Let a class have the name of a split, such as 'train'.
+        known_to: What has all the classes of `class_map`, in the words of an error message.
 
     Attributes:
         left_out: The reason for each path that is no image of the set.
@@ -250,14 +304,15 @@ class ImageFolder(LabelledImages):
         check: bool = True,
         skip_bad: bool = False,
         any_name: bool = False,
+        known_to: str = 'the training data',
     ):
         found = find_classes(root, any_name)
         class_map = class_map or {name: index for index, name in enumerate(found.names)}
         unknown = [shown(name) for name in found.names if name not in class_map]
         if unknown:
-            raise ValueError(f'data_dir: {shown(root)} has classes that the training data lacks: {", ".join(unknown)}.')
+            raise ValueError(f'data_dir: {shown(root)} has classes that {known_to} lacks: {", ".join(unknown)}.')
         samples = [(path, class_map[name]) for path, name in found.samples]
-        super().__init__(FolderReader(root, samples, class_map), input_img_mode)
+        super().__init__(FolderReader(root, samples, class_map, found.files), input_img_mode)
         self.left_out = found.left_out
         if check:
             self.check_images(skip_bad)
@@ -270,8 +325,8 @@ class ImageFolder(LabelledImages):
     def check_images(self, skip_bad: bool = False) -> None:
         """Open every image; raise ValueError if one is unreadable or, with `skip_bad`, if all of a class are."""
         if not skip_bad:
-            return self.check('Mend or remove it, or leave such images out with --skip-bad.')
-        bad = self._unreadable()
+            return self.check(UNREADABLE)
+        bad = self.unreadable()
         kept = [sample for sample in self.reader.samples if sample[0] not in bad]
         missing = set(self.targets) - {target for _, target in kept}
         if missing:

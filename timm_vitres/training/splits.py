@@ -9,6 +9,7 @@ from torch.utils.data import Dataset
 
 from ..data import open_image
 from ..folders import shown
+from .checking import BackgroundCheck
 
 NAMED = 10  # at most this many paths are named for one reason: a million images may have a text file each
 
@@ -23,6 +24,7 @@ class Data(NamedTuple):
     description: str
     left_out: Dict[str, str]  # path -> reason
     lists: Dict[str, Any]  # the two sets' entries in the record
+    check: Optional[BackgroundCheck] = None  # of images that are too many to be opened before the run begins
 
     @property
     def skipped(self) -> List[str]:

@@ -1,0 +1,84 @@
+"""Class maps: the order of classes that the user gives, and the class indices of labels as a dataset stores them.
+
+text file -> `read_class_map` -> names by index; a dataset's names and a map's -> `Labels` -> label -> class index.
+"""
+
+from numbers import Integral
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Sequence
+
+from ..folders import shown
+
+
+def read_class_map(path: str) -> List[str]:
+    """Read class names from a text file, one a line, in the order of their indices.
+
+    Raises:
+        FileNotFoundError: where there is no file.
+        ValueError: for a file that is no text, an empty line between names, a name that comes twice, and fewer than
+            two names.
+    """
+    file = Path(path)
+    if file.suffix.lower() in ('.pkl', '.pickle'):
+        raise ValueError(f'class_map: {shown(file)} is a pickle, expected a text file with one class name a line.')
+    if not file.is_file():
+        raise FileNotFoundError(f'class_map: there is no file {shown(file)}.')
+    try:
+        names = [line.strip() for line in file.read_text(encoding='utf-8-sig').rstrip().splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f'class_map: {shown(file)} cannot be read as text ({error}).') from error
+    lines: Dict[str, int] = {}
+    for number, name in enumerate(names, 1):
+        if not name or not name.isprintable():
+            raise ValueError(f'class_map: line {number} of {shown(file)} is {name!r}, expected the name of a class.')
+        if lines.setdefault(name, number) != number:
+            raise ValueError(f'class_map: {shown(file)} names {name!r} twice, in lines {lines[name]} and {number}.')
+    if len(names) < 2:
+        raise ValueError(f'class_map: {shown(file)} has {len(names)} class names; at least two are needed.')
+    return names
+
+
+class Labels:
+    """Labels as a dataset stores them -> class indices.
+
+    Labels are numbers or text. A class map orders the classes by their names, where the dataset has names or the
+    labels are text; where labels are numbers without names, the map names them.
+
+    Args:
+        source: The dataset's own class names by label; empty if it has none.
+        class_map: The names of a class map by class index, if there is one.
+
+    Attributes:
+        names: The class names by class index; empty if nothing names them.
+
+    Raises:
+        ValueError: for a class of the dataset that the class map lacks.
+    """
+
+    def __init__(self, source: Sequence[str], class_map: Optional[Sequence[str]] = None):
+        self.names = list(source if class_map is None else class_map)
+        self.indices = {name: index for index, name in enumerate(self.names)}
+        self.is_mapped = class_map is not None
+        self.moved: Optional[List[int]] = None
+        if class_map is not None and source:
+            missing = [shown(name) for name in source if name not in self.indices]
+            if missing:
+                more = f' and {len(missing) - 5} more' if len(missing) > 5 else ''
+                raise ValueError(f'class_map: the map lacks classes of the dataset: {", ".join(missing[:5])}{more}.')
+            self.moved = [self.indices[name] for name in source]
+
+    def __call__(self, label: Any) -> int:
+        """Return the class index of a label; ValueError for a label that stands for no class."""
+        if isinstance(label, str):
+            if label not in self.indices:
+                hint = 'the map lacks it' if self.is_mapped else 'name the classes, in their order, by class_map'
+                raise ValueError(f'class_map: a label is {label!r}; {hint}.')
+            return self.indices[label]
+        if not isinstance(label, Integral):
+            raise ValueError(f'target_key: a label is {label!r:.80}, expected a class number or the name of a class.')
+        index = int(label)
+        limit = len(self.names) if self.moved is None else len(self.moved)
+        if index < 0 or (limit and index >= limit):
+            expected = f'0 to {limit - 1}' if limit else '0 or more'
+            raise ValueError(f'dataset: a label is {index}, expected {expected}.')
+        return index if self.moved is None else self.moved[index]
