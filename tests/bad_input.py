@@ -37,6 +37,7 @@ POSITIONAL = {
     'convert': ['model'],
     'push': ['model', 'me/name'],
     'verify': ['local-dir:model'],
+    'run': ['script.py'],
 }
 MODEL_KWARGS = ['layers=(1,)', 'channels=(128,)', 'depth=1', 'embed_dim=32']
 FLAGS = {
@@ -50,6 +51,7 @@ FLAGS = {
     'convert': ['--output', 'new'],
     'push': [],
     'verify': [],
+    'run': [],
 }
 
 # what a numeric flag takes, as an interval
@@ -148,6 +150,10 @@ WORDS = {
         'name': ('nowhere', 'vitresnet_giant', 'local-dir:nowhere', 'images', 'picture.png', ''),
         'repo': ('me/name/more', 'me/na me'),
     },
+    'run': {
+        'script': (*NO_FILE, 'images', 'images/across', 'nowhere.py', 'script', 'notes.txt/below.py'),
+        'module': ('nowhere', 'nowhere.at.all', 'no/where', 'no where', ''),
+    },
 }
 FREE = {('finetune', 'data'), ('finetune', 'train_split'), ('finetune', 'val_split'), ('push', 'message')}
 # what does not go together: command, flags, what the sentence names
@@ -192,7 +198,7 @@ def flags(rng: random.Random) -> Iterator[Case]:
         for value in dict.fromkeys(bad):
             if action.option_strings:
                 values = [value] * (action.nargs if isinstance(action.nargs, int) else 1)
-                positional = [] if dest == 'data_dir' else POSITIONAL[command]
+                positional = [] if dest in ('data_dir', 'module') else POSITIONAL[command]
                 argv = [*positional, *FLAGS[command], action.option_strings[-1], *values]
             else:
                 positional = list(POSITIONAL[command])

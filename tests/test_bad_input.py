@@ -23,6 +23,7 @@ import traceback
 from collections import Counter
 from pathlib import Path
 from typing import Any, Iterator, NamedTuple
+from unittest import mock
 
 import bad_images
 import bad_input
@@ -86,6 +87,7 @@ def write_world(root: Path) -> None:
         write_folder(root / 'split' / split, per_class=4, size=32)
     shutil.copy(root / 'images/down/0.png', root / 'picture.png')
     (root / 'notes.txt').write_text('Nothing that a program reads.\n')
+    (root / 'script.py').write_text('print("A script of others.")\n')
     model = timm.create_model('test_vitresnet', **bad_input.SERIAL)
     hub.save(model, root / 'model', label_names=['cat', 'dog', 'owl'])
     (root / 'model/README.md').write_text('---\nlicense: mit\n---\n\n# A model\n\nMy own words.\n')
@@ -112,6 +114,11 @@ def _ring(signum: int, frame: Any) -> None:
     raise Endless
 
 
+def _become(path: str, command: list[str], environment: dict[str, str]) -> None:
+    # this process has more to do than to be the script that `run` runs
+    raise SystemExit(subprocess.run(command, env=environment, capture_output=True).returncode)
+
+
 def run(call: Any) -> Outcome:
     """Make a call in the present folder, and return how it ended."""
     printed = io.StringIO()
@@ -120,7 +127,11 @@ def run(call: Any) -> Outcome:
     signal.signal(signal.SIGALRM, _ring)
     signal.alarm(SECONDS)
     try:
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(printed):
+        with (
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(printed),
+            mock.patch('os.execve', _become),
+        ):
             if isinstance(call, list):
                 return Outcome(f'exit {cli.main(call)}', printed.getvalue())
             timm.create_model(call[0], **call[1])

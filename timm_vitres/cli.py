@@ -10,7 +10,7 @@ import sys
 import traceback
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Iterator, List, Optional, Sequence, Tuple
+from typing import Iterator, List, Optional, Sequence
 
 from timm.utils import ParseKwargs
 
@@ -28,6 +28,7 @@ from .arguments import (
     read_names,
     size_of,
 )
+from .scripts import become, split
 from .weights.downloads import is_transient
 from .writing import check_output
 
@@ -311,7 +312,7 @@ def run_verify(args: argparse.Namespace) -> int:
 
 
 def add_run(subparsers) -> None:
-    """`timm-vitres run`; `_split` keeps the arguments of the script from argparse."""
+    """`timm-vitres run`; `scripts.split` keeps the arguments of the script from argparse."""
     parser = subparsers.add_parser(
         'run',
         help='run a script of others that shall know the models, such as validate.py of timm',
@@ -325,15 +326,7 @@ def add_run(subparsers) -> None:
 
 def run_script(args: argparse.Namespace) -> int:
     """Run a script of others; its exit status is ours."""
-    from .scripts import run
-
-    return run(args.script, args.module, args.others)
-
-
-def _split(words: List[str]) -> Tuple[List[str], List[str]]:
-    """Return what is for argparse, and what is for the script that `run` runs, whatever that looks like."""
-    end = (3 if words[1:2] == ['-m'] else 2) if words[:1] == ['run'] else len(words)
-    return words[:end], words[end:]
+    return become(args.script, args.module, args.others)
 
 
 def add_doctor(subparsers) -> None:
@@ -349,7 +342,7 @@ def run_doctor(args: argparse.Namespace) -> int:
     status = 0
     for finding in examine():
         remedy = f'; {finding.remedy}' if finding.remedy else ''
-        print(f'{finding.state:8}{finding.name:14}{finding.text}{remedy}', flush=True)
+        print(f'{finding.state:8}{finding.name:17}{finding.text}{remedy}', flush=True)
         status = 1 if finding.state == BROKEN else status
     return status
 
@@ -417,7 +410,7 @@ def main(argv: Optional[List[str]] = None) -> int:
     try:
         with _printed_logs():
             try:
-                own, others = _split(sys.argv[1:] if argv is None else argv)
+                own, others = split(sys.argv[1:] if argv is None else argv)
                 args = create_parser().parse_args(own, argparse.Namespace(others=others))
                 return args.run(args)
             finally:
