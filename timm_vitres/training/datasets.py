@@ -46,6 +46,9 @@ def load_data(cfg: FinetuneCfg, mode: str, recorded: Optional[Dict[str, Any]] = 
         raise ValueError('data_dir: no folder given; give an image folder.')
     if not is_folder:
         return load_named(cfg, mode) if recorded is None else reload_named(cfg, mode, recorded)
+    for name in ('input_key', 'target_key', 'train_num_samples', 'val_num_samples'):
+        if getattr(cfg, name) is not None:
+            raise ValueError(f'{name}: an image folder takes none; it is for datasets that are named by dataset.')
     return _load_folder(cfg, mode) if recorded is None else _reload_folder(cfg, mode, recorded)
 
 

@@ -5,20 +5,28 @@ name -> `load_named` -> `Data`; its record -> `reload_named` -> the same images 
 
 import difflib
 import hashlib
+import os
 import re
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterable, List, Optional, Sequence, Tuple
 
 import numpy as np
-from timm.data import create_dataset
+import torch
+from timm.data import ImageDataset, IterableImageDataset, create_dataset
+from timm.data.readers.reader import Reader
 from torch.utils.data import Dataset, IterableDataset
 from tqdm import tqdm
 
 from ..checks import on_one_line
-from ..folders import split_role
+from ..folders import shown, split_role
+from .class_maps import Labels, read_class_map
 from .settings import FinetuneCfg
+from .shards import ShardReader, is_local, open_bytes
 from .splits import Data, Subset, class_counts, class_names, read_record, stratified_split
 
+SETS = ('train', 'validation')
 PREFIXES = ('torch', 'hfds', 'hfids', 'tfds', 'wds')
+STREAMS = ('hfids', 'tfds', 'wds')
+KEYED = ('hfds', *STREAMS)  # samples of these datasets have fields with names
 # these datasets of torchvision have two splits: timm takes any name but 'train' and 'training' for the test images
 TWO_SPLITS = ('cifar10', 'cifar100', 'mnist', 'kmnist', 'fashion_mnist', 'qmnist')
 TORCH_NAMES = (*TWO_SPLITS, 'inaturalist', 'places365', 'imagenet')
@@ -39,27 +47,21 @@ def load_named(cfg: FinetuneCfg, mode: str) -> Data:
             f'val_split: {cfg.val_split!r} has images of the train_split {cfg.train_split!r}; name another split, or '
             "hold a part out with val_split ''."
         )
-    train = _create(cfg, mode, train_split, True)
-    names = _names(train)
+    class_map = read_class_map(cfg.class_map) if cfg.class_map else None
+    train, labels = _open(cfg, mode, train_split, True, class_map)
     if isinstance(train, IterableDataset):
-        if not names or not val_split:
-            raise ValueError(f'dataset: {cfg.dataset!r} is a stream; it needs class names and a val_split.')
-        val = _create(cfg, mode, val_split, False)
-        lists = {'train': _entry(train, train_split), 'validation': _entry(val, val_split)}
-        return Data(train, val, names, None, cfg.dataset, {}, lists)
-    targets = _targets(train, cfg)
-    names = names or [str(index) for index in range(max(targets) + 1)]
-    if not 0 <= min(targets) <= max(targets) < len(names):
-        raise ValueError(
-            f'dataset: {cfg.dataset!r}, split {train_split!r}, has labels from {min(targets)} to {max(targets)}, '
-            f'expected 0 to {len(names) - 1}.'
-        )
+        return _load_stream(cfg, mode, train, labels, (train_split, val_split), class_map)
+    targets = _targets(train, cfg, train_split, labels)
+    names = labels.names or [str(index) for index in range(max(targets) + 1)]
     if val_split:
-        val = _create(cfg, mode, val_split, False)
+        val, val_labels = _open(cfg, mode, val_split, False, class_map)
         _check_apart(cfg, train, val)
+        known = _known(val, cfg, val_split, val_labels)
+        if known is not None and max(known, default=0) >= len(names):
+            raise ValueError(f'val_split: {cfg.val_split!r} has the label {max(known)}, which {train_split!r} has not.')
         train_indices, val_indices = range(len(targets)), range(len(val))
         how = f'validation on split {cfg.val_split!r} ({len(val_indices)} images)'
-        lists = {'train': _entry(train, train_split, targets), 'validation': _entry(val, val_split, _known(val))}
+        lists = {'train': _entry(train, train_split, targets), 'validation': _entry(val, val_split, known)}
     else:
         val = train
         train_indices, val_indices = stratified_split(targets, cfg.val_frac, cfg.seed)
@@ -70,8 +72,30 @@ def load_named(cfg: FinetuneCfg, mode: str) -> Data:
         }
     counts = class_counts([targets[index] for index in train_indices], len(names))
     description = f'{cfg.dataset}, {len(train_indices)} images to train on; {how}'
-    sets = Subset(train, train_indices, mode), Subset(val, val_indices, mode)
+    sets = Subset(train, train_indices, mode, labels), Subset(val, val_indices, mode, labels)
     return Data(*sets, names, counts, description, {}, lists)
+
+
+def _load_stream(
+    cfg: FinetuneCfg,
+    mode: str,
+    train: IterableImageDataset,
+    labels: Labels,
+    splits: Tuple[str, str],
+    class_map: Optional[List[str]],
+) -> Data:
+    """Return the data of a stream, which nobody can split, or ask for its labels."""
+    if not labels.names:
+        raise ValueError(f'class_map: {cfg.dataset!r} is a stream that does not name its classes; name them by a map.')
+    if not splits[1]:
+        raise ValueError(f'val_split: {cfg.dataset!r} is a stream, of which no part can be held out; name a split.')
+    val, _ = _open(cfg, mode, splits[1], False, class_map)
+    if isinstance(train.reader, ShardReader):
+        _check_shards_apart(cfg, train.reader, val.reader)
+    lists = {name: _entry(dataset, split) for name, dataset, split in zip(SETS, (train, val), splits)}
+    how = f'validation on split {splits[1]!r} ({val.reader.num_samples} images)'
+    description = f'{cfg.dataset}, {train.reader.num_samples} images to train on; {how}'
+    return Data(train, val, labels.names, None, description, {}, lists)
 
 
 def reload_named(cfg: FinetuneCfg, mode: str, recorded: Dict[str, Any]) -> Data:
@@ -82,39 +106,62 @@ def reload_named(cfg: FinetuneCfg, mode: str, recorded: Dict[str, Any]) -> Data:
     """
     _check_name(cfg)
     lists = read_record(recorded, dict)
+    names = [str(name) for name in recorded['label_names']]
     sets: List[Dataset] = []
     counts: Optional[List[int]] = None
     for name, entry in lists.items():
         try:
             split, indices = entry['split'], entry['indices']
             expected = {key: entry[key] for key in ('count', 'labels_sha256')}
+            expected.update({key: entry[key] for key in ('images_sha256', 'shards') if key in entry})
         except KeyError as error:
             raise ValueError(f'recorded: the record of {name} lacks {error}.') from None
-        dataset = _create(cfg, mode, split, name == 'train')
-        targets = None if expected['labels_sha256'] is None else _targets(dataset, cfg)
+        # the record has the names of a class map, whose file may be gone by now
+        dataset, labels = _open(cfg, mode, split, name == 'train', names if cfg.class_map else None)
+        if labels.names and labels.names != names:
+            raise ValueError(f'dataset: {cfg.dataset!r}, split {split!r}, has other classes than when the run began.')
+        targets = None if expected['labels_sha256'] is None else _targets(dataset, cfg, split, labels)
         found = _entry(dataset, split, targets)
         for key, value in expected.items():
-            if found[key] != value:
+            if found.get(key) != value:
+                what = '' if key == 'shards' else f': its {key} is {found.get(key)}, not {value}'
                 raise ValueError(
-                    f'dataset: {cfg.dataset!r}, split {split!r}, is not what the run began with: its {key} is '
-                    f'{found[key]}, not {value}.'
+                    f'dataset: {cfg.dataset!r}, split {split!r}, is not what the run began with'
+                    f'{what or _changed(value, found["shards"])}.'
                 )
         if isinstance(dataset, IterableDataset):
             sets.append(dataset)
             continue
         indices = list(range(len(dataset))) if indices is None else indices
         if name == 'train' and targets is not None:
-            counts = class_counts([targets[index] for index in indices], len(recorded['label_names']))
-        sets.append(Subset(dataset, indices, mode))
-    return Data(sets[0], sets[1], recorded['label_names'], counts, recorded['description'], {}, lists)
+            counts = class_counts([targets[index] for index in indices], len(names))
+        sets.append(Subset(dataset, indices, mode, labels))
+    return Data(sets[0], sets[1], names, counts, recorded['description'], {}, lists)
+
+
+def _changed(before: List[List[Any]], now: List[List[Any]]) -> str:
+    """Return the end of a sentence that names the first shard that is another one than before."""
+    pairs = zip([*before, ('no shard', 0, 0)], [*now, ('no shard', 0, 0)])
+    old, new = next((old, new) for old, new in pairs if list(old) != list(new))
+    shard, other = (f'{shown(name)} ({count} images, {size} bytes)' for name, count, size in (old, new))
+    return f': {shard} became {other}'
+
+
+def _prefix(cfg: FinetuneCfg) -> str:
+    return cfg.dataset.partition('/')[0].lower()
 
 
 def _check_name(cfg: FinetuneCfg) -> None:
     """Raise ValueError for a name without a prefix: timm would silently open an image folder instead."""
-    prefix, _, rest = cfg.dataset.partition('/')
-    if rest and prefix.lower() in PREFIXES:
-        if prefix.lower() == 'torch' and not cfg.data_dir:
-            raise ValueError(f'data_dir: no folder given; {cfg.dataset!r} is read from one, or downloaded into it.')
+    prefix, rest = _prefix(cfg), cfg.dataset.partition('/')[2]
+    if rest and prefix in PREFIXES:
+        if prefix in ('torch', 'wds') and not cfg.data_dir:
+            how = 'or downloaded into it' if prefix == 'torch' else 'the folder of its shards'
+            raise ValueError(f'data_dir: no folder given; {cfg.dataset!r} is read from one, {how}.')
+        for name in ('input_key', 'target_key', 'train_num_samples', 'val_num_samples'):
+            allowed = STREAMS if name.endswith('num_samples') else KEYED
+            if getattr(cfg, name) is not None and prefix not in allowed:
+                raise ValueError(f'{name}: {cfg.dataset!r} takes none; {", ".join(f"{one}/" for one in allowed)} do.')
         return
     known = difflib.get_close_matches(cfg.dataset.lower().rpartition('/')[2], TORCH_NAMES, 1)
     hint = f'did you mean {"torch/" + known[0]!r}? A' if known else 'a'
@@ -158,48 +205,111 @@ def _parts_overlap(first: str, second: str) -> bool:
     return max(begin, other_begin) < min(end, other_end)
 
 
-def _create(cfg: FinetuneCfg, mode: str, split: str, is_training: bool) -> Dataset:
+def _open(
+    cfg: FinetuneCfg, mode: str, split: str, is_training: bool, class_map: Optional[List[str]]
+) -> Tuple[Dataset, Labels]:
+    """Open one split; return it with what its labels stand for. A stream gives class indices, a set what it stores."""
+    where = f'{cfg.dataset!r}, split {split!r}'
     try:
-        return create_dataset(
-            cfg.dataset,
-            root=cfg.data_dir,
-            split=split,
-            is_training=is_training,
-            download=cfg.dataset_download,
-            batch_size=cfg.batch_size,
-            input_img_mode=mode,
-            seed=cfg.seed,
-        )
+        dataset = _create(cfg, mode, split, is_training)
     except Exception as error:  # torchvision, datasets, tensorflow-datasets and webdataset raise errors of any kind
         reason = (
             on_one_line(error).rstrip('.').replace('download=True', 'dataset_download')
         )  # the setting has this name here
-        raise ValueError(f'dataset: {cfg.dataset!r}, split {split!r}, cannot be opened ({reason}).') from error
+        missing = isinstance(error, ImportError) or 'install webdataset' in reason
+        hint = '; pip install "timm-vitres[datasets]"' if missing else ''
+        raise ValueError(f'dataset: {where}, cannot be opened ({reason}{hint}).') from error
+    labels = Labels(_names(dataset), class_map)
+    if isinstance(dataset, IterableDataset):
+        dataset.target_transform = labels
+    return dataset, labels
+
+
+def _create(cfg: FinetuneCfg, mode: str, split: str, is_training: bool) -> Dataset:
+    prefix = _prefix(cfg)
+    options: Dict[str, Any] = dict(input_key=cfg.input_key, target_key=cfg.target_key) if prefix in KEYED else {}
+    options = {name: value for name, value in options.items() if value is not None}
+    batch_size = cfg.batch_size if is_training else cfg.validation_batch_size or cfg.batch_size
+    shared = dict(
+        root=cfg.data_dir,
+        split=split,
+        is_training=is_training,
+        batch_size=batch_size,
+        num_samples=cfg.train_num_samples if is_training else cfg.val_num_samples,
+        seed=cfg.seed,
+        **options,
+    )
+    if prefix == 'wds':
+        return IterableImageDataset(None, reader=ShardReader(mode=mode, **shared))
+    dataset = create_dataset(cfg.dataset, download=cfg.dataset_download, input_img_mode=mode, **shared)
+    if prefix == 'hfds':
+        dataset = ReaderImages(dataset.reader, mode)
+        dataset.check_keys()
+    return dataset
+
+
+class ReaderImages(ImageDataset):
+    """timm's `ImageDataset` of encoded images by their number; timm's own takes the next image for one that is bad."""
+
+    def __init__(self, reader: Reader, mode: str):
+        super().__init__('', reader=reader, input_img_mode=mode)
+
+    def check_keys(self) -> None:
+        """Raise ValueError if the reader's keys for image and label are no columns."""
+        rows, image, label = self.reader.dataset, self.reader.image_key, self.reader.label_key
+        columns = [name for name in rows.column_names if name != image]
+        if label.partition('/')[0] not in rows.column_names:
+            raise ValueError(f'target_key: it has no {label!r}, but {", ".join(columns)}')
+        if len(rows) and rows[0][image] is None:  # timm adds a column of that name, if there is none
+            raise ValueError(f'input_key: it has no image under {image!r}; other columns are {", ".join(columns)}')
+
+    def __getitem__(self, index: int) -> Tuple[Any, Any]:
+        data, target = self.encoded(index)
+        return open_bytes(data, self.input_img_mode, f'{index} of the split'), target
+
+    def encoded(self, index: int) -> Tuple[bytes, Any]:
+        """Return the bytes of an image, and its label as it is stored."""
+        try:
+            opened: Any = self.reader[index]  # (a file, a label)
+            with opened[0] as file:
+                return file.read(), opened[1]
+        except Exception as error:  # a row may lack its image, or name a file that is gone
+            raise ValueError(f'image: {index} of the split cannot be read ({on_one_line(error)}).') from error
 
 
 def _names(dataset: Dataset) -> List[str]:
-    names = getattr(dataset, 'classes', None) or class_names(dataset)
-    return [', '.join(name) if isinstance(name, tuple) else str(name) for name in names]
+    names = getattr(dataset, 'classes', None) or getattr(getattr(dataset, 'reader', None), 'names', None)
+    return [', '.join(name) if isinstance(name, tuple) else str(name) for name in names or class_names(dataset)]
 
 
-def _known(dataset: Dataset) -> Optional[List[int]]:
-    """Return the labels of a dataset that says them without reading images, else None."""
+def _known(dataset: Dataset, cfg: FinetuneCfg, split: str, labels: Labels) -> Optional[List[int]]:
+    """Return the class indices of a dataset that says its labels without reading images, else None."""
     targets = getattr(dataset, 'targets', None)
     if targets is None and hasattr(getattr(dataset, 'reader', None), 'iter_targets'):
-        targets = dataset.reader.iter_targets()
-    return None if targets is None else [int(target) for target in targets]
+        bar = tqdm(dataset.reader.iter_targets(), total=len(dataset), desc='reading labels', leave=False)
+        return _indices(bar, cfg, split, labels)
+    if isinstance(targets, torch.Tensor):
+        targets = targets.tolist()
+    return None if targets is None else _indices(targets, cfg, split, labels)
 
 
-def _targets(dataset: Dataset, cfg: FinetuneCfg) -> List[int]:
-    try:
-        targets = _known(dataset)
-        if targets is None:
-            targets = [int(dataset[index][1]) for index in tqdm(range(len(dataset)), desc='reading labels')]
-    except (TypeError, ValueError, KeyError) as error:
-        raise ValueError(f'dataset: the labels of {cfg.dataset!r} are no class numbers ({error}).') from error
+def _targets(dataset: Dataset, cfg: FinetuneCfg, split: str, labels: Labels) -> List[int]:
+    targets = _known(dataset, cfg, split, labels)
+    if targets is None:
+        rows = tqdm(range(len(dataset)), desc='reading labels', leave=False)
+        targets = _indices((dataset[index][1] for index in rows), cfg, split, labels)
     if not targets:
-        raise ValueError(f'dataset: {cfg.dataset!r} has no images.')
+        raise ValueError(f'dataset: {cfg.dataset!r}, split {split!r}, has no images.')
     return targets
+
+
+def _indices(targets: Iterable[Any], cfg: FinetuneCfg, split: str, labels: Labels) -> List[int]:
+    try:
+        return [labels(target) for target in targets]
+    except ValueError as error:
+        raise ValueError(f'{error} (This is of {cfg.dataset!r}, split {split!r}.)') from error
+    except (TypeError, KeyError) as error:
+        raise ValueError(f'dataset: the labels of {cfg.dataset!r} are no class numbers ({error}).') from error
 
 
 def _entry(
@@ -207,12 +317,34 @@ def _entry(
 ) -> Dict[str, Any]:
     """Return a set's entry in a record; `indices` are those of its images if it is only a part of the split."""
     digest = None if targets is None else hashlib.sha256(np.asarray(targets, dtype='<i8').tobytes()).hexdigest()
-    return {
-        'split': split,
-        'count': len(dataset),
-        'labels_sha256': digest,
-        'indices': None if indices is None else list(indices),
-    }
+    reader = getattr(dataset, 'reader', None)
+    count = reader.num_samples if isinstance(reader, ShardReader) else len(dataset)
+    entry: Dict[str, Any] = {'split': split, 'count': count, 'labels_sha256': digest}
+    entry['indices'] = None if indices is None else list(indices)
+    if isinstance(dataset, ReaderImages):
+        images = hashlib.sha256()
+        for index in _steps(len(dataset)):
+            images.update(dataset.encoded(index)[0])
+        entry['images_sha256'] = images.hexdigest()
+    if isinstance(reader, ShardReader):
+        entry['shards'] = reader.listed()
+    return entry
+
+
+def _steps(length: int) -> List[int]:
+    return sorted({round(i * (length - 1) / COMPARED) for i in range(COMPARED + 1)})
+
+
+def _check_shards_apart(cfg: FinetuneCfg, train: ShardReader, val: ShardReader) -> None:
+    """Raise ValueError if two splits have a shard in common, or begin with the same images."""
+    ours = {os.path.realpath(path) if is_local(path) else path for path, _ in train.shards}
+    both = [path for path, _ in val.shards if (os.path.realpath(path) if is_local(path) else path) in ours]
+    if both:
+        raise ValueError(f'val_split: {cfg.val_split!r} has the shard {shown(both[0])}, which is trained on.')
+    if train.num_samples == val.num_samples and train.first(COMPARED) == val.first(COMPARED):
+        raise ValueError(
+            f'val_split: {cfg.val_split!r} has the same images as {cfg.train_split!r}; name another split.'
+        )
 
 
 def _check_apart(cfg: FinetuneCfg, train: Dataset, val: Dataset) -> None:
@@ -225,10 +357,9 @@ def _check_apart(cfg: FinetuneCfg, train: Dataset, val: Dataset) -> None:
 
     def seen(dataset: Dataset, index: int) -> Tuple[Any, ...]:
         image, target = dataset[index]
-        return image.size, image.tobytes(), int(target)
+        return image.size, image.tobytes(), target
 
-    chosen = sorted({round(i * (len(val) - 1) / COMPARED) for i in range(COMPARED + 1)})
-    if all(seen(train, index) == seen(val, index) for index in chosen):
+    if all(seen(train, index) == seen(val, index) for index in _steps(len(val))):
         raise ValueError(
             f'val_split: {cfg.val_split!r} of {cfg.dataset!r} has the same images as {cfg.train_split!r}; name another '
             "split, or hold a part out with val_split ''."

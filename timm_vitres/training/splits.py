@@ -86,13 +86,21 @@ def class_names(dataset: Dataset) -> List[str]:
 class Subset(Dataset):
     """Some images of a map-style dataset in a PIL mode, with a transform of their own.
 
-    The dataset returns PIL images; `transform` is set by timm's `create_loader`.
+    The dataset returns PIL images; `transform` is set by timm's `create_loader`, and `labels` returns the class index
+    of a label as the dataset stores it.
     """
 
-    def __init__(self, dataset: Dataset, indices: Sequence[int], mode: str = 'RGB'):
+    def __init__(
+        self,
+        dataset: Dataset,
+        indices: Sequence[int],
+        mode: str = 'RGB',
+        labels: Optional[Callable[[Any], int]] = None,
+    ):
         self.dataset = dataset
         self.indices = list(indices)
         self.mode = mode
+        self.labels = labels
         self.transform: Optional[Callable] = None
 
     def __len__(self) -> int:
@@ -104,6 +112,7 @@ class Subset(Dataset):
             image = open_image(image, self.mode)
         except ValueError as error:  # an image of a named dataset has no path that could name it
             raise ValueError(f'dataset: image {self.indices[index]}: {error}') from error
+        target = target if self.labels is None else self.labels(target)
         return image if self.transform is None else self.transform(image), target
 
 
