@@ -17,8 +17,9 @@ from PIL import Image
 
 import timm_vitres
 from timm_vitres.training.datasets import load_data
-from timm_vitres.training.loop import MeanOverHeads, finetune
+from timm_vitres.training.loop import finetune
 from timm_vitres.training.settings import FinetuneCfg
+from timm_vitres.training.tasks import MeanOverHeads
 
 
 def settings(data_dir, output, **kwargs) -> FinetuneCfg:

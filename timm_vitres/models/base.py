@@ -45,12 +45,16 @@ class Hybrid(nn.Module):
         families: Every class of hybrids that was defined.
         variants: Names of the registered architectures of a family.
         foreign_names: Regular expression for an architecture's name elsewhere -> the variant that loads its weights.
+        resnet_names: Regular expression for the beginning of the names of the parameters that are the ResNet's.
+        vit_names: The same of those that are the ViT's; what couples both, and heads, are of neither.
         num_pyramid: How many of `feature_info` are the pyramid.
     """
 
     families: ClassVar[List[Type['Hybrid']]] = []
     variants: ClassVar[Sequence[str]] = ()
     foreign_names: ClassVar[Dict[str, str]] = {}
+    resnet_names: ClassVar[str]
+    vit_names: ClassVar[str]
     num_pyramid: int
     folded: bool = False  # whether `fold` made it
     __jit_unused_properties__ = ['_model_args', 'first_conv', 'heads']

@@ -357,6 +357,8 @@ default_cfgs = generate_default_cfgs(
 )
 
 VitResNet.variants = tuple(default_cfgs)
+VitResNet.resnet_names = r'patch_embed\.backbone\.'
+VitResNet.vit_names = r'(?!patch_embed\.backbone\.|head\.)'
 VitResNet.foreign_names = {
     r'vit_tiny_r_s16_p8_\d+': 'vitresnet_tiny',
     r'vit_small_r26_s32_\d+': 'vitresnet_small',

@@ -359,6 +359,8 @@ default_cfgs = generate_default_cfgs(
 )
 
 VitResNetDual.variants = tuple(default_cfgs)
+VitResNetDual.resnet_names = r'stem\.|units\.\d+\.(conv_block|fusion_block)\.'
+VitResNetDual.vit_names = r'cls_token|norm\.|units\.\d+\.(patch_embed|block)\.'
 VitResNetDual.foreign_names = {
     r'Conformer_tiny_patch16': 'vitresnet_dual_tiny',
     r'Conformer_small_patch16': 'vitresnet_dual_small',

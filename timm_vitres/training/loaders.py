@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, defa
 
 from ..checks import on_one_line
 from .datasets import Data
+from .processes import Processes
 from .settings import FinetuneCfg
 
 _logger = logging.getLogger(__name__)
@@ -30,43 +31,61 @@ _POLICY = re.compile(r'(rand|augmix|original|originalr|v0|v0r|3a)(-([a-su-z][a-z
 
 
 def create_loaders(
-    cfg: FinetuneCfg, data: Data, config: Dict[str, Any], lists: Dict[str, Any]
+    cfg: FinetuneCfg,
+    data: Data,
+    config: Dict[str, Any],
+    lists: Dict[str, Any],
+    processes: Optional[Processes] = None,
 ) -> Tuple['Batches', 'Batches']:
     """Return the batches that a run trains on, and those that it is validated on.
 
     Args:
+        processes: Those that share the images; this one alone by default. Each trains on `batch_size` images a step.
         config: timm's data config: input_size, interpolation, mean, std, crop_pct, crop_mode.
         lists: What `Data.record` says of both sets; an image that fails is called by its name there.
     """
+    processes = processes or Processes()
     shared = {name: config[name] for name in ('input_size', 'interpolation', 'mean', 'std')}
+    has_colours = config['input_size'][0] == 3
     train = create_transform(
-        **shared,
+        **{**shared, 'interpolation': cfg.train_interpolation or config['interpolation']},
         is_training=True,
         no_aug=cfg.no_aug,
         scale=cfg.scale,
         ratio=cfg.ratio,
         hflip=cfg.hflip,
         vflip=cfg.vflip,
-        color_jitter=cfg.color_jitter if config['input_size'][0] == 3 else 0.0,  # timm's colour jitter needs colours
+        color_jitter=cfg.color_jitter if has_colours else 0.0,  # timm's colour jitter needs colours
+        color_jitter_prob=cfg.color_jitter_prob if has_colours else None,
+        grayscale_prob=cfg.grayscale_prob if has_colours else 0.0,
+        gaussian_blur_prob=cfg.gaussian_blur_prob,
+        train_crop_mode=cfg.train_crop_mode,
         auto_augment=cfg.aa or None,
         re_prob=cfg.reprob,
-        re_mode='pixel',
+        re_mode=cfg.remode,
+        re_count=cfg.recount,
     )
     data.train.transform = mend_(train)
     data.val.transform = create_transform(**shared, crop_pct=config['crop_pct'], crop_mode=config['crop_mode'])
     batch_size = cfg.batch_size
-    if 0 < len(data.train) < batch_size:
+    share = len(data.train) // processes.count
+    if len(data.train) > 0 and share < batch_size:
+        if not share:
+            raise ValueError(f'data_dir: {len(data.train)} images are too few for {processes.count} processes.')
         # the last batch is dropped if it is not full, so that none would be left
-        batch_size = max(len(data.train) // 2 * 2, 1)
+        batch_size = max(share // 2 * 2, 1)
         _logger.warning('batch_size: %d, since there are no more images to train on.', batch_size)
     val_batch_size = cfg.validation_batch_size or cfg.batch_size
     return (
-        Batches(data.train, batch_size, cfg.workers, cfg.seed, _names(lists['train']), shuffle=True),
-        Batches(data.val, val_batch_size, cfg.workers, cfg.seed, _names(lists['validation'])),
+        Batches(
+            data.train, batch_size, cfg.workers, cfg.seed, names_of(lists['train']), True, cfg.aug_repeats, processes
+        ),
+        Batches(data.val, val_batch_size, cfg.workers, cfg.seed, names_of(lists['validation']), processes=processes),
     )
 
 
-def _names(rows: Any) -> List[str]:
+def names_of(rows: Any) -> List[str]:
+    """Return the images' names that a record of a folder has; none of other data."""
     return [str(row[0]) for row in rows] if isinstance(rows, (list, tuple)) else []
 
 
@@ -169,7 +188,10 @@ class _Epoch:
 
 
 class _Seeded(Dataset):
-    """A dataset whose random numbers depend on (seed, epoch, index) alone."""
+    """A dataset whose random numbers depend on (seed, epoch, index) alone.
+
+    An index beyond the end is a further augmentation of an image, whose number is part of the seed.
+    """
 
     def __init__(self, dataset: Any, seed: int, epoch: _Epoch, names: Sequence[str]):
         self.dataset, self.seed, self.epoch, self.names = dataset, seed, epoch, names
@@ -178,8 +200,9 @@ class _Seeded(Dataset):
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> Any:
+        repeat, index = divmod(index, len(self.dataset))
         try:
-            with seeded(self.seed, self.epoch.get(), index):
+            with seeded(self.seed, self.epoch.get(), index, *([repeat] if repeat else [])):
                 return self.dataset[index]
         except Exception as error:
             name = self.names[index] if index < len(self.names) else f'image {index}'
@@ -215,18 +238,36 @@ def _sentence(name: str, error: Exception) -> str:
     return text if name in text else f'{name}: {text}'
 
 
-class _Shuffled(Sampler):
-    """The indices of a dataset in an order that (seed, epoch) decides."""
+class _Share(Sampler):
+    """The indices of a dataset that a process takes: every `count`-th of them, in an order that (seed, epoch) decides.
 
-    def __init__(self, length: int, seed: int, epoch: _Epoch):
-        self.length, self.seed, self.epoch = length, seed, epoch
+    Batches of all processes together are those of one process with batches as many times as large. Shares have the
+    same length: in training, what is left over is dropped; else the last one is repeated, beyond `num_valid`.
+
+    Args:
+        repeats: Of so many augmentations of each image that is drawn, an epoch then has fewer images; 0 and 1 are one.
+    """
+
+    def __init__(self, length: int, seed: int, epoch: _Epoch, shuffle: bool, repeats: int, processes: Processes):
+        self.length, self.seed, self.epoch, self.shuffle = length, seed, epoch, shuffle
+        self.repeats, self.processes = max(repeats, 1), processes
+        self.num_valid = len(range(processes.rank, length, processes.count))
 
     def __len__(self) -> int:
-        return self.length
+        count = self.processes.count
+        return self.length // count if self.shuffle else -(-self.length // count)
 
     def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(derived(self.seed, self.epoch.get()))
-        yield from torch.randperm(self.length, generator=generator).tolist()
+        rank, count = self.processes.rank, self.processes.count
+        if not self.shuffle:
+            order = list(range(self.length))
+            order += order[-1:] * (-self.length % count)
+        else:
+            generator = torch.Generator().manual_seed(derived(self.seed, self.epoch.get()))
+            order = torch.randperm(self.length, generator=generator).tolist()
+            if self.repeats > 1:
+                order = [index + self.length * repeat for index in order for repeat in range(self.repeats)]
+        yield from order[rank::count][: len(self)]
 
 
 class Batches:
@@ -243,8 +284,12 @@ class Batches:
         seed: int,
         names: Sequence[str],
         shuffle: bool = False,
+        repeats: int = 0,
+        processes: Optional[Processes] = None,
     ):
         self.dataset = dataset
+        self.processes = processes or Processes()
+        self.share: Optional[_Share] = None
         self.epoch = _Epoch()
         options: Dict[str, Any] = {}
         if isinstance(dataset, IterableDataset):
@@ -253,7 +298,8 @@ class Batches:
             wrapped: Dataset = _SeededStream(dataset, seed, self.epoch)
         else:
             wrapped = _Seeded(dataset, seed, self.epoch, names)
-            options = dict(sampler=_Shuffled(len(dataset), seed, self.epoch)) if shuffle else {}
+            self.share = _Share(len(dataset), seed, self.epoch, shuffle, repeats, self.processes)
+            options = dict(sampler=self.share)
         self.loader = DataLoader(
             wrapped,
             batch_size=batch_size,
@@ -267,6 +313,16 @@ class Batches:
 
     def __len__(self) -> int:
         return len(self.loader)
+
+    @property
+    def num_valid(self) -> Optional[int]:
+        """How many images are this process's own, of a dataset that is no stream; more only fill its batches up."""
+        return None if self.share is None else self.share.num_valid
+
+    def indices(self) -> Iterator[int]:
+        """Yield the index in the dataset of every image that comes; of a stream, a number of its own for each."""
+        rank, count = self.processes.rank, self.processes.count
+        return itertools.count(rank, count) if self.share is None else iter(self.share)
 
     def set_epoch(self, epoch: int) -> None:
         """Use the random numbers of an epoch from the next iteration on."""

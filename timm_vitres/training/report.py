@@ -3,8 +3,9 @@
 import csv
 import datetime
 from contextlib import nullcontext
+from itertools import islice
 from pathlib import Path
-from typing import Any, Dict, List, Union
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 import torch
 from huggingface_hub import EvalResult
@@ -14,54 +15,67 @@ from tqdm import tqdm
 
 from ..pictures import draws_curves, plot_curves
 from ..publishing.cards import render_card
+from ..views import averaged
 from ..writing import replacing
+from .held_out import Answers, report
+from .loaders import Batches
+from .processes import Processes
 from .runs import Record
 
 SUMMARY_NAME = 'summary.csv'
 CURVES_NAME = 'curves.png'
+WEIGHTS = {'eval': 'the weights', 'ema': 'the averaged weights'}  # whose metrics a row has, by the names' beginning
 
 
-class BalancedEvaluator(ClassificationEvaluator):
-    """timm's evaluator (loss, top1, top5) with balanced accuracy: the mean over classes of the recall, in percent."""
+class Best(NamedTuple):
+    """The best epoch of a run."""
 
-    metric_names = (*ClassificationEvaluator.metric_names, 'balanced')
+    row: Dict[str, float]
+    weights: str  # 'eval' for the plain weights, 'ema' for the averaged ones
 
-    def reset(self):
-        super().reset()
-        self.hits: List[torch.Tensor] = []
-        self.labels: List[torch.Tensor] = []
-
-    def update(self, output: torch.Tensor, target: torch.Tensor) -> None:
-        """Add a batch: logits (B, classes) and class indices (B,)."""
-        super().update(output, target)
-        self.hits.append((output.argmax(1) == target).cpu())
-        self.labels.append(target.cpu())
-
-    def compute(self, distributed: bool = False) -> Dict[str, float]:
-        """Return the metrics of all batches so far."""
-        metrics = super().compute(distributed)
-        hits, labels = torch.cat(self.hits), torch.cat(self.labels)
-        recalls = [hits[labels == label].double().mean().item() for label in labels.unique()]
-        metrics['balanced'] = 100 * sum(recalls) / len(recalls)
-        return metrics
+    def metric(self, name: str) -> float:
+        """Return a metric of the best weights of that epoch."""
+        return self.row[f'{self.weights}_{name}']
 
 
-def evaluate(model: nn.Module, loader, device: Union[str, torch.device] = 'cpu', autocast=nullcontext) -> Dict:
-    """Return loss, top1, top5 and balanced accuracy (percent) of a model over a loader."""
+def evaluate(
+    model: nn.Module,
+    batches: Batches,
+    label_names: Sequence[str],
+    device: Union[str, torch.device] = 'cpu',
+    autocast: Any = nullcontext,
+    tta: str = '',
+    processes: Optional[Processes] = None,
+) -> Tuple[Dict[str, float], Answers]:
+    """Evaluate a model on batches, of which each process has its share.
+
+    Returns:
+        Metrics over all images: loss (cross-entropy), and in percent top1, top5, balanced (mean recall of the classes)
+        and macro_f1 (mean F1 of the classes); and the answers to all images.
+    """
+    processes = processes or Processes()
     model.eval()
-    evaluator = BalancedEvaluator(device=device)
-    with torch.inference_mode():
-        for x, target in tqdm(loader, desc='validation', leave=False):
+    evaluator = ClassificationEvaluator(device=device, max_samples=batches.num_valid)
+    indices = batches.indices()
+    parts: List[Answers] = []
+    with torch.no_grad():  # not inference_mode, whose tensors a sharded model could not use in training again
+        for x, target in tqdm(batches, desc='validation', leave=False, disable=not processes.is_first):
             with autocast():
-                output = model(x.to(device))
+                output = averaged(model, x.to(device), tta)
             evaluator.update(output, target.to(device))
-    return dict(evaluator.compute())
+            parts.append(Answers.of(output, target, islice(indices, len(target))))
+    metrics = dict(evaluator.compute(distributed=processes.count > 1))
+    answers = Answers.joined(part for parts in processes.gathered(parts) for part in parts)
+    held_out = report(answers, label_names)
+    metrics.update(balanced=held_out.balanced, macro_f1=held_out.macro_f1)
+    return metrics, answers
 
 
-def best_epoch(history: List[Dict[str, float]], eval_metric: str) -> Dict[str, float]:
-    """Return the row of the best epoch, the first one where several are."""
+def best_epoch(history: List[Dict[str, float]], eval_metric: str) -> Best:
+    """Return the best epoch, the first one where several are, and which of its weights are the best."""
     sign = -1 if eval_metric == 'loss' else 1
-    return max(history, key=lambda row: sign * row[f'eval_{eval_metric}'])
+    candidates = [Best(row, name) for row in history for name in WEIGHTS if f'{name}_{eval_metric}' in row]
+    return max(candidates, key=lambda best: sign * best.metric(eval_metric))
 
 
 def write_summary(history: List[Dict[str, float]], folder: Path) -> None:
@@ -84,11 +98,11 @@ def count_epochs(folder: Path) -> int:
         return 0
 
 
-def run_card(record: Record, best: Dict[str, float], model: nn.Module, name: str) -> str:
+def run_card(record: Record, best: Best, model: nn.Module, name: str) -> str:
     """Return the card of a run's model.
 
     Args:
-        best: Row of the epoch that the model is of.
+        best: The epoch, and the weights, that the model is of.
         name: The card's title.
     """
     cfg = record.trained_cfg
@@ -100,29 +114,47 @@ def run_card(record: Record, best: Dict[str, float], model: nn.Module, name: str
         dataset_name=data_name,
         dataset_config=data_name,
     )
-    top1, balanced = round(best['eval_top1'], 2), round(best['eval_balanced'], 2)
+    kinds = dict(
+        top1=('accuracy', 'top-1 (%)'),
+        balanced=('balanced_accuracy', 'balanced accuracy (%)'),
+        macro_f1=('f1', 'macro F1 (%)'),
+    )
     results = [
-        EvalResult(**task, metric_type='accuracy', metric_name='top-1 (%)', metric_value=top1),
-        EvalResult(**task, metric_type='balanced_accuracy', metric_name='balanced accuracy (%)', metric_value=balanced),
+        EvalResult(**task, metric_type=kind, metric_name=title, metric_value=round(best.metric(metric), 2))
+        for metric, (kind, title) in kinds.items()
     ]
+    files = [Path(path).name for path in (cfg.pretrained_path, cfg.initial_checkpoint) if path]
     start = f'the weights `{model.pretrained_cfg.get("tag")}`' if cfg.pretrained else 'random weights'
-    names = ['epochs', 'batch_size', 'opt', 'lr', 'weight_decay', 'sched', 'layer_decay', 'smoothing', 'seed']
-    if cfg.head_loss != 'sum':
-        names.insert(-1, 'head_loss')
-    recipe = ', '.join(f'{name}={getattr(cfg, name)}' for name in names)
+    start = f'the weights in `{files[0]}`' if files else start
+    measured = WEIGHTS[best.weights] + (f', averaged over views of each image ({cfg.tta})' if cfg.tta else '')
     return render_card(
         model,
         model_name=name,
         description=f'`{cfg.model}` fine-tuned with timm-vitres from {start}.',
-        recipe=f'{record.data["description"]}. {recipe}.',
+        recipe=f'{record.data["description"]}. {_recipe(record)}.',
         source='local-dir:.',
         label_names=record.label_names,
         data_config=record.data_config,
         results=results,
         result_note=(
-            f'Measured after epoch {int(best["epoch"])} on {datetime.date.today().isoformat()}, on the validation '
-            f'images, by which this epoch was chosen ({cfg.eval_metric}).'
+            f'Measured after epoch {int(best.row["epoch"])} on {datetime.date.today().isoformat()}, on the validation '
+            f'images, by which this epoch was chosen ({cfg.eval_metric}), with {measured}.'
         ),
         license=model.pretrained_cfg.get('license') if cfg.pretrained else None,
         picture=CURVES_NAME if draws_curves() else None,
     )
+
+
+def _recipe(record: Record) -> str:
+    """Return what a run was trained with, as name=value: what every run has, and what this one was given beside."""
+    cfg = record.trained_cfg
+    names = ['epochs', 'batch_size', 'opt', 'lr', 'weight_decay', 'sched', 'layer_decay', 'smoothing', 'seed']
+    names += ['head_loss', 'lr_base', 'grad_accum_steps', 'model_ema', 'lora', 'freeze', 'freeze_epochs']
+    names += ['kd_model_name', 'kd_distill_type'] if cfg.kd_model_name else []
+    default = type(cfg)(data_dir='.')
+    given = [name for name in names if names.index(name) < 9 or getattr(cfg, name) != getattr(default, name)]
+    values = {name: getattr(cfg, name) for name in given}
+    if cfg.kd_model_name:  # a folder is a place on this machine
+        values['kd_model_name'] = Path(cfg.kd_model_name.removeprefix('local-dir:')).name
+    values.update(dict(processes=record.processes) if record.processes > 1 else {})
+    return ', '.join(f'{name}={value}' for name, value in values.items())

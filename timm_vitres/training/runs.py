@@ -119,6 +119,7 @@ class Record:
     data: Dict[str, Any]  # the result of `Data.record`: class names, a description, both file lists
     data_config: Dict[str, Any]  # timm's data config: input_size, mean, std, ...
     autotuned: Optional[Dict[str, bool]] = None
+    processes: int = 1  # how many the run was started with
     id: str = dataclasses.field(default_factory=lambda: uuid.uuid4().hex)
     versions: Dict[str, str] = dataclasses.field(default_factory=_versions)
 
@@ -144,6 +145,7 @@ class Record:
             versions=self.versions,
             settings=settings,
             autotuned=self.autotuned,
+            processes=self.processes,
             data_config=self.data_config,
             data=self.data,
         )

@@ -11,12 +11,12 @@ from typing import Any, Dict, List, Optional, Tuple, Union
 import numpy as np
 
 from ..checks import plain
+from ..views import TTA
 
 SCHEDULES = ('cosine', 'tanh', 'step', 'multistep', 'poly', 'wsd', 'rsqrt', 'constant', 'none')
 INTERPOLATIONS = ('bilinear', 'bicubic', 'nearest', 'box', 'hamming', 'lanczos')
 ARGPARSE = ('help', 'nargs', 'choices', 'const', 'metavar', 'action')
 PAIRS = 'name=value'  # the command registers an action of this name with argparse
-TTA = ('', 'flip', 'shift')
 MAX_BATCH = 2**20
 MAX_COUNT = 2**31 - 1  # the sum of two such is a seed that numpy takes
 
@@ -164,12 +164,16 @@ class FinetuneCfg:
     warmup_epochs: float = _option(1.0, 'epochs of warm-up', low=0, high=MAX_COUNT)
     warmup_lr: float = _option(1e-5, 'learning rate that warm-up begins with', low=0)
     min_lr: float = _option(1e-6, 'learning rate that the schedule ends with', low=0)
-    decay_epochs: float = _option(90, 'epochs between steps of the step schedule', above=0, high=MAX_COUNT)
+    decay_epochs: Optional[float] = _option(
+        None,
+        'epochs between steps of the step schedule; 90. Of wsd and rsqrt, the last part; 0.2',
+        above=0,
+        high=MAX_COUNT,
+    )
     decay_milestones: Tuple[int, ...] = _option(
         (90, 180, 270), 'epochs at which the multistep schedule steps', nargs='+', low=1, high=MAX_COUNT
     )
     decay_rate: float = _option(0.1, 'factor of a step of the schedule', above=0, high=1)
-    cooldown_epochs: int = _option(0, 'epochs at min_lr after the schedule, added to epochs', low=0, high=MAX_COUNT)
     model_ema: bool = _option(False, 'average the weights; both are evaluated, and the best epoch is of either')
     model_ema_decay: float = _option(0.9998, 'decay of the average', low=0, below=1)
     model_ema_warmup: bool = _option(False, 'let the decay of the average grow from 0')

@@ -1,0 +1,180 @@
+"""The model that a run trains: created, its weights taken from where the settings say, adapted, partly frozen."""
+
+import copy
+import re
+from pathlib import Path
+from typing import Any, Dict, List, Tuple, Union
+
+import timm
+import torch
+from torch import nn
+
+from ..checks import is_installed, on_one_line
+from ..models.base import Hybrid
+from .settings import FinetuneCfg
+
+# where peft puts adapters: attention and MLP of timm's blocks, ours included
+ADAPTED = r'(.*\.)?(qkv|attn\.proj|fc1|fc2)'
+
+
+def create_finetune_model(cfg: FinetuneCfg, num_classes: int) -> nn.Module:
+    """Create the model of a run, its position table made for the run's image size where it has one.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: for a model, arguments of it, or weights, that timm does not know.
+    """
+    kwargs = dict(cfg.model_kwargs or {})
+    for name in ('num_classes', 'pretrained', 'features_only'):
+        if name in kwargs:
+            raise ValueError(f'model_kwargs: {name} is not for a run to choose so; leave it out.')
+    for name, value in (('in_chans', cfg.in_chans), ('drop_rate', cfg.drop), ('drop_path_rate', cfg.drop_path)):
+        if value is not None:
+            kwargs[name] = value
+    kwargs.update(_weights(cfg))
+    try:
+        model = timm.create_model(cfg.model, num_classes=num_classes, **kwargs)
+    except (TypeError, AttributeError, LookupError, AssertionError, ArithmeticError) as error:
+        # constructors raise these for arguments that they do not know, or can't work with
+        reason = f' ({error})' if str(error) else ''
+        raise TypeError(f'model_kwargs: {cfg.model} can not be made with {kwargs}{reason}.') from error
+    except (RuntimeError, ValueError) as error:
+        name = 'pretrained_path' if cfg.pretrained_path else 'initial_checkpoint' if cfg.initial_checkpoint else ''
+        if not name:
+            raise
+        raise ValueError(f'{name}: {getattr(cfg, name)} does not fit {cfg.model} ({on_one_line(error)}).') from error
+    if cfg.img_size is not None and hasattr(model, 'set_input_size'):
+        model.set_input_size(img_size=image_size(cfg.img_size))
+    _set_head_loss_(model, cfg)
+    if cfg.lora:
+        add_adapters_(model, cfg.lora)
+    if cfg.grad_checkpointing:
+        try:
+            model.set_grad_checkpointing(True)
+        except (AttributeError, AssertionError) as error:
+            raise ValueError(f'grad_checkpointing: {cfg.model} has none; leave it out.') from error
+    return model
+
+
+def _weights(cfg: FinetuneCfg) -> Dict[str, Any]:
+    """Return the arguments of `timm.create_model` that say where weights come from."""
+    given = [name for name in ('pretrained_path', 'initial_checkpoint') if getattr(cfg, name)]
+    for name in given:
+        if not Path(getattr(cfg, name)).is_file():
+            raise FileNotFoundError(f'{name}: there is no file {getattr(cfg, name)}.')
+    if len(given) == 2 or (cfg.initial_checkpoint and cfg.pretrained):
+        raise ValueError('initial_checkpoint: give only one of initial_checkpoint, pretrained_path and pretrained.')
+    if cfg.pretrained_path:  # timm compares the classes of a file by its cfg, and -1 are no model's
+        overlay = dict(file=cfg.pretrained_path, num_classes=-1)
+        return dict(pretrained=True, pretrained_cfg_overlay=overlay)
+    return dict(pretrained=cfg.pretrained, checkpoint_path=cfg.initial_checkpoint)
+
+
+def _set_head_loss_(model: nn.Module, cfg: FinetuneCfg) -> None:
+    """Let a model with two heads return what `head_loss` is computed of."""
+    if cfg.head_loss == 'sum':
+        return
+    heads = model.get_classifier()
+    if not isinstance(heads, tuple):
+        raise ValueError(f'head_loss: got {cfg.head_loss!r}, but {cfg.model} has one head; leave head_loss out.')
+    if cfg.head_loss == 'both':
+        model.set_distilled_training(True)
+        return
+    head = f'head_{cfg.head_loss}'
+    if not isinstance(model, Hybrid) or head not in model.heads:
+        raise ValueError(f"head_loss: got {cfg.head_loss!r}, but {cfg.model} has no head of that name; use 'both'.")
+    model.train_one_head(head)
+
+
+def image_size(img_size: Union[int, Tuple[int, ...]]) -> Tuple[int, int]:
+    """Return height and width of a setting that may be one number."""
+    size = img_size if isinstance(img_size, tuple) else (img_size,)
+    return size[0], size[-1]
+
+
+def add_adapters_(model: nn.Module, rank: int) -> None:
+    """Put low-rank adapters (LoRA, Hu et al. 2021, arXiv:2106.09685) beside attention and MLPs, and freeze all but them
+    and the head.
+
+    Raises:
+        ValueError: without peft, and for a model that has no such layers.
+    """
+    if not is_installed('peft'):
+        raise ValueError('lora: needs peft, pip install "timm-vitres[lora]".')
+    from peft import LoraConfig, inject_adapter_in_model
+
+    if not any(isinstance(layer, nn.Linear) and re.fullmatch(ADAPTED, name) for name, layer in model.named_modules()):
+        raise ValueError(f'lora: {type(model).__name__} has no attention or MLP to put adapters beside.')
+    heads = head_parameters(model)
+    trained = {id(parameter) for parameter in heads if parameter.requires_grad}
+    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=ADAPTED), model)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_('lora_' in name or id(parameter) in trained)
+
+
+def merged(model: nn.Module) -> nn.Module:
+    """Return a model whose adapters are merged into the layers beside them: a copy, or itself where it has none."""
+    if not any(hasattr(layer, 'lora_A') for layer in model.modules()):
+        return model
+    model = copy.deepcopy(model)
+    for name, layer in list(model.named_modules()):
+        if hasattr(layer, 'lora_A'):
+            layer.merge(safe_merge=True)
+            model.set_submodule(name, layer.get_base_layer())
+    return model.requires_grad_(True)
+
+
+def head_parameters(model: nn.Module) -> List[nn.Parameter]:
+    """Return the parameters of a model's head, or heads."""
+    heads = model.get_classifier()
+    heads = heads if isinstance(heads, (tuple, list, nn.ModuleList)) else [heads]
+    return [parameter for head in heads for parameter in head.parameters()]
+
+
+def part_parameters(model: nn.Module, part: str) -> Dict[str, nn.Parameter]:
+    """Return the parameters of a part of a model by name: of its 'resnet', its 'vit', or its 'body', all but the heads.
+
+    Raises:
+        ValueError: for a part that the model does not have.
+    """
+    if part == 'body':
+        heads = {id(parameter) for parameter in head_parameters(model)}
+        found = {name: value for name, value in model.named_parameters() if id(value) not in heads}
+    elif isinstance(model, Hybrid):
+        pattern = re.compile(model.resnet_names if part == 'resnet' else model.vit_names)
+        found = {name: value for name, value in model.named_parameters() if pattern.match(name)}
+    else:
+        raise ValueError(f"freeze: got {part!r}, but {type(model).__name__} is no hybrid of ours; use 'body'.")
+    if not found:
+        raise ValueError(f'freeze: got {part!r}, but this model has none.')
+    return found
+
+
+class Frozen:
+    """A part of a model that stays as it is for a while; its BatchNorms keep their statistics, too."""
+
+    def __init__(self, model: nn.Module, part: str):
+        parameters = part_parameters(model, part)
+        self.parameters = [value for value in parameters.values() if value.requires_grad]
+        prefixes = {name.rpartition('.')[0] for name in parameters}
+        self.norms = [
+            layer
+            for name, layer in model.named_modules()
+            if name in prefixes and isinstance(layer, nn.modules.batchnorm._BatchNorm)
+        ]
+        frozen = set(map(id, self.parameters))
+        if not any(value.requires_grad for value in model.parameters() if id(value) not in frozen):
+            raise ValueError(f'freeze: got {part!r}, which leaves nothing to train.')
+
+    def set_(self, is_frozen: bool) -> None:
+        """Freeze the part, or let it be trained; to be called after the model was set to training mode."""
+        for parameter in self.parameters:
+            parameter.requires_grad_(not is_frozen)
+        for norm in self.norms if is_frozen else ():
+            norm.eval()
+
+
+def state_of(model: nn.Module) -> Dict[str, torch.Tensor]:
+    """Return a model's state dict, on the CPU and whole where it is sharded; every process must ask for it."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))  # pyright: ignore

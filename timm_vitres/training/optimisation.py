@@ -1,0 +1,142 @@
+"""Optimizer, schedule and steps of a run, on timm.optim and timm.scheduler."""
+
+import math
+from contextlib import nullcontext
+from typing import Any, List, Optional, Tuple
+
+import torch
+from timm.optim import create_optimizer_v2, get_optimizer_info
+from timm.scheduler import create_scheduler_v2
+from timm.task.task import TrainingTask
+from timm.utils import NativeScaler, dispatch_clip_grad
+from torch import nn
+from torch.nn.utils import get_total_norm
+
+from .settings import FinetuneCfg
+
+
+def check_optimizer(opt: str) -> None:
+    """Raise ValueError for an optimizer that timm does not know, or that a run can't serve."""
+    try:
+        info = get_optimizer_info(opt.rpartition('_')[2])
+    except ValueError:
+        raise ValueError(f'opt: timm has no optimizer {opt!r}; timm.optim.list_optimizers() names them.') from None
+    if info.second_order:
+        raise ValueError(f'opt: {opt!r} needs second derivatives, which a run does not compute; use another.')
+
+
+def learning_rate(cfg: FinetuneCfg, num_images: int) -> float:
+    """Return the learning rate of a run whose steps are of so many images, as timm's train.py scales it."""
+    if cfg.lr_base is None:
+        return cfg.lr
+    ratio = num_images / cfg.lr_base_size
+    scale = cfg.lr_base_scale or ('sqrt' if any(name in cfg.opt.lower() for name in ('ada', 'lamb')) else 'linear')
+    return cfg.lr_base * (ratio**0.5 if scale == 'sqrt' else ratio)
+
+
+def create_optimizer(cfg: FinetuneCfg, module: nn.Module, lr: float) -> torch.optim.Optimizer:
+    """Return the optimizer of a run's trainable module; ValueError for what it does not take."""
+    options = dict(
+        lr=lr,
+        weight_decay=cfg.weight_decay,
+        layer_decay=cfg.layer_decay,
+        momentum=cfg.momentum,
+        eps=cfg.opt_eps,
+        betas=cfg.opt_betas,
+    )
+    options = {name: value for name, value in options.items() if value is not None}
+    try:
+        return create_optimizer_v2(module, opt=cfg.opt, **{**options, **(cfg.opt_kwargs or {})})
+    except Exception as error:  # optimizers may need a package, a GPU, or other arguments
+        given = [name for name in ('opt_kwargs', 'opt_betas', 'opt_eps') if getattr(cfg, name)]
+        also = f' with {", ".join(f"{name} {getattr(cfg, name)}" for name in given)}' if given else ''
+        raise ValueError(f'opt: {cfg.opt!r} can not be used here{also} ({error}).') from error
+
+
+def create_scheduler(cfg: FinetuneCfg, optimizer: torch.optim.Optimizer, num_updates: int) -> Any:
+    """Return the schedule of a run of so many updates an epoch; None for no schedule."""
+    try:
+        scheduler, _ = create_scheduler_v2(
+            optimizer,
+            sched=cfg.sched,
+            num_epochs=cfg.epochs,
+            warmup_epochs=min(cfg.warmup_epochs, cfg.epochs / 2),
+            warmup_lr=cfg.warmup_lr,
+            min_lr=cfg.min_lr,
+            decay_epochs=cfg.decay_epochs,
+            decay_milestones=list(cfg.decay_milestones),
+            decay_rate=cfg.decay_rate,
+            step_on_epochs=False,
+            updates_per_epoch=num_updates,
+        )
+    except (ValueError, AssertionError) as error:
+        reason = str(error).rstrip('.')
+        raise ValueError(f'sched: {cfg.sched!r} can not be used for {cfg.epochs} epochs ({reason}).') from error
+    return scheduler
+
+
+class Stepper:
+    """Gradients of batches, added up, clipped, and taken as steps."""
+
+    def __init__(self, cfg: FinetuneCfg, task: TrainingTask, optimizer: torch.optim.Optimizer, device: torch.device):
+        self.cfg = cfg
+        self.task = task
+        self.optimizer = optimizer
+        dtype = torch.bfloat16 if cfg.amp_dtype == 'bfloat16' else torch.float16
+        self.autocast = (lambda: torch.autocast(device.type, dtype)) if cfg.amp else nullcontext
+        self.scaler = NativeScaler(device.type) if cfg.amp and cfg.amp_dtype == 'float16' else None
+
+    def updates(self, num_batches: int) -> int:
+        """Return how many steps so many batches make; the last one may be of fewer."""
+        return -(-num_batches // self.cfg.grad_accum_steps)
+
+    def plan(self, num_batches: int) -> List[Tuple[int, bool]]:
+        """Return, for every batch of an epoch, how many share its step, and whether it is the last of them."""
+        size = self.cfg.grad_accum_steps
+        rest = num_batches % size
+        plan = [(size, index % size == size - 1) for index in range(num_batches - rest)]
+        return plan + [(rest, index == rest - 1) for index in range(rest)]
+
+    def loss(self, x: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """Return the loss of a batch: images (B, C, H, W) and class indices (B,), or soft targets (B, classes)."""
+        with self.autocast():
+            return self.task(x, target)['loss']
+
+    def backward(self, loss: torch.Tensor, share: int, is_last: bool) -> None:
+        """Add the gradients of a batch's loss to those of the others of its step; take the step after the last."""
+        loss = loss / share if share > 1 else loss
+        clip = self.cfg.clip_grad
+        parameters: Any = None
+        if clip is not None:
+            parameters = list(self.task.get_clip_parameters(exclude_head=self.cfg.clip_mode == 'agc'))
+            parameters = [parameter for parameter in parameters if parameter.requires_grad]
+        if self.scaler is not None:
+            self.scaler(
+                loss,
+                self.optimizer,
+                clip_grad=clip,
+                clip_mode=self.cfg.clip_mode,
+                parameters=parameters,
+                need_update=is_last,
+            )
+        else:
+            loss.backward()
+            if is_last:
+                if clip is not None:
+                    dispatch_clip_grad(parameters, value=clip, mode=self.cfg.clip_mode)
+                self.optimizer.step()
+        if is_last:
+            self.optimizer.zero_grad()
+
+
+def are_finite(tensors: List[torch.Tensor]) -> bool:
+    """Return whether all numbers of some tensors are finite; of a sharded one, those of this process."""
+    local = [getattr(tensor, '_local_tensor', tensor).detach() for tensor in tensors]
+    numbers = [tensor for tensor in local if tensor.is_floating_point() and tensor.numel()]
+    return not numbers or bool(torch.isfinite(get_total_norm(numbers, math.inf)))
+
+
+def restored(optimizer: torch.optim.Optimizer, state: Optional[Any]) -> None:
+    """Load an optimizer's state, where there is one."""
+    if state is not None:
+        optimizer.load_state_dict(state)

@@ -1,0 +1,137 @@
+"""One process or many: who writes and speaks, what all of them must agree on, which images are whose.
+
+torchrun's environment -> `joined` -> `Processes`; without it a run is one process, and asks nobody. What is agreed on
+goes over gloo, between CPUs, wherever the model computes.
+"""
+
+import logging
+import os
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Callable, Iterator, List, Optional, TypeVar
+
+import torch
+from torch import distributed as dist
+
+T = TypeVar('T')
+PATIENCE = timedelta(hours=2)  # the first process may look at every image while the others wait for it
+
+
+class FirstFailed(ValueError):
+    """What went wrong in the first process, which says it; the others end without a word of their own."""
+
+
+@dataclass(frozen=True)
+class Processes:
+    """The processes of a run, as one of them sees them.
+
+    Attributes:
+        rank: The number of this process; the first, 0, writes and speaks.
+        count: How many there are.
+        local_rank: The number of this process on its machine.
+    """
+
+    rank: int = 0
+    count: int = 1
+    local_rank: int = 0
+    group: Optional[Any] = None
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process writes and speaks."""
+        return self.rank == 0
+
+    def of_first(self, function: Callable[[], T]) -> T:
+        """Call a function in the first process, and return its result in all of them.
+
+        Raises:
+            FirstFailed: in all others where it raised an error in the first.
+        """
+        if self.count == 1:
+            return function()
+        told: List[Any] = [None, None]
+        try:
+            if self.is_first:
+                told[0] = function()
+        except BaseException as error:
+            told[1] = f'{type(error).__name__}: {error}'
+            raise
+        finally:
+            dist.broadcast_object_list(told, src=0, group=self.group)
+        if told[1] is not None:
+            raise FirstFailed(told[1])
+        return told[0]
+
+    def any(self, flag: bool) -> bool:
+        """Return whether a flag is set in any process."""
+        if self.count == 1:
+            return flag
+        found = torch.tensor(int(flag))
+        dist.all_reduce(found, op=dist.ReduceOp.MAX, group=self.group)
+        return bool(found)
+
+    def mean(self, number: float) -> float:
+        """Return the mean of a number over all processes."""
+        if self.count == 1:
+            return number
+        total = torch.tensor(number, dtype=torch.float64)
+        dist.all_reduce(total, group=self.group)
+        return total.item() / self.count
+
+    def gathered(self, value: T) -> List[T]:
+        """Return what every process has, by rank."""
+        if self.count == 1:
+            return [value]
+        values: List[Any] = [None] * self.count
+        dist.all_gather_object(values, value, group=self.group)
+        return values
+
+    def device(self, name: str) -> str:
+        """Return the device of this process: where a name is one of cuda, each process has its own."""
+        name = name or ('cuda' if torch.cuda.is_available() else 'cpu')
+        return f'{name}:{self.local_rank}' if self.count > 1 and name == 'cuda' else name
+
+
+def was_restarted() -> bool:
+    """Return whether torchrun has started the processes again, after one of them ended."""
+    return int(os.environ.get('TORCHELASTIC_RESTART_COUNT') or 0) > 0
+
+
+@contextmanager
+def joined() -> Iterator[Processes]:
+    """Join the processes that torchrun has started, and leave them at the end; alone without torchrun.
+
+    A program that has joined them itself (`torch.distributed.init_process_group`) stays joined.
+
+    Raises:
+        ValueError: where torchrun's environment is there, but the others can't be reached.
+    """
+    is_ours = not (dist.is_available() and dist.is_initialized())
+    if is_ours and int(os.environ.get('WORLD_SIZE') or 1) == 1:
+        yield Processes()
+        return
+    try:
+        if is_ours:
+            if torch.cuda.is_available():
+                torch.cuda.set_device(int(os.environ.get('LOCAL_RANK') or 0))
+            backend = 'cpu:gloo,cuda:nccl' if torch.cuda.is_available() else 'gloo'
+            dist.init_process_group(backend, timeout=PATIENCE)
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(f'processes: the others can not be reached ({error}); start them all by torchrun.') from error
+    processes = Processes(
+        rank=dist.get_rank(),
+        count=dist.get_world_size(),
+        local_rank=int(os.environ.get('LOCAL_RANK') or 0),
+        group=dist.new_group(backend='gloo', timeout=PATIENCE),
+    )
+    logger = logging.getLogger(__name__.partition('.')[0])
+    level = logger.level
+    if not processes.is_first:
+        logger.setLevel(logging.ERROR)  # the first process says it
+    try:
+        yield processes
+    finally:
+        logger.setLevel(level)
+        if is_ours:
+            dist.destroy_process_group()

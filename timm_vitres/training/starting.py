@@ -1,0 +1,149 @@
+"""The start of a run: its folder, device, images, model and record; what can be wrong with settings is found here."""
+
+import dataclasses
+import logging
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Collection, Dict, List, Optional
+
+import torch
+from timm.models import resolve_model_input_args
+from timm.utils import random_seed
+from torch import nn
+
+from ..checks import on_one_line, plain
+from ..data import data_config, image_mode
+from ..measure import fastest_training
+from ..weights.files import CONFIG_NAME, WEIGHTS_NAME
+from .creation import create_finetune_model, image_size
+from .datasets import Data, load_data
+from .held_out import TABLE_NAME
+from .loaders import check_policy
+from .optimisation import check_optimizer
+from .processes import Processes, was_restarted
+from .report import best_epoch, count_epochs
+from .runs import RECORD_NAME, Record, run_folder
+from .settings import FinetuneCfg
+from .sharding import check_processes, synchronised
+from .states import read_state
+from .trackers import check_trackers
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass
+class Start:
+    """What the first process tells the others."""
+
+    folder: Path
+    record: Any = None
+    state: Optional[Dict[str, Any]] = None
+    is_finished: bool = False
+
+
+class Setup:
+    """The model, the images and the device of a run; what can be wrong with the settings is found here."""
+
+    model: nn.Module
+    data: Data
+    device: torch.device
+
+    def __init__(self, processes: Processes):
+        self.processes = processes
+
+    def begin(self, cfg: FinetuneCfg, given: Collection[str], stack: ExitStack) -> Start:
+        """Hold the run's folder until the stack ends, and return what the run is; the first process does this."""
+        if was_restarted() and not cfg.resume and (Path(cfg.output) / RECORD_NAME).is_file():
+            cfg = dataclasses.replace(cfg, resume=True)
+        folder = stack.enter_context(run_folder(cfg, given))
+        if not cfg.resume:
+            return Start(folder, self.build(cfg))
+        record = Record.read(folder).resumed(cfg, given)
+        state = read_state(folder, record, has_model=(folder / WEIGHTS_NAME).exists())
+        if state is not None and is_over(record.cfg, state['history']) and is_whole(folder, state['history'], True):
+            epochs = len(state['history'])
+            _logger.info('The run in %s is finished: all of its %d epochs are trained.', folder, epochs)
+            return Start(folder, is_finished=True)
+        return Start(folder, self.build(record.cfg, record, state), state)
+
+    def build(
+        self, cfg: FinetuneCfg, record: Optional[Record] = None, state: Optional[Dict[str, Any]] = None
+    ) -> Record:
+        """Make what the run needs, and return its record, which is new unless one is given."""
+        self.device = _check_device(self.processes.device(cfg.device))
+        check_processes(cfg, self.device, self.processes)
+        check_optimizer(cfg.opt)
+        check_trackers(cfg)
+        mode = _check_images(cfg)
+        self.data = _load(cfg, mode, record, self.processes)
+        random_seed(cfg.seed)
+        if state is not None:  # a checkpoint has all weights, wherever those that the run started from may be by now
+            cfg = dataclasses.replace(cfg, pretrained=False, pretrained_path=None, initial_checkpoint='')
+        model = create_finetune_model(cfg, num_classes=len(self.data.label_names))
+        self.model = synchronised(model, cfg, self.processes).to(self.device)
+        return self._record(cfg) if record is None else record
+
+    def _record(self, cfg: FinetuneCfg) -> Record:
+        size = image_size(cfg.img_size) if cfg.img_size is not None else None
+        asked = dict(img_size=size, mean=cfg.mean, std=cfg.std, interpolation=cfg.interpolation, crop_pct=cfg.crop_pct)
+        config = plain('data_config', data_config(self.model, **asked))
+        # the model's own data config must keep to the limits of settings, or validation would fail after an epoch
+        dataclasses.replace(cfg, **{name: config[name] for name in ('mean', 'std', 'interpolation', 'crop_pct')})
+        autotuned = None
+        if cfg.autotune:
+            shape = (cfg.batch_size, *config['input_size'])
+            with torch.random.fork_rng():  # a run that is given these settings by name draws the same numbers
+                autotuned, times = fastest_training(self.model, len(self.data.label_names), shape, cfg.amp_dtype)
+            _logger.info('autotune: %s; training with %s.', times, autotuned)
+        return Record(cfg, self.data.record(), config, autotuned, processes=self.processes.count)
+
+
+def _load(cfg: FinetuneCfg, mode: str, record: Optional[Record], processes: Processes) -> Data:
+    if not processes.is_first:  # the first process has looked at the images
+        cfg = dataclasses.replace(cfg, no_check=True)
+    data = load_data(cfg, mode, recorded=None if record is None else record.data)
+    for text in data.skipped:
+        _logger.warning('left out: %s', text)
+    return data
+
+
+def _check_images(cfg: FinetuneCfg) -> str:
+    """Return PIL's mode of the images that the model takes; ValueError for settings that do not fit it."""
+    try:
+        kwargs = resolve_model_input_args(cfg.model, **{'in_chans': cfg.in_chans, **(cfg.model_kwargs or {})})
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f'model: {cfg.model} can not be made with in_chans and model_kwargs as given ({error}).'
+        ) from error
+    in_chans = kwargs.get('in_chans') or kwargs['pretrained_cfg']['input_size'][0]
+    mode = image_mode(in_chans)
+    check_policy(cfg.aa, mode)
+    for name, values in (('mean', cfg.mean), ('std', cfg.std)):
+        if values is not None and len(values) not in (1, in_chans):
+            raise ValueError(f'{name}: got {values}, expected one number, or one for each of {in_chans} channels.')
+    return mode
+
+
+def _check_device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()  # 'meta' can't do this, nor can a device that is missing
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = on_one_line(error).partition('. ')[0].rstrip('.')
+        raise ValueError(f'device: got {name!r}, which can not be used here ({reason}).') from error
+    return device
+
+
+def is_over(cfg: FinetuneCfg, history: List[Dict[str, float]]) -> bool:
+    """Return whether all epochs are trained, or, with early stopping, enough of them were no better than the best."""
+    if len(history) >= cfg.epochs:
+        return True
+    if not history or cfg.early_stopping is None:
+        return False
+    return len(history) - 1 - best_epoch(history, cfg.eval_metric).row['epoch'] >= cfg.early_stopping
+
+
+def is_whole(folder: Path, history: List[Dict[str, float]], is_over: bool = False) -> bool:
+    """Return whether all that follows the last checkpoint was written; the table of epochs is written last."""
+    files = [folder / WEIGHTS_NAME, folder / CONFIG_NAME, *([folder / TABLE_NAME] if is_over else [])]
+    return count_epochs(folder) == len(history) and all(path.is_file() for path in files)

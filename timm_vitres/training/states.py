@@ -1,0 +1,100 @@
+"""A run's checkpoint: what the next epoch needs, in one file, or, of a sharded model, in a folder beside it.
+
+`write_state` -> folder/last.pth.tar (and folder/last-<epoch>.sharded) -> `read_state`.
+"""
+
+import shutil
+from pathlib import Path
+from typing import Any, Dict, List, Optional
+
+import torch
+from torch import nn
+
+from ..writing import replacing
+from .processes import Processes
+from .runs import CHECKPOINT_NAME, RECORD_NAME, Record
+
+WEIGHTS_NAMES = 'checkpoint-*.pth.tar'  # as timm's train.py calls them, for its avg_checkpoints.py
+
+
+def read_state(folder: Path, record: Record, has_model: bool) -> Optional[Dict[str, Any]]:
+    """Return the checkpoint of a run; None where it was killed before it had one.
+
+    Args:
+        has_model: Whether the folder holds a model, which is made after a checkpoint.
+
+    Raises:
+        ValueError: for a file that is no checkpoint, or one of another run.
+        FileNotFoundError: where there is none, but should be.
+    """
+    path = folder / CHECKPOINT_NAME
+    if not path.exists():
+        if has_model:
+            raise FileNotFoundError(f'resume: {folder} holds a model, but no {CHECKPOINT_NAME} to go on from.')
+        return None
+    try:
+        state = torch.load(path, map_location='cpu', weights_only=True)
+    except Exception as error:  # a truncated file fails in the unpickler, in zip, or in torch, each its own way
+        raise ValueError(f'resume: {path} is not a checkpoint of a fine-tuning run ({error}).') from error
+    if not isinstance(state, dict) or not {'id', 'history', 'epoch'} <= state.keys():
+        raise ValueError(f'resume: {path} is not a checkpoint of a fine-tuning run (it lacks what one holds).')
+    if state['id'] != record.id:
+        raise ValueError(f'resume: {path} is of another run than {RECORD_NAME} beside it.')
+    if 'sharded' in state and not (folder / state['sharded']).is_dir():
+        raise FileNotFoundError(f'resume: {folder} lacks {state["sharded"]}, which holds the weights to go on from.')
+    return state
+
+
+def write_state(folder: Path, state: Dict[str, Any]) -> None:
+    """Write a checkpoint, and remove the shards of those before it."""
+    with replacing(folder / CHECKPOINT_NAME) as path:
+        torch.save(state, path)
+    for path in folder.glob('last-*.sharded'):
+        if path.name != state.get('sharded'):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def write_shards(folder: Path, epoch: int, model: nn.Module, optimizer: Any, processes: Processes) -> str:
+    """Let every process write its part of model and optimizer; return the name of the folder that holds them."""
+    from torch.distributed import checkpoint
+    from torch.distributed.checkpoint.state_dict import get_state_dict
+
+    name = f'last-{epoch}.sharded'
+    # what a killed process has left of this epoch is of no use
+    processes.of_first(lambda: shutil.rmtree(folder / name, ignore_errors=True))
+    weights, steps = get_state_dict(model, optimizer)
+    checkpoint.save(dict(model=weights, optimizer=steps), checkpoint_id=folder / name)
+    return name
+
+
+def read_shards(path: Path, model: nn.Module, optimizer: Any) -> None:
+    """Load model and optimizer from what any number of processes have written; ValueError where it does not fit."""
+    from torch.distributed import checkpoint
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+    weights, steps = get_state_dict(model, optimizer)
+    try:
+        checkpoint.load(dict(model=weights, optimizer=steps), checkpoint_id=path)
+    except Exception as error:  # a damaged shard fails in pickle, in torch, or in a collective, each its own way
+        raise ValueError(f'resume: {path} does not fit the model of the run ({error}).') from error
+    set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=steps)
+
+
+def keep_best(folder: Path, state: Dict[str, Any], metrics: List[float], number: int, arch: str) -> None:
+    """Keep the checkpoints of the best epochs, as files that timm's avg_checkpoints.py takes.
+
+    Args:
+        state: The checkpoint of the last epoch.
+        metrics: How good each epoch was; more is better.
+        number: How many checkpoints to keep.
+    """
+    best = sorted(range(len(metrics)), key=lambda epoch: (-metrics[epoch], epoch))[:number]
+    names = {f'checkpoint-{epoch}.pth.tar' for epoch in best}
+    epoch = state['epoch']
+    if epoch in best:
+        kept = {name: value for name, value in state.items() if name in ('epoch', 'state_dict', 'state_dict_ema')}
+        with replacing(folder / f'checkpoint-{epoch}.pth.tar') as path:
+            torch.save(dict(kept, arch=arch, version=2, metric=metrics[epoch]), path)
+    for path in folder.glob(WEIGHTS_NAMES):
+        if path.name not in names:
+            path.unlink()

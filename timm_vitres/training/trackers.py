@@ -1,0 +1,50 @@
+"""Where a run is followed from afar: TensorBoard and Weights & Biases, where they are installed."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any, Dict
+
+from ..checks import is_installed
+from .runs import Record
+
+TENSORBOARD_NAME = 'tensorboard'
+
+
+def check_trackers(cfg: Any) -> None:
+    """Raise ValueError for a tracker that is asked for, but not installed."""
+    for name, package in (('log_wandb', 'wandb'), ('log_tensorboard', 'tensorboard')):
+        if getattr(cfg, name) and not is_installed(package):
+            raise ValueError(f'{name}: needs {package}, pip install {package}.')
+
+
+class Trackers:
+    """What a run tells others of its epochs; a resumed run goes on in the same place."""
+
+    def __init__(self, record: Record, folder: Path):
+        self.writer = self.wandb = None
+        if record.cfg.log_tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.writer = SummaryWriter(str(folder / TENSORBOARD_NAME))
+        if record.cfg.log_wandb:
+            import wandb  # pyright: ignore[reportMissingImports]
+
+            settings = dataclasses.asdict(record.cfg)
+            self.wandb = wandb.init(dir=str(folder), config=settings, id=record.id, resume='allow')
+
+    def log(self, row: Dict[str, Any]) -> None:
+        """Tell the figures of an epoch."""
+        figures = {name: value for name, value in row.items() if isinstance(value, (int, float)) and name != 'epoch'}
+        if self.writer is not None:
+            for name, value in figures.items():
+                self.writer.add_scalar(name.replace('_', '/', 1), value, int(row['epoch']))
+            self.writer.flush()
+        if self.wandb is not None:
+            self.wandb.log({**figures, 'epoch': row['epoch']}, step=int(row['epoch']))
+
+    def close(self) -> None:
+        """Say that there is no more to come."""
+        if self.writer is not None:
+            self.writer.close()
+        if self.wandb is not None:
+            self.wandb.finish()
