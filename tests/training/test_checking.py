@@ -37,6 +37,13 @@ def test_unreadable_images_and_their_reasons(images):
         raise_for(bad, 'Advice.')
 
 
+def test_processes_find_the_same(images, monkeypatch):
+    many = images * 50
+    expected = unreadable(many, 'RGB')
+    monkeypatch.setattr(checking, 'FEW', 0)
+    assert unreadable(many, 'RGB') == expected and len(expected) == 2
+
+
 def test_a_background_check_finds_the_same(images):
     with BackgroundCheck(images, 'RGB', 'Advice.') as check:
         process = check.process
