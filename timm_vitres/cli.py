@@ -80,7 +80,8 @@ def run_finetune(args: argparse.Namespace) -> int:
         if values:
             given[field.name] = values[0]
     folder = finetune(FinetuneCfg(**given), given)
-    print(f"The best epoch is in {folder}; timm.create_model('local-dir:{folder}', pretrained=True) loads it.")
+    if int(os.environ.get('RANK') or 0) == 0:  # of many processes, the first speaks
+        print(f"The best epoch is in {folder}; timm.create_model('local-dir:{folder}', pretrained=True) loads it.")
     return 0
 
 
@@ -421,7 +422,8 @@ def main(argv: Optional[List[str]] = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return READER_GONE
     except MISTAKES as error:
-        _say(error)
+        if not getattr(error, 'is_told', False):  # of many processes, the one where it happened says it
+            _say(error)
         return 1
     except Exception as error:
         if not is_transient(error):

@@ -21,6 +21,8 @@ PATIENCE = timedelta(hours=2)  # the first process may look at every image while
 class FirstFailed(ValueError):
     """What went wrong in the first process, which says it; the others end without a word of their own."""
 
+    is_told = True
+
 
 @dataclass(frozen=True)
 class Processes:

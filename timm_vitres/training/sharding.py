@@ -1,7 +1,5 @@
 """A model over many processes: images shared (DDP), or its weights, too (FSDP, torch's `fully_shard`)."""
 
-from typing import Any, Dict
-
 import torch
 from timm.layers import convert_sync_batchnorm
 from timm.task.task import TrainingTask
@@ -41,13 +39,18 @@ def shard_(model: nn.Module, device: torch.device, processes: Processes) -> None
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    options: Dict[str, Any] = dict(mesh=init_device_mesh(device.type, (processes.count,)))
-    for name, part in model.named_modules():
-        if name.rpartition('.')[2] in PARTS and isinstance(part, (nn.ModuleList, nn.Sequential)):
-            for child in part.children():
-                if any(True for _ in child.parameters()):
-                    fully_shard(child, **options)
-    fully_shard(model, **options)
+    mesh = init_device_mesh(device.type, (processes.count,))
+    sharded = ''
+    for name, part in list(model.named_modules()):
+        if name.rpartition('.')[2] not in PARTS or not isinstance(part, (nn.ModuleList, nn.Sequential)):
+            continue
+        if sharded and name.startswith(sharded):  # the blocks of a stage that is gathered as a whole
+            continue
+        sharded = f'{name}.'
+        for child in part.children():
+            if any(True for _ in child.parameters()):
+                fully_shard(child, mesh=mesh)
+    fully_shard(model, mesh=mesh)
 
 
 def share_images_(task: TrainingTask, device: torch.device, cfg: FinetuneCfg) -> None:
