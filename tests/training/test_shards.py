@@ -237,6 +237,7 @@ def test_mistakes_of_splits(root):
         (dict(val_split=''), "val_split: 'wds/x' is a stream, of which no part can be held out"),
         (dict(val_split='train'), 'has images of the train_split'),
         (dict(val_split='x-train-02.tar'), r"val_split: 'x-train-02\.tar' has the shard .*x-train-02\.tar"),
+        (dict(fsdp=True), "fsdp: 'wds/x' is a stream"),
         (dict(data_dir=None), 'data_dir: no folder given'),
         (dict(dataset='wds/x', val_split='https://x.invalid/{0..1}.tar'), 'no _info.json says how many images .*https'),
     ):

@@ -68,7 +68,8 @@ def create_loaders(
     data.train.transform = mend_(train)
     data.val.transform = create_transform(**shared, crop_pct=config['crop_pct'], crop_mode=config['crop_mode'])
     batch_size = cfg.batch_size
-    share = len(data.train) // processes.count
+    is_stream = isinstance(data.train, IterableDataset)  # its length is that of this process's share
+    share = len(data.train) // (1 if is_stream else processes.count)
     if len(data.train) > 0 and share < batch_size:
         if not share:
             raise ValueError(f'data_dir: {len(data.train)} images are too few for {processes.count} processes.')

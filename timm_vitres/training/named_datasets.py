@@ -50,6 +50,7 @@ def load_named(cfg: FinetuneCfg, mode: str) -> Data:
     class_map = read_class_map(cfg.class_map) if cfg.class_map else None
     train, labels = _open(cfg, mode, train_split, True, class_map)
     if isinstance(train, IterableDataset):
+        _check_not_sharded(cfg)
         return _load_stream(cfg, mode, train, labels, (train_split, val_split), class_map)
     targets = _targets(train, cfg, train_split, labels)
     names = labels.names or [str(index) for index in range(max(targets) + 1)]
@@ -130,6 +131,7 @@ def reload_named(cfg: FinetuneCfg, mode: str, recorded: Dict[str, Any]) -> Data:
                     f'{what or _changed(value, found["shards"])}.'
                 )
         if isinstance(dataset, IterableDataset):
+            _check_not_sharded(cfg)
             sets.append(dataset)
             continue
         indices = list(range(len(dataset))) if indices is None else indices
@@ -137,6 +139,15 @@ def reload_named(cfg: FinetuneCfg, mode: str, recorded: Dict[str, Any]) -> Data:
             counts = class_counts([targets[index] for index in indices], len(names))
         sets.append(Subset(dataset, indices, mode, labels))
     return Data(sets[0], sets[1], names, counts, recorded['description'], {}, lists)
+
+
+def _check_not_sharded(cfg: FinetuneCfg) -> None:
+    """Raise ValueError for a stream under fsdp, whose processes would wait for ever for one that has a batch less."""
+    if cfg.fsdp:
+        raise ValueError(
+            f'fsdp: {cfg.dataset!r} is a stream, whose processes validate on different numbers of batches; leave fsdp '
+            'out, or use an hfds/ dataset or an image folder.'
+        )
 
 
 def _changed(before: List[List[Any]], now: List[List[Any]]) -> str:
