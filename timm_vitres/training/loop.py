@@ -156,8 +156,7 @@ class _Run:
                     if not self.history and self.processes.is_first:  # a record alone would be nothing to go on with
                         (self.folder / RECORD_NAME).unlink()
                     raise
-                if check is not None or self.data.check is not None:
-                    first(check.raise_if_bad if check is not None else lambda: None)
+                first(lambda: check.raise_if_bad() if check is not None else None)
                 row.update(metrics, lr=self.optimizer.param_groups[0]['lr'])
                 row['seconds'] = round(time.perf_counter() - start, 1)
                 self._finish_epoch(row, answers)

@@ -125,7 +125,8 @@ def joined() -> Iterator[Processes]:
         rank=dist.get_rank(),
         count=dist.get_world_size(),
         local_rank=int(os.environ.get('LOCAL_RANK') or 0),
-        group=dist.new_group(backend='gloo', timeout=PATIENCE),
+        # ours speaks gloo on CPUs; a second group would meet, after a restart, what the first attempt left in the store
+        group=None if is_ours else dist.new_group(backend='gloo', timeout=PATIENCE),
     )
     logger = logging.getLogger(__name__.partition('.')[0])
     level = logger.level
