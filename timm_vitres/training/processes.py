@@ -100,6 +100,15 @@ def was_restarted() -> bool:
     return int(os.environ.get('TORCHELASTIC_RESTART_COUNT') or 0) > 0
 
 
+def _init() -> None:
+    backend = 'cpu:gloo,cuda:nccl' if torch.cuda.is_available() else 'gloo'
+    store, rank, count = next(dist.rendezvous('env://'))
+    if os.environ.get('LOCAL_WORLD_SIZE') == os.environ['WORLD_SIZE']:
+        # torchrun's store outlives a restart on one machine, and gloo would look for the processes that are gone
+        store = dist.PrefixStore(f'attempt-{os.environ.get("TORCHELASTIC_RESTART_COUNT")}', store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=PATIENCE)
+
+
 @contextmanager
 def joined() -> Iterator[Processes]:
     """Join the processes that torchrun has started, and leave them at the end; alone without torchrun.
@@ -117,15 +126,14 @@ def joined() -> Iterator[Processes]:
         if is_ours:
             if torch.cuda.is_available():
                 torch.cuda.set_device(int(os.environ.get('LOCAL_RANK') or 0))
-            backend = 'cpu:gloo,cuda:nccl' if torch.cuda.is_available() else 'gloo'
-            dist.init_process_group(backend, timeout=PATIENCE)
+            _init()
     except (ValueError, RuntimeError) as error:
         raise ValueError(f'processes: the others can not be reached ({error}); start them all by torchrun.') from error
     processes = Processes(
         rank=dist.get_rank(),
         count=dist.get_world_size(),
         local_rank=int(os.environ.get('LOCAL_RANK') or 0),
-        # ours speaks gloo on CPUs; a second group would meet, after a restart, what the first attempt left in the store
+        # ours speaks gloo on CPUs, too
         group=None if is_ours else dist.new_group(backend='gloo', timeout=PATIENCE),
     )
     logger = logging.getLogger(__name__.partition('.')[0])
