@@ -99,3 +99,13 @@ def image_folder(tmp_path) -> Path:
 def model() -> torch.nn.Module:
     """A small model of three classes."""
     return randomise_(timm.create_model('test_vitresnet', num_classes=3, img_size=32))
+
+
+@pytest.fixture
+def no_pictures(monkeypatch) -> None:
+    """Leave the pictures of runs out: drawing takes longer than the training here."""
+    from timm_vitres.training import held_out, loop, report
+
+    monkeypatch.setattr(loop, 'draws_curves', lambda: True)  # what warns of it
+    for module in (report, held_out):
+        monkeypatch.setattr(module, 'draws_curves', lambda: False)

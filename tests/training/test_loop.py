@@ -40,6 +40,7 @@ def test_it_ends_with_a_complete_model(image_folder, tmp_path):
     cfg = settings(image_folder, tmp_path / 'run', epochs=4, img_size=(32, 48), mean=(0.4, 0.4, 0.4), hflip=0.0)
     folder = finetune(cfg)
     files = {'model.safetensors', 'config.json', 'README.md', 'summary.csv', 'curves.png', 'last.pth.tar', 'run.json'}
+    files |= {'held_out.csv', 'held_out.txt', 'confusion.png', 'mistakes.png'}
     assert {path.name for path in folder.iterdir()} == files
     history = rows(folder)
     assert [row['epoch'] for row in history] == ['0', '1', '2', '3']
@@ -67,7 +68,7 @@ def test_it_ends_with_a_complete_model(image_folder, tmp_path):
     assert 100 * correct / len(data.val) == pytest.approx(best, abs=0.01)
 
 
-def test_a_resumed_run_is_the_run_that_was_not_interrupted(image_folder, tmp_path):
+def test_a_resumed_run_is_the_run_that_was_not_interrupted(image_folder, tmp_path, no_pictures):
     whole = finetune(settings(image_folder, tmp_path / 'whole', epochs=3))
 
     class Killed(BaseException):
@@ -100,7 +101,7 @@ def test_a_resumed_run_is_the_run_that_was_not_interrupted(image_folder, tmp_pat
     assert (parts / 'model.safetensors').read_bytes() == before
 
 
-def test_a_run_is_never_overwritten_or_mixed_up(image_folder, tmp_path):
+def test_a_run_is_never_overwritten_or_mixed_up(image_folder, tmp_path, no_pictures):
     folder = finetune(settings(image_folder, tmp_path / 'run', epochs=1))
     with pytest.raises(ValueError, match='holds a run already'):
         finetune(settings(image_folder, folder))
@@ -125,7 +126,7 @@ def test_a_run_is_never_overwritten_or_mixed_up(image_folder, tmp_path):
         finetune(settings(image_folder, folder, resume=True))
 
 
-def test_a_pickle_runs_no_code(image_folder, tmp_path):
+def test_a_pickle_runs_no_code(image_folder, tmp_path, no_pictures):
     class Evil:
         def __reduce__(self):
             return os.mkdir, (str(tmp_path / 'owned'),)
@@ -149,7 +150,7 @@ def test_given_splits(tmp_path):
     assert data.train[0][0].mode == 'L'
 
 
-def test_timms_models_and_other_settings(image_folder, tmp_path):
+def test_timms_models_and_other_settings(image_folder, tmp_path, no_pictures):
     options = dict(epochs=1, in_chans=1, amp=True, channels_last=True, clip_grad=1.0, layer_decay=0.9, reprob=0.2)
     folder = finetune(settings(image_folder, tmp_path / 'vit', model='test_vit', img_size=64, **options))
     model = timm.create_model(f'local-dir:{folder}', pretrained=True)
@@ -164,7 +165,7 @@ def test_timms_models_and_other_settings(image_folder, tmp_path):
     assert '(1, 64, 64)' in card
 
 
-def test_named_datasets(tmp_path):
+def test_named_datasets(tmp_path, no_pictures):
     idx = tmp_path / 'FashionMNIST' / 'raw'
     idx.mkdir(parents=True)
     for split, count in (('train', 30), ('t10k', 20)):
@@ -216,7 +217,7 @@ def test_one_class_is_not_enough(tmp_path, image_folder):
         finetune(settings(image_folder, tmp_path / 'run'))
 
 
-def test_skipped_images_are_named(image_folder, tmp_path, caplog):
+def test_skipped_images_are_named(image_folder, tmp_path, caplog, no_pictures):
     (image_folder / 'down' / '3.png').write_text('')
     with caplog.at_level('WARNING'):
         finetune(settings(image_folder, tmp_path / 'run', epochs=1, skip_bad=True))
@@ -263,7 +264,7 @@ def test_killed_again_and_again_it_goes_on(times, image_folder, tmp_path):
 
 
 @pytest.mark.parametrize('head_loss', ['sum', 'both', 'resnet', 'vit'])
-def test_losses_of_two_heads(head_loss, image_folder, tmp_path):
+def test_losses_of_two_heads(head_loss, image_folder, tmp_path, no_pictures):
     """What the first step's loss is computed of, and what is left of each head."""
     cfg = settings(image_folder, tmp_path / 'run', model='test_vitresnet_dual', head_loss=head_loss, epochs=1)
     folder = finetune(cfg)
@@ -287,7 +288,7 @@ def test_the_loss_on_both_heads_is_the_mean():
     assert torch.equal(loss(one, target), criterion(one, target))
 
 
-def test_a_loss_on_two_heads_needs_two(image_folder, tmp_path):
+def test_a_loss_on_two_heads_needs_two(image_folder, tmp_path, no_pictures):
     for head_loss in ('both', 'vit'):
         with pytest.raises(ValueError, match=f'head_loss: got {head_loss!r}, but test_vitresnet has one head'):
             finetune(settings(image_folder, tmp_path / 'run', head_loss=head_loss))
@@ -299,8 +300,10 @@ def test_a_loss_on_two_heads_needs_two(image_folder, tmp_path):
         finetune(settings(image_folder, tmp_path / 'vit', head_loss='vit', **options))
 
 
-def test_autotune_trains_with_what_is_fastest_and_goes_on_with_it(image_folder, tmp_path, monkeypatch, caplog):
-    from timm_vitres.training import loop as module
+def test_autotune_trains_with_what_is_fastest_and_goes_on_with_it(
+    image_folder, tmp_path, monkeypatch, caplog, no_pictures
+):
+    from timm_vitres.training import starting as module
 
     measure = module.fastest_training
     calls = []

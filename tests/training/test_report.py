@@ -8,8 +8,9 @@ import torch
 from huggingface_hub import ModelCard
 
 from timm_vitres.training import report
+from timm_vitres.training.loaders import Batches
 from timm_vitres.training.report import (
-    BalancedEvaluator,
+    Best,
     best_epoch,
     count_epochs,
     evaluate,
@@ -20,36 +21,49 @@ from timm_vitres.training.runs import Record
 from timm_vitres.training.settings import FinetuneCfg
 
 
-def test_balanced_accuracy():
-    evaluator = BalancedEvaluator()
-    evaluator.update(torch.eye(2)[[0, 0, 0, 0]], torch.tensor([0, 0, 0, 1]))
-    metrics = evaluator.compute()
-    assert metrics['top1'] == 75 and metrics['balanced'] == 50
-
-
-def test_a_class_that_is_not_there_has_no_recall():
-    evaluator = BalancedEvaluator()
-    evaluator.update(torch.eye(4)[[0, 1, 1]], torch.tensor([0, 0, 3]))
-    assert evaluator.compute()['balanced'] == 25  # half of class 0 and none of class 3 is right
-    evaluator.reset()
-    evaluator.update(torch.eye(4)[[2]], torch.tensor([2]))
-    assert evaluator.compute()['balanced'] == 100
-
-
 class Scores(torch.nn.Module):
     """A model whose images are its logits. (B, classes) -> (B, classes)"""
 
     def forward(self, x):
-        assert not self.training and torch.is_inference_mode_enabled()
+        assert not self.training and not torch.is_grad_enabled()
         return x
 
 
+class Set(torch.utils.data.Dataset):
+    """Logits as images, with their labels."""
+
+    def __init__(self, logits, target):
+        self.logits, self.target = logits, target
+
+    def __len__(self):
+        return len(self.target)
+
+    def __getitem__(self, index):
+        return self.logits[index], int(self.target[index])
+
+
+def batches(logits, target, size=4):
+    return Batches(Set(logits, target), size, 0, 0, [])
+
+
+def test_balanced_accuracy():
+    metrics, _ = evaluate(Scores(), batches(torch.eye(2)[[0, 0, 0, 0]], [0, 0, 0, 1]), ['a', 'b'])
+    assert metrics['top1'] == 75 and metrics['balanced'] == 50
+    assert metrics['macro_f1'] == pytest.approx(100 * (2 * 3 / (3 + 4) + 0) / 2)
+
+
+def test_a_class_that_is_not_there_has_no_recall():
+    names = list('abcd')
+    metrics, _ = evaluate(Scores(), batches(torch.eye(4)[[0, 1, 1]], [0, 0, 3]), names)
+    assert metrics['balanced'] == 25  # half of class 0 and none of class 3 is right
+    assert evaluate(Scores(), batches(torch.eye(4)[[2]], [2]), names)[0]['balanced'] == 100
+
+
 def test_a_model_is_evaluated_image_by_image():
-    """The metrics do not depend on how the images are put into batches."""
+    """The metrics do not depend on how the images are put into batches, and the answers are in the images' order."""
     torch.manual_seed(0)
     logits, target = torch.randn(11, 7), torch.randint(3, (11,))
     logits[torch.arange(4), target[:4]] += 5
-    loader = [(logits[start:end], target[start:end]) for start, end in ((0, 4), (4, 8), (8, 11))]
     entered = []
 
     @contextlib.contextmanager
@@ -57,17 +71,37 @@ def test_a_model_is_evaluated_image_by_image():
         entered.append(None)
         yield
 
-    found = evaluate(Scores().train(), loader, 'cpu', autocast)
+    found, answers = evaluate(Scores().train(), batches(logits, target), list('abcdefg'), 'cpu', autocast)
     ranks = logits.argsort(1, descending=True)
     hits = ranks[:, 0] == target
     recalls = [hits[target == label].double().mean().item() for label in target.unique()]
+    taken = [(ranks[:, 0] == label).sum() for label in target.unique()]
+    sizes = [(target == label).sum() for label in target.unique()]
+    f1 = [2 * recall * size / (size + many) for recall, size, many in zip(recalls, sizes, taken)]
     assert len(entered) == 3 and len(recalls) == 3 and 0 < hits.sum() < 11
     assert found == {
         'loss': pytest.approx(torch.nn.functional.cross_entropy(logits, target).item(), rel=1e-5),
         'top1': pytest.approx(100 * hits.double().mean().item()),
         'top5': pytest.approx(100 * (ranks[:, :5] == target[:, None]).any(1).double().mean().item()),
         'balanced': pytest.approx(100 * sum(recalls) / 3),
+        'macro_f1': pytest.approx(100 * float(sum(f1)) / 3),
     }
+    probabilities = logits.softmax(1)
+    assert answers.indices.tolist() == list(range(11)) and answers.labels.tolist() == target.tolist()
+    assert answers.predicted.tolist() == ranks[:, 0].tolist()
+    assert answers.confidence == pytest.approx(probabilities.max(1).values.numpy())
+    assert answers.truth == pytest.approx(probabilities[torch.arange(11), target].numpy())
+
+
+def test_views_of_an_image_are_averaged(model):
+    """With flips, each image's logits are the mean of its own and those of its mirror image."""
+    x, target = torch.rand(6, 3, 32, 32), torch.tensor([0, 1, 2, 0, 1, 2])
+    found, answers = evaluate(model, batches(x, target), list('abc'), tta='flip')
+    with torch.no_grad():
+        logits = (model(x) + model(x.flip(-1))) / 2
+    assert found['loss'] == pytest.approx(torch.nn.functional.cross_entropy(logits, target).item(), rel=1e-5)
+    assert answers.truth == pytest.approx(logits.softmax(1)[torch.arange(6), target].numpy(), rel=1e-4)
+    assert abs(found['loss'] - evaluate(model, batches(x, target), list('abc'))[0]['loss']) > 1e-4
 
 
 def row(epoch, **kwargs):
@@ -77,8 +111,19 @@ def row(epoch, **kwargs):
 def test_the_best_epoch_is_the_first_of_the_best():
     history = [row(0, loss=2.0, top1=50.0), row(1, loss=1.0, top1=75.0), row(2, loss=0.5, top1=75.0)]
     history.append(row(3, loss=0.5, top1=60.0))
-    assert best_epoch(history, 'top1') is history[1]
-    assert best_epoch(history, 'loss') is history[2]
+    assert best_epoch(history, 'top1') == (history[1], 'eval')
+    assert best_epoch(history, 'loss') == (history[2], 'eval')
+
+
+def test_averaged_weights_can_be_the_best():
+    history = [row(0, loss=2.0, top1=50.0), row(1, loss=1.0, top1=75.0)]
+    history[0].update(ema_loss=2.5, ema_top1=80.0)
+    history[1].update(ema_loss=0.5, ema_top1=75.0)
+    best = best_epoch(history, 'top1')
+    assert best == (history[0], 'ema') and best.metric('top1') == 80 and best.metric('loss') == 2.5
+    assert best_epoch(history, 'loss') == (history[1], 'ema')
+    del history[0]  # of equal ones the plain weights
+    assert best_epoch(history, 'top1') == (history[0], 'eval')
 
 
 HISTORY = [
@@ -120,21 +165,23 @@ def test_a_table_that_can_not_be_read_has_no_epochs(data, tmp_path):
     assert count_epochs(tmp_path) == 0
 
 
-BEST = dict(epoch=3, eval_loss=0.5, eval_top1=91.6666, eval_balanced=88.3333)
+ROW = dict(epoch=3, eval_loss=0.5, eval_top1=91.6666, eval_balanced=88.3333, eval_macro_f1=87.6543)
+ROW.update(ema_loss=0.4, ema_top1=93.0, ema_balanced=92.0, ema_macro_f1=91.0)
 
 
-def card_of(model, autotuned=None, **kwargs):
+def card_of(model, autotuned=None, weights='eval', **kwargs):
     """Return the text of the card of a run with these settings."""
     settings = dict(data_dir='photos/cells', model='test_vitresnet', lr=3e-3, epochs=5)
     data = dict(label_names=['cat', 'dog', 'owl'], description='24 images of 3 classes', train=[], validation=[])
     record = Record(FinetuneCfg(**{**settings, **kwargs}), data, timm.data.resolve_model_data_config(model), autotuned)
-    return run_card(record, BEST, model, 'Cells')
+    return run_card(record, Best(ROW, weights), model, 'Cells')
 
 
 def test_a_card_tells_what_the_run_recorded(model):
     card = ModelCard(card_of(model, weight_decay=0.25, seed=7, eval_metric='balanced'))
     results = {result.metric_type: result for result in card.data.eval_results}
     assert results['accuracy'].metric_value == 91.67 and results['balanced_accuracy'].metric_value == 88.33
+    assert results['f1'].metric_value == 87.65
     for result in results.values():
         assert (result.task_type, result.dataset_type) == ('image-classification', 'imagefolder')
         assert (result.dataset_name, result.dataset_config) == ('cells', 'cells')
@@ -158,9 +205,27 @@ def test_a_card_tells_of_what_is_not_usual(model, monkeypatch):
     assert '](curves.png)' in card_of(model)
     monkeypatch.setattr(report, 'draws_curves', lambda: False)
     text = card_of(model, head_loss='both', dataset='torch/fashion_mnist')
-    assert 'curves.png' not in text and 'head_loss=both, seed=' in text
+    assert 'curves.png' not in text and 'seed=42, head_loss=both.' in text
     assert {result.dataset_name for result in ModelCard(text).data.eval_results} == {'torch/fashion_mnist'}
 
 
 def test_a_card_tells_the_settings_that_autotune_chose(model):
     assert 'batch_size=4,' in card_of(model, autotuned=dict(batch_size=4), batch_size=8)
+
+
+def test_a_card_tells_whose_weights_it_measures_and_how(model):
+    text = ' '.join(card_of(model).split())
+    assert 'chosen (top1), with the weights.' in text
+    card = ModelCard(card_of(model, weights='ema', tta='flip', model_ema=True))
+    assert {result.metric_value for result in card.data.eval_results} == {93.0, 92.0, 91.0}
+    text = ' '.join(card.text.split())
+    assert 'with the averaged weights, averaged over views of each image (flip).' in text and 'model_ema=True' in text
+
+
+def test_a_card_names_the_file_and_the_teacher_without_their_places(model):
+    text = ' '.join(card_of(model, pretrained_path='/secret/place/weights.pth').split())
+    assert 'from the weights in `weights.pth`.' in text and 'secret' not in text
+    text = card_of(model, kd_model_name='local-dir:/secret/place/teacher', lr_base=0.1, grad_accum_steps=2, lora=4)
+    text = ' '.join(text.split())
+    assert 'kd_model_name=teacher, kd_distill_type=logit' in text and 'secret' not in text
+    assert 'lr_base=0.1, grad_accum_steps=2, lora=4' in text and 'kd_' not in card_of(model)

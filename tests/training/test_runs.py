@@ -16,7 +16,7 @@ from timm_vitres import cli
 from timm_vitres.publishing import hub
 from timm_vitres.publishing.model_folder import locked
 from timm_vitres.training import loop as module
-from timm_vitres.training import report as report_module
+from timm_vitres.training import optimisation, starting
 from timm_vitres.training.loop import finetune
 from timm_vitres.training.runs import Record
 from timm_vitres.training.settings import FinetuneCfg
@@ -29,13 +29,6 @@ class Killed(BaseException):
 @pytest.fixture
 def images(tmp_path):
     return write_folder(tmp_path / 'images', per_class=6)
-
-
-@pytest.fixture
-def no_curves(monkeypatch):
-    """Drawing takes longer than the training here."""
-    monkeypatch.setattr(module, 'draws_curves', lambda: True)
-    monkeypatch.setattr(report_module, 'draws_curves', lambda: False)
 
 
 def small(data_dir, output, **kwargs) -> FinetuneCfg:
@@ -81,7 +74,7 @@ EVERYTHING = dict(aa='rand-m9-mstd0.5-inc1', reprob=0.5, mixup=0.4, cutmix=0.4, 
     ids=['default-0', 'default-2', 'everything-2-0', 'float16-0-2'],
 )
 def test_a_resumed_run_is_the_unbroken_one_with_any_number_of_workers(
-    options, workers, then, images, tmp_path, monkeypatch, no_curves
+    options, workers, then, images, tmp_path, monkeypatch, no_pictures
 ):
     whole = finetune(small(images, tmp_path / 'whole', workers=workers, **options))
     cfg = small(images, tmp_path / 'parts', workers=workers, **options)
@@ -91,10 +84,10 @@ def test_a_resumed_run_is_the_unbroken_one_with_any_number_of_workers(
     assert_same_run(parts, whole)
 
 
-def test_the_record_is_there_before_the_first_step(images, tmp_path, monkeypatch, no_curves):
+def test_the_record_is_there_before_the_first_step(images, tmp_path, monkeypatch, no_pictures):
     cfg = small(images, tmp_path / 'run', pretrained=False, model_kwargs=dict(depth=2))
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        kill_at(patch, 'random_seed', 2, error=KeyboardInterrupt)  # the first one is for the model
+        kill_at(patch, 'random_seed', 1, error=KeyboardInterrupt)
         finetune(cfg)
     assert [path.name for path in (tmp_path / 'run').iterdir()] == ['run.json']
     record = json.loads((tmp_path / 'run' / 'run.json').read_text())
@@ -115,7 +108,7 @@ def test_the_record_is_there_before_the_first_step(images, tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize('error', [Killed, OSError('No space left on device')], ids=['killed', 'full'])
-def test_a_failure_at_any_write_loses_nothing(error, images, tmp_path, monkeypatch, no_curves):
+def test_a_failure_at_any_write_loses_nothing(error, images, tmp_path, monkeypatch, no_pictures):
     """Whatever rename fails, the folder loads as one of the models that it had, and the run ends as if unbroken."""
     cfg = small(images, tmp_path / 'whole', no_aug=True, epochs=2)
     good = []
@@ -150,7 +143,7 @@ def test_a_failure_at_any_write_loses_nothing(error, images, tmp_path, monkeypat
 
 
 @pytest.fixture
-def finished(images, tmp_path, no_curves):
+def finished(images, tmp_path, no_pictures):
     return finetune(small(images, tmp_path / 'run', epochs=1, workers=0))
 
 
@@ -195,7 +188,7 @@ def test_a_few_settings_can_be_changed_knowingly_and_are_recorded(images, finish
     assert len(rows(finished)) == 2
 
 
-def test_validation_images_are_those_of_the_beginning(images, tmp_path, monkeypatch, no_curves, caplog):
+def test_validation_images_are_those_of_the_beginning(images, tmp_path, monkeypatch, no_pictures, caplog):
     cfg = small(images, tmp_path / 'run')
     interrupted(cfg, monkeypatch, epoch=2)
     before = Record.read(tmp_path / 'run').data
@@ -251,7 +244,7 @@ def test_a_record_that_is_cut_or_edited_is_refused(spoil, message, finished):
         finetune(FinetuneCfg(resume=str(finished)))
 
 
-def test_the_card_is_rendered_from_the_record(images, tmp_path, monkeypatch, no_curves):
+def test_the_card_is_rendered_from_the_record(images, tmp_path, monkeypatch, no_pictures):
     cfg = small(images, tmp_path / 'run', epochs=2, weight_decay=0.25)
     interrupted(cfg, monkeypatch, epoch=1)
     folder = finetune(FinetuneCfg(resume=str(tmp_path / 'run')))
@@ -259,7 +252,7 @@ def test_the_card_is_rendered_from_the_record(images, tmp_path, monkeypatch, no_
     assert 'epochs=2, batch_size=4, opt=adamw, lr=0.003, weight_decay=0.25' in card and 'images of 2 classes' in card
 
 
-def test_nothing_of_the_users_is_overwritten(images, tmp_path, no_curves):
+def test_nothing_of_the_users_is_overwritten(images, tmp_path, no_pictures):
     model = hub.save(timm.create_model('test_vitresnet', num_classes=2), tmp_path / 'model')
     notes = tmp_path / 'notes'
     notes.mkdir()
@@ -292,7 +285,7 @@ def test_a_folder_that_can_not_be_written_to_is_found_before_training(images, tm
         raise OSError(30, 'Read-only file system')
 
     monkeypatch.setattr(runs.tempfile, 'TemporaryFile', refuse)
-    monkeypatch.setattr(module, 'load_data', lambda *args, **kwargs: pytest.fail('the images were read first'))
+    monkeypatch.setattr(starting, 'load_data', lambda *args, **kwargs: pytest.fail('the images were read first'))
     with pytest.raises(OSError, match=r'output: .*run can not be written to \(Read-only file system\)'):
         finetune(small(images, tmp_path / 'run'))
     assert not (tmp_path / 'run').exists()
@@ -325,7 +318,7 @@ def test_a_run_has_its_folder_alone(images, finished, tmp_path):
     assert len(rows(finetune(small(images, finished, epochs=2, resume=True)))) == 2
 
 
-def test_a_run_that_goes_on_needs_its_first_weights_no_more(images, tmp_path, monkeypatch, no_curves):
+def test_a_run_that_goes_on_needs_its_first_weights_no_more(images, tmp_path, monkeypatch, no_pictures):
     source = hub.save(timm.create_model('test_vitresnet', num_classes=5), tmp_path / 'source')
     cfg = small(images, tmp_path / 'whole', model=f'local-dir:{source}', pretrained=True)
     whole = finetune(cfg)
@@ -346,20 +339,21 @@ def test_what_a_model_says_of_its_images_is_checked_as_a_setting_is(name, value,
 
 
 @pytest.mark.parametrize('spoilt', ['weights', 'statistics', 'metrics'])
-def test_a_run_that_diverges_keeps_its_last_good_epoch(spoilt, images, tmp_path, monkeypatch, no_curves):
+def test_a_run_that_diverges_keeps_its_last_good_epoch(spoilt, images, tmp_path, monkeypatch, no_pictures):
     """What is not finite in the second epoch ends the run; the first epoch's model and checkpoint stay."""
     cfg = small(images, tmp_path / 'run', model='vitresnet_nano')
     interrupted(cfg, monkeypatch, epoch=2)
     before = {name: value for name, value in contents(tmp_path / 'run').items() if name != 'run.json'}
     if spoilt == 'metrics':
-        monkeypatch.setattr(module, 'evaluate', lambda *args: dict(loss=0.1, top1=float('nan'), top5=1, balanced=1))
+        monkeypatch.setattr(module, 'evaluate', lambda *args: (dict(loss=0.1, top1=float('nan')), None))
     else:
         step = module._Run._step
 
-        def spoil(run, loss):
-            step(run, loss)
+        def spoil(run, *args):
+            loss = step(run, *args)
             tensors = run.model.parameters() if spoilt == 'weights' else run.model.buffers()
             next(tensor for tensor in tensors if tensor.is_floating_point()).data.view(-1)[-1] = float('nan')
+            return loss
 
         monkeypatch.setattr(module._Run, '_step', spoil)
     what = 'the top1 on the validation images became nan' if spoilt == 'metrics' else 'the weights became infinite'
@@ -379,12 +373,12 @@ def test_a_learning_rate_out_of_this_world_is_no_success(images, tmp_path, capsy
     assert not (tmp_path / 'run').exists()  # so that the same command with a lower lr begins
 
 
-def test_steps_that_float16_skips_are_no_divergence(images, tmp_path, monkeypatch, no_curves):
-    class Huge(module.NativeScaler):
+def test_steps_that_float16_skips_are_no_divergence(images, tmp_path, monkeypatch, no_pictures):
+    class Huge(optimisation.NativeScaler):
         def __init__(self, device):
             self._scaler = torch.amp.GradScaler(device, init_scale=2.0**40)
 
-    monkeypatch.setattr(module, 'NativeScaler', Huge)
+    monkeypatch.setattr(optimisation, 'NativeScaler', Huge)
     folder = finetune(small(images, tmp_path / 'run', amp=True, amp_dtype='float16', epochs=2))
     scale = torch.load(folder / 'last.pth.tar', weights_only=True)['scaler']['scale']
     assert scale < 2.0**40  # some steps were skipped

@@ -1,12 +1,13 @@
 import dataclasses
 import math
 from pathlib import Path
+from typing import Tuple
 
 import numpy as np
 import pytest
 
 from timm_vitres import cli
-from timm_vitres.training.settings import FinetuneCfg, kind_of
+from timm_vitres.training.settings import KINDS, FinetuneCfg, kind_of
 
 FIELDS = dataclasses.fields(FinetuneCfg)
 NUMBERS = [field for field in FIELDS if kind_of(field.name) in (int, float)]
@@ -25,7 +26,7 @@ def test_no_number_is_out_of_its_limits_or_no_number(field, capsys):
     limits, kind = field.metadata, kind_of(field.name)
     bad = [limits['low'] - 1 if 'low' in limits else limits['above']]
     bad += [limits[key] + step for key, step in (('high', 1), ('below', 0)) if key in limits]
-    count = max(limits['lengths']) if 'lengths' in limits else None
+    count = max(limits['lengths']) if 'lengths' in limits else 1 if KINDS[field.name] == (Tuple[int, ...],) else None
     for value in [*bad, *([math.nan, math.inf, -math.inf] if kind is float else [])]:
         given = (value,) * count if count else value
         with pytest.raises(ValueError, match=f'^{field.name}: got .*, expected a (finite|whole) number'):
@@ -40,7 +41,7 @@ def test_no_number_is_out_of_its_limits_or_no_number(field, capsys):
             FinetuneCfg('images', **{field.name: value})
     if kind is int:
         with pytest.raises(TypeError, match='expected a whole number'):
-            FinetuneCfg('images', **{field.name: 1.5})
+            FinetuneCfg('images', **{field.name: (1.5,) * count if count else 1.5})
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,8 @@ from ..checks import is_installed, on_one_line
 from ..models.base import Hybrid
 from .settings import FinetuneCfg
 
+# timm's are of these classes, too
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 # where peft puts adapters: attention and MLP of timm's blocks, ours included
 ADAPTED = r'(.*\.)?(qkv|attn\.proj|fc1|fc2)'
 
@@ -30,9 +32,9 @@ def create_finetune_model(cfg: FinetuneCfg, num_classes: int) -> nn.Module:
     for name, value in (('in_chans', cfg.in_chans), ('drop_rate', cfg.drop), ('drop_path_rate', cfg.drop_path)):
         if value is not None:
             kwargs[name] = value
-    kwargs.update(_weights(cfg))
+    source = _weights(cfg)
     try:
-        model = timm.create_model(cfg.model, num_classes=num_classes, **kwargs)
+        model = timm.create_model(cfg.model, num_classes=num_classes, **source, **kwargs)
     except (TypeError, AttributeError, LookupError, AssertionError, ArithmeticError) as error:
         # constructors raise these for arguments that they do not know, or can't work with
         reason = f' ({error})' if str(error) else ''
@@ -157,9 +159,7 @@ class Frozen:
         self.parameters = [value for value in parameters.values() if value.requires_grad]
         prefixes = {name.rpartition('.')[0] for name in parameters}
         self.norms = [
-            layer
-            for name, layer in model.named_modules()
-            if name in prefixes and isinstance(layer, nn.modules.batchnorm._BatchNorm)
+            layer for name, layer in model.named_modules() if name in prefixes and isinstance(layer, BATCH_NORMS)
         ]
         frozen = set(map(id, self.parameters))
         if not any(value.requires_grad for value in model.parameters() if id(value) not in frozen):

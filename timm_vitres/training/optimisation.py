@@ -131,7 +131,8 @@ class Stepper:
 
 def are_finite(tensors: List[torch.Tensor]) -> bool:
     """Return whether all numbers of some tensors are finite; of a sharded one, those of this process."""
-    local = [getattr(tensor, '_local_tensor', tensor).detach() for tensor in tensors]
+    detached = [tensor.detach() for tensor in tensors]
+    local = [tensor.to_local() if hasattr(tensor, 'to_local') else tensor for tensor in detached]
     numbers = [tensor for tensor in local if tensor.is_floating_point() and tensor.numel()]
     return not numbers or bool(torch.isfinite(get_total_norm(numbers, math.inf)))
 

@@ -332,7 +332,7 @@ def _checked(name: str, value: Any, kinds: Tuple[Any, ...], limits: typing.Mappi
     if dict in origins and isinstance(value, dict):
         return plain(name, value)
     if tuple in origins and isinstance(value, (list, tuple, np.ndarray)):
-        if not value or ('lengths' in limits and len(value) not in limits['lengths']):
+        if len(value) == 0 or ('lengths' in limits and len(value) not in limits['lengths']):
             if 'lengths' not in limits:
                 raise ValueError(f'{name}: got {tuple(value)}, expected one number or more.')
             *others, last = map(str, limits['lengths'])
