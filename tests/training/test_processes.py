@@ -1,0 +1,164 @@
+import csv
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import write_folder
+from safetensors.torch import load_file
+
+from timm_vitres.training.processes import FirstFailed, Processes, joined, was_restarted
+
+ENV = dict(os.environ, OMP_NUM_THREADS='1', PYTHONUNBUFFERED='1')
+FLAGS = ['--model', 'test_vitresnet', '--img-size', '32', '-j', '0', '--device', 'cpu']
+TOGETHER = """
+from timm_vitres.training.processes import FirstFailed, joined
+
+with joined() as processes:
+    rank = processes.rank
+    assert processes.count == 2 and processes.is_first == (rank == 0)
+    assert processes.of_first(lambda: f'told by {rank}') == 'told by 0'
+    assert processes.any(rank == 1) and not processes.any(False)
+    assert processes.mean(1.0 + rank) == 1.5
+    assert processes.gathered(dict(rank=rank)) == [dict(rank=0), dict(rank=1)]
+    try:
+        processes.of_first(lambda: 1 // 0)
+    except ZeroDivisionError:
+        assert rank == 0
+    except FirstFailed as error:
+        assert rank == 1 and 'ZeroDivisionError' in str(error)
+    else:
+        raise AssertionError('no error')
+print(f'whole {rank}')
+"""
+
+
+def torchrun(*arguments, **kwargs):
+    command = [sys.executable, '-m', 'torch.distributed.run', '--nproc-per-node', '2', *map(str, arguments)]
+    return subprocess.run(command, env=ENV, capture_output=True, text=True, timeout=240, **kwargs)
+
+
+def finetune(*arguments, processes=2):
+    if processes == 1:
+        command = [sys.executable, '-m', 'timm_vitres', 'finetune', *map(str, arguments)]
+        return subprocess.run(command, env=ENV, capture_output=True, text=True, timeout=240)
+    return torchrun('-m', 'timm_vitres', 'finetune', *arguments)
+
+
+def rows(folder):
+    with (folder / 'summary.csv').open() as file:
+        return [{**row, 'seconds': 0} for row in csv.DictReader(file)]
+
+
+def test_one_process_agrees_with_itself():
+    with joined() as processes:
+        assert (processes.rank, processes.count, processes.is_first) == (0, 1, True)
+        assert processes.of_first(lambda: 7) == 7
+        assert processes.any(True) and not processes.any(False)
+        assert processes.mean(2.5) == 2.5
+        assert processes.gathered('x') == ['x']
+        with pytest.raises(KeyError):
+            processes.of_first(lambda: {}['x'])
+
+
+def test_each_process_has_a_device(monkeypatch):
+    assert Processes(rank=3, count=4, local_rank=1).device('cuda') == 'cuda:1'
+    assert Processes(rank=3, count=4, local_rank=1).device('cuda:0') == 'cuda:0'
+    assert Processes(rank=3, count=4, local_rank=1).device('cpu') == 'cpu'
+    assert Processes().device('cuda') == 'cuda'
+    monkeypatch.setenv('TORCHELASTIC_RESTART_COUNT', '0')
+    assert not was_restarted()
+    monkeypatch.setenv('TORCHELASTIC_RESTART_COUNT', '1')
+    assert was_restarted()
+
+
+def test_others_that_can_not_be_reached(monkeypatch):
+    monkeypatch.setenv('WORLD_SIZE', '2')  # without MASTER_ADDR, there is nobody to ask
+    monkeypatch.delenv('MASTER_ADDR', raising=False)
+    with pytest.raises(ValueError, match=r'^processes: .*torchrun'), joined():
+        pass
+    assert issubclass(FirstFailed, ValueError)
+
+
+@pytest.mark.slow
+def test_two_processes_agree(tmp_path):
+    (tmp_path / 'together.py').write_text(TOGETHER)
+    done = torchrun(tmp_path / 'together.py')
+    assert sorted(re.findall('whole .', done.stdout)) == ['whole 0', 'whole 1'], done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    'more', [[], ['--fsdp'], ['--grad-accum-steps', '2'], ['--freeze', 'resnet', '--freeze-epochs', '1']]
+)
+def test_two_processes_train_and_validate_as_one(tmp_path, more):
+    images = write_folder(tmp_path / 'images', per_class=14)
+    # 7 validation images: one process has four, the other three; no dropout, which differs between processes
+    flags = [images, *FLAGS, '--val-frac', '0.25', '--epochs', '2', '--opt', 'sgd', '--lr', '0.05', *more]
+    alone = [flag for flag in flags if flag != '--fsdp']
+    steps = 2 if '--grad-accum-steps' in more else 1
+    one = finetune(*alone, '-b', 8 // steps, '--output', tmp_path / 'one', processes=1)
+    two = finetune(*flags, '-b', 4 // steps, '--output', tmp_path / 'two')
+    assert one.returncode == two.returncode == 0, one.stderr + two.stderr
+    assert two.stdout.count('The best epoch is in') == 1
+    for ours, theirs in zip(rows(tmp_path / 'two'), rows(tmp_path / 'one')):
+        for name in theirs:
+            exact = name.endswith(('top1', 'top5', 'balanced', 'macro_f1'))
+            assert float(ours[name]) == pytest.approx(float(theirs[name]), abs=0 if exact else 1e-6), name
+    ours, theirs = (load_file(tmp_path / name / 'model.safetensors') for name in ('two', 'one'))
+    assert ours.keys() == theirs.keys()
+    assert max((ours[key].float() - theirs[key].float()).abs().max().item() for key in theirs) < 1e-5
+    assert (tmp_path / 'two' / 'held_out.csv').read_text() == (tmp_path / 'one' / 'held_out.csv').read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('more, victim', [(['--model-ema'], 0), (['--model-ema'], 1), (['--fsdp'], 1)])
+def test_a_run_whose_process_is_killed_ends_as_the_unbroken_one(tmp_path, more, victim):
+    images = write_folder(tmp_path / 'images', per_class=14)
+    flags = [images, *FLAGS, '--epochs', '3', '-b', '4', *more]
+    whole = finetune(*flags, '--output', tmp_path / 'whole')
+    assert whole.returncode == 0, whole.stderr
+    command = [sys.executable, '-m', 'torch.distributed.run', '--nproc-per-node', '2', '--max-restarts', '2']
+    command += ['-m', 'timm_vitres', 'finetune', *map(str, flags), '--output', str(tmp_path / 'killed')]
+    with (tmp_path / 'log').open('w') as log:
+        running = subprocess.Popen(command, env=ENV, stdout=log, stderr=log)
+        deadline = time.monotonic() + 120
+        while not (tmp_path / 'killed' / 'last.pth.tar').exists():
+            assert time.monotonic() < deadline and running.poll() is None, (tmp_path / 'log').read_text()
+            time.sleep(0.01)
+        children = subprocess.run(['ps', '-eo', 'pid,ppid'], capture_output=True, text=True).stdout.split('\n')[1:-1]
+        workers = [int(pid) for pid, parent in map(str.split, children) if int(parent) == running.pid]
+        os.kill(sorted(workers)[victim], signal.SIGKILL)
+        assert running.wait(timeout=240) == 0, (tmp_path / 'log').read_text()
+    assert 'exitcode: -9' in (tmp_path / 'log').read_text()
+    assert rows(tmp_path / 'killed') == rows(tmp_path / 'whole')
+    ours, theirs = (load_file(tmp_path / name / 'model.safetensors') for name in ('killed', 'whole'))
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+@pytest.mark.slow
+def test_a_mistake_is_told_once(tmp_path):
+    images = write_folder(tmp_path / 'images', per_class=4)
+    done = finetune(images, *FLAGS, '--model', 'vitresnet_giant', '--output', tmp_path / 'run')
+    assert done.returncode != 0
+    assert len(re.findall('^timm-vitres: .*', done.stderr, re.M)) == 1, done.stderr
+    assert not (tmp_path / 'run').exists()
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_another_number_of_processes(tmp_path):
+    images = write_folder(tmp_path / 'images', per_class=14)
+    flags = [*FLAGS, '--val-frac', '0.25', '--opt', 'sgd', '--lr', '0.05', '--no-aug']
+    whole = finetune(
+        images, *flags, '-b', 8, '--epochs', 3, '--sched', 'none', '--output', tmp_path / 'one', processes=1
+    )
+    part = finetune(images, *flags, '-b', 4, '--epochs', 1, '--sched', 'none', '--output', tmp_path / 'two')
+    assert whole.returncode == part.returncode == 0, part.stderr
+    rest = finetune('--resume', tmp_path / 'two', '--epochs', 3, processes=1)
+    assert rest.returncode == 0 and 'goes on with 1, each with 8 images a step' in rest.stderr, rest.stderr
+    ours, theirs = (load_file(tmp_path / name / 'model.safetensors') for name in ('two', 'one'))
+    assert max((ours[key].float() - theirs[key].float()).abs().max().item() for key in theirs) < 1e-5
