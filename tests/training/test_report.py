@@ -225,7 +225,8 @@ def test_a_card_tells_whose_weights_it_measures_and_how(model):
 def test_a_card_names_the_file_and_the_teacher_without_their_places(model):
     text = ' '.join(card_of(model, pretrained_path='/secret/place/weights.pth').split())
     assert 'from the weights in `weights.pth`.' in text and 'secret' not in text
-    text = card_of(model, kd_model_name='local-dir:/secret/place/teacher', lr_base=0.1, grad_accum_steps=2, lora=4)
+    teacher = dict(kd_model_name='local-dir:/secret/place/teacher', kd_distill_type='feature')
+    text = card_of(model, **teacher, lr_base=0.1, grad_accum_steps=2, lora=4)
     text = ' '.join(text.split())
-    assert 'kd_model_name=teacher, kd_distill_type=logit' in text and 'secret' not in text
+    assert 'kd_model_name=teacher, kd_distill_type=feature' in text and 'secret' not in text
     assert 'lr_base=0.1, grad_accum_steps=2, lora=4' in text and 'kd_' not in card_of(model)
