@@ -259,7 +259,7 @@ def world():
 
 def test_there_are_hundreds_and_none_is_there_twice():
     kinds = Counter(case.kind for case in CASES)
-    assert len(CASES) >= 1300 and all(count > 5 for count in kinds.values()), kinds
+    assert len(CASES) >= 1700 and all(count > 5 for count in kinds.values()), kinds
     assert len({(case.kind, case.name) for case in CASES}) == len(CASES)
     assert {case.kind for case in SAMPLE} == set(kinds)
 

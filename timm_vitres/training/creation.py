@@ -1,18 +1,21 @@
 """The model that a run trains: created, its weights taken from where the settings say, adapted, partly frozen."""
 
 import copy
+import logging
 import re
 from pathlib import Path
 from typing import Any, Dict, List, Tuple, Union
 
 import timm
 import torch
+from timm.models import load_state_dict
 from torch import nn
 
 from ..checks import is_installed, on_one_line
 from ..models.base import Hybrid
 from .settings import FinetuneCfg
 
+_logger = logging.getLogger(__name__)
 # timm's are of these classes, too
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 # where peft puts adapters: attention and MLP of timm's blocks, ours included
@@ -44,6 +47,8 @@ def create_finetune_model(cfg: FinetuneCfg, num_classes: int) -> nn.Module:
         if not name:
             raise
         raise ValueError(f'{name}: {getattr(cfg, name)} does not fit {cfg.model} ({on_one_line(error)}).') from error
+    if cfg.pretrained_path and not isinstance(model, Hybrid):
+        _check_arrived(model, cfg.pretrained_path)
     if cfg.img_size is not None and hasattr(model, 'set_input_size'):
         model.set_input_size(img_size=image_size(cfg.img_size))
     _set_head_loss_(model, cfg)
@@ -69,6 +74,28 @@ def _weights(cfg: FinetuneCfg) -> Dict[str, Any]:
         overlay = dict(file=cfg.pretrained_path, num_classes=-1)
         return dict(pretrained=True, pretrained_cfg_overlay=overlay)
     return dict(pretrained=cfg.pretrained, checkpoint_path=cfg.initial_checkpoint)
+
+
+def _check_arrived(model: nn.Module, path: str) -> None:
+    """Raise ValueError where most of a file's weights are not in a model of timm's: it takes what fits, and is silent
+    about the rest. Our own models compare every key.
+
+    Tensors are known by their size and sum, whatever they are called in the file.
+    """
+
+    def known(tensor: torch.Tensor) -> Tuple[int, float]:
+        return tensor.numel(), tensor.double().sum().item()
+
+    there = {known(tensor) for tensor in load_state_dict(path).values() if torch.is_tensor(tensor)}
+    body = part_parameters(model, 'body')
+    missing = [name for name, parameter in body.items() if known(parameter.detach()) not in there]
+    if len(missing) * 2 > len(body):
+        raise ValueError(
+            f'pretrained_path: {path} does not fit {type(model).__name__}: it gives only {len(body) - len(missing)} of '
+            f'{len(body)} tensors; {missing[0]} is not there.'
+        )
+    if missing:
+        _logger.warning('pretrained_path: %d tensors are not as in %s: %s.', len(missing), path, ', '.join(missing[:3]))
 
 
 def _set_head_loss_(model: nn.Module, cfg: FinetuneCfg) -> None:

@@ -15,14 +15,20 @@ from torch.nn.utils import get_total_norm
 from .settings import FinetuneCfg
 
 
-def check_optimizer(opt: str) -> None:
-    """Raise ValueError for an optimizer that timm does not know, or that a run can't serve."""
+def check_optimizer(cfg: FinetuneCfg) -> None:
+    """Raise ValueError for an optimizer that timm does not know, that a run can't serve, or that lacks what is set."""
+    opt = cfg.opt
     try:
         info = get_optimizer_info(opt.rpartition('_')[2])
     except ValueError:
         raise ValueError(f'opt: timm has no optimizer {opt!r}; timm.optim.list_optimizers() names them.') from None
     if info.second_order:
         raise ValueError(f'opt: {opt!r} needs second derivatives, which a run does not compute; use another.')
+    for name, is_there in (('opt_betas', info.has_betas), ('opt_eps', info.has_eps)):
+        if getattr(cfg, name) is not None and not is_there:
+            raise ValueError(f'{name}: got {getattr(cfg, name)}, but {opt} has none; leave it out.')
+    if cfg.opt_betas is not None and len(cfg.opt_betas) != info.num_betas:
+        raise ValueError(f'opt_betas: got {cfg.opt_betas}, but {opt} has {info.num_betas}.')
 
 
 def learning_rate(cfg: FinetuneCfg, num_images: int) -> float:

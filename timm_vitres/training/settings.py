@@ -19,6 +19,21 @@ ARGPARSE = ('help', 'nargs', 'choices', 'const', 'metavar', 'action')
 PAIRS = 'name=value'  # the command registers an action of this name with argparse
 MAX_BATCH = 2**20
 MAX_COUNT = 2**31 - 1  # the sum of two such is a seed that numpy takes
+# settings that say nothing where another is left out
+NEEDED = {
+    'torchcompile_mode': 'torchcompile',
+    'freeze_epochs': 'freeze',
+    'kd_distill_type': 'kd_model_name',
+    'kd_token_distill_type': 'kd_model_name',
+    'kd_temperature': 'kd_model_name',
+    'distill_loss_weight': 'kd_model_name',
+    'task_loss_weight': 'kd_model_name',
+    'lr_base_scale': 'lr_base',
+    'model_ema_warmup': 'model_ema',
+    'bce_sum': 'bce_loss',
+    'bce_target_thresh': 'bce_loss',
+    'bce_pos_weight': 'bce_loss',
+}
 
 
 def _option(default: Any, help: str, **kwargs: Any) -> Any:
@@ -66,7 +81,7 @@ class FinetuneCfg:
     model: str = _option('vitresnet_small', "a timm model's name, or local-dir:<folder>, or hf-hub:<id>")
     pretrained: bool = _option(False, 'start from pretrained weights')
     pretrained_path: Optional[str] = _option(
-        None, 'start from the weights in this file; their head is replaced where it has other classes'
+        None, 'start from the weights in this file, but for their head, which is a new one'
     )
     initial_checkpoint: str = _option('', 'start from the weights in this file, head and all; every key must fit')
     model_kwargs: Optional[Dict[str, Any]] = _option(
@@ -271,10 +286,15 @@ class FinetuneCfg:
         return self.mixup > 0 or self.cutmix > 0 or self.cutmix_minmax is not None
 
     def _check_together(self) -> None:
+        for name, other in NEEDED.items():
+            if not getattr(self, other) and getattr(self, name) != getattr(type(self), name):
+                raise ValueError(f'{name}: got {getattr(self, name)!r}, which says nothing without {other}; give both.')
         for name in ('scale', 'ratio'):
             low, high = getattr(self, name)
             if low > high:
                 raise ValueError(f'{name}: got {(low, high)}, expected the smaller number first.')
+        if list(self.decay_milestones) != sorted(set(self.decay_milestones)):
+            raise ValueError(f'decay_milestones: got {self.decay_milestones}, expected epochs that rise.')
         if self.cutmix_minmax is not None and self.cutmix_minmax[0] > self.cutmix_minmax[1]:
             raise ValueError(f'cutmix_minmax: got {self.cutmix_minmax}, expected the smaller number first.')
         if self.min_lr > self.lr:

@@ -72,7 +72,7 @@ class Setup:
         """Make what the run needs, and return its record, which is new unless one is given."""
         self.device = _check_device(self.processes.device(cfg.device))
         check_processes(cfg, self.device, self.processes)
-        check_optimizer(cfg.opt)
+        check_optimizer(cfg)
         check_trackers(cfg)
         mode = _check_images(cfg)
         self.data = _load(cfg, mode, record, self.processes)
