@@ -76,6 +76,8 @@ def create_loaders(
         # the last batch is dropped if it is not full, so that none would be left
         batch_size = max(share // 2 * 2, 1)
         _logger.warning('batch_size: %d, since there are no more images to train on.', batch_size)
+    if cfg.aug_repeats > 1 and isinstance(data.train, IterableDataset):
+        raise ValueError(f'aug_repeats: got {cfg.aug_repeats}, but a stream gives each image once; leave it out.')
     val_batch_size = cfg.validation_batch_size or cfg.batch_size
     return (
         Batches(

@@ -42,6 +42,8 @@ _logger = logging.getLogger(__name__)
 class Diverged(ValueError):
     """A run's numbers are not finite any more."""
 
+    is_told = False  # whether another process says it
+
 
 def finetune(cfg: FinetuneCfg, given: Optional[Collection[str]] = None) -> Path:
     """Fine-tune a model and return the folder of its best epoch, which `timm.create_model('local-dir:...')` loads.
@@ -140,8 +142,8 @@ class _Run:
     def train(self) -> Path:
         """Train the epochs that are left, and return the folder of the finished model."""
         cfg, first = self.cfg, self.processes.of_first
-        if self.history and not is_whole(self.folder, self.history):
-            self._write_results(self._state())  # a kill came between the checkpoint and this
+        if first(lambda: bool(self.history) and not is_whole(self.folder, self.history)):
+            self._write_results()  # a kill came between the checkpoint and this
         check = self.data.check if self.processes.is_first else None
         with check if check is not None else nullcontext():
             while not is_over(cfg, self.history):
@@ -246,7 +248,9 @@ class _Run:
         kept = ''
         if self.history:
             kept = f' {self.folder} keeps the model of epoch {int(self.best.row["epoch"])}, the best one.'
-        return Diverged(f'lr: {what} in epoch {epoch}; lower lr, which is {self.lr:g}, or set clip_grad.{kept}')
+        error = Diverged(f'lr: {what} in epoch {epoch}; lower lr, which is {self.lr:g}, or set clip_grad.{kept}')
+        error.is_told = not self.processes.is_first
+        return error
 
     @property
     def best(self) -> Best:
@@ -261,7 +265,7 @@ class _Run:
         state = self._state()
         if self.processes.is_first:
             write_state(self.folder, state)
-        self._write_results(state)
+        self._write_results()
         if self.trackers is not None:
             self.trackers.log(row)
         averaged = f' (averaged weights {row["ema_top1"]:.2f})' if 'ema_top1' in row else ''
@@ -286,7 +290,7 @@ class _Run:
             state['scaler'] = self.stepper.scaler.state_dict()
         return state
 
-    def _write_results(self, state: Dict[str, Any]) -> None:
+    def _write_results(self) -> None:
         """Write the model, if the last epoch is the best one, and then the table of epochs, the last thing."""
         best, cfg = self.best, self.cfg
         if best.row is self.history[-1]:
@@ -298,7 +302,7 @@ class _Run:
             if cfg.checkpoint_hist:
                 metrics = [best_epoch([row], cfg.eval_metric).metric(cfg.eval_metric) for row in self.history]
                 metrics = [-metric for metric in metrics] if cfg.eval_metric == 'loss' else metrics
-                keep_best(self.folder, state, metrics, cfg.checkpoint_hist, cfg.model)
+                keep_best(self.folder, self._state(), metrics, cfg.checkpoint_hist, cfg.model)
             write_summary(self.history, self.folder)
 
     def _whole_model(self, weights: str) -> Optional[nn.Module]:

@@ -83,8 +83,9 @@ def write_summary(history: List[Dict[str, float]], folder: Path) -> None:
     if draws_curves():
         with replacing(folder / CURVES_NAME) as path:
             plot_curves(history, path)
+    names = list(dict.fromkeys(name for row in history for name in row))  # an older version wrote fewer
     with replacing(folder / SUMMARY_NAME) as path, path.open('w', newline='') as file:
-        writer = csv.DictWriter(file, fieldnames=list(history[0]), lineterminator='\n')
+        writer = csv.DictWriter(file, fieldnames=names, lineterminator='\n', restval='')
         writer.writeheader()
         writer.writerows(history)
 
