@@ -247,7 +247,9 @@ class FinetuneCfg:
         metavar='PATH',
         type=str,
     )
-    eval_metric: str = _option('top1', 'what the best epoch is chosen by', choices=('top1', 'balanced', 'loss'))
+    eval_metric: str = _option(
+        'top1', 'what the best epoch is chosen by', choices=('top1', 'balanced', 'macro_f1', 'loss')
+    )
     early_stopping: Optional[int] = _option(
         None, 'end after so many epochs that were no better than the best', low=1, high=MAX_COUNT
     )
@@ -299,6 +301,8 @@ class FinetuneCfg:
             raise ValueError(f'cutmix_minmax: got {self.cutmix_minmax}, expected the smaller number first.')
         if self.min_lr > self.lr:
             raise ValueError(f'min_lr: got {self.min_lr:g}, expected at most lr, which is {self.lr:g}.')
+        if self.freeze_epochs is not None and not self.freeze:
+            raise ValueError(f'freeze_epochs: got {self.freeze_epochs}, but freeze names no part to freeze.')
         if self.mixes and self.batch_size % 2:
             raise ValueError(f'batch_size: got {self.batch_size}, but mixup and cutmix want an even number.')
         if not self.output:

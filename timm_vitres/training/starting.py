@@ -62,7 +62,9 @@ class Setup:
         state = read_state(folder, record, has_model=(folder / WEIGHTS_NAME).exists())
         if state is not None and is_over(record.cfg, state['history']) and is_whole(folder, state['history'], True):
             epochs = len(state['history'])
-            _logger.info('The run in %s is finished: all of its %d epochs are trained.', folder, epochs)
+            how = f'all of its {epochs} epochs are trained'
+            how = how if epochs >= record.cfg.epochs else f'it ended early, after {epochs} epochs'
+            _logger.info('The run in %s is finished: %s.', folder, how)
             return Start(folder, is_finished=True)
         return Start(folder, self.build(record.cfg, record, state), state)
 
