@@ -8,7 +8,7 @@ from typing import Any, Dict, List, Tuple, Union
 
 import timm
 import torch
-from timm.models import load_state_dict
+from timm.models import load_state_dict, resolve_model_input_args
 from torch import nn
 
 from ..checks import is_installed, on_one_line
@@ -68,12 +68,25 @@ def _weights(cfg: FinetuneCfg) -> Dict[str, Any]:
     for name in given:
         if not Path(getattr(cfg, name)).is_file():
             raise FileNotFoundError(f'{name}: there is no file {getattr(cfg, name)}.')
+    size = _size(cfg) if given else {}
     if len(given) == 2 or (cfg.initial_checkpoint and cfg.pretrained):
         raise ValueError('initial_checkpoint: give only one of initial_checkpoint, pretrained_path and pretrained.')
     if cfg.pretrained_path:  # timm compares the classes of a file by its cfg, and -1 are no model's
         overlay = dict(file=cfg.pretrained_path, num_classes=-1)
-        return dict(pretrained=True, pretrained_cfg_overlay=overlay)
-    return dict(pretrained=cfg.pretrained, checkpoint_path=cfg.initial_checkpoint)
+        return dict(pretrained=True, pretrained_cfg_overlay=overlay, **size)
+    return dict(pretrained=cfg.pretrained, checkpoint_path=cfg.initial_checkpoint, **size)
+
+
+def _size(cfg: FinetuneCfg) -> Dict[str, Any]:
+    """Return the run's image size as an argument, where the model takes one.
+
+    Made for it from the start, the model has its position table resampled once at most: from the file's size.
+    """
+    if cfg.img_size is None or 'img_size' in (cfg.model_kwargs or {}):
+        return {}
+    known = resolve_model_input_args(cfg.model)['pretrained_cfg']
+    is_ours = any(known['architecture'] in family.variants for family in Hybrid.families)
+    return dict(img_size=image_size(cfg.img_size)) if is_ours or known.get('fixed_input_size') else {}
 
 
 def _check_arrived(model: nn.Module, path: str) -> None:

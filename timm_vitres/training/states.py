@@ -10,6 +10,7 @@ from typing import Any, Dict, List, Optional
 import torch
 from torch import nn
 
+from ..checks import on_one_line
 from ..writing import replacing
 from .processes import Processes
 from .runs import CHECKPOINT_NAME, RECORD_NAME, Record
@@ -63,7 +64,10 @@ def write_shards(folder: Path, epoch: int, model: nn.Module, optimizer: Any, pro
     # what a killed process has left of this epoch is of no use
     processes.of_first(lambda: shutil.rmtree(folder / name, ignore_errors=True))
     weights, steps = get_state_dict(model, optimizer)
-    checkpoint.save(dict(model=weights, optimizer=steps), checkpoint_id=folder / name)
+    try:
+        checkpoint.save(dict(model=weights, optimizer=steps), checkpoint_id=folder / name)
+    except checkpoint.CheckpointException as error:
+        raise OSError(f'{folder / name} could not be written ({_reason(error)}).') from error
     return name
 
 
@@ -75,9 +79,16 @@ def read_shards(path: Path, model: nn.Module, optimizer: Any) -> None:
     weights, steps = get_state_dict(model, optimizer)
     try:
         checkpoint.load(dict(model=weights, optimizer=steps), checkpoint_id=path)
-    except Exception as error:  # a damaged shard fails in pickle, in torch, or in a collective, each its own way
-        raise ValueError(f'resume: {path} does not fit the model of the run ({error}).') from error
+    except (Exception, checkpoint.CheckpointException) as error:  # the latter is a BaseException
+        # a damaged shard fails in pickle, in torch, or in a collective, each its own way
+        raise ValueError(f'resume: {path} does not fit the model of the run ({_reason(error)}).') from error
     set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=steps)
+
+
+def _reason(error: BaseException) -> str:
+    """Return what went wrong, without the stack traces of all processes that torch's exception holds."""
+    failures = list(getattr(error, 'failures', {}).values())
+    return on_one_line(failures[0][0] if failures else error)
 
 
 def keep_best(folder: Path, state: Dict[str, Any], metrics: List[float], number: int, arch: str) -> None:

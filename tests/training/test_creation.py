@@ -1,0 +1,241 @@
+"""The model of a run: where its weights come from, what is frozen, adapters and their merging."""
+
+import dataclasses
+
+import pytest
+import timm
+import torch
+from conftest import randomise_
+from test_loop import settings, weights
+
+from timm_vitres.training import creation
+from timm_vitres.training.creation import (
+    Frozen,
+    add_adapters_,
+    create_finetune_model,
+    head_parameters,
+    merged,
+    part_parameters,
+)
+from timm_vitres.training.loop import finetune
+from timm_vitres.training.settings import FinetuneCfg
+
+FAMILIES = ('test_vitresnet', 'test_vitresnet_dual')
+
+
+def create(name='test_vitresnet', num_classes=3, **kwargs):
+    kwargs = {**(dict(img_size=32) if name in ('test_vitresnet', 'test_vit') else {}), **kwargs}
+    return randomise_(timm.create_model(name, num_classes=num_classes, **kwargs))
+
+
+def stepped_(model, seed=0):
+    """Take one step that moves whatever is trained, by gradient and by decay."""
+    generator = torch.Generator().manual_seed(seed)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.SGD(parameters, lr=0.1, weight_decay=0.1)
+    model(torch.randn(4, 3, 32, 32, generator=generator)).square().mean().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def copied(model):
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+@pytest.mark.parametrize('name', FAMILIES)
+def test_every_parameter_is_of_one_part(name):
+    """By the modules that the parts are, rather than by names."""
+    model = create(name)
+    resnet, vit, body = ({*part_parameters(model, part)} for part in ('resnet', 'vit', 'body'))
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    heads = {names[id(parameter)] for parameter in head_parameters(model)}
+    assert not resnet & vit and not (resnet | vit) & heads and body == {*names.values()} - heads
+
+    def of(*modules):
+        return {names[id(parameter)] for module in modules for parameter in module.parameters()}
+
+    if name == 'test_vitresnet':
+        assert resnet == of(model.patch_embed.backbone) and resnet | vit == body
+        assert {'cls_token', 'pos_embed', 'patch_embed.proj.weight', 'norm.weight'} | of(model.blocks) <= vit
+        assert len(heads) == 2
+    else:
+        units = list(model.units)
+        fusions = [unit.fusion_block for unit in units[1:]]
+        assert resnet == of(model.stem, *(unit.conv_block for unit in units), *fusions)
+        assert vit == {'cls_token'} | of(model.norm, units[0].patch_embed, *(unit.block for unit in units))
+        assert body - resnet - vit == of(*(part for unit in units[1:] for part in (unit.down, unit.up)))
+        assert len(heads) == 4
+
+
+@pytest.mark.parametrize('part', ['resnet', 'vit', 'body'])
+@pytest.mark.parametrize('name', FAMILIES)
+def test_a_frozen_part_stays_and_all_else_moves(name, part):
+    model = create(name)
+    parameters = {*part_parameters(model, part)}
+    frozen = Frozen(model, part)
+    modules = {name.rpartition('.')[0] for name in parameters}
+    before = copied(model)
+    model.train()
+    frozen.set_(True)
+    stepped_(model)
+    for key, value in model.state_dict().items():
+        stays = key in parameters or (key not in dict(model.named_parameters()) and key.rpartition('.')[0] in modules)
+        assert torch.equal(value, before[key]) == stays, key
+    model.train()
+    frozen.set_(False)
+    stepped_(model, seed=1)
+    moved = {key for key, value in model.state_dict().items() if not torch.equal(value, before[key])}
+    assert moved == before.keys()
+
+
+def test_the_body_of_other_models_can_be_frozen():
+    model = create('test_resnet')
+    before = copied(model)
+    frozen = Frozen(model, 'body')
+    model.train()
+    frozen.set_(True)
+    stepped_(model)
+    assert {key for key, value in model.state_dict().items() if not torch.equal(value, before[key])} == {
+        'fc.weight',
+        'fc.bias',
+    }
+    with pytest.raises(ValueError, match="freeze: got 'vit', but ResNet is no hybrid of ours; use 'body'"):
+        Frozen(model, 'vit')
+    with pytest.raises(ValueError, match="freeze: got 'resnet', but this model has none"):
+        Frozen(
+            create('vitresnet', backbone='', embed_dim=32, depth=1, num_heads=2, patch_size=16, img_size=32), 'resnet'
+        )
+    with pytest.raises(ValueError, match="freeze: got 'body', which leaves nothing to train"):
+        Frozen(create(num_classes=0), 'body')
+
+
+def saved(tmp_path, name='test_vitresnet', **kwargs):
+    model = create(name, **kwargs)
+    torch.save(model.state_dict(), tmp_path / 'start.pth')
+    return str(tmp_path / 'start.pth'), model.state_dict()
+
+
+def test_a_run_freezes_for_as_many_epochs_as_it_is_told(image_folder, tmp_path, no_pictures):
+    path, start = saved(tmp_path, num_classes=2)
+    options = dict(initial_checkpoint=path, freeze='resnet', freeze_epochs=1, no_check=True, weight_decay=0.1)
+    cfg = settings(image_folder, tmp_path / 'run', epochs=1, **options)
+    after = weights(finetune(cfg))
+    backbone = [key for key in start if key.startswith('patch_embed.backbone.')]
+    assert all(torch.equal(after[key], start[key]) for key in backbone)
+    assert all(not torch.equal(after[key], start[key]) for key in start if key not in backbone)
+    after = weights(finetune(dataclasses.replace(cfg, epochs=2, resume=True)))
+    assert all(not torch.equal(after[key], start[key]) for key in start)
+
+
+@pytest.mark.parametrize('name', ['test_vitresnet', 'test_vit'])
+def test_weights_of_a_file_arrive(name, tmp_path):
+    path, start = saved(tmp_path, name, num_classes=3)
+    cfg = FinetuneCfg(data_dir='x', model=name, img_size=32, initial_checkpoint=path)
+    found = create_finetune_model(cfg, 3).state_dict()
+    assert found.keys() == start.keys() and all(torch.equal(found[key], start[key]) for key in start)
+    with pytest.raises(ValueError, match=rf'initial_checkpoint: .*start\.pth does not fit {name}'):
+        create_finetune_model(cfg, 4)
+    cfg = FinetuneCfg(data_dir='x', model=name, img_size=32, pretrained_path=path)
+    for num_classes in (3, 4):
+        found = create_finetune_model(cfg, num_classes).state_dict()
+        body = [key for key in start if not key.startswith('head.')]
+        assert all(torch.equal(found[key], start[key]) for key in body)
+        assert found['head.weight'].shape[0] == num_classes
+        assert not torch.equal(found['head.weight'][:3], start['head.weight'])
+
+
+def test_a_file_that_gives_only_a_part_is_told(tmp_path, caplog):
+    path, start = saved(tmp_path, 'test_vit')
+    cfg = FinetuneCfg(data_dir='x', model='test_vit', img_size=32, pretrained_path=path)
+    part = {key: value for key, value in start.items() if not key.startswith('blocks.0.attn')}
+    torch.save(part, path)
+    with caplog.at_level('WARNING'):
+        create_finetune_model(cfg, 3)
+    assert 'pretrained_path: 4 tensors are not as in' in caplog.text and 'blocks.0.attn' in caplog.text
+    torch.save({f'backbone.{key}': value + 1 for key, value in start.items()}, path)
+    with pytest.raises(
+        ValueError, match=r'pretrained_path: .*start\.pth does not fit VisionTransformer: it gives only 0'
+    ):
+        create_finetune_model(cfg, 3)
+
+
+def adapted(name):
+    """Return a model whose adapters do something."""
+    model = create(name)
+    add_adapters_(model, 2)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if 'lora_B' in key:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    return model.eval()
+
+
+@pytest.mark.parametrize('name', [*FAMILIES, 'test_vit'])
+def test_merged_adapters_compute_the_same(name):
+    plain, model = create(name), adapted(name)
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        expected = model(x)
+        result = merged(model)
+        torch.testing.assert_close(result(x), expected, rtol=1e-5, atol=1e-5)
+        assert torch.equal(model(x), expected)  # which is as it was
+        assert (plain(x) - expected).abs().max() > 1e-2
+    assert result.state_dict().keys() == plain.state_dict().keys()
+    assert all(parameter.requires_grad for parameter in result.parameters())
+    assert merged(plain) is plain
+
+
+@pytest.mark.parametrize('name', FAMILIES)
+def test_adapters_and_heads_alone_are_trained(name):
+    model = create(name)
+    add_adapters_(model, 2)
+    before = copied(model)
+    model.train()
+    for seed in (0, 1):  # the first step leaves lora_A as it is, since lora_B is 0
+        stepped_(model, seed)
+    moved = {key for key, value in model.named_parameters() if not torch.equal(value, before[key])}
+    assert moved == {key for key in before if 'lora_' in key or key.startswith('head')}
+    blocks = len([key for key in before if key.endswith('attn.qkv.base_layer.weight')])
+    assert blocks and len([key for key in moved if 'lora_A' in key]) == 4 * blocks
+
+
+def test_a_head_that_is_not_trained_stays_so():
+    model = create('test_vitresnet_dual')
+    model.train_one_head('head_vit')
+    add_adapters_(model, 2)
+    assert {parameter.requires_grad for parameter in model.head_vit.parameters()} == {True}
+    assert {parameter.requires_grad for parameter in model.head_resnet.parameters()} == {False}
+
+
+def test_adapters_need_peft_and_attention(monkeypatch):
+    with pytest.raises(ValueError, match='lora: ResNet has no attention or MLP'):
+        add_adapters_(create('test_resnet'), 2)
+    monkeypatch.setattr(creation, 'is_installed', lambda package: False)
+    with pytest.raises(ValueError, match=r'lora: needs peft, pip install "timm-vitres\[lora\]"'):
+        add_adapters_(create(), 2)
+
+
+@pytest.mark.parametrize('ema', [False, True])
+def test_a_run_with_adapters_saves_a_model_without(ema, image_folder, tmp_path, no_pictures):
+    path, start = saved(tmp_path, num_classes=2)
+    options = dict(initial_checkpoint=path, lora=2, epochs=2, no_check=True, lr=0.01, model_ema=ema)
+    cfg = settings(image_folder, tmp_path / 'run', eval_metric='loss', **options)
+    folder = finetune(cfg)
+    model = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
+    found = model.state_dict()
+    adapted = [key for key in start if key.endswith('weight') and any(part in key for part in ('attn', 'mlp'))]
+    moved = {key for key in start if not torch.equal(found[key], start[key])}
+    assert found.keys() == start.keys() and moved == {*adapted, 'head.weight', 'head.bias'}
+    # the adapted model of the last epoch, which is the best one, computes the same
+    again = create_finetune_model(cfg, 2)
+    state = torch.load(folder / 'last.pth.tar', weights_only=True)
+    row = state['history'][-1]
+    assert min(row['eval_loss'], row.get('ema_loss', 9)) < min(
+        state['history'][0]['eval_loss'], state['history'][0].get('ema_loss', 9)
+    )
+    key = 'state_dict_ema' if ema and row['ema_loss'] < row['eval_loss'] else 'state_dict'
+    torch.nn.Module.load_state_dict(again, state[key])
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), again.eval()(x), rtol=0, atol=1e-5)

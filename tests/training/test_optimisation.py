@@ -1,0 +1,175 @@
+"""Learning rates, schedules, optimizers and steps, against values computed by hand."""
+
+import pytest
+import timm
+import torch
+from test_loop import settings, weights
+from torch.nn import functional as F
+
+from timm_vitres.training.loop import finetune
+from timm_vitres.training.optimisation import (
+    Stepper,
+    are_finite,
+    check_optimizer,
+    create_optimizer,
+    create_scheduler,
+    learning_rate,
+)
+from timm_vitres.training.settings import FinetuneCfg
+from timm_vitres.training.tasks import create_task
+
+CPU = torch.device('cpu')
+
+
+def cfg(**kwargs) -> FinetuneCfg:
+    return FinetuneCfg(**{**dict(data_dir='images', model='test_vitresnet', opt='sgd', lr=0.1), **kwargs})
+
+
+@pytest.mark.parametrize(
+    'options, expected',
+    [
+        (dict(), 0.1),
+        (dict(lr_base=0.1), 0.025),  # a quarter of the images: a quarter of the rate,
+        (dict(lr_base=0.1, opt='adamw'), 0.05),  # but half of it for Adam's kin
+        (dict(lr_base=0.1, opt='lamb'), 0.05),
+        (dict(lr_base=0.1, opt='adamw', lr_base_scale='linear'), 0.025),
+        (dict(lr_base=0.1, lr_base_scale='sqrt'), 0.05),
+        (dict(lr_base=0.1, lr_base_size=16), 0.4),
+    ],
+)
+def test_the_learning_rate_grows_with_the_images_of_a_step(options, expected):
+    assert learning_rate(cfg(**options), 64) == pytest.approx(expected)
+
+
+def test_a_run_takes_all_images_of_a_step_into_account(image_folder, tmp_path, no_pictures):
+    options = dict(grad_accum_steps=2, lr_base=0.1, sched='constant', warmup_epochs=0, opt='sgd', epochs=1)
+    folder = finetune(settings(image_folder, tmp_path / 'run', batch_size=4, **options))
+    groups = torch.load(folder / 'last.pth.tar', weights_only=True)['optimizer']['param_groups']
+    assert [group['lr'] for group in groups] == pytest.approx([0.1 * 8 / 256] * len(groups))
+
+
+def rates(**kwargs):
+    """Return the learning rate at the beginning of every epoch of 5 steps."""
+    options = cfg(**{**dict(epochs=6, warmup_epochs=0, min_lr=0.0, weight_decay=0.0), **kwargs})
+    optimizer = create_optimizer(options, torch.nn.Linear(2, 2), 0.1)
+    scheduler = create_scheduler(options, optimizer, 5)
+    found = []
+    for epoch in range(6):
+        scheduler.step_update(num_updates=5 * epoch)
+        found.append(optimizer.param_groups[0]['lr'])
+    return found
+
+
+def test_schedules_of_steps():
+    found = rates(sched='step', decay_epochs=2, decay_rate=0.5)
+    assert found == pytest.approx([0.1, 0.1, 0.05, 0.05, 0.025, 0.025])
+    found = rates(sched='multistep', decay_milestones=(1, 4), decay_rate=0.1)
+    assert found == pytest.approx([0.1, 0.01, 0.01, 0.01, 0.001, 0.001])
+    assert rates(sched='constant') == [0.1] * 6
+
+
+def test_what_is_set_of_an_optimizer_arrives():
+    options = cfg(opt='adamw', opt_betas=(0.8, 0.95), opt_eps=1e-5, opt_kwargs=dict(amsgrad=True))
+    optimizer = create_optimizer(options, torch.nn.Linear(2, 2), 0.1)
+    group = optimizer.param_groups[0]
+    assert tuple(group['betas']) == (0.8, 0.95) and group['eps'] == 1e-5 and group['amsgrad'] and group['lr'] == 0.1
+    group = create_optimizer(cfg(momentum=0.7), torch.nn.Linear(2, 2), 0.1).param_groups[0]
+    assert group['momentum'] == 0.7
+
+
+@pytest.mark.parametrize(
+    'options, message',
+    [
+        (dict(opt='adamz'), "opt: timm has no optimizer 'adamz'"),
+        (dict(opt='adahessian'), "opt: 'adahessian' needs second derivatives"),
+        (dict(opt_betas=(0.9, 0.99)), r'opt_betas: got \(0.9, 0.99\), but sgd has none'),
+        (dict(opt_eps=1e-6), 'opt_eps: got 1e-06, but sgd has none'),
+        (dict(opt='adamw', opt_betas=(0.9,)), r'opt_betas: got \(0.9,\), but adamw has 2'),
+        (dict(opt='lookahead_adan', opt_betas=(0.9, 0.99)), 'opt_betas: .* has 3'),
+    ],
+)
+def test_what_an_optimizer_has_not_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        check_optimizer(cfg(**options))
+    check_optimizer(cfg(opt='lookahead_adamw', opt_betas=(0.9, 0.99), opt_eps=1e-6))
+
+
+def batches(sizes, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        (torch.randn(size, 3, 32, 32, generator=generator), torch.randint(3, (size,), generator=generator))
+        for size in sizes
+    ]
+
+
+def made(options):
+    torch.manual_seed(0)
+    model = timm.create_model('test_vitresnet', num_classes=3, img_size=32)
+    task = create_task(options, model, list('abc'), None, {}, CPU)
+    optimizer = create_optimizer(options, model, options.lr)
+    return model, optimizer, Stepper(options, task, optimizer, CPU)
+
+
+@pytest.mark.parametrize('clip', [dict(), dict(clip_grad=0.05)])
+def test_gradients_are_added_up_to_those_of_all_batches_of_a_step(clip):
+    """Steps of two batches, and a last one of a single batch, are the steps of batches twice as large."""
+    options = cfg(grad_accum_steps=2, smoothing=0.1, weight_decay=0.05, **clip)
+    model, _, stepper = made(options)
+    plan = stepper.plan(5)
+    assert plan == [(2, False), (2, True), (2, False), (2, True), (1, True)] and stepper.updates(5) == 3
+    parts = batches([4] * 5)
+    for (x, target), (share, is_last) in zip(parts, plan):
+        stepper.backward(stepper.loss(x, target), share, is_last)
+
+    other, optimizer, _ = made(options)
+    start = {key: value.clone() for key, value in other.state_dict().items()}
+    for step in (parts[:2], parts[2:4], parts[4:]):
+        x, target = (torch.cat(tensors) for tensors in zip(*step))
+        F.cross_entropy(other(x), target, label_smoothing=0.1).backward()
+        if clip:
+            torch.nn.utils.clip_grad_norm_(other.parameters(), 0.05)
+        optimizer.step()
+        optimizer.zero_grad()
+    for key, value in other.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[key], value, rtol=0, atol=1e-6)
+    assert not torch.equal(start['head.weight'], model.head.weight)
+
+
+def test_a_run_of_small_batches_is_the_run_of_large_ones(image_folder, tmp_path, no_pictures):
+    options = dict(no_aug=True, opt='sgd', lr=0.05, epochs=2, smoothing=0.1)
+    large = finetune(settings(image_folder, tmp_path / 'large', batch_size=8, **options))
+    small = finetune(settings(image_folder, tmp_path / 'small', batch_size=4, grad_accum_steps=2, **options))
+    expected = weights(large)
+    for key, value in weights(small).items():
+        torch.testing.assert_close(value, expected[key], rtol=0, atol=1e-6)
+    once = weights(finetune(settings(image_folder, tmp_path / 'once', batch_size=4, **options)))
+    assert max((once[key] - value).abs().max() for key, value in expected.items()) > 1e-4
+
+
+def test_clipping():
+    """A step of plain SGD at rate 1 is the clipped gradient."""
+    x, target = batches([4])[0]
+    for mode in ('norm', 'value', 'agc'):
+        options = cfg(opt='momentum', lr=1.0, momentum=0.0, weight_decay=0.0, clip_grad=1e-3, clip_mode=mode)
+        model, _, stepper = made(options)
+        before = {name: value.detach().clone() for name, value in model.named_parameters()}
+        stepper.backward(stepper.loss(x, target), 1, True)
+        change = {name: value.detach() - before[name] for name, value in model.named_parameters()}
+        if mode == 'norm':
+            assert torch.cat([value.flatten() for value in change.values()]).norm().item() == pytest.approx(1e-3, 1e-3)
+        elif mode == 'value':
+            largest = max(value.abs().max().item() for value in change.values())
+            assert largest == pytest.approx(1e-3, rel=1e-3)
+        else:  # of every unit, a part of its weights' norm; the head is left alone
+            weight, moved = before['blocks.0.attn.qkv.weight'], change['blocks.0.attn.qkv.weight']
+            ratio = moved.norm(dim=1) / weight.norm(dim=1)
+            assert ratio.max().item() == pytest.approx(1e-3, rel=1e-2)
+            assert change['head.weight'].norm() > 1e-2
+
+
+def test_what_is_not_finite_is_found():
+    fine = [torch.ones(3), torch.tensor([2**31]), torch.empty(0), torch.zeros(2, dtype=torch.bfloat16)]
+    assert are_finite(fine) and are_finite([])
+    for bad in (float('nan'), float('inf'), -float('inf')):
+        assert not are_finite([*fine, torch.tensor([0.0, bad])])
+        assert not are_finite([torch.tensor(bad, dtype=torch.bfloat16), *fine])
