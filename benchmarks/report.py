@@ -41,13 +41,18 @@ def table(header: list, rows: list) -> str:
 
 
 def elpv() -> str:
-    """The demo's figures."""
-    rows = read('elpv')
+    """The demo's figures, by recipe: the one of today first."""
+    runs = defaultdict(list)
+    for row in read('elpv'):
+        runs[row['recipe']].append(row)
     columns = ('balanced', 'top1', 'recall_functional', 'recall_defective')
-    cells = [spread([float(row[column]) for row in rows]) for column in columns]
+    names = ['today', *(f'before, {row[-1]["date"]}' for row in list(runs.values())[-2::-1])]
+    rows = [
+        [name, *(spread([float(row[column]) for row in found]) for column in columns)]
+        for name, found in zip(names, reversed(runs.values()))
+    ]
     return table(
-        ['held-out cells', 'balanced accuracy (%)', 'accuracy (%)', 'functional found (%)', 'defective found (%)'],
-        [[rows[0]['images'], *cells]],
+        ['recipe', 'balanced accuracy (%)', 'accuracy (%)', 'functional found (%)', 'defective found (%)'], rows
     )
 
 
@@ -246,6 +251,33 @@ def throughput_train() -> str:
                 *(row[column] for column in ('device', 'batch', 'ratio', 'memory_ratio')),
             ]
             for row in rows.values()
+        ],
+    )
+
+
+def scale() -> str:
+    """What fine-tuning costs with more processes, checkpointing, averaged and sharded weights."""
+    rows = newest('scale', 'model', 'variant').values()
+    columns = ('images_per_second', 'ratio', 'peak_mib', 'peak_ratio')
+    return table(
+        ['model', 'variant', 'images a second', 'ratio', 'memory of a process (MiB)', 'ratio'],
+        [[f'`{row["model"]}`', row['variant'], *(row[column] for column in columns)] for row in rows],
+    )
+
+
+def distillation() -> str:
+    """vitresnet_nano with and without a teacher."""
+    runs = defaultdict(list)
+    for row in read('distillation'):
+        runs[row['arm']].append(row)
+    names = {'teacher': 'a thin ResNet, the teacher', 'labels alone': '`vitresnet_nano`, from the labels alone'}
+    names['from logits'] = "`vitresnet_nano`, from labels and the teacher's logits"
+    return table(
+        ['model', 'validation top-1 (%)', 'test top-1 (%)'],
+        [
+            [name, *(spread([float(row[column]) for row in runs[arm]], 2) for column in ('val_top1', 'test_top1'))]
+            for arm, name in names.items()
+            if arm in runs
         ],
     )
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .publishing.hub import push, verify
     from .publishing.saving import save
     from .training.loop import finetune
+    from .training.recipes import recipe
     from .training.settings import FinetuneCfg
 
 __version__ = '0.1.0'
@@ -37,12 +38,13 @@ _LAZY = {
     'prepare': 'inference.preparation',
     'preprocess': 'data',
     'push': 'publishing.hub',
+    'recipe': 'training.recipes',
     'save': 'publishing.saving',
     'verify': 'publishing.hub',
 }
 __all__ = ['FinetuneCfg', 'VitResNet', 'VitResNetCfg', 'VitResNetDual', 'VitResNetDualCfg']
 __all__ += ['convert', 'explain', 'export', 'finetune', 'fold', 'predict', 'prepare']
-__all__ += ['preprocess', 'push', 'save', 'verify']
+__all__ += ['preprocess', 'push', 'recipe', 'save', 'verify']
 
 
 def __getattr__(name: str) -> Any:

@@ -3,6 +3,7 @@
 text -> what it means, or one sentence (ValueError, OSError) that names the argument.
 """
 
+import argparse
 import os
 import re
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any, List, Optional, Sequence, Union
 import timm
 import torch
 from huggingface_hub.utils import HFValidationError, validate_repo_id
+from timm.utils import ParseKwargs
 from torch import nn
 
 from .labels import label_names
@@ -23,6 +25,23 @@ from .writing import check_output
 # these errors are the user's or the world's: torch and timm raise RuntimeError for unknown or weightless models,
 # TypeError for unknown arguments; any other error is a mistake of ours, and shows its stack trace
 MISTAKES = (ValueError, TypeError, OSError, RuntimeError, MemoryError)
+
+
+class NamedValues(ParseKwargs):
+    """timm's action for name=value; anything else is the user's mistake, not a stack trace."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        wrong = [value for value in values if not value.partition('=')[0].isidentifier() or '=' not in value]
+        if wrong:
+            raise argparse.ArgumentError(self, f'got {wrong[0]!r}, expected name=value')
+        super().__call__(parser, namespace, values, option_string)
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Help that tells the defaults, where they tell a reader anything."""
+
+    def _get_help_string(self, action: argparse.Action) -> Optional[str]:
+        return super()._get_help_string(action) if action.default not in (None, False, '') else action.help
 
 
 def load_model(name: str, device: str = 'cpu', **kwargs: Any) -> nn.Module:

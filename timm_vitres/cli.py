@@ -12,11 +12,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Iterator, List, Optional, Sequence
 
-from timm.utils import ParseKwargs
-
 from . import __version__
 from .arguments import (
     MISTAKES,
+    HelpFormatter,
+    NamedValues,
     check_branch,
     check_count,
     check_new_folder,
@@ -35,24 +35,20 @@ from .writing import check_output
 READER_GONE = 141  # 128 + SIGPIPE, as 130 is 128 + SIGINT
 
 
-class _Arguments(ParseKwargs):
-    """timm's action for name=value; anything else is the user's mistake, not a stack trace."""
-
-    def __call__(self, parser, namespace, values, option_string=None):
-        wrong = [value for value in values if not value.partition('=')[0].isidentifier() or '=' not in value]
-        if wrong:
-            raise argparse.ArgumentError(self, f'got {wrong[0]!r}, expected name=value')
-        super().__call__(parser, namespace, values, option_string)
-
-
 def add_finetune(subparsers) -> None:
     """`timm-vitres finetune`: every field of `FinetuneCfg` is a flag; what is not given is not in the namespace."""
     from .training.settings import PAIRS, FinetuneCfg, flag_of
 
     parser = subparsers.add_parser(
-        'finetune', help='fine-tune a model on an image folder or dataset', formatter_class=_Formatter
+        'finetune', help='fine-tune a model on an image folder or dataset', formatter_class=HelpFormatter
     )
-    parser.register('action', PAIRS, _Arguments)
+    parser.register('action', PAIRS, NamedValues)
+    parser.add_argument(
+        '-c',
+        '--config',
+        metavar='FILE',
+        help='YAML of settings, or the name of a recipe (timm-vitres recipes); the other flags win over it',
+    )
     for field in dataclasses.fields(FinetuneCfg):
         flags, options = flag_of(field)
         if 'positional' in field.metadata:
@@ -69,9 +65,10 @@ def _without_flag(field: dataclasses.Field) -> str:
 def run_finetune(args: argparse.Namespace) -> int:
     """Fine-tune, and say where the model is and how it is loaded."""
     from .training.loop import finetune
+    from .training.recipes import recipe
     from .training.settings import FinetuneCfg
 
-    given = {}
+    given = {} if args.config is None else recipe(args.config)
     for field in dataclasses.fields(FinetuneCfg):
         told = (vars(args).get(name) for name in (field.name, _without_flag(field)))
         values = [value for value in told if value is not None]
@@ -85,11 +82,30 @@ def run_finetune(args: argparse.Namespace) -> int:
     return 0
 
 
+def add_recipes(subparsers) -> None:
+    """`timm-vitres recipes`."""
+    parser = subparsers.add_parser('recipes', help='list what --config of finetune knows by name, or print one')
+    parser.add_argument('name', nargs='?', metavar='NAME', help='print this one, to change it, or for train.py')
+    parser.set_defaults(run=run_recipes)
+
+
+def run_recipes(args: argparse.Namespace) -> int:
+    """Print the names of the recipes, each with its first line; or the whole of one."""
+    from .training.recipes import recipe_names, recipe_text
+
+    if args.name is not None:
+        print(recipe_text(args.name), end='')
+        return 0
+    for name in recipe_names():
+        print(f'{name:20}{recipe_text(name).splitlines()[0].lstrip("# ")}')
+    return 0
+
+
 def add_predict(subparsers) -> None:
     """`timm-vitres predict`."""
     from .views import TTA
 
-    parser = subparsers.add_parser('predict', help='classify images', formatter_class=_Formatter)
+    parser = subparsers.add_parser('predict', help='classify images', formatter_class=HelpFormatter)
     parser.add_argument('images', nargs='+', type=Path, metavar='IMAGE', help='image files')
     parser.add_argument('--model', required=True, help="a timm model's name.tag, local-dir:<folder>, hf-hub:<id>")
     parser.add_argument('--topk', type=int, default=5, metavar='K', help='how many classes to name')
@@ -129,7 +145,7 @@ def run_predict(args: argparse.Namespace) -> int:
 
 def add_explain(subparsers) -> None:
     """`timm-vitres explain`."""
-    parser = subparsers.add_parser('explain', help='draw where a model looks', formatter_class=_Formatter)
+    parser = subparsers.add_parser('explain', help='draw where a model looks', formatter_class=HelpFormatter)
     parser.add_argument('image', type=Path, metavar='IMAGE', help='image file, of any size')
     parser.add_argument('--model', required=True, help='a hybrid: name.tag, local-dir:<folder>, hf-hub:<id>')
     parser.add_argument(
@@ -166,7 +182,7 @@ def add_export(subparsers) -> None:
 
     runtimes = [f'{row.runtime} ({", ".join(row.suffixes)})' for row in FORMATS.values()]
     parser = subparsers.add_parser(
-        'export', help='write a model for another runtime, such as onnxruntime', formatter_class=_Formatter
+        'export', help='write a model for another runtime, such as onnxruntime', formatter_class=HelpFormatter
     )
     parser.add_argument('model', metavar='MODEL', help="a timm model's name.tag, local-dir:<folder>, hf-hub:<id>")
     parser.add_argument('--output', required=True, type=Path, metavar='FILE', help='where to')
@@ -211,7 +227,7 @@ def run_export(args: argparse.Namespace) -> int:
 def add_convert(subparsers) -> None:
     """`timm-vitres convert`."""
     parser = subparsers.add_parser(
-        'convert', help='turn a checkpoint into a folder that timm loads', formatter_class=_Formatter
+        'convert', help='turn a checkpoint into a folder that timm loads', formatter_class=HelpFormatter
     )
     parser.add_argument('source', metavar='FILE', help='a checkpoint (torch, npz, safetensors), a folder, hf-hub:<id>')
     parser.add_argument('--output', required=True, type=Path, metavar='FOLDER', help='where to')
@@ -220,7 +236,7 @@ def add_convert(subparsers) -> None:
     parser.add_argument('--label-names', type=Path, metavar='TXT', help='names of the classes, one a line')
     parser.add_argument('--no-ema', action='store_true', help='take the plain weights, not the averaged ones')
     parser.add_argument(
-        '--model-kwargs', nargs='*', default={}, action=_Arguments, help="the model's other arguments, name=value"
+        '--model-kwargs', nargs='*', default={}, action=NamedValues, help="the model's other arguments, name=value"
     )
     parser.set_defaults(run=run_convert)
 
@@ -241,7 +257,7 @@ def run_convert(args: argparse.Namespace) -> int:
 
 def add_push(subparsers) -> None:
     """`timm-vitres push`."""
-    parser = subparsers.add_parser('push', help='push a model to the Hugging Face Hub', formatter_class=_Formatter)
+    parser = subparsers.add_parser('push', help='push a model to the Hugging Face Hub', formatter_class=HelpFormatter)
     parser.add_argument('folder', type=Path, metavar='FOLDER', help='of finetune, convert or timm_vitres.save')
     parser.add_argument('repo_id', metavar='OWNER/NAME', help='the repository; made if it is missing')
     parser.add_argument('--revision', metavar='BRANCH', help='branch to commit to; made if it is missing')
@@ -277,7 +293,7 @@ def run_push(args: argparse.Namespace) -> int:
 def add_verify(subparsers) -> None:
     """`timm-vitres verify`."""
     parser = subparsers.add_parser(
-        'verify', help="compare a model's weights with what was published", formatter_class=_Formatter
+        'verify', help="compare a model's weights with what was published", formatter_class=HelpFormatter
     )
     parser.add_argument('name', nargs='+', help='name.tag, hf-hub:<id>, local-dir:<folder>, or a path')
     parser.add_argument('--repo', metavar='OWNER/NAME', help='repository to compare a local file with')
@@ -355,18 +371,13 @@ def _print_table(predictions: Sequence) -> None:
             print(f'{prediction.image if rank == 0 else "":{width}}  {100 * probability:6.2f}%  {label}')
 
 
-class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
-    def _get_help_string(self, action: argparse.Action) -> Optional[str]:
-        # None, False and '' tell a reader nothing
-        return super()._get_help_string(action) if action.default not in (None, False, '') else action.help
-
-
 def create_parser() -> argparse.ArgumentParser:
     """Return the parser of the whole command."""
     parser = argparse.ArgumentParser(prog='timm-vitres', description='Hybrids of ResNet and ViT for timm.')
     parser.add_argument('--version', action='version', version=f'timm-vitres {__version__}')
     subparsers = parser.add_subparsers(required=True, metavar='COMMAND')
     add_finetune(subparsers)
+    add_recipes(subparsers)
     add_predict(subparsers)
     add_explain(subparsers)
     add_export(subparsers)
@@ -380,7 +391,9 @@ def create_parser() -> argparse.ArgumentParser:
 
 def _say(error: BaseException) -> None:
     traceback.clear_frames(error.__traceback__)  # this closes the progress bars in them, so that the line is ours
-    print(f'timm-vitres: {one_line(error)}', file=sys.stderr)
+    rank = int(os.environ.get('RANK') or 0)
+    name = f'timm-vitres (process {rank})' if rank else 'timm-vitres'
+    print(f'{name}: {one_line(error)}', file=sys.stderr)
 
 
 class _Printer(logging.Handler):

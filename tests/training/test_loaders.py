@@ -137,3 +137,26 @@ def test_an_image_that_fails_in_training_is_named_in_one_sentence(workers, tmp_p
     error = capsys.readouterr().err.replace('\r', '\n')
     (sentence,) = [line for line in error.splitlines() if 'down/1.png' in line]
     assert sentence.startswith('timm-vitres: ') and 'Traceback' not in error and 'worker' not in error
+
+
+def test_repeats_are_other_augmentations_of_fewer_images(tmp_path):
+    """As many images an epoch as ever, each as often as it is told, one after the other."""
+    write_folder(tmp_path / 'images', per_class=8)
+    for options in (dict(no_aug=True), dict()):
+        cfg = settings(tmp_path / 'images', tmp_path, batch_size=6, aug_repeats=3, **options)
+        data = load_data(cfg, 'RGB')
+        train, _ = create_loaders(cfg, data, CONFIG, data.record())
+        plain = pixels(tmp_path, 0, 1, **options)[0]
+        epochs = []
+        for epoch in (1, 2):
+            train.set_epoch(epoch)
+            drawn = [index % len(data.train) for index in train.indices()]
+            assert len(drawn) == len(data.train) == 12 and len({*drawn}) == 4
+            assert drawn == [index for index in drawn[::3] for _ in range(3)]
+            epochs.append((drawn, torch.cat([x for x, _ in train])))
+            x = epochs[-1][1].view(4, 3, 3, 32, 32)
+            assert epochs[-1][1].shape == plain.shape
+            for one, two in ((0, 1), (0, 2), (1, 2)):
+                same = [torch.equal(images[one], images[two]) for images in x]
+                assert all(same) if options else not any(same)
+        assert epochs[0][0] != epochs[1][0]

@@ -14,8 +14,10 @@ import torch
 from conftest import write_folder
 from huggingface_hub import ModelCard
 from PIL import Image
+from timm.task import ClassificationTask
 
 import timm_vitres
+from timm_vitres.training import loop as module
 from timm_vitres.training.datasets import load_data
 from timm_vitres.training.loop import finetune
 from timm_vitres.training.settings import FinetuneCfg
@@ -329,3 +331,98 @@ def test_autotune_trains_with_what_is_fastest_and_goes_on_with_it(
     assert len(calls) == 1 and len(rows(tmp_path / 'run')) == 2
     with pytest.raises(ValueError, match=r'autotune: got True, but the run in .* was started with False'):
         finetune(dataclasses.replace(named, epochs=2, resume=True, autotune=True))
+
+
+class Averages:
+    """The weights of a run at each update, and what their average comes to by hand."""
+
+    def __init__(self, monkeypatch, decay):
+        self.average, self.updates, self.decay = {}, 0, decay
+        update = ClassificationTask.update_ema
+
+        def watched(task, step=None):
+            self.add(task.get_trainable_module().state_dict(), step)
+            return update(task, step=step)
+
+        monkeypatch.setattr(ClassificationTask, 'update_ema', watched)
+
+    def add(self, state, step):
+        self.updates += 1
+        assert step == self.updates
+        decay = self.decay(step)
+        for key, value in state.items():
+            value = value.double() if value.is_floating_point() else value.clone()
+            old = self.average.get(key, value)
+            self.average[key] = decay * old + (1 - decay) * value if value.is_floating_point() else value
+
+
+@pytest.mark.parametrize('warmup', [False, True])
+def test_averaged_weights_are_the_average(warmup, image_folder, tmp_path, monkeypatch, no_pictures):
+    """Of a model with BatchNorm; the first update is the weights themselves."""
+
+    def decay(step):
+        if step <= 2:  # timm's warm-up counts from the second update
+            return 0.0 if step == 1 or warmup else 0.7
+        return min(0.7, 1 - step ** -(2 / 3)) if warmup else 0.7
+
+    averages = Averages(monkeypatch, decay if not warmup else lambda step: min(0.7, 1 - max(step, 1) ** -(2 / 3)))
+    options = dict(model='test_vitresnet_dual', model_ema=True, model_ema_decay=0.7, model_ema_warmup=warmup)
+    folder = finetune(settings(image_folder, tmp_path / 'run', batch_size=4, grad_accum_steps=2, **options))
+    state = torch.load(folder / 'last.pth.tar', weights_only=True)
+    assert averages.updates == 2 * 2 and state['state_dict_ema'].keys() == averages.average.keys()
+    for key, value in state['state_dict_ema'].items():
+        expected = averages.average[key].to(value.dtype)
+        torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(state['state_dict_ema']['head_vit.weight'], state['state_dict']['head_vit.weight'], 1e-4)
+
+
+@pytest.mark.parametrize('best', ['eval', 'ema'])
+def test_the_better_weights_are_saved(best, image_folder, tmp_path, monkeypatch, no_pictures):
+    """The model, its report and its card are of the weights that are better in the best epoch."""
+    evaluate, seen = module.evaluate, []
+
+    def told(*args):
+        metrics, answers = evaluate(*args)
+        seen.append(answers)
+        top1 = [60.0, 50.0] if best == 'eval' else [50.0, 60.0]
+        return {**metrics, 'top1': top1[(len(seen) - 1) % 2] + len(seen)}, answers
+
+    monkeypatch.setattr(module, 'evaluate', told)
+    cfg = settings(image_folder, tmp_path / 'run', model_ema=True, model_ema_decay=0.9, lr=0.01, no_check=True)
+    folder = finetune(cfg)
+    state = torch.load(folder / 'last.pth.tar', weights_only=True)
+    model = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
+    expected, other = state['state_dict'], state['state_dict_ema']
+    if best == 'ema':
+        expected, other = other, expected
+    assert all(torch.equal(value, expected[key]) for key, value in model.state_dict().items())
+    assert any(not torch.equal(value, other[key]) for key, value in model.state_dict().items())
+    answers = seen[2 if best == 'eval' else 3]
+    assert all(torch.equal(one, torch.from_numpy(two)) for one, two in zip(state['answers'], answers))
+    val = load_data(cfg, 'RGB').val
+    for index, probability in zip(answers.indices, answers.truth):
+        path, label = val.dataset.reader.samples[val.indices[index]]
+        with torch.no_grad():
+            found = model(timm_vitres.preprocess(path, model)).softmax(-1)[0, label].item()
+        assert found == pytest.approx(probability, abs=1e-4)
+    card = ' '.join((folder / 'README.md').read_text().split())
+    assert ('with the averaged weights.' in card) == (best == 'ema')
+    assert ModelCard.load(folder / 'README.md').data.eval_results[0].metric_value == (63.0 if best == 'eval' else 64.0)
+
+
+def test_mixing_ends_with_an_epoch(image_folder, tmp_path, monkeypatch, no_pictures):
+    seen = []
+
+    class Watched(module.Mixup):
+        def __call__(self, x, target):
+            before = x.clone()
+            mixed, soft = super().__call__(x, target)
+            seen.append((not torch.equal(before, mixed), soft))
+            return mixed, soft
+
+    monkeypatch.setattr(module, 'Mixup', Watched)
+    options = dict(mixup=1.0, mixup_off_epoch=1, smoothing=0.2, batch_size=18, epochs=3, no_check=True)
+    finetune(settings(image_folder, tmp_path / 'run', **options))
+    assert [is_mixed for is_mixed, _ in seen] == [True, False, False]
+    assert {round(value, 4) for value in seen[1][1].flatten().tolist()} == {0.1, 0.9}  # smoothed as ever
+    assert len(seen[0][1].unique()) > 2

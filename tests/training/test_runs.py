@@ -10,7 +10,7 @@ import pytest
 import timm
 import torch
 from conftest import write_folder
-from test_loop import rows, settings, weights
+from test_loop import rows, settings
 
 from timm_vitres import cli
 from timm_vitres.publishing import hub
@@ -51,7 +51,7 @@ def kill_at(monkeypatch, name: str, call: int, owner=module, error=Killed):
 
 def interrupted(cfg, monkeypatch, epoch: int) -> None:
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        kill_at(patch, 'evaluate', epoch)
+        kill_at(patch, '_validate', epoch, owner=module._Run)
         finetune(cfg)
 
 
@@ -59,8 +59,11 @@ def assert_same_run(one, other) -> None:
     states = [torch.load(folder / 'last.pth.tar', weights_only=True) for folder in (one, other)]
     for ours, theirs in zip(*(state['optimizer']['state'].values() for state in states)):
         assert all(torch.equal(ours[key], theirs[key]) for key in ours if torch.is_tensor(ours[key]))
-    ours, theirs = weights(one), weights(other)
-    assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+    for name in ('state_dict', 'state_dict_ema'):
+        ours, theirs = (state.get(name, {}) for state in states)
+        assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+    for name in ('held_out.csv', 'held_out.txt'):
+        assert (one / name).read_bytes() == (other / name).read_bytes()
     assert [{**row, 'seconds': 0} for row in rows(one)] == [{**row, 'seconds': 0} for row in rows(other)]
     assert (one / 'model.safetensors').read_bytes() == (other / 'model.safetensors').read_bytes()
 
@@ -68,10 +71,22 @@ def assert_same_run(one, other) -> None:
 EVERYTHING = dict(aa='rand-m9-mstd0.5-inc1', reprob=0.5, mixup=0.4, cutmix=0.4, drop=0.2, drop_path=0.2, vflip=0.5)
 
 
+AVERAGED = dict(model_ema=True, model_ema_decay=0.9, model_ema_warmup=True, grad_accum_steps=2, tta='flip', mixup=0.4)
+AVERAGED.update(mixup_off_epoch=2, checkpoint_hist=2, bce_loss=True)
+
+
 @pytest.mark.parametrize(
     'options, workers, then',
-    [({}, 0, 0), ({}, 2, 2), (EVERYTHING, 2, 0), (dict(amp=True, amp_dtype='float16', opt='sgd'), 0, 2)],
-    ids=['default-0', 'default-2', 'everything-2-0', 'float16-0-2'],
+    [
+        ({}, 0, 0),
+        ({}, 2, 2),
+        (EVERYTHING, 2, 0),
+        (dict(amp=True, amp_dtype='float16', opt='sgd'), 0, 2),
+        (AVERAGED, 0, 0),
+        (dict(freeze='vit', freeze_epochs=1, early_stopping=3, model='test_vitresnet_dual'), 0, 0),
+        (dict(lora=2, model_ema=True, model_ema_decay=0.5, aug_repeats=2, sched='none'), 0, 0),
+    ],
+    ids=['default-0', 'default-2', 'everything-2-0', 'float16-0-2', 'averaged', 'frozen', 'adapters'],
 )
 def test_a_resumed_run_is_the_unbroken_one_with_any_number_of_workers(
     options, workers, then, images, tmp_path, monkeypatch, no_pictures

@@ -199,7 +199,7 @@ class _Run:
                 self.task.update_ema(step=num_updates)
                 if self.scheduler is not None:
                     self.scheduler.step_update(num_updates=num_updates)
-        if self.processes.count > 1 and not self.cfg.fsdp:
+        if self.processes.count > 1:
             for module in (self.model, self.task.get_trainable_module(ema=True)):
                 if module is not None:
                     distribute_bn(module, self.processes.count, reduce=True)
