@@ -18,6 +18,7 @@ from timm.task import ClassificationTask
 
 import timm_vitres
 from timm_vitres.training import loop as module
+from timm_vitres.training import starting
 from timm_vitres.training.datasets import load_data
 from timm_vitres.training.loop import finetune
 from timm_vitres.training.settings import FinetuneCfg
@@ -75,8 +76,6 @@ def test_a_resumed_run_is_the_run_that_was_not_interrupted(image_folder, tmp_pat
 
     class Killed(BaseException):
         pass
-
-    import timm_vitres.training.loop as module
 
     calls = []
 
@@ -305,9 +304,7 @@ def test_a_loss_on_two_heads_needs_two(image_folder, tmp_path, no_pictures):
 def test_autotune_trains_with_what_is_fastest_and_goes_on_with_it(
     image_folder, tmp_path, monkeypatch, caplog, no_pictures
 ):
-    from timm_vitres.training import starting as module
-
-    measure = module.fastest_training
+    measure = starting.fastest_training
     calls = []
 
     def measured(*args):
@@ -316,7 +313,7 @@ def test_autotune_trains_with_what_is_fastest_and_goes_on_with_it(
         calls.append(found)
         return dict(amp=True, channels_last=False), times
 
-    monkeypatch.setattr(module, 'fastest_training', measured)
+    monkeypatch.setattr(starting, 'fastest_training', measured)
     cfg = settings(image_folder, tmp_path / 'run', epochs=1, autotune=True)
     with caplog.at_level('INFO'):
         finetune(cfg)
@@ -361,11 +358,11 @@ def test_averaged_weights_are_the_average(warmup, image_folder, tmp_path, monkey
     """Of a model with BatchNorm; the first update is the weights themselves."""
 
     def decay(step):
-        if step <= 2:  # timm's warm-up counts from the second update
-            return 0.0 if step == 1 or warmup else 0.7
-        return min(0.7, 1 - step ** -(2 / 3)) if warmup else 0.7
+        if step == 1:
+            return 0.0
+        return min(0.7, 1 - step ** (-2 / 3)) if warmup else 0.7
 
-    averages = Averages(monkeypatch, decay if not warmup else lambda step: min(0.7, 1 - max(step, 1) ** -(2 / 3)))
+    averages = Averages(monkeypatch, decay)
     options = dict(model='test_vitresnet_dual', model_ema=True, model_ema_decay=0.7, model_ema_warmup=warmup)
     folder = finetune(settings(image_folder, tmp_path / 'run', batch_size=4, grad_accum_steps=2, **options))
     state = torch.load(folder / 'last.pth.tar', weights_only=True)

@@ -48,6 +48,11 @@ def test_no_number_is_out_of_its_limits_or_no_number(field, capsys):
     'kwargs, message',
     [
         (dict(min_lr=100.0), 'min_lr: got 100, expected at most lr, which is 0.0005'),
+        (dict(freeze_epochs=2), 'freeze_epochs: got 2, which says nothing without freeze; give both'),
+        (dict(kd_temperature=2.0), 'kd_temperature: got 2.0, which says nothing without kd_model_name'),
+        (dict(decay_milestones=(2, 1)), r'decay_milestones: got \(2, 1\), expected epochs that rise'),
+        (dict(cutmix_minmax=(0.9, 0.1)), 'cutmix_minmax: got .* the smaller number first'),
+        (dict(cutmix_minmax=(0.1, 0.9), batch_size=3), 'batch_size: got 3'),
         (dict(scale=(1.0, 0.5)), 'scale: got .* the smaller number first'),
         (dict(ratio=(1.0, 0.5)), 'ratio: got .* the smaller number first'),
         (dict(scale=(0.1, 0.5, 1.0)), r'scale: got \(0.1, 0.5, 1.0\), expected 2 numbers'),

@@ -1,0 +1,121 @@
+"""How a run begins: what is wrong is said first, what is finished stays so, what torchrun restarts goes on."""
+
+import dataclasses
+from contextlib import ExitStack
+
+import pytest
+import torch
+from test_loop import rows, settings
+from test_runs import assert_same_run, contents, interrupted
+
+from timm_vitres.training import loop as module
+from timm_vitres.training.loop import finetune
+from timm_vitres.training.processes import Processes
+from timm_vitres.training.report import write_summary
+from timm_vitres.training.settings import FinetuneCfg
+from timm_vitres.training.starting import Setup, is_over, is_whole
+
+
+def history(*top1, **ema):
+    found = [dict(epoch=epoch, eval_top1=value, eval_loss=-value) for epoch, value in enumerate(top1)]
+    for epoch, value in enumerate(ema.get('ema', ())):
+        found[epoch]['ema_top1'] = value
+    return found
+
+
+@pytest.mark.parametrize(
+    'options, top1, over',
+    [
+        (dict(), [], False),
+        (dict(), [50.0] * 9, False),
+        (dict(), [50.0] * 10, True),
+        (dict(early_stopping=2), [], False),
+        (dict(early_stopping=2), [50.0, 60.0, 60.0], False),
+        (dict(early_stopping=2), [50.0, 60.0, 60.0, 60.0], True),  # as good is no better
+        (dict(early_stopping=2), [50.0, 60.0, 55.0, 61.0], False),
+        (dict(early_stopping=2, eval_metric='loss'), [50.0, 60.0, 55.0, 59.0], True),
+        (dict(early_stopping=1), [50.0, 50.0], True),
+    ],
+)
+def test_when_a_run_is_over(options, top1, over):
+    assert is_over(FinetuneCfg(data_dir='x', epochs=10, **options), history(*top1)) == over
+
+
+def test_averaged_weights_that_are_better_keep_a_run_going():
+    cfg = FinetuneCfg(data_dir='x', epochs=10, early_stopping=2)
+    assert not is_over(cfg, history(60.0, 50.0, 50.0, ema=[50.0, 50.0, 61.0]))
+
+
+def test_a_run_is_whole_when_all_that_follows_the_checkpoint_is_there(tmp_path, no_pictures):
+    rows = history(50.0, 60.0)
+    names = ['model.safetensors', 'config.json', 'held_out.csv']
+    for name in names[:2]:
+        (tmp_path / name).touch()
+    assert not is_whole(tmp_path, rows)
+    write_summary(rows[:1], tmp_path)
+    assert not is_whole(tmp_path, rows)
+    write_summary(rows, tmp_path)
+    assert is_whole(tmp_path, rows) and not is_whole(tmp_path, rows, is_over=True)
+    (tmp_path / names[2]).touch()
+    assert is_whole(tmp_path, rows, is_over=True)
+    (tmp_path / names[0]).unlink()
+    assert not is_whole(tmp_path, rows)
+
+
+def test_a_run_stops_early_and_stays_as_it_is(image_folder, tmp_path, monkeypatch, no_pictures):
+    """By metrics that are told; with a kill between the last epoch and the report, it is the same."""
+    told = [50.0, 60.0, 60.0, 55.0, 90.0]
+
+    def evaluate(*args):
+        metrics, answers = original(*args)
+        return {**metrics, 'top1': told[len(seen) - 1]}, answers
+
+    def validate(run, epoch):
+        seen.append(epoch)
+        return validated(run, epoch)
+
+    original, validated = module.evaluate, module._Run._validate
+    monkeypatch.setattr(module, 'evaluate', evaluate)
+    monkeypatch.setattr(module._Run, '_validate', validate)
+    cfg = settings(image_folder, tmp_path / 'run', epochs=10, early_stopping=2, no_check=True)
+    seen = []
+    folder = finetune(cfg)
+    assert seen == [0, 1, 2, 3] and [row['eval_top1'] for row in rows(folder)] == ['50.0', '60.0', '60.0', '55.0']
+    before = contents(folder)
+    finetune(dataclasses.replace(cfg, resume=True))
+    finetune(dataclasses.replace(cfg, epochs=12, resume=True))
+    assert seen == [0, 1, 2, 3] and contents(folder) == before
+
+    seen = []
+    other = dataclasses.replace(cfg, output=str(tmp_path / 'killed'))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(module._Run, '_write_report', lambda run: exec('raise KeyboardInterrupt'))
+        finetune(other)
+    assert not (tmp_path / 'killed/held_out.csv').exists()
+    killed = finetune(dataclasses.replace(other, resume=True))
+    assert seen == [0, 1, 2, 3] and (killed / 'held_out.csv').read_bytes() == (folder / 'held_out.csv').read_bytes()
+
+
+def test_what_torchrun_starts_again_goes_on(image_folder, tmp_path, monkeypatch, no_pictures):
+    cfg = settings(image_folder, tmp_path / 'whole', epochs=2, no_check=True)
+    whole = finetune(cfg)
+    cfg = dataclasses.replace(cfg, output=str(tmp_path / 'parts'))
+    monkeypatch.setenv('TORCHELASTIC_RESTART_COUNT', '0')
+    interrupted(cfg, monkeypatch, epoch=2)
+    with pytest.raises(ValueError, match='holds a run already'):
+        finetune(cfg)
+    monkeypatch.setenv('TORCHELASTIC_RESTART_COUNT', '1')
+    assert_same_run(finetune(cfg), whole)
+
+
+def test_a_run_is_recorded_with_what_it_is_made_of(image_folder, tmp_path):
+    cfg = settings(image_folder, tmp_path / 'run', img_size=(32, 48), mean=(0.4,), crop_pct=0.9, in_chans=1)
+    setup = Setup(Processes())
+    with ExitStack() as stack:
+        start = setup.begin(cfg, [], stack)
+    assert start.state is None and not start.is_finished and start.record.cfg == cfg
+    config = start.record.data_config
+    assert config['input_size'] == (1, 32, 48) and config['mean'] == (0.4,) and config['crop_pct'] == 0.9
+    assert start.record.label_names == ['across', 'down'] and start.record.processes == 1
+    assert setup.device == torch.device(Processes().device('')) and setup.model.num_classes == 2
+    assert setup.data.val[0][0].mode == 'L'

@@ -1,0 +1,86 @@
+"""TensorBoard and Weights & Biases are told the rows of a run's table."""
+
+import dataclasses
+import sys
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_loop import rows, settings
+
+from timm_vitres.training import trackers
+from timm_vitres.training.loop import finetune
+from timm_vitres.training.runs import Record
+from timm_vitres.training.settings import FinetuneCfg
+from timm_vitres.training.trackers import Trackers, check_trackers
+
+
+def test_tensorboard_has_the_rows_of_the_table(image_folder, tmp_path, no_pictures):
+    cfg = settings(image_folder, tmp_path / 'run', epochs=2, log_tensorboard=True, model_ema=True, no_check=True)
+    finetune(cfg)
+    folder = finetune(dataclasses.replace(cfg, epochs=3, resume=True))
+    events = EventAccumulator(str(folder / 'tensorboard')).Reload()
+    history = rows(folder)
+    assert len(history) == 3 and {'train/loss', 'eval/top1', 'ema/macro_f1', 'lr'} <= {*events.Tags()['scalars']}
+    assert len(events.Tags()['scalars']) == len(history[0]) - 1  # the epoch is the step
+    for name in history[0]:
+        if name != 'epoch':
+            found = [(event.step, event.value) for event in events.Scalars(name.replace('_', '/', 1))]
+            assert found == [(step, pytest.approx(float(row[name]), rel=1e-5)) for step, row in enumerate(history)]
+
+
+class Stand(ModuleType):
+    """What a run asks of wandb, written down."""
+
+    def __init__(self):
+        super().__init__('wandb')
+        self.__spec__ = ModuleSpec('wandb', None)  # by which it counts as installed
+        self.begun, self.told, self.ended = [], [], 0
+
+    def init(self, **kwargs):
+        self.begun.append(kwargs)
+        return self
+
+    def log(self, figures, step):
+        self.told.append((step, figures))
+
+    def finish(self):
+        self.ended += 1
+
+
+def test_wandb_has_the_rows_of_the_table(image_folder, tmp_path, monkeypatch, no_pictures):
+    stand = Stand()
+    monkeypatch.setitem(sys.modules, 'wandb', stand)
+    cfg = settings(image_folder, tmp_path / 'run', epochs=1, log_wandb=True, no_check=True)
+    finetune(cfg)
+    folder = finetune(dataclasses.replace(cfg, epochs=2, resume=True))
+    first, second = stand.begun
+    assert first['id'] == second['id'] == Record.read(folder).id and second['resume'] == 'allow'
+    assert first['config']['lr'] == cfg.lr and first['dir'] == str(folder) and stand.ended == 2
+    for step, (told, row) in enumerate(zip(stand.told, rows(folder), strict=True)):
+        assert told == (step, {**{name: pytest.approx(float(value)) for name, value in row.items()}, 'epoch': step})
+
+
+def test_a_run_that_fails_says_that_there_is_no_more(image_folder, tmp_path, monkeypatch, no_pictures):
+    stand = Stand()
+    monkeypatch.setitem(sys.modules, 'wandb', stand)
+    with pytest.raises(ValueError, match='lr: the'):
+        finetune(settings(image_folder, tmp_path / 'run', opt='sgd', lr=1e30, log_wandb=True))
+    assert stand.ended == 1 and not stand.told
+
+
+def test_what_is_not_installed_is_said_before_anything_is_done(image_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(trackers, 'is_installed', lambda package: False)
+    for name, package in (('log_wandb', 'wandb'), ('log_tensorboard', 'tensorboard')):
+        with pytest.raises(ValueError, match=f'{name}: needs {package}, pip install {package}'):
+            finetune(settings(image_folder, tmp_path / 'run', **{name: True}))
+        assert not (tmp_path / 'run').exists()
+    check_trackers(FinetuneCfg(data_dir='x'))
+
+
+def test_a_run_without_trackers_tells_nobody(tmp_path):
+    quiet = Trackers(Record(FinetuneCfg(data_dir='x'), {}, {}), tmp_path)
+    quiet.log(dict(epoch=0, train_loss=1.0))
+    quiet.close()
+    assert not list(tmp_path.iterdir())
