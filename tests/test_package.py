@@ -52,7 +52,7 @@ def run(python, site, image_folder):
 
 def test_wheel_holds_the_package_and_nothing_else(wheel):
     names = zipfile.ZipFile(wheel).namelist()
-    files = [path for path in (ROOT / 'timm_vitres').rglob('*') if path.suffix in ('.py', '.md', '.typed')]
+    files = [path for path in (ROOT / 'timm_vitres').rglob('*') if path.suffix in ('.py', '.md', '.yaml', '.typed')]
     assert len(files) > 30 and {str(path.relative_to(ROOT)) for path in files} <= set(names)
     assert {name.split('/')[0].split('-')[0] for name in names} == {'timm_vitres'}
     assert any(name.endswith('licenses/LICENSE') for name in names)
