@@ -31,6 +31,7 @@ class Case(NamedTuple):
 # a call of each command that is right: positional arguments, flags
 POSITIONAL = {
     'finetune': ['images'],
+    'recipes': ['lora'],
     'predict': ['picture.png'],
     'explain': ['picture.png'],
     'export': ['local-dir:model'],
@@ -45,6 +46,7 @@ FLAGS = {
         *('--model', 'test_vitresnet', '--img-size', '32', '--epochs', '1', '-b', '4', '-j', '0', '--device', 'cpu'),
         *('--output', 'new', '--model-kwargs', *MODEL_KWARGS),
     ],
+    'recipes': [],
     'predict': ['--model', 'local-dir:model'],
     'explain': ['--model', 'local-dir:model', '--output', 'new/explained.png'],
     'export': ['--output', 'new/model.pt', '--format', 'torchscript', '--static'],
@@ -154,6 +156,7 @@ WORDS = {
         'resume': ('nowhere', 'picture.png', 'model', 'weights.pth', 'images'),
         'device': NO_DEVICE,
     },
+    'recipes': {'name': ('nowhere/at/all', 'images', 'lora.yaml', 'LORA', 'finetune_225', 'README', '')},
     'predict': {
         'images': (*NO_FILE, 'images', 'notes.txt'),
         'model': NO_MODEL,

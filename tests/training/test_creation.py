@@ -1,6 +1,7 @@
 """The model of a run: where its weights come from, what is frozen, adapters and their merging."""
 
 import dataclasses
+import importlib
 
 import pytest
 import timm
@@ -211,6 +212,10 @@ def test_a_head_that_is_not_trained_stays_so():
 def test_adapters_need_peft_and_attention(monkeypatch):
     with pytest.raises(ValueError, match='lora: ResNet has no attention or MLP'):
         add_adapters_(create('test_resnet'), 2)
+    with monkeypatch.context() as patch:
+        patch.setattr('peft.inject_adapter_in_model', lambda *args: importlib.import_module('no_such_package'))
+        with pytest.raises(ValueError, match="lora: peft does not go with what else .* No module named 'no_such_pack"):
+            add_adapters_(create(), 2)
     monkeypatch.setattr(creation, 'is_installed', lambda package: False)
     with pytest.raises(ValueError, match=r'lora: needs peft, pip install "timm-vitres\[lora\]"'):
         add_adapters_(create(), 2)

@@ -138,17 +138,20 @@ def add_adapters_(model: nn.Module, rank: int) -> None:
     and the head.
 
     Raises:
-        ValueError: without peft, and for a model that has no such layers.
+        ValueError: without peft, or where it can not be used, and for a model that has no such layers.
     """
     if not is_installed('peft'):
         raise ValueError('lora: needs peft, pip install "timm-vitres[lora]".')
-    from peft import LoraConfig, inject_adapter_in_model
-
     if not any(isinstance(layer, nn.Linear) and re.fullmatch(ADAPTED, name) for name, layer in model.named_modules()):
         raise ValueError(f'lora: {type(model).__name__} has no attention or MLP to put adapters beside.')
     heads = head_parameters(model)
     trained = {id(parameter) for parameter in heads if parameter.requires_grad}
-    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=ADAPTED), model)
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+
+        inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=ADAPTED), model)
+    except ImportError as error:  # peft refuses versions of torchao and transformers that it was not made for
+        raise ValueError(f'lora: peft does not go with what else is installed ({on_one_line(error)}).') from error
     for name, parameter in model.named_parameters():
         parameter.requires_grad_('lora_' in name or id(parameter) in trained)
 
