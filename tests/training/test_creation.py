@@ -214,7 +214,7 @@ def test_adapters_need_peft_and_attention(monkeypatch):
         add_adapters_(create('test_resnet'), 2)
     with monkeypatch.context() as patch:
         patch.setattr('peft.inject_adapter_in_model', lambda *args: importlib.import_module('no_such_package'))
-        with pytest.raises(ValueError, match="lora: peft does not go with what else .* No module named 'no_such_pack"):
+        with pytest.raises(ValueError, match=r'lora: peft does not go with .* \(No module named'):
             add_adapters_(create(), 2)
     monkeypatch.setattr(creation, 'is_installed', lambda package: False)
     with pytest.raises(ValueError, match=r'lora: needs peft, pip install "timm-vitres\[lora\]"'):
