@@ -44,7 +44,8 @@ def test_commands_are_known(tmp_path):
     from timm_vitres.cli import create_parser
 
     commands = [line for block in snippets('sh') for line in block.replace('\\\n', ' ').splitlines()]
-    ours = [line.split('#')[0].split()[1:] for line in commands if line.startswith('timm-vitres ')]
+    commands = [re.sub(r'^torchrun .*-m timm_vitres finetune', 'timm-vitres finetune', line) for line in commands]
+    ours = [re.split('[#>]', line)[0].split()[1:] for line in commands if line.startswith('timm-vitres ')]
     assert len(ours) >= 2
     for arguments in ours:
         create_parser().parse_args(arguments)
