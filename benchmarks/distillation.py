@@ -3,9 +3,10 @@
     python benchmarks/distillation.py --output distillation --record
 
 A thin ResNet (the generic `vitresnet` without ViT blocks) is fine-tuned from random weights on a part of the training
-images; a tenth of them chooses the epoch. Then `vitresnet_nano` is trained on the same images by the labels alone, and
-from the teacher's logits, for every seed. The teacher sees the images at its own size and normalisation. The 10,000
-test images are looked at once by each: a row in benchmarks/results/distillation.csv.
+images, by default the same as its student's, with --teacher-per-class more; a tenth of them chooses the epoch. Then
+`vitresnet_nano` is trained on its images by the labels alone, and from the teacher's logits, for every seed. The
+teacher sees the images at its own size and normalisation. The 10,000 test images are looked at once by each: a row in
+benchmarks/results/distillation.csv.
 Data: the Debian package dataset-fashion-mnist, or --data-dir with its four .gz files.
 """
 
@@ -85,6 +86,9 @@ def main() -> None:
     parser.add_argument('--output', type=Path, default=Path('distillation'), help='folder for data and models')
     parser.add_argument('--data-dir', type=Path, default=Path('/usr/share/datasets/fashion-mnist'))
     parser.add_argument('--per-class', type=int, default=300, help='training images of each class')
+    parser.add_argument('--teacher-per-class', type=int, help="the teacher's; else the same")
+    parser.add_argument('--teacher-epochs', type=int, help="the teacher's; else the same")
+    parser.add_argument('--students', nargs='+', default=list(STUDENTS), choices=list(STUDENTS))
     parser.add_argument('--epochs', type=int, default=10)
     parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2])
     parser.add_argument('--record', action='store_true')
@@ -103,11 +107,13 @@ def main() -> None:
         no_check=True,
     )
 
-    def run(name: str, seed: int, **settings) -> Path:
+    of_teacher = args.teacher_per_class or args.per_class
+
+    def run(name: str, seed: int, per_class: int = args.per_class, **settings) -> Path:
         folder = train(FinetuneCfg(**{**shared, **settings}, seed=seed, output=str(args.output / f'{name} {seed}')))
         with (folder / 'summary.csv').open() as file:
             rows = list(csv.DictReader(file))
-        row = dict(arm=name, seed=seed, train_images=10 * args.per_class, epochs=args.epochs)
+        row = dict(arm=name, seed=seed, train_images=10 * per_class, teacher_images=10 * of_teacher, epochs=len(rows))
         row.update(
             val_top1=round(max(float(one['eval_top1']) for one in rows), 2), test_top1=test_top1(folder, root / 'test')
         )
@@ -115,9 +121,14 @@ def main() -> None:
         write_row('distillation', row, args.record)
         return folder
 
-    teacher = run('teacher', 0, **TEACHER)
+    more = root
+    if of_teacher != args.per_class:
+        more = write_folder(args.output / f'images-{of_teacher}', args.output, of_teacher)
+    own = dict(data_dir=str(more / 'train'), epochs=args.teacher_epochs or args.epochs)
+    teacher = run('teacher', 0, of_teacher, **{**TEACHER, **own})
     for seed in args.seeds:
-        for name, settings in STUDENTS.items():
+        for name in args.students:
+            settings = STUDENTS[name]
             told = dict(settings, kd_model_name=f'local-dir:{teacher}') if settings else {}
             run(name, seed, model='vitresnet_nano', img_size=32, **told)
 

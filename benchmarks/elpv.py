@@ -32,11 +32,15 @@ RECIPE = dict(
     model='vitresnet_nano',
     in_chans=1,
     img_size=112,
-    epochs=10,
+    epochs=16,
     batch_size=32,
     lr=1e-3,
     warmup_epochs=1.0,
     weight_decay=0.05,
+    model_ema=True,
+    model_ema_decay=0.99,
+    model_ema_warmup=True,
+    tta='flip',
     balance_classes=True,
     eval_metric='balanced',
     val_frac=0.15,
@@ -85,7 +89,7 @@ def evaluate(model_folder: Path, test: Path, picture: Path) -> dict:
     model = timm.create_model(f'local-dir:{model_folder}', pretrained=True).eval()
     folder = ImageFolder(test, check=False)
     paths, targets = zip(*folder.reader.samples)
-    predictions, _ = predict(model, paths)
+    predictions, _ = predict(model, paths, tta=RECIPE['tta'])
     right = torch.tensor([p.labels[0] == folder.classes[target] for p, target in zip(predictions, targets)])
     truth = torch.tensor(targets)
     recalls = {name: right[truth == index].double().mean().item() for index, name in enumerate(folder.classes)}

@@ -266,20 +266,28 @@ def scale() -> str:
 
 
 def distillation() -> str:
-    """vitresnet_nano with and without a teacher."""
+    """vitresnet_nano with and without a teacher, which had as many images as its student, or more."""
     runs = defaultdict(list)
     for row in read('distillation'):
-        runs[row['arm']].append(row)
+        runs[row['arm'], row['arm'] != 'labels alone' and row['teacher_images']].append(row)
     names = {'teacher': 'a thin ResNet, the teacher', 'labels alone': '`vitresnet_nano`, from the labels alone'}
     names['from logits'] = "`vitresnet_nano`, from labels and the teacher's logits"
+
+    def images(arm: str, of_teacher: str, row: dict) -> str:
+        own = f'{int(row["train_images"]):,}'
+        return f"{own}; the teacher's {int(of_teacher):,}" if arm == 'from logits' else own
+
     return table(
-        ['model', 'validation top-1 (%)', 'test top-1 (%)'],
+        ['model', 'training images', 'validation top-1 (%)', 'test top-1 (%)'],
         [
-            [name, *(spread([float(row[column]) for row in runs[arm]], 2) for column in ('val_top1', 'test_top1'))]
-            for arm, name in names.items()
-            if arm in runs
+            [names[arm], images(arm, of_teacher, found[0]), *columns_of(found)]
+            for (arm, of_teacher), found in sorted(runs.items(), key=lambda item: list(names).index(item[0][0]))
         ],
     )
+
+
+def columns_of(found: list) -> list:
+    return [spread([float(row[column]) for row in found], 2) for column in ('val_top1', 'test_top1')]
 
 
 def main() -> None:
