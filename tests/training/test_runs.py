@@ -15,8 +15,8 @@ from test_loop import rows, settings
 from timm_vitres import cli
 from timm_vitres.publishing import hub
 from timm_vitres.publishing.model_folder import locked
+from timm_vitres.training import held_out, optimisation, starting
 from timm_vitres.training import loop as module
-from timm_vitres.training import optimisation, starting
 from timm_vitres.training.loop import finetune
 from timm_vitres.training.runs import Record
 from timm_vitres.training.settings import FinetuneCfg
@@ -397,3 +397,33 @@ def test_steps_that_float16_skips_are_no_divergence(images, tmp_path, monkeypatc
     folder = finetune(small(images, tmp_path / 'run', amp=True, amp_dtype='float16', epochs=2))
     scale = torch.load(folder / 'last.pth.tar', weights_only=True)['scaler']['scale']
     assert scale < 2.0**40  # some steps were skipped
+
+
+@pytest.mark.parametrize('picture', ['plot_confusion', 'plot_images'])
+def test_a_report_that_could_not_be_drawn_is_drawn_later(picture, images, tmp_path, monkeypatch):
+    cfg = small(images, tmp_path / 'run', epochs=1, lr=1e-6)
+    with monkeypatch.context() as patch, pytest.raises(OSError, match='No space left'):
+        kill_at(patch, picture, 1, owner=held_out, error=OSError('No space left on device'))
+        finetune(cfg)
+    before = contents(tmp_path / 'run')
+    assert 'held_out.csv' not in before and 'model.safetensors' in before
+    folder = finetune(dataclasses.replace(cfg, resume=True))
+    after = contents(folder)
+    assert {'held_out.csv', 'held_out.txt', 'confusion.png', 'mistakes.png'} <= after.keys()
+    assert all(after[name] == before[name] for name in before if name not in ('run.json', 'confusion.png'))
+
+
+@pytest.mark.slow
+def test_a_compiled_run_is_the_run_and_goes_on(images, tmp_path, monkeypatch, no_pictures):
+    cfg = small(images, tmp_path / 'plain', no_aug=True, model_ema=True, model_ema_decay=0.5)
+    plain = finetune(cfg)
+    cfg = dataclasses.replace(cfg, output=str(tmp_path / 'whole'), torchcompile='aot_eager')
+    whole = finetune(cfg)
+    for name in ('state_dict', 'state_dict_ema'):
+        ours, theirs = (torch.load(run / 'last.pth.tar', weights_only=True)[name] for run in (whole, plain))
+        assert ours.keys() == theirs.keys()
+        for key, value in theirs.items():
+            torch.testing.assert_close(ours[key], value, rtol=1e-3, atol=1e-4)
+    cfg = dataclasses.replace(cfg, output=str(tmp_path / 'parts'))
+    interrupted(cfg, monkeypatch, epoch=2)
+    assert_same_run(finetune(dataclasses.replace(cfg, resume=True)), whole)
