@@ -130,13 +130,14 @@ def test_a_layer_is_merged_once():
     assert both.layer is once
 
 
-def test_a_batch_norm_that_trains_is_not_merged():
+def test_a_batch_norm_is_merged_in_training_mode_as_in_evaluation():
     both = pair()
-    both.norm.train()
-    layer = both.layer
-    with pytest.raises(ValueError, match=r'model: it is in training mode; call model\.eval\(\) before'):
-        merge_batch_norm_(both, 'layer', 'norm')
-    assert both.layer is layer
+    other = copy.deepcopy(both)
+    both.train()
+    merge_batch_norm_(both, 'layer', 'norm')
+    merge_batch_norm_(other, 'layer', 'norm')
+    assert torch.equal(both.layer.weight, other.layer.weight)
+    assert torch.equal(both.layer.bias, other.layer.bias)
 
 
 class Quantised(nn.Parameter):

@@ -80,16 +80,15 @@ def merge_batch_norm_(module: nn.Module, layer: str, norm: str) -> None:
 
     The activation that timm's BatchNormAct has stays, and a convolution's weight is laid out for speed. Where it is
     done already, or the BatchNorm has no statistics but those of each batch, nothing happens. The layer is replaced,
-    not changed, since another block may share it.
+    not changed, since another block may share it. The mode of the module is not asked for, as in timm's own hooks:
+    timm's validate.py reparameterizes a model before it calls `eval()`.
 
     Raises:
-        ValueError: while the module trains, when the BatchNorm's statistics are those of each batch; and where the
-            layer or the BatchNorm is not plain (see `check_plain`).
+        ValueError: where the layer or the BatchNorm is not plain (see `check_plain`).
     """
     before, batch_norm = module.get_submodule(layer), module.get_submodule(norm)
     if parametrize.type_before_parametrizations(batch_norm) not in _BATCH_NORMS or batch_norm.running_mean is None:
         return
-    check_eval(batch_norm)
     for name, part in ((layer, before), (norm, batch_norm)):
         check_plain(name, part)
     _check_type(layer, before, (*_CONVS, nn.Linear))
