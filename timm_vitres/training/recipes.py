@@ -103,6 +103,8 @@ def _read(path: Path) -> Any:
         return yaml.load(text, _Loader)
     except Exception as error:  # PyYAML raises errors of many kinds for a value that is not what its tag says
         mark, problem = getattr(error, 'problem_mark', None), getattr(error, 'problem', None)
+        if isinstance(error, RecursionError):  # Python words it by where it happened
+            problem = 'it is nested too deeply'
         lines = text.splitlines()
         where = f'line {mark.line + 1}, {show(lines[mark.line].strip())}: ' if mark and mark.line < len(lines) else ''
         raise ValueError(f'config: {path} is no plain YAML ({where}{problem or on_one_line(error)}).') from None
