@@ -15,6 +15,7 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from timm.utils import ParseKwargs
 from torch import nn
 
+from .checks import read_text
 from .labels import label_names
 from .pictures import new_figure
 from .publishing.config_file import read_config
@@ -131,12 +132,7 @@ def class_of(text: Optional[str], model: nn.Module) -> Union[None, int, str]:
 
 def read_names(path: Path) -> List[str]:
     """Return the names of classes that a text file holds, one a line; raise ValueError for an empty line."""
-    try:
-        text = path.read_text(encoding='utf-8-sig')
-    except UnicodeDecodeError as error:
-        raise ValueError(f'label_names: {path} is no text in UTF-8 ({error}).') from error
-    except OSError as error:
-        raise OSError(f'label_names: {path} can not be read ({error.strerror}).') from error
+    text = read_text('label_names', path)
     if '\0' in text:
         raise ValueError(f'label_names: {path} is no text (it has a byte that is 0).')
     names = [line.strip() for line in text.rstrip().split('\n')]

@@ -13,11 +13,22 @@ import math
 import numbers
 import typing
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, Callable, Dict, Iterable, Literal, Optional, ParamSpec, Tuple, TypeVar, Union
 
 import numpy as np
 import torch
 from timm.layers import get_act_layer, get_norm_act_layer, get_norm_layer
+
+
+def read_text(name: str, path: Path) -> str:
+    """Return an argument's file of text; ValueError where it is no UTF-8, OSError where it can't be read."""
+    try:
+        return path.read_text(encoding='utf-8-sig')
+    except UnicodeDecodeError as error:
+        raise ValueError(f'{name}: {path} is no text in UTF-8 ({error}).') from error
+    except OSError as error:
+        raise OSError(f'{name}: {path} can not be read ({error.strerror}).') from error
 
 
 def plain(name: str, value: Any) -> Any:

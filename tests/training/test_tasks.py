@@ -72,7 +72,7 @@ def test_a_teacher_sees_the_images_its_own_way(tmp_path, kind):
 def test_a_teacher_answers_in_the_order_of_the_students_classes(tmp_path):
     name, teacher = saved_teacher(tmp_path / 'teacher', ['none', 'across', 'down'])
     config = dict(data_config(model()), input_size=(3, 32, 32))
-    found = create_teacher(cfg(kd_model_name=name), model(), NAMES, config)
+    found = create_teacher(cfg(kd_model_name=name), NAMES, config)
     x = torch.randn(2, 3, 48, 64)
     torch.testing.assert_close(found(x), teacher(x)[:, [1, 2, 0]])
 
@@ -81,7 +81,7 @@ def test_a_student_of_one_channel_has_a_teacher_of_three(tmp_path):
     name, teacher = saved_teacher(tmp_path / 'teacher')
     student = model(in_chans=1)
     config = dict(data_config(student), input_size=(1, 48, 64), mean=(0.5,), std=(0.25,))
-    found = create_teacher(cfg(kd_model_name=name, in_chans=1), student, NAMES, config)
+    found = create_teacher(cfg(kd_model_name=name, in_chans=1), NAMES, config)
     pixels, x = images(config, 48)
     pixels, x = pixels[..., :1].expand(-1, -1, 48, 64), x[..., :1].expand(-1, -1, 48, 64)
     # timm sums the channels of the first convolution, so that a grey image is what it was
@@ -97,10 +97,8 @@ def test_a_teacher_of_other_classes_is_refused_but_for_its_features(tmp_path, na
     name, _ = saved_teacher(tmp_path / 'teacher', names)
     config = dict(data_config(model()), input_size=(3, 32, 32))
     with pytest.raises(ValueError, match=f'^kd_model_name: .*{says}'):
-        create_teacher(cfg(kd_model_name=name), model(), NAMES, config)
-    assert isinstance(
-        create_teacher(cfg(kd_model_name=name, kd_distill_type='feature'), model(), NAMES, config), Teacher
-    )
+        create_teacher(cfg(kd_model_name=name), NAMES, config)
+    assert isinstance(create_teacher(cfg(kd_model_name=name, kd_distill_type='feature'), NAMES, config), Teacher)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """The model that a run trains: created, its weights taken from where the settings say, adapted, partly frozen."""
 
 import copy
+import dataclasses
 import logging
 import re
 from pathlib import Path
@@ -60,6 +61,11 @@ def create_finetune_model(cfg: FinetuneCfg, num_classes: int) -> nn.Module:
         except (AttributeError, AssertionError) as error:
             raise ValueError(f'grad_checkpointing: {cfg.model} has none; leave it out.') from error
     return model
+
+
+def without_weights(cfg: FinetuneCfg) -> FinetuneCfg:
+    """Return the settings of a model whose weights come from a checkpoint, wherever those it started from may be."""
+    return dataclasses.replace(cfg, pretrained=False, pretrained_path=None, initial_checkpoint='')
 
 
 def _weights(cfg: FinetuneCfg) -> Dict[str, Any]:

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from ..checks import on_one_line
 from ..pictures import draws_curves
 from ..publishing.saving import save
-from .creation import Frozen, create_finetune_model, merged, state_of
+from .creation import Frozen, create_finetune_model, merged, state_of, without_weights
 from .held_out import Answers, write_report
 from .loaders import create_loaders, names_of
 from .optimisation import Stepper, are_finite, create_optimizer, create_scheduler, learning_rate
@@ -312,8 +312,7 @@ class _Run:
             return None
         if state is None:
             return merged(unwrap_model(self.task.get_eval_model(ema=weights == 'ema')))
-        cfg = dataclasses.replace(self.record.cfg, pretrained=False, pretrained_path=None, initial_checkpoint='')
-        model = create_finetune_model(cfg, num_classes=len(self.record.label_names))
+        model = create_finetune_model(without_weights(self.record.cfg), num_classes=len(self.record.label_names))
         model.pretrained_cfg = model.default_cfg = self.model.pretrained_cfg
         nn.Module.load_state_dict(model, state)
         return model

@@ -2,7 +2,7 @@
 
 import math
 from contextlib import nullcontext
-from typing import Any, List, Optional, Tuple
+from typing import Any, List, Tuple
 
 import torch
 from timm.optim import create_optimizer_v2, get_optimizer_info
@@ -141,9 +141,3 @@ def are_finite(tensors: List[torch.Tensor]) -> bool:
     local = [tensor.to_local() if hasattr(tensor, 'to_local') else tensor for tensor in detached]
     numbers = [tensor for tensor in local if tensor.is_floating_point() and tensor.numel()]
     return not numbers or bool(torch.isfinite(get_total_norm(numbers, math.inf)))
-
-
-def restored(optimizer: torch.optim.Optimizer, state: Optional[Any]) -> None:
-    """Load an optimizer's state, where there is one."""
-    if state is not None:
-        optimizer.load_state_dict(state)

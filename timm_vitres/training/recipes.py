@@ -10,7 +10,7 @@ from typing import Any, Dict, Hashable, List, Optional
 
 import yaml
 
-from ..checks import check_known, on_one_line, show
+from ..checks import check_known, on_one_line, read_text, show
 from .settings import FinetuneCfg
 
 FOLDER = Path(__file__).resolve().parent.parent / 'recipes'
@@ -93,12 +93,7 @@ def _file_of(name: str) -> Path:
 
 def _read(path: Path) -> Any:
     """Return the plain values in a YAML file."""
-    try:
-        text = path.read_text(encoding='utf-8-sig')
-    except UnicodeDecodeError as error:
-        raise ValueError(f'config: {path} is no text in UTF-8 ({error}).') from None
-    except OSError as error:
-        raise OSError(f'config: {path} can not be read ({error.strerror}).') from error
+    text = read_text('config', path)
     try:
         return yaml.load(text, _Loader)
     except Exception as error:  # PyYAML raises errors of many kinds for a value that is not what its tag says

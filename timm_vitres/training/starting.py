@@ -15,7 +15,7 @@ from ..checks import on_one_line, plain
 from ..data import data_config, image_mode
 from ..measure import fastest_training
 from ..weights.files import CONFIG_NAME, WEIGHTS_NAME
-from .creation import create_finetune_model, image_size
+from .creation import create_finetune_model, image_size, without_weights
 from .datasets import Data, load_data
 from .held_out import TABLE_NAME
 from .loaders import check_policy
@@ -79,8 +79,8 @@ class Setup:
         mode = _check_images(cfg)
         self.data = _load(cfg, mode, record, self.processes)
         random_seed(cfg.seed)
-        if state is not None:  # a checkpoint has all weights, wherever those that the run started from may be by now
-            cfg = dataclasses.replace(cfg, pretrained=False, pretrained_path=None, initial_checkpoint='')
+        if state is not None:
+            cfg = without_weights(cfg)
         model = create_finetune_model(cfg, num_classes=len(self.data.label_names))
         self.model = synchronised(model, cfg, self.processes).to(self.device)
         return self._record(cfg) if record is None else record

@@ -74,7 +74,7 @@ class Teacher(DistillationTeacher):
         return y if return_features or self.order is None else y[:, self.order]
 
 
-def create_teacher(cfg: FinetuneCfg, student: nn.Module, label_names: List[str], config: Dict[str, Any]) -> Teacher:
+def create_teacher(cfg: FinetuneCfg, label_names: List[str], config: Dict[str, Any]) -> Teacher:
     """Create the teacher of a run, with weights, on the CPU.
 
     Raises:
@@ -133,7 +133,7 @@ def create_task(
     kind = kinds[cfg.kd_distill_type]
     others = dict(temperature=cfg.kd_temperature, distill_type=cfg.kd_token_distill_type)
     options.update({name: value for name, value in others.items() if name in inspect.signature(kind).parameters})
-    teacher = create_teacher(cfg, model, label_names, config)
+    teacher = create_teacher(cfg, label_names, config)
     with torch.random.fork_rng(devices=[]):  # a projection is drawn
         torch.manual_seed(cfg.seed)
         task = kind(model.cpu(), teacher, **options)
