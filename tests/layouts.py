@@ -93,6 +93,24 @@ def hybrid_layout(model):
     return result
 
 
+def dpt_layout(model):
+    """Return a model's weights as the backbone of transformers' DPTForDepthEstimation, with a bit of a decoder."""
+    result = {'neck.convs.0.weight': torch.ones(2, 2, 3, 3), 'head.head.0.weight': torch.ones(1, 2, 3, 3)}
+    for key, value in hybrid_layout(model).items():
+        if not key.startswith('classifier.'):
+            key = key.replace('embeddings.patch_embeddings.', 'embeddings.')
+            result['dpt.' + key.removeprefix('vit.')] = value
+    return result
+
+
+def midas_layout(model):
+    """Return a model's weights as the backbone of MiDaS's DPT, with a bit of a decoder and ImageNet's classifier."""
+    result = {'pretrained.model.' + key: value for key, value in model.state_dict().items()}
+    result['pretrained.model.head.weight'] = torch.ones(1000, model.num_features)
+    result['pretrained.act_postprocess3.3.bias'] = result['scratch.output_conv.0.bias'] = torch.ones(2)
+    return result
+
+
 def conformer_layout(state_dict):
     """Return a parallel hybrid's weights as Conformer's authors name them."""
     rules = (
@@ -140,8 +158,17 @@ def _google(model):
 EXAMPLES = {
     'Google JAX': ('test_vitresnet', _google),
     'transformers ViTHybrid': ('test_vitresnet', hybrid_layout),
+    'transformers DPT-Hybrid': ('test_vitresnet', dpt_layout),
+    'MiDaS DPT': ('test_vitresnet', midas_layout),
     'Conformer': ('test_vitresnet_dual', lambda model: conformer_layout(model.state_dict())),
     'mmpretrain Conformer': ('test_vitresnet_dual', lambda model: mmpretrain_layout(model.state_dict())),
+}
+
+# Layouts of models with a decoder in place of a classifier, and what is said of the tensors that are left out
+WITHOUT_HEAD = {
+    'transformers DPT-Hybrid': '2 tensors of other parts are left out: head (1), neck (1).',
+    'MiDaS DPT': '4 tensors of other parts are left out: pretrained.act_postprocess3 (1), pretrained.model.head (2), '
+    'scratch (1).',
 }
 
 

@@ -5,22 +5,57 @@ import pytest
 import timm
 import torch
 from conftest import randomise_
-from layouts import EXAMPLES
+from layouts import EXAMPLES, WITHOUT_HEAD
 
 from timm_vitres.weights.layouts import LAYOUTS, TIMM, convert_layout, find_layout
 
 
 @pytest.mark.parametrize('name', [layout.name for layout in LAYOUTS])
-def test_every_layout_is_read_back(name):
+def test_every_layout_is_read_back(name, caplog):
     assert name in EXAMPLES, f'the layout {name!r} has no checkpoint: write one in tests/layouts.py, and name it there.'
     architecture, write = EXAMPLES[name]
     model = randomise_(timm.create_model(architecture, num_classes=5))
-    written, own = write(model), model.state_dict()
+    written = write(model)
+    if name in WITHOUT_HEAD:
+        model.reset_classifier(0)
+    own = model.state_dict()
     assert find_layout(written).name == name
     converted = convert_layout(written)
     assert converted.keys() == own.keys()
+    assert caplog.messages == ([f'{name}: {WITHOUT_HEAD[name]}'] if name in WITHOUT_HEAD else [])
     for key, value in own.items():
         assert torch.equal(converted[key], value), key
+
+
+@pytest.mark.parametrize('name', WITHOUT_HEAD)
+def test_other_keys_of_a_decoder_are_errors(name):
+    """Only the parts that are known are left out; what is unknown, or merely begins like them, is listed."""
+    architecture, write = EXAMPLES[name]
+    model = timm.create_model(architecture, num_classes=0)
+    unknown = ('necks.bias', 'pretrained.act_postprocessor.bias', 'pretrained.model.header.bias', 'scratches.bias')
+    weights = {**write(model), **dict.fromkeys(unknown, torch.ones(1))}
+    with pytest.raises(RuntimeError) as caught:
+        model.filter_state_dict(weights)
+    names = sorted(key.removeprefix('pretrained.model.' if name == 'MiDaS DPT' else '') for key in unknown)
+    assert f'missing keys: none; unexpected keys: {", ".join(names)}; wrong shapes: none.' in str(caught.value)
+
+
+@pytest.mark.parametrize('name', WITHOUT_HEAD)
+def test_a_backbone_without_its_decoder_gets_a_new_head_where_one_is_asked_for(name, tmp_path):
+    architecture, write = EXAMPLES[name]
+    own = randomise_(timm.create_model(architecture, num_classes=5))
+    torch.save(write(own), tmp_path / 'dpt.pt')
+    overlay = dict(file=str(tmp_path / 'dpt.pt'), num_classes=0)  # the file has no classes
+    images = torch.rand(1, 3, 96, 96)
+    for num_classes in (0, 10):
+        model = timm.create_model(
+            architecture, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=num_classes
+        ).eval()
+        assert model.num_classes == num_classes
+        assert torch.equal(model.forward_features(images), own.forward_features(images))
+    assert model.head.weight.std() > 0
+    with pytest.raises(RuntimeError, match=r'missing keys: head\.bias, head\.weight'):
+        timm.create_model(architecture, pretrained=True, pretrained_cfg_overlay={**overlay, 'num_classes': 1000})
 
 
 def test_our_own_layout_is_left_as_it_is():

@@ -1,15 +1,19 @@
-"""Conversion of state dicts from the layouts of timm, Google, Hugging Face ViTHybrid and Conformer to ours.
+"""Conversion of state dicts from the layouts of timm, Google, transformers, MiDaS and Conformer to ours.
 
 Our layout of the serial family is timm's.
 
 state dict of any layout -> `find_layout` (by its keys) -> `convert_layout` -> names and shapes as in our models.
 """
 
+import logging
 import re
+from collections import Counter
 from typing import Any, Callable, Dict, List, NamedTuple, Tuple
 
 import torch
 from timm.models import clean_state_dict
+
+_logger = logging.getLogger(__name__)
 
 StateDict = Dict[str, torch.Tensor]
 # a training checkpoint has its weights under one of these keys; averaged weights come first
@@ -17,15 +21,21 @@ WRAPPERS = ('state_dict_ema', 'model_ema', 'state_dict', 'model')
 
 
 class Layout(NamedTuple):
-    """A layout of state dicts: the name of its writer, a key that only it has, and its conversion to ours."""
+    """A layout of state dicts: the name of its writer, a key that only it has, and its conversion to ours.
+
+    `left_out` names the parts of its models that ours do not have, such as a depth decoder.
+    """
 
     name: str
     key: str  # a regular expression for a key that no other layout has
     convert: Callable[[StateDict], StateDict]
+    left_out: str = r'(?!)'  # a regular expression for the beginning of keys; this one matches nothing
 
 
 def convert_layout(state_dict: Dict[str, Any]) -> StateDict:
     """Return a state dict unwrapped, and converted from any of `LAYOUTS` to our layout.
+
+    A warning counts and names what is left out since it is another part's, such as a depth decoder's.
 
     Raises:
         ValueError: for anything but a dict of names with tensors.
@@ -39,6 +49,7 @@ def convert_layout(state_dict: Dict[str, Any]) -> StateDict:
             raise ValueError(f'state_dict: {key!r:.80} has {type(value).__name__}, expected names with tensors.')
     state_dict = clean_state_dict(state_dict)
     layout = find_layout(state_dict)
+    state_dict = _leave_out(state_dict, layout)
     try:
         return layout.convert(state_dict)
     except (IndexError, RuntimeError) as error:
@@ -53,6 +64,15 @@ def find_layout(state_dict: StateDict) -> Layout:
         if any(re.search(layout.key, key) for key in state_dict):
             return layout
     return TIMM
+
+
+def _leave_out(state_dict: StateDict, layout: Layout) -> StateDict:
+    """Return a state dict without the tensors of the layout's other parts, which a warning counts and names."""
+    others = {key: found[0] for key in state_dict if (found := re.match(layout.left_out, key))}
+    if others:
+        parts = ', '.join(f'{part} ({count})' for part, count in sorted(Counter(others.values()).items()))
+        _logger.warning('%s: %d tensors of other parts are left out: %s.', layout.name, len(others), parts)
+    return {key: value for key, value in state_dict.items() if key not in others}
 
 
 def from_timm(state_dict: StateDict) -> StateDict:
@@ -135,6 +155,17 @@ def from_vit_hybrid(state_dict: StateDict) -> StateDict:
     return _join_qkv(result)
 
 
+def from_dpt_hybrid(state_dict: StateDict) -> StateDict:
+    """Convert the backbone of transformers' DPT models with `is_hybrid`, which is ViTHybrid's but for two names."""
+    rules = (r'^dpt\.', ''), (r'^embeddings\.(?=(backbone|projection)\.)', 'embeddings.patch_embeddings.')
+    return from_vit_hybrid({_renamed(key, *rules): value for key, value in state_dict.items()})
+
+
+def from_midas(state_dict: StateDict) -> StateDict:
+    """Convert the backbone of a DPT by its authors (github:isl-org/MiDaS, github:isl-org/DPT): a model of timm's."""
+    return {key.removeprefix('pretrained.model.'): value for key, value in state_dict.items()}
+
+
 def from_conformer(state_dict: StateDict) -> StateDict:
     """Convert a Conformer of its authors (github:pengzhiliang/Conformer), or of mmpretrain (keys below `backbone.`).
 
@@ -192,6 +223,19 @@ TIMM = Layout('timm', r'^$', from_timm)
 LAYOUTS: List[Layout] = [
     Layout('Google JAX', r'(^|/)(conv_root|embedding)/kernel$', from_google),
     Layout('transformers ViTHybrid', r'^(vit\.)?embeddings\.patch_embeddings\.', from_vit_hybrid),
+    Layout(
+        'transformers DPT-Hybrid',
+        r'^(dpt\.)?embeddings\.backbone\.bit\.',
+        from_dpt_hybrid,
+        left_out=r'(neck|head|auxiliary_head|pooler)\b',
+    ),
+    Layout(
+        'MiDaS DPT',
+        r'^pretrained\.model\.',
+        from_midas,
+        # its classifier is ImageNet's as it was before the rest was trained further, and nothing there uses it
+        left_out=r'(scratch|auxlayer|pretrained\.act_postprocess\d|pretrained\.model\.head)\b',
+    ),
     Layout('Conformer', r'^trans_patch_conv\.', from_conformer),
     Layout('mmpretrain Conformer', r'^backbone\.trans_patch_conv\.', from_conformer),
 ]
