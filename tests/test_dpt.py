@@ -25,7 +25,7 @@ def write_dpt(name, kwargs, size, blocks, folder):
         layer_type='bottleneck',
         depths=like.cfg.layers,
         hidden_sizes=kwargs.get('channels', (256, 512, 1024)),
-        embedding_size=like.cfg.stem_chs,
+        embedding_size=like.patch_embed.backbone.stem.conv.out_channels,
         out_features=['stage1', 'stage2', 'stage3'],
         embedding_dynamic_padding=True,
     )

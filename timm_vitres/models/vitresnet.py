@@ -209,7 +209,7 @@ class VitResNet(SerialFeatures, Hybrid, VisionTransformer):
         return ExplainedParts(
             resnet=embed.backbone if self.cfg.backbone else None,
             resnet_stride=embed.feature_ratio,
-            blocks=list(self.blocks),
+            attentions=[block.attn for block in self.blocks],
             num_prefix_tokens=self.num_prefix_tokens,
             class_token=self.has_class_token,
             token_stride=embed.feat_ratio(as_scalar=False),
@@ -345,6 +345,7 @@ default_cfgs = generate_default_cfgs(
         'vitresnet_base.orig_in21k_ft_in1k_384': _cfg_384(hf_hub_id='timm/vit_base_r50_s16_384.orig_in21k_ft_in1k'),
         'vitresnet_base.orig_in21k': _cfg(hf_hub_id='timm/vit_base_r50_s16_224.orig_in21k', num_classes=0),
         'vitresnet_base.hf_in21k_ft_in1k_384': _cfg_384(hf_hub_id='google/vit-hybrid-base-bit-384'),
+        'vitresnet_base.dpt_hybrid_midas': _cfg_384(hf_hub_id='Intel/dpt-hybrid-midas', num_classes=0),
         'vitresnet_large.augreg_in21k_ft_in1k': _cfg(hf_hub_id='timm/vit_large_r50_s32_224.augreg_in21k_ft_in1k'),
         'vitresnet_large.augreg_in21k_ft_in1k_384': _cfg_384(
             hf_hub_id='timm/vit_large_r50_s32_384.augreg_in21k_ft_in1k'
