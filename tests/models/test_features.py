@@ -164,12 +164,47 @@ def test_tokens_of_every_block(name, norm):
         model(x)
         expected = [model.norm(output) if norm else output for output in outputs]
         options = dict(norm=norm, output_fmt='NLC', return_prefix_tokens=True, intermediates_only=True)
-        blocks = [*range(first, len(model.feature_info)), first - 1]
+        # the last block ends the pyramid; after it come the second block and all further ones, so that -1 is the last
+        blocks = [*range(first, len(model.feature_info)), first - 1, -1]
         got = model.forward_intermediates(x, indices=blocks, **options)
-        same([torch.cat([prefix, tokens], dim=1) for tokens, prefix in got], expected)
+        got = [torch.cat([prefix, tokens], dim=1) for tokens, prefix in got]
+        same(got, [*expected[1:], expected[-1], expected[-1]])
+        (last,) = model.forward_intermediates(x, indices=1, **options)
+        same(last, [expected[-1][:, 3:], expected[-1][:, :3]])
         # DINO's interface counts blocks
-        same(model.get_intermediate_layers(x, n=2, norm=norm), [output[:, 3:] for output in expected[-2:]])
-        same(model.get_intermediate_layers(x, n=(0, 1), norm=norm), [output[:, 3:] for output in expected[:2]])
+        every = list(range(len(expected)))
+        same(model.get_intermediate_layers(x, n=every, norm=norm), [output[:, 3:] for output in expected])
+        same(model.get_intermediate_layers(x, norm=norm), [expected[-1][:, 3:]])
+        same(model.get_intermediate_layers(x, n=(1, 0), norm=norm), [output[:, 3:] for output in expected[1::-1]])
+        ((layer, prefix),) = model.get_intermediate_layers(x, reshape=True, return_prefix_tokens=True, norm=norm)
+        same([layer.flatten(2).transpose(1, 2), prefix], last)
+
+
+@pytest.mark.parametrize('name', ['vitresnet_tiny', 'test_vitresnet'])
+@pytest.mark.parametrize('feature_cls', ['hook', 'fx'])
+def test_modules_of_feature_info_return_the_tokens(name, feature_cls):
+    """Each entry alone, as timm's feature classes take it from the module that the entry names."""
+    model = randomise_(timm.create_model(name))
+    x = torch.randn(1, 3, *ODD)
+    with torch.inference_mode():
+        tokens = model.forward_intermediates(x, output_fmt='NLC', return_prefix_tokens=True, intermediates_only=True)
+        for i in range(model.num_pyramid - 1, len(tokens)):
+            entry = model.feature_info[i]
+            if feature_cls == 'fx' and 'hook_type' in entry:
+                continue  # a graph has no input of a module, only its output
+            net = timm.create_model(name, features_only=True, feature_cls=feature_cls, out_indices=(i,)).eval()
+            inside = net.body if feature_cls == 'hook' else net.graph_module
+            inside.load_state_dict({key: model.state_dict()[key] for key in inside.state_dict()})
+            same(net(x), [torch.cat([tokens[i][1], tokens[i][0]], dim=1)])
+
+
+def features_before_norm(model, x):
+    """Return what the blocks return, by a hook."""
+    outputs = []
+    handle = model.norm.register_forward_pre_hook(lambda module, args: outputs.append(args[0]))
+    model.forward_features(x)
+    handle.remove()
+    return outputs[0]
 
 
 def test_forms_of_forward_intermediates():
@@ -183,10 +218,11 @@ def test_forms_of_forward_intermediates():
         # in the order asked for
         same(model.forward_intermediates(x, indices=[7, 0, 4], intermediates_only=True), [maps[7], maps[0], maps[4]])
         pairs = model.forward_intermediates(x, indices=[1, 4], return_prefix_tokens=True, intermediates_only=True)
-        assert pairs[0][1] is None and pairs[1][1].shape == (1, 1, 384)
+        # the ResNet's maps have none: their means stand in
+        same([prefix for _, prefix in pairs], [maps[1].mean((2, 3))[:, None], features_before_norm(model, x)[:, :1]])
         result = model.forward_intermediates(x, indices=[1, 4], return_prefix_tokens=True, output_dict=True)
         same(result['image_intermediates'], [maps[1], maps[4]])
-        same(result['image_intermediates_prefix'][1:], [pairs[1][1]])
+        same(result['image_intermediates_prefix'], [prefix for _, prefix in pairs])
         assert torch.equal(result['image_features'], features)
     with pytest.raises(ValueError, match='indices: got'):
         model.forward_intermediates(x, indices=[16])

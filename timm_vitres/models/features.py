@@ -58,7 +58,12 @@ class SerialFeatures(nn.Module):
     enlargements: List[int]
 
     def _init_feature_info(self) -> None:
-        """List the maps: those of the pyramid, then the tokens of every block but the last, which ends the pyramid."""
+        """List the maps: those of the pyramid, which the last block ends, then the tokens of every block but the first.
+
+        So the first entries are the pyramid, the last one is the last block, as in a ViT, and -k is the k-th block
+        from the end. The first block is left out for programs that take entries at even distances: the four that
+        segmentation_models' DPT takes are then a map of the pyramid and, of 12 blocks, the fourth, eighth and last.
+        """
         embed, depth = self.patch_embed, len(self.blocks)
         levels = list(embed.backbone.feature_info)
         between: List[Tuple[int, int]] = []
@@ -66,7 +71,7 @@ class SerialFeatures(nn.Module):
             levels = levels[:-1]  # the tokens take the place of the map that they are made of
         elif depth and levels:
             between = _blocks_between(depth, embed.patch_size)
-        sources = [*between, (depth - 1, 1), *((block, 1) for block in range(depth - 1))] if depth else []
+        sources = [*between, (depth - 1, 1), *((block, 1) for block in range(1, depth))] if depth else []
         self.block_indices = [block for block, _ in sources]
         self.enlargements = [factor for _, factor in sources]
         num_pyramid = len(levels) + (len(between) + 1 if depth else 0)
@@ -76,8 +81,10 @@ class SerialFeatures(nn.Module):
         modules = set()
         for block, factor in sources:
             module = dict(module=f'blocks.{block}')
-            if block in modules:
-                # no two entries may have one name (transformers): what a block returns is what the next one takes
+            # no two entries may have one name (transformers)
+            if block in modules and block == depth - 1:
+                module = dict(module='blocks')  # what the last block returns is what all of them return
+            elif block in modules:  # and what another one returns is what the next one takes
                 module = dict(module=f'blocks.{block + 1}.norm1', hook_type='forward_pre')
             modules.add(block)
             info.append(dict(module, num_chs=self.embed_dim, reduction=stride // factor))
@@ -105,7 +112,9 @@ class SerialFeatures(nn.Module):
         Args:
             x: (B, C, H, W).
             indices: Of `feature_info`, in the order wanted: None for all, a number for the last so many.
-            return_prefix_tokens: Return (map, prefix tokens (B, P, D)) in place of each map; None for the ResNet's.
+            return_prefix_tokens: Return (map, prefix tokens (B, P, D)) in place of each map. The ResNet has none: its
+                map's mean over the image, P times, stands in for them, the whole image in one vector like a class
+                token. Without prefix tokens in the ViT (P = 0) maps alone are returned, as by timm's ViTs.
             norm: Apply the final norm to the maps that are tokens.
             stop_early: Leave out what no map needs; the features are then those of the last part that ran.
             output_fmt: 'NCHW': maps (B, C, H / reduction, W / reduction); 'NLC': tokens (B, N, C).
@@ -120,9 +129,9 @@ class SerialFeatures(nn.Module):
         plan = self._plan(indices, stop_early)
         size = (x.shape[-2], x.shape[-1])
         computed = self._run(x, plan, norm, attn_mask, is_causal)
-        maps, prefixes = self._collect(plan, computed, size, output_fmt)
+        with_prefixes = return_prefix_tokens and self.num_prefix_tokens > 0
+        maps, prefixes = self._collect(plan, computed, size, output_fmt, with_prefixes)
         if not torch.jit.is_scripting():  # a script can return neither a dict of these nor pairs
-            with_prefixes = return_prefix_tokens and self.num_prefix_tokens > 0
             if output_dict:
                 result: Dict[str, Any] = {'image_intermediates': maps}
                 if with_prefixes:
@@ -189,19 +198,25 @@ class SerialFeatures(nn.Module):
         return Computed(x, levels, tokens, grid)
 
     def _collect(
-        self, plan: Plan, computed: Computed, size: Tuple[int, int], output_fmt: str
-    ) -> Tuple[List[torch.Tensor], List[Optional[torch.Tensor]]]:
-        """Return the maps of a plan for an image of height and width `size`, and the prefix tokens of each one."""
+        self, plan: Plan, computed: Computed, size: Tuple[int, int], output_fmt: str, with_prefixes: bool
+    ) -> Tuple[List[torch.Tensor], List[torch.Tensor]]:
+        """Return the maps of a plan for an image of height and width `size`, and the prefix tokens of each if wanted.
+
+        The latter are (B, P, C).
+        """
         maps: List[torch.Tensor] = []
-        prefixes: List[Optional[torch.Tensor]] = []
+        prefixes: List[torch.Tensor] = []
         for i in plan.maps:
             j = i - len(self.level_indices)
             if j < 0:
-                prefixes.append(None)
-                maps.append(as_format(computed.levels[self.level_indices[i]], output_fmt))
+                level = computed.levels[self.level_indices[i]]
+                if with_prefixes:
+                    prefixes.append(level.mean((2, 3)).unsqueeze(1).expand(-1, self.num_prefix_tokens, -1))
+                maps.append(as_format(level, output_fmt))
                 continue
             tokens, factor = computed.tokens[self.block_indices[j]], self.enlargements[j]
-            prefixes.append(tokens[:, : self.num_prefix_tokens])
+            if with_prefixes:
+                prefixes.append(tokens[:, : self.num_prefix_tokens])
             patches = tokens[:, self.num_prefix_tokens :]
             if output_fmt == 'NLC' and factor == 1:
                 maps.append(patches)
@@ -220,21 +235,15 @@ class SerialFeatures(nn.Module):
         attn_mask: Optional[torch.Tensor] = None,
     ) -> List[torch.Tensor]:
         """Return the tokens after blocks (DINO's interface): the last `n` blocks, or those numbered in `n`."""
-        blocks, _ = feature_take_indices(len(self.blocks), list(n) if isinstance(n, tuple) else n)
-        whole = {  # a block's tokens as they are, not those that fill in a level of the pyramid
-            block: len(self.level_indices) + j
-            for j, (block, factor) in enumerate(zip(self.block_indices, self.enlargements))
-            if factor == 1
-        }
-        return self.forward_intermediates(  # pyright: ignore[reportReturnType]
-            x,
-            [whole[block] for block in blocks],
-            return_prefix_tokens=return_prefix_tokens,
-            norm=norm,
-            output_fmt='NCHW' if reshape else 'NLC',
-            intermediates_only=True,
-            attn_mask=attn_mask,
-        )
+        blocks, last_block = feature_take_indices(len(self.blocks), list(n) if isinstance(n, tuple) else n)
+        plan = Plan([], self.patch_embed.num_levels, True, last_block, blocks)
+        computed = self._run(x, plan, norm, attn_mask, is_causal=False)
+        layers: List[Any] = []
+        for block in blocks:
+            prefix, patches = computed.tokens[block].tensor_split([self.num_prefix_tokens], dim=1)
+            layer = unflatten_tokens(patches, computed.grid) if reshape else patches
+            layers.append((layer, prefix) if return_prefix_tokens and self.num_prefix_tokens > 0 else layer)
+        return layers
 
     def prune_intermediate_layers(
         self,
