@@ -7,9 +7,10 @@ the verb is first used, so that importing the package takes little longer than i
 import importlib
 from typing import TYPE_CHECKING, Any, List
 
-from .models.config import VitResNetCfg, VitResNetDualCfg
+from .models.config import VitResNetCfg, VitResNetDualCfg, VitResNetMixCfg
 from .models.vitresnet import VitResNet
 from .models.vitresnet_dual import VitResNetDual
+from .models.vitresnet_mix import VitResNetMix
 
 if TYPE_CHECKING:
     from .data import preprocess
@@ -43,6 +44,7 @@ _LAZY = {
     'verify': 'publishing.hub',
 }
 __all__ = ['FinetuneCfg', 'VitResNet', 'VitResNetCfg', 'VitResNetDual', 'VitResNetDualCfg']
+__all__ += ['VitResNetMix', 'VitResNetMixCfg']
 __all__ += ['convert', 'explain', 'export', 'finetune', 'fold', 'predict', 'prepare']
 __all__ += ['preprocess', 'push', 'recipe', 'save', 'verify']
 

@@ -67,7 +67,7 @@ def explain(
     index = int(probabilities.argmax()) if index is None else index
     parts = model.explained_parts()
     resnet = grad_cam(model, x, index)[0].cpu().numpy() if parts.resnet is not None else None
-    vit = attention_rollout(model, x)[0].cpu().numpy() if parts.blocks else None
+    vit = attention_rollout(model, x)[0].cpu().numpy() if parts.attentions else None
     return Explanation(seen, names[index], float(probabilities[index]), resnet, vit)
 
 
@@ -99,7 +99,7 @@ def _whole(image: ImageLike, model: Hybrid, size: Optional[int]) -> Tuple[torch.
     width, height = (max(1, round(side * scale)) for side in opened.size)
     parts = model.explained_parts()
     rows, columns = -(-height // parts.token_stride[0]), -(-width // parts.token_stride[1])
-    if width * height > MAX_PIXELS or (parts.blocks and rows * columns > MAX_TOKENS):
+    if width * height > MAX_PIXELS or (parts.attentions and rows * columns > MAX_TOKENS):
         raise ValueError(
             f'size: the image of {opened.width}x{opened.height} pixels would be seen as {width}x{height}, which is '
             f'{rows * columns} tokens; at most {MAX_TOKENS} tokens and {MAX_PIXELS} pixels are explained: give a '
@@ -141,7 +141,7 @@ def attention_rollout(model: Hybrid, x: torch.Tensor) -> torch.Tensor:
     multiplied from the first block to the last. Without a class token, the mean over all patches counts.
     """
     parts = model.explained_parts()
-    if not parts.blocks:
+    if not parts.attentions:
         raise ValueError('model: with depth=0 there is no ViT to look into.')
     rollout: List[torch.Tensor] = []
 
@@ -150,8 +150,8 @@ def attention_rollout(model: Hybrid, x: torch.Tensor) -> torch.Tensor:
         attention = 0.5 * attention + 0.5 * torch.eye(attention.shape[-1], device=attention.device)
         rollout[:] = [attention @ rollout[0] if rollout else attention]
 
-    with torch.inference_mode(), _unfused(parts.blocks):
-        hooks = [block.attn.attn_drop.register_forward_hook(multiply) for block in parts.blocks]
+    with torch.inference_mode(), _unfused(parts.attentions):
+        hooks = [attention.attn_drop.register_forward_hook(multiply) for attention in parts.attentions]
         try:
             model.forward_features(x)
         finally:
@@ -164,16 +164,16 @@ def attention_rollout(model: Hybrid, x: torch.Tensor) -> torch.Tensor:
 
 
 @contextmanager
-def _unfused(blocks: List[nn.Module]) -> Iterator[None]:
+def _unfused(attentions: List[nn.Module]) -> Iterator[None]:
     """Let attention be computed step by step, since a fused kernel shows none."""
-    fused = [block.attn.fused_attn for block in blocks]
+    fused = [attention.fused_attn for attention in attentions]
     try:
-        for block in blocks:
-            block.attn.fused_attn = False
+        for attention in attentions:
+            attention.fused_attn = False
         yield
     finally:
-        for block, value in zip(blocks, fused):
-            block.attn.fused_attn = value
+        for attention, value in zip(attentions, fused):
+            attention.fused_attn = value
 
 
 def _to_pixels(values: torch.Tensor, x: torch.Tensor, stride: Tuple[int, int]) -> torch.Tensor:

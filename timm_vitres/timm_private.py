@@ -7,4 +7,7 @@ from timm.models._features import feature_take_indices
 # its config.json is private.
 from timm.models._hub import save_config_for_hf
 
-__all__ = ['feature_take_indices', 'save_config_for_hf']
+# `ByobNet` initialises itself in its constructor alone; this is how.
+from timm.models.byobnet import _init_weights as init_byob_weights
+
+__all__ = ['feature_take_indices', 'init_byob_weights', 'save_config_for_hf']

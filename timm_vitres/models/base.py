@@ -4,11 +4,13 @@ Other modules ask a `Hybrid`: which convolution sees the image, which layers are
 fitted, which parts a picture explains, what sizes it takes. No module outside of the families names one of them.
 """
 
+import math
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any, ClassVar, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple, Type, Union
 
 import torch
+from timm.models.vision_transformer import get_init_weights_vit
 from torch import nn
 
 from ..weights.checkpoints import read_checkpoint
@@ -30,7 +32,7 @@ class ExplainedParts(NamedTuple):
 
     resnet: Optional[nn.Module]  # returns a map, or a tuple that begins with one; None where there is no ResNet
     resnet_stride: Tuple[int, int]
-    blocks: List[nn.Module]  # the ViT's, from the first to the last
+    attentions: List[nn.Module]  # the layers of the ViT that attend to the same tokens, from the first to the last
     num_prefix_tokens: int
     class_token: bool  # whether the head sees a class token
     token_stride: Tuple[int, int]
@@ -56,6 +58,7 @@ class Hybrid(nn.Module):
     resnet_names: ClassVar[str]
     vit_names: ClassVar[str]
     num_pyramid: int
+    weight_init_mode: str  # timm's name for how the head of a ViT is initialised
     folded: bool = False  # whether `fold` made it
     __jit_unused_properties__ = ['_model_args', 'first_conv', 'heads']
 
@@ -111,6 +114,13 @@ class Hybrid(nn.Module):
     def explained_parts(self) -> ExplainedParts:
         """Return the parts of which `explain` draws pictures."""
         raise NotImplementedError
+
+    @torch.jit.ignore
+    def init_head_(self, name: str) -> None:
+        """Initialise one of `heads`, which is new, as the constructor does."""
+        mode = self.weight_init_mode
+        init = get_init_weights_vit(mode, -math.log(self.num_classes) if 'nlhb' in mode else 0.0)
+        init(self.get_submodule(name), name)
 
     @torch.jit.ignore
     def train_one_head(self, head: str) -> None:

@@ -6,7 +6,7 @@ A config is what a variant declares, what keyword arguments override, and what a
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Optional, Tuple, Union
 
-from timm.layers import GluMlp, Mlp, SwiGLU, SwiGLUPacked
+from timm.layers import GluMlp, Mlp, SwiGLU, SwiGLUPacked, make_divisible
 
 from ..checks import (
     Activation,
@@ -23,15 +23,17 @@ from ..checks import (
     conform,
 )
 
-__all__ = ['VitResNetCfg', 'VitResNetDualCfg']
+__all__ = ['VitResNetCfg', 'VitResNetDualCfg', 'VitResNetMixCfg']
 GlobalPool = Literal['', 'avg', 'avgmax', 'max', 'token', 'map', 'prr']
 StemType = Literal['', 'deep', 'deep_tiered', 'tiered', 'fixed', 'deep_fixed', 'same', 'deep_same']
 DualGlobalPool = Literal['', 'avg', 'token']
+MapGlobalPool = Literal['', 'avg', 'max', 'avgmax', 'catavgmax']
 NO_CLASS_TOKEN = "global_pool: got 'token', but the model has no class token; use 'avg', 'max' or 'avgmax'."
 MLP_LAYERS = {'mlp': Mlp, 'glu': GluMlp, 'swiglu': SwiGLU, 'swiglupacked': SwiGLUPacked}
 Scale = Annotated[float, between(0, 1000.0, above=True)]
 OddSide = Annotated[int, Rule(lambda side: side in range(1, 32, 2), 'an odd number from 1 to 31')]
 PatchSize = Union[PatchSide, Tuple[PatchSide, PatchSide]]
+Index = Annotated[int, between(0, 511)]
 
 
 @dataclass(frozen=True)
@@ -121,6 +123,103 @@ class VitResNetDualCfg:
         if self.depth % 3 or self.depth < 6:
             raise ValueError(f'depth: got {self.depth}, expected a multiple of 3 from 6 up: a third for each stage.')
         check_block(self.embed_dim, self.num_heads, self.mlp_ratio)
+
+
+@dataclass(frozen=True)
+class VitResNetMixCfg:
+    """An interleaved hybrid in plain values: a ResNet of timm's `ByobNet`, some of whose blocks attend.
+
+    Where a field takes one value or a tuple, the tuple has one for each stage.
+
+    Raises:
+        ValueError: for a value that no model has; the message names the field, the value and what is allowed.
+    """
+
+    layers: Tuple[Count, ...] = (2, 2, 2, 2)  # blocks of each stage
+    channels: Tuple[Width, ...] = (256, 512, 1024, 2048)  # width of the map that each stage returns
+    strides: Tuple[Literal[1, 2], ...] = (1, 2, 2, 2)
+    # how many of a stage's last blocks attend, or which ones, counted from 0: (0, 1, (1, 3, 5), 2)
+    attn_blocks: Tuple[Union[Index, Tuple[Index, ...]], ...] = (0, 0, 1, 2)
+    # The blocks
+    block: Literal['basic', 'bottleneck'] = 'bottleneck'  # those that do not attend
+    bottle_ratio: Union[Ratio, Tuple[Ratio, ...]] = 0.25  # width inside a block / width of its map
+    attn_ratio: Union[None, Ratio, Tuple[Ratio, ...]] = None  # the same of the blocks that attend; None: bottle_ratio
+    group_size: Annotated[int, between(0, 16384)] = 0  # channels of a group of the 3x3 convolutions; 0 for no groups
+    num_heads: Union[Width, Tuple[Width, ...]] = 4
+    dim_head: Optional[Width] = None  # width of a head's queries and keys; None: that of its values
+    qkv_bias: bool = False
+    channel_attn: Optional[Literal['se', 'ese', 'eca', 'gca']] = None  # of the blocks that do not attend
+    downsample: Literal['conv1x1', 'avg'] = 'conv1x1'  # in the shortcuts
+    act_layer: Activation = 'relu'
+    # The stem
+    stem_type: Literal['', 'tiered', 'deep', 'quad', '7x7'] = 'tiered'  # '' is one 3x3 convolution
+    stem_pool: Literal['', 'max', 'avg'] = 'max'
+    stem_chs: Width = 64
+    stem_stride: Optional[Literal[1, 2, 4]] = None  # None: what type and pooling give; a smaller one leaves out strides
+    # The whole
+    output_stride: Literal[8, 16, 32] = 32  # kept by dilation in place of strides
+    num_features: Annotated[int, between(0, 16384)] = 0  # width of a last 1x1 convolution; 0 for none
+    global_pool: MapGlobalPool = 'avg'
+
+    def __post_init__(self):
+        _conform_fields(self)
+        number = len(self.layers)
+        if not 2 <= number <= 8:
+            raise ValueError(f'layers: got {self.layers}, expected the blocks of 2 to 8 stages.')
+        for name in ('channels', 'strides', 'attn_blocks', 'bottle_ratio', 'attn_ratio', 'num_heads'):
+            value = getattr(self, name)
+            if isinstance(value, tuple) and len(value) != number:
+                raise ValueError(f'{name}: got {value}, expected {number} values, one for each stage of layers.')
+        if any(width % 8 for width in self.channels):
+            raise ValueError(f'channels: got {self.channels}, expected multiples of 8.')
+        if (self.stem_stride or 1) > self.own_stem_stride:
+            raise ValueError(
+                f'stem_stride: got {self.stem_stride}, but a stem of type {self.stem_type!r} without pooling has '
+                f'{self.own_stem_stride}.'
+            )
+        for stage in range(number):
+            self._check_stage(stage)
+
+    @property
+    def own_stem_stride(self) -> int:
+        """The stride of the stem without `stem_stride`."""
+        return 4 if self.stem_pool or self.stem_type not in ('', '7x7') else 2
+
+    def of_stage(self, name: str, stage: int) -> Any:
+        """Return a stage's value of a field that takes one value, or one for each stage."""
+        value = getattr(self, name)
+        return value[stage] if isinstance(value, tuple) else value
+
+    def attending(self, stage: int) -> Tuple[int, ...]:
+        """Return which blocks of a stage attend, by their indices."""
+        depth, blocks = self.layers[stage], self.attn_blocks[stage]
+        return tuple(range(depth - blocks, depth)) if isinstance(blocks, int) else blocks
+
+    def inner_width(self, stage: int, attends: bool) -> int:
+        """Return the width inside the blocks of a stage, those that attend, or the others."""
+        ratio = self.of_stage('attn_ratio' if attends and self.attn_ratio is not None else 'bottle_ratio', stage)
+        return make_divisible(self.channels[stage] * ratio)
+
+    def _check_stage(self, stage: int) -> None:
+        """Raise ValueError unless the measures of a stage fit together."""
+        depth, attending = self.layers[stage], self.attending(stage)
+        if not set(attending) <= set(range(depth)):
+            raise ValueError(
+                f'attn_blocks: got {self.attn_blocks}, but stage {stage} (from 0) has {depth} blocks; expected at most '
+                f'so many, or their indices.'
+            )
+        width, attn_width = (self.inner_width(stage, attends) for attends in (False, True))
+        heads = self.of_stage('num_heads', stage)
+        if len(attending) < depth and self.group_size and width % self.group_size:
+            raise ValueError(
+                f'group_size: got {self.group_size}, which does not divide {width}, the width inside the blocks of '
+                f'stage {stage} (from 0).'
+            )
+        if attending and attn_width % heads:
+            raise ValueError(
+                f'num_heads: got {self.num_heads}, but {heads} does not divide {attn_width}, the width inside the '
+                f'attending blocks of stage {stage} (from 0).'
+            )
 
 
 def _conform_fields(cfg: Any) -> None:

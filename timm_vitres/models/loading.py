@@ -7,14 +7,12 @@ does not give (a new head, buffers that no file holds) is initialised.
 """
 
 import dataclasses
-import math
 from functools import partial
 from pathlib import Path
 from typing import Any, Dict, Optional, Type, TypeVar, Union
 
 import torch
 from timm.models import PretrainedCfg, adapt_input_conv, build_model_with_cfg, resolve_pretrained_cfg
-from timm.models.vision_transformer import get_init_weights_vit
 from torch import nn
 
 from ..checks import WeightInit, conform, conform_arguments, conform_indices
@@ -120,8 +118,9 @@ def create_pretrained(
     new_head = _drop_other_head_(state_dict, model, source)
     check_keys(state_dict, model, model.head_keys() if new_head else ())
     assign_(model, state_dict, device)
-    if new_head:
-        _init_head_(model, device)
+    for name in model.heads if new_head else ():
+        model.get_submodule(name).to_empty(device=device)
+        model.init_head_(name)
     fill_buffers_(model, device)
     return model
 
@@ -158,14 +157,6 @@ def _drop_other_head_(state_dict: StateDict, model: Hybrid, source: PretrainedCf
     for key in keys:
         state_dict.pop(key, None)
     return bool(own)
-
-
-def _init_head_(model: Hybrid, device: torch.device) -> None:
-    """Initialise the head, or both heads, as timm's constructor does."""
-    mode = model.weight_init_mode
-    init = get_init_weights_vit(mode, -math.log(model.num_classes) if 'nlhb' in mode else 0.0)
-    for name in model.heads:
-        init(model.get_submodule(name).to_empty(device=device), name)
 
 
 def fill_buffers_(model: nn.Module, device: Union[str, torch.device] = 'cpu') -> None:

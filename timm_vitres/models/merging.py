@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Iterator, List, Optional, Tuple, TypeVar
 
 import torch
+import torch.nn.functional as F
 from timm.layers import BatchNormAct2d, Conv2dSame, LayerScale, SyncBatchNormAct, get_notrace_modules
 from torch import fx, nn
 from torch.nn.utils import parametrize
@@ -79,8 +80,9 @@ def merge_batch_norm_(module: nn.Module, layer: str, norm: str) -> None:
     """Merge a BatchNorm below a module into the convolution, or the linear layer, before it.
 
     The activation that timm's BatchNormAct has stays, and a convolution's weight is laid out for speed. Where it is
-    done already, or the BatchNorm has no statistics but those of each batch, nothing happens. The layer is replaced,
-    not changed, since another block may share it. The mode of the module is not asked for, as in timm's own hooks:
+    done already, or the BatchNorm has no statistics but those of each batch, nothing happens. A norm of fewer channels
+    than the layer has is that of the last ones, as of the values behind queries and keys. The layer is replaced, not
+    changed, since another block may share it. The mode of the module is not asked for, as in timm's own hooks:
     timm's validate.py reparameterizes a model before it calls `eval()`.
 
     Raises:
@@ -99,6 +101,9 @@ def merge_batch_norm_(module: nn.Module, layer: str, norm: str) -> None:
     # all is computed in float32 or better, so that only the result is rounded to a lower precision
     wide = torch.promote_types(before.weight.dtype, torch.float32)
     weight, bias, mean, var, norm_weight, norm_bias = (None if t is None else t.detach().to(wide) for t in tensors)
+    others = len(weight) - len(mean)
+    mean, norm_bias = (F.pad(tensor, (others, 0)) for tensor in (mean, norm_bias))
+    norm_weight, var = F.pad(norm_weight, (others, 0), value=1), F.pad(var, (others, 0), value=1 - batch_norm.eps)
     weight, bias = merge(weight, bias, mean, var, batch_norm.eps, norm_weight, norm_bias)
     merged = _with_weights(before, weight, bias)
     if weight.ndim == 4:

@@ -204,7 +204,7 @@ class VitResNetDual(Hybrid):
         return ExplainedParts(
             resnet=self.units[-1],
             resnet_stride=(stride, stride),
-            blocks=[unit.block for unit in self.units],
+            attentions=[unit.block.attn for unit in self.units],
             num_prefix_tokens=1,
             class_token=self.global_pool == 'token',
             token_stride=(side, side),

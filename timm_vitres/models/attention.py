@@ -1,0 +1,127 @@
+"""Attention between the pixels of a ResNet's map, at any size.
+
+Paper: `Bottleneck Transformers for Visual Recognition` (BoTNet, Srinivas et al. 2021, arXiv:2101.11605). map
+(B, C, h, w) -> 1x1 convolution -> attention with relative positions -> 1x1 convolution -> map. The layers are those of
+timm's BoTNets, with their names of tensors.
+"""
+
+from typing import Any, Tuple
+
+import torch
+import torch.nn.functional as F
+from timm.layers import ConvNormAct, register_notrace_module, use_fused_attn
+from timm.layers.bottleneck_attn import BottleneckAttn
+from timm.models.byobnet import SelfAttnBlock
+from torch import nn
+
+from .layers import resample_pos_embed
+from .merging import check_plain, merge_batch_norm_
+
+
+def resample_rel_pos(table: torch.Tensor, size: int) -> torch.Tensor:
+    """Resample a table of relative positions along one side for another size. (2 * old - 1, d) -> (2 * size - 1, d)."""
+    return resample_pos_embed(table[None], (2 * size - 1, 1), (table.shape[0], 1), 0)[0]
+
+
+def _between_all(table: torch.Tensor, size: int) -> torch.Tensor:
+    """Return the embedding of every pixel's distance to every other, along one side: (size, size, d)."""
+    pixels = torch.arange(size, device=table.device)
+    return resample_rel_pos(table, size)[pixels[None, :] - pixels[:, None] + (size - 1)]
+
+
+@register_notrace_module  # it looks at the size of the map
+class RelPosAttn(BottleneckAttn):
+    """timm's `BottleneckAttn` for maps of any size: the tables of relative positions are resampled.
+
+    Where attention is fused, a pixel's two position terms stand beside its query, and an indicator of row and column
+    beside every key, so that one product gives the logits: no matrix of all pairs of pixels is held.
+
+    Args:
+        feat_size: Height and width of the map that the tables are made for.
+        stride: 2 averages over 2 x 2 pixels behind the attention; an odd edge over what there is.
+    """
+
+    def __init__(self, dim: int, *args: Any, stride: int = 1, **kwargs: Any):
+        super().__init__(dim, *args, stride=stride, **kwargs)
+        if stride == 2:  # timm's drops an odd edge, which the block's shortcut keeps
+            self.pool = nn.AvgPool2d(2, 2, ceil_mode=True, count_include_pad=False)
+        self.attn_drop = nn.Identity()  # here attention can be seen (`explain`)
+        self.fused_attn = use_fused_attn()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x: (B, C, h, w) -> (B, C', ceil(h / stride), ceil(w / stride))."""
+        batch, _, height, width = x.shape
+        queries, keys, values = self.qkv(x).flatten(2).split([self.dim_out_qk, self.dim_out_qk, self.dim_out_v], dim=1)
+        queries = queries.reshape(batch, self.num_heads, self.dim_head_qk, -1).transpose(-1, -2)
+        keys = keys.reshape(batch, self.num_heads, self.dim_head_qk, -1).transpose(-1, -2)
+        values = values.reshape(batch, self.num_heads, self.dim_head_v, -1).transpose(-1, -2)
+        rows, columns = self._position_logits(queries, height, width)
+        if self.scale_pos_embed:
+            rows, columns = rows * self.scale, columns * self.scale
+        queries = queries * self.scale
+        if self.fused_attn:
+            x = self._attend_fused(queries, keys, values, rows, columns)
+        else:
+            attention = (queries @ keys.transpose(-1, -2)).unflatten(-1, (height, width))
+            attention = attention + rows.unsqueeze(-1) + columns.unsqueeze(-2)
+            x = self.attn_drop(attention.flatten(-2).softmax(dim=-1)) @ values
+        return self.pool(x.transpose(-1, -2).reshape(batch, self.dim_out_v, height, width))
+
+    @torch.jit.ignore
+    def set_feat_size(self, feat_size: Tuple[int, int]) -> None:
+        """Make the tables for maps of another height and width."""
+        embed = self.pos_embed
+        embed.height, embed.width = feat_size
+        for name, side in (('height_rel', embed.height), ('width_rel', embed.width)):
+            table = getattr(embed, name)
+            new = resample_rel_pos(table.detach(), side)
+            setattr(embed, name, nn.Parameter(new, requires_grad=table.requires_grad))
+
+    def _position_logits(self, queries: torch.Tensor, height: int, width: int) -> Tuple[torch.Tensor, torch.Tensor]:
+        """Return what positions add to the logits. queries: (B, heads, h * w, d) -> (B, heads, h * w, h or w)."""
+        queries = queries.unflatten(2, (height, width))
+        rows = torch.einsum('bnhwd,hkd->bnhwk', queries, _between_all(self.pos_embed.height_rel, height))
+        columns = torch.einsum('bnhwd,wkd->bnhwk', queries, _between_all(self.pos_embed.width_rel, width))
+        return rows.flatten(2, 3), columns.flatten(2, 3)
+
+    def _attend_fused(
+        self,
+        queries: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        rows: torch.Tensor,
+        columns: torch.Tensor,
+    ) -> torch.Tensor:
+        """Attend in one kernel. queries, keys: (B, heads, N, d); values: (B, heads, N, d') -> (B, heads, N, d')."""
+        height, width = rows.shape[-1], columns.shape[-1]
+        is_row = torch.eye(height, dtype=keys.dtype, device=keys.device).repeat_interleave(width, 0)
+        is_column = torch.eye(width, dtype=keys.dtype, device=keys.device).repeat(height, 1)
+        place = torch.cat([is_row, is_column], dim=1).expand(keys.shape[0], keys.shape[1], -1, -1)
+        queries = torch.cat([queries, rows.to(queries.dtype), columns.to(queries.dtype)], dim=-1)
+        keys = torch.cat([keys, place], dim=-1)
+        # the kernels that hold no matrix want queries, keys and values of one width
+        wanted, own = queries.shape[-1], values.shape[-1]
+        width = max(wanted, own)
+        queries, keys = F.pad(queries, (0, width - wanted)), F.pad(keys, (0, width - wanted))
+        return F.scaled_dot_product_attention(queries, keys, F.pad(values, (0, width - own)), scale=1.0)[..., :own]
+
+
+class MergingConvNormAct(ConvNormAct):
+    """timm's `ConvNormAct` whose norm can be merged into its convolution."""
+
+    def reparameterize(self) -> None:
+        """Merge the BatchNorm into the convolution (timm's hook)."""
+        merge_batch_norm_(self, 'conv', 'bn')
+
+
+class AttnBlock(SelfAttnBlock):
+    """timm's `SelfAttnBlock`, whose norm behind the attention can be merged into the projection before it."""
+
+    def reparameterize(self) -> None:
+        """Merge the BatchNorm behind the attention into the projection of the values (timm's hook).
+
+        Attention averages values with weights whose sum is 1, and so does the pooling: scaling and shifting them
+        before is the same as behind.
+        """
+        check_plain('self_attn', self.self_attn)
+        merge_batch_norm_(self, 'self_attn.qkv', 'post_attn')

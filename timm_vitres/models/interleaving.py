@@ -1,0 +1,158 @@
+"""How an interleaved hybrid goes together: the strides of its stages, the maps that it attends to, and timm's config.
+
+`VitResNetMixCfg`, height and width of an image -> `attn_sizes` -> `byob_cfg` -> timm's `ByobNet`; and the tables of
+relative positions, whose sizes are those of the maps that blocks attend to.
+"""
+
+from functools import partial
+from typing import Any, Dict, List, Sequence, Tuple
+
+from timm.layers import to_2tuple
+from timm.models.byobnet import ByoBlockCfg, ByoModelCfg, Stem
+from torch import nn
+
+from ..weights.layouts import StateDict
+from .attention import AttnBlock, RelPosAttn, resample_rel_pos
+from .config import VitResNetMixCfg
+
+TABLES = ('pos_embed.height_rel', 'pos_embed.width_rel')
+Place = Tuple[int, int]  # a stage and a block of it, counted from 0
+
+
+def stage_strides(cfg: VitResNetMixCfg) -> List[Tuple[int, int]]:
+    """Return the stride of every stage's map before its own stride and behind it, as dilation leaves them."""
+    stride = cfg.stem_stride or cfg.own_stem_stride
+    result: List[Tuple[int, int]] = []
+    for own in cfg.strides:
+        before = stride
+        stride *= own if stride < cfg.output_stride else 1
+        result.append((before, stride))
+    return result
+
+
+def input_stride(cfg: VitResNetMixCfg, stage: int, block: int) -> int:
+    """Return the stride of the map that a block is given: a stage's first block is the one with a stride."""
+    return stage_strides(cfg)[stage][int(block > 0)]
+
+
+def attn_sizes(cfg: VitResNetMixCfg, img_size: Tuple[int, int]) -> Dict[Place, Tuple[int, int]]:
+    """Return height and width of the map that each (stage, block) attends to, for an image of height and width."""
+    result: Dict[Place, Tuple[int, int]] = {}
+    for stage in range(len(cfg.layers)):
+        for block in cfg.attending(stage):
+            stride = input_stride(cfg, stage, block)
+            result[stage, block] = (-(-img_size[0] // stride), -(-img_size[1] // stride))
+    return result
+
+
+def byob_cfg(cfg: VitResNetMixCfg, img_size: Tuple[int, int]) -> ByoModelCfg:
+    """Return the config of timm's `ByobNet`, with tables of relative positions for an image of height and width."""
+    sizes = attn_sizes(cfg, img_size)
+
+    def block_cfg(stage: int, block: int) -> ByoBlockCfg:
+        shape: Dict[str, Any] = dict(d=1, c=cfg.channels[stage], s=cfg.strides[stage])
+        if (stage, block) not in sizes:
+            kind, ratio = 'bottle' if cfg.block == 'bottleneck' else 'basic', cfg.of_stage('bottle_ratio', stage)
+            return ByoBlockCfg(kind, gs=cfg.group_size, br=ratio, **shape)
+        ratio = cfg.of_stage('attn_ratio' if cfg.attn_ratio is not None else 'bottle_ratio', stage)
+        attn_kwargs = dict(
+            feat_size=sizes[stage, block],
+            num_heads=cfg.of_stage('num_heads', stage),
+            dim_head=cfg.dim_head,
+            qkv_bias=cfg.qkv_bias,
+        )
+        kind: Any = partial(AttnBlock)  # timm takes a block in place of its name, if it is not a class
+        return ByoBlockCfg(kind, gs=0, br=ratio, self_attn_layer=RelPosAttn, self_attn_kwargs=attn_kwargs, **shape)  # pyright: ignore
+
+    return ByoModelCfg(
+        blocks=tuple(
+            tuple(block_cfg(stage, block) for block in range(depth)) for stage, depth in enumerate(cfg.layers)
+        ),
+        downsample=cfg.downsample,
+        stem_type=cfg.stem_type,
+        stem_pool=cfg.stem_pool,
+        stem_chs=cfg.stem_chs,
+        num_features=cfg.num_features,
+        act_layer=cfg.act_layer,
+        attn_layer=cfg.channel_attn,
+    )
+
+
+def set_stem_stride_(stem: nn.Module, stride: int) -> None:
+    """Leave out the last strides of a stem, down to a stride of 1, 2 or 4."""
+    strided = [(name, module) for name, module in stem.named_modules() if _is_strided(module)]
+    for name, module in strided[stride.bit_length() - 1 :]:
+        if isinstance(module, nn.Conv2d):
+            module.stride = (1, 1)
+        else:
+            stem.set_submodule(name, nn.Identity())
+        if isinstance(stem, Stem):
+            stem.last_feat_idx = None  # there is no map of another stride inside it any more
+
+
+def _is_strided(module: nn.Module) -> bool:
+    return isinstance(module, (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d)) and to_2tuple(module.stride) == (2, 2)
+
+
+def find_levels(cfg: VitResNetMixCfg, stem: nn.Module, num_features: int) -> Tuple[List[Dict[str, Any]], List[int]]:
+    """Return all maps that a model makes, as `feature_info` describes them, and which of them are the pyramid.
+
+    Of maps with one stride it is the last, but for strides that dilation replaces.
+    """
+    stride = cfg.stem_stride or cfg.own_stem_stride
+    levels: List[Dict[str, Any]] = [dict(num_chs=cfg.stem_chs, reduction=stride, module='stem', stage=0)]
+    if isinstance(stem, Stem) and stem.last_feat_idx is not None:
+        name, layer = list(stem.named_children())[stem.last_feat_idx]
+        levels.insert(0, dict(num_chs=layer.out_channels, reduction=2, module=f'stem.{name}', stage=0))
+    is_kept = [True] * len(levels)
+    for stage, (own_stride, (_, reduction)) in enumerate(zip(cfg.strides, stage_strides(cfg))):
+        is_kept[-1] = own_stride > 1
+        is_kept.append(True)
+        levels.append(dict(num_chs=cfg.channels[stage], reduction=reduction, module=f'stages.{stage}', stage=stage + 1))
+    levels[-1].update(num_chs=num_features, module='final_conv')
+    return levels, [i for i, kept in enumerate(is_kept) if kept]
+
+
+def attn_name(place: Place) -> str:
+    """Return the name of the layer that attends in a block."""
+    return f'stages.{place[0]}.{place[1]}.self_attn'
+
+
+def fit_rel_tables(state_dict: StateDict, own: StateDict) -> StateDict:
+    """Return a state dict whose tables of relative positions have the sizes of a model's `own`.
+
+    Raises:
+        RuntimeError: for a table that is of no size.
+    """
+    state_dict = dict(state_dict)
+    for key, tensor in own.items():
+        table = state_dict.get(key)
+        if not key.endswith(TABLES) or table is None or table.shape == tensor.shape:
+            continue
+        if table.ndim != 2 or table.shape[0] % 2 == 0:
+            raise RuntimeError(
+                f'{key}: the checkpoint has shape {tuple(table.shape)}, expected (2 * side - 1, {tensor.shape[1]}).'
+            )
+        state_dict[key] = resample_rel_pos(table, (tensor.shape[0] + 1) // 2)
+    return state_dict
+
+
+def rel_table_size(state_dict: StateDict, cfg: VitResNetMixCfg, candidates: Sequence[Any]) -> Any:
+    """Return the image size that the tables of a state dict are made for; see `Hybrid.table_size`."""
+    sides: Dict[Place, Tuple[int, int]] = {}
+    for place in attn_sizes(cfg, (1, 1)):
+        tables = [state_dict.get(f'{attn_name(place)}.{table}') for table in TABLES]
+        lengths = [len(table) for table in tables if table is not None and table.ndim == 2]
+        if len(lengths) < 2:
+            return None  # the comparison with the model says what is missing
+        sides[place] = ((lengths[0] + 1) // 2, (lengths[1] + 1) // 2)
+    if not sides:
+        return None
+    height, width = (min(side[axis] * input_stride(cfg, *place) for place, side in sides.items()) for axis in (0, 1))
+    for size in (*candidates, height if height == width else (height, width)):
+        if size is not None and attn_sizes(cfg, to_2tuple(size)) == sides:
+            return size
+    raise ValueError(
+        f'img_size: not given, and the relative positions of the checkpoint are those of no height and width: blocks '
+        f'would attend to maps of {", ".join(f"{h}x{w}" for h, w in sides.values())}.'
+    )

@@ -1,0 +1,441 @@
+"""The interleaved family: a ResNet, some of whose blocks attend where others convolve.
+
+Papers: `Bottleneck Transformers for Visual Recognition` (BoTNet, Srinivas et al. 2021, arXiv:2101.11605), whose
+variants in timm load unchanged; `How Do Vision Transformers Work?` (AlterNet, Park and Kim 2022, arXiv:2202.06709),
+which finds attention at the end of each stage best, also on small data. It is timm's `ByobNet`:
+
+    image -> stem -> stage of blocks -> ... -> stage whose last blocks attend -> map -> pooling -> head
+"""
+
+import dataclasses
+from functools import partial
+from typing import Any, Dict, List, Optional, Sequence, Set, Tuple, Union
+
+import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import ConvNormAct, register_notrace_function, to_2tuple
+from timm.models import (
+    checkpoint_seq,
+    generate_default_cfgs,
+    get_model_input_config,
+    named_apply,
+    register_model,
+    resolve_pretrained_cfg,
+)
+from timm.models.byobnet import ByobNet
+from torch import nn
+
+from ..checks import Device, FloatType, NumClasses, Rate, Size, WeightInit, Width, checked
+from ..timm_private import init_byob_weights
+from ..weights.layouts import StateDict
+from .attention import MergingConvNormAct
+from .base import ExplainedParts, Hybrid
+from .config import MapGlobalPool, VitResNetMixCfg
+from .features import as_format, check_output_fmt
+from .interleaving import (
+    TABLES,
+    attn_name,
+    attn_sizes,
+    byob_cfg,
+    find_levels,
+    fit_rel_tables,
+    input_stride,
+    rel_table_size,
+    set_stem_stride_,
+)
+from .layers import check_images, feature_take_indices
+from .loading import build_hybrid
+
+__all__ = ['VitResNetMix', 'VitResNetMixCfg']
+
+
+class VitResNetMix(Hybrid, ByobNet):
+    """A ResNet, some of whose blocks attend where others convolve; one class for the family.
+
+    It is timm's `ByobNet`, and keeps its interface: `forward_features` returns a map (B, C, H / stride, W / stride).
+    Any height and width is taken: relative positions are resampled in the forward pass.
+
+    Args:
+        cfg: The architecture.
+        img_size: Height and width, in pixels, of the images that the tables of relative positions are made for.
+        in_chans: Channels of the images.
+        num_classes: Classes; 0 leaves the head out.
+        drop_block_rate: Of DropBlock in the last two stages.
+        drop_path_rate: Of the blocks, from 0 in the first to this in the last.
+        zero_init_last: Whether a block begins as its shortcut alone: the weights of its last norm are 0.
+        dynamic_img_size, dynamic_img_pad, strict_img_size: taken for timm's sake; every size works without them.
+
+    Raises:
+        ValueError: for an impossible argument (which one, what it was, what is allowed).
+        TypeError: for an unknown argument.
+    """
+
+    @checked
+    def __init__(
+        self,
+        cfg: VitResNetMixCfg,
+        img_size: Optional[Size] = None,
+        in_chans: Width = 3,
+        num_classes: NumClasses = 1000,
+        drop_rate: Rate = 0.0,
+        drop_block_rate: Rate = 0.0,
+        drop_path_rate: Rate = 0.0,
+        zero_init_last: bool = True,
+        weight_init: WeightInit = '',
+        dynamic_img_size: bool = True,
+        dynamic_img_pad: bool = True,
+        strict_img_size: bool = False,
+        device: Optional[Device] = None,
+        dtype: Optional[FloatType] = None,
+    ):
+        super().__init__(
+            byob_cfg(cfg, to_2tuple(img_size or 224)),
+            num_classes,
+            in_chans,
+            cfg.global_pool,
+            output_stride=cfg.output_stride * cfg.own_stem_stride // (cfg.stem_stride or cfg.own_stem_stride),
+            drop_rate=drop_rate,
+            drop_block_rate=drop_block_rate,
+            drop_path_rate=drop_path_rate,
+            zero_init_last=zero_init_last,
+            device=device,
+            dtype=dtype,
+        )
+        self.cfg = cfg
+        self.zero_init_last = zero_init_last
+        for module in self.modules():
+            if type(module) is ConvNormAct:  # timm's stages make no other class than timm's
+                module.__class__ = MergingConvNormAct
+        if cfg.stem_stride is not None:
+            set_stem_stride_(self.stem, cfg.stem_stride)
+        levels, self.level_indices = find_levels(cfg, self.stem, self.num_features)
+        self.num_levels = len(levels)
+        self.feature_info = [levels[i] for i in self.level_indices]
+        self.num_pyramid = len(self.feature_info)
+        first_conv = next(name for name, module in self.named_modules() if isinstance(module, nn.Conv2d))
+        self._traits = dict(first_conv=first_conv, classifier=('head.fc',))
+        self.weight_init_mode = 'reset' if weight_init == 'skip' else weight_init
+        if weight_init not in ('', 'skip'):
+            self.init_head_('head.fc')
+
+    @checked
+    @torch.jit.ignore
+    def init_weights(self, mode: WeightInit = '', needs_reset: bool = True) -> None:
+        """Initialise every parameter and buffer, as after building on the meta device and `to_empty`.
+
+        Args:
+            mode: timm's name of a ViT's way to do so with the head; by default the one that the model was made with.
+            needs_reset: Whether to begin with the layers' own initialisation; False where they have just been made.
+        """
+        for module in self.modules():
+            if needs_reset and module is not self and hasattr(module, 'reset_parameters'):
+                module.reset_parameters()  # pyright: ignore[reportCallIssue]
+        named_apply(partial(init_byob_weights, zero_init_last=self.zero_init_last), self)
+        self.weight_init_mode = mode or self.weight_init_mode
+        if self.num_classes > 0:
+            self.init_head_('head.fc')
+
+    @torch.jit.ignore
+    def init_head_(self, name: str) -> None:
+        """See `Hybrid.init_head_`; timm's `ByobNet` has a way of its own."""
+        if self.weight_init_mode:
+            super().init_head_(name)
+        else:
+            init_byob_weights(self.get_submodule(name), name)
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> Set[str]:
+        """Return the names of the parameters that weight decay spares, besides biases and norms."""
+        return {name for name, _ in self.named_parameters() if name.endswith(TABLES)}
+
+    @torch.jit.ignore
+    def fit_tables(self, state_dict: StateDict, img_size: Optional[Sequence[int]] = None) -> StateDict:
+        """Resample the tables of relative positions; see `Hybrid.fit_tables`."""
+        return fit_rel_tables(state_dict, self.state_dict())
+
+    @torch.jit.ignore
+    def table_size(self, state_dict: StateDict, candidates: Sequence[Any] = ()) -> Any:
+        """See `Hybrid.table_size`."""
+        return rel_table_size(state_dict, self.cfg, candidates)
+
+    @checked
+    def set_input_size(self, img_size: Size) -> None:
+        """Make the tables of relative positions for images of another height and width, in pixels."""
+        size = to_2tuple(img_size)
+        for place, sides in attn_sizes(self.cfg, size).items():
+            self.get_submodule(attn_name(place)).set_feat_size(sides)
+        self._model_args = {**self._model_args, 'img_size': size}  # timm writes these into config.json
+
+    @checked
+    def reset_classifier(self, num_classes: NumClasses, global_pool: Optional[MapGlobalPool] = None) -> None:
+        """Replace the head by a new one of `num_classes` (0: none), and the pooling if one is given.
+
+        Raises:
+            ValueError: for an impossible number of classes, or an unknown pooling.
+        """
+        super().reset_classifier(num_classes, global_pool)
+        if global_pool is not None:
+            self.cfg = dataclasses.replace(self.cfg, global_pool=global_pool)
+
+    @torch.jit.ignore
+    def explained_parts(self) -> ExplainedParts:
+        """See `Hybrid.explained_parts`: attention is that of the blocks that attend to the smallest map."""
+        strides = {place: input_stride(self.cfg, *place) for place in attn_sizes(self.cfg, (1, 1))}
+        stride = max(strides.values(), default=1)
+        last = self.feature_info[-1]['reduction']
+        return ExplainedParts(
+            resnet=self.final_conv,
+            resnet_stride=(last, last),
+            attentions=[self.get_submodule(attn_name(place)) for place, own in strides.items() if own == stride],
+            num_prefix_tokens=0,
+            class_token=False,
+            token_stride=(stride, stride),
+        )
+
+    def _run(self, x: torch.Tensor, last_level: int) -> List[torch.Tensor]:
+        """Return the maps of all levels up to one: of the stem (without and with its second stride), of every stage."""
+        # shapes are checked where a compiled or exported graph is captured
+        if not torch.jit.is_scripting() and not torch.compiler.is_compiling():
+            x = checked_images(x, self.in_chans)
+        levels: List[torch.Tensor] = []
+        if hasattr(self.stem, 'forward_intermediates'):
+            x, tap = self.stem.forward_intermediates(x)
+            if tap is not None:
+                levels.append(tap)
+        else:
+            x = self.stem(x)
+        levels.append(x)
+        for stage in self.stages:
+            if len(levels) <= last_level:
+                if self.grad_checkpointing and not torch.jit.is_scripting():  # noqa: SIM108 (a script can't choose)
+                    x = checkpoint_seq(stage, x)
+                else:
+                    x = stage(x)
+                levels.append(x)
+        if len(levels) == self.num_levels:
+            levels[-1] = self.final_conv(levels[-1])
+        return levels
+
+    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+        """x: (B, C, H, W) -> the last map (B, C', H / stride, W / stride)."""
+        return self._run(x, self.num_levels)[-1]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x: (B, in_chans, H, W) -> logits (B, num_classes); see `forward_head`."""
+        return self.forward_head(self.forward_features(x))
+
+    def forward_intermediates(
+        self,
+        x: torch.Tensor,
+        indices: Optional[Union[int, List[int]]] = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = 'NCHW',
+        intermediates_only: bool = False,
+    ) -> Union[List[torch.Tensor], Tuple[torch.Tensor, List[torch.Tensor]]]:
+        """Return the last map, and the maps that `feature_info` lists.
+
+        Args:
+            x: (B, C, H, W).
+            indices: Of `feature_info`, in the order wanted: None for all, a number for the last so many.
+            norm: Taken for timm's sake; these maps are not normalised.
+            stop_early: Leave out the stages that no map needs; the last map is then that of the last that ran.
+            output_fmt: 'NCHW': maps (B, C, H / reduction, W / reduction); 'NLC': (B, N, C).
+            intermediates_only: Return the maps alone.
+
+        Returns:
+            (map, maps), or as the arguments say.
+        """
+        check_output_fmt(output_fmt)
+        take_indices, max_index = feature_take_indices(len(self.level_indices), indices)
+        levels = self._run(x, self.level_indices[max_index] if stop_early else self.num_levels)
+        maps: List[torch.Tensor] = []
+        for i in take_indices:
+            maps.append(as_format(levels[self.level_indices[i]], output_fmt))
+        if intermediates_only:
+            return maps
+        return levels[-1], maps
+
+    def prune_intermediate_layers(
+        self,
+        indices: Union[int, List[int]] = 1,
+        prune_norm: bool = False,
+        prune_head: bool = True,
+    ) -> List[int]:
+        """Remove what the maps at `indices` of `feature_info` do not need; what the head needs stays with the head.
+
+        Returns:
+            The indices, counted from 0.
+        """
+        take_indices, max_index = feature_take_indices(len(self.feature_info), indices)
+        last = self.feature_info[max_index]
+        if prune_head:
+            if max_index < len(self.feature_info) - 1:
+                self.stages = self.stages[: last['stage']]
+                self.final_conv = nn.Identity()
+                self.num_features = self.head_hidden_size = last['num_chs']
+                if last['module'].startswith('stem.'):
+                    self.stem.prune_to_tap()
+            self.reset_classifier(0, '')
+        return take_indices
+
+
+@register_notrace_function  # it looks at the shape
+def checked_images(x: torch.Tensor, in_chans: int) -> torch.Tensor:
+    """Return images (B, in_chans, H, W) as they are; ValueError for anything else."""
+    check_images(x, in_chans)
+    return x
+
+
+def _create_vitresnet_mix(variant: str, pretrained: bool, cfg: VitResNetMixCfg, **kwargs) -> VitResNetMix:
+    """Build a variant; keyword arguments named like the config's fields override them."""
+    # the tables must have the checkpoint's own sizes; timm passes img_size on only where sizes are fixed
+    source = resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay'))
+    kwargs.setdefault('img_size', source.input_size[-2:])
+    model = build_hybrid(VitResNetMix, variant, pretrained, cfg, **kwargs)
+    model.pretrained_cfg['first_conv'] = get_model_input_config(model)['first_conv']
+    return model
+
+
+_ATTN_WEIGHTS = 'https://github.com/rwightman/pytorch-image-models/releases/download/v0.1-attn-weights/'
+
+
+def _cfg(**kwargs) -> Dict[str, Any]:
+    """Return a weight's facts, with those that timm's BoTNets share as defaults."""
+    return {
+        'num_classes': 1000,
+        'input_size': (3, 256, 256),
+        'fixed_input_size': False,
+        'crop_pct': 0.95,
+        'interpolation': 'bicubic',
+        'mean': IMAGENET_DEFAULT_MEAN,
+        'std': IMAGENET_DEFAULT_STD,
+        'first_conv': 'stem.conv1.conv',
+        'classifier': 'head.fc',
+        'license': 'apache-2.0',
+        **kwargs,
+    }
+
+
+# A name without a tag means its first tag that has weights
+default_cfgs = generate_default_cfgs(
+    {
+        'vitresnet_mix_bot26t.c1_in1k': _cfg(
+            hf_hub_id='timm/botnet26t_256.c1_in1k', url=_ATTN_WEIGHTS + 'botnet26t_c1_256-167a0e9f.pth'
+        ),
+        'vitresnet_mix_eca_bot26ts.c1_in1k': _cfg(
+            hf_hub_id='timm/eca_botnext26ts_256.c1_in1k', url=_ATTN_WEIGHTS + 'eca_botnext26ts_c_256-95a898f6.pth'
+        ),
+        'vitresnet_mix_se_bot33ts.a1h_in1k': _cfg(
+            hf_hub_id='timm/sebotnet33ts_256.a1h_in1k',
+            url=_ATTN_WEIGHTS + 'sebotnet33ts_a1h2_256-957e3c3e.pth',
+            crop_pct=0.94,
+        ),
+        'vitresnet_mix_bot50ts.untrained': _cfg(),
+        'vitresnet_mix_alter50ts.untrained': _cfg(),
+        'vitresnet_mix_nano.untrained': _cfg(input_size=(3, 64, 64), crop_pct=1.0),
+        'vitresnet_mix.untrained': _cfg(),
+        'test_vitresnet_mix.untrained': _cfg(input_size=(3, 96, 96)),
+    }
+)
+
+_ATTENDS = r'stages\.\d+\.\d+\.(self_attn|post_attn)\.'
+VitResNetMix.variants = tuple(default_cfgs)
+VitResNetMix.resnet_names = rf'(?!head\.|{_ATTENDS})'
+VitResNetMix.vit_names = _ATTENDS
+VitResNetMix.foreign_names = {
+    r'botnet26t_256': 'vitresnet_mix_bot26t',
+    r'eca_botnext26ts_256': 'vitresnet_mix_eca_bot26ts',
+    r'sebotnet33ts_256': 'vitresnet_mix_se_bot33ts',
+    r'botnet50ts_256': 'vitresnet_mix_bot50ts',
+}
+
+
+@register_model
+def vitresnet_mix_bot26t(pretrained: bool = False, **kwargs) -> VitResNetMix:
+    """BoTNet-26-T: attention in the last block of stage 3 and all of stage 4; 12.5M parameters."""
+    return _create_vitresnet_mix('vitresnet_mix_bot26t', pretrained, VitResNetMixCfg(), **kwargs)
+
+
+@register_model
+def vitresnet_mix_eca_bot26ts(pretrained: bool = False, **kwargs) -> VitResNetMix:
+    """BoTNeXt-26-TS with ECA: groups of 16 channels, narrow queries and keys, SiLU; 10.6M parameters."""
+    cfg = VitResNetMixCfg(group_size=16, dim_head=16, channel_attn='eca', act_layer='silu')
+    return _create_vitresnet_mix('vitresnet_mix_eca_bot26ts', pretrained, cfg, **kwargs)
+
+
+@register_model
+def vitresnet_mix_se_bot33ts(pretrained: bool = False, **kwargs) -> VitResNetMix:
+    """BoTNet-33-TS with SE: attention at the end of stages 2, 3 and 4; 13.7M parameters."""
+    cfg = VitResNetMixCfg(
+        layers=(2, 3, 3, 2),
+        channels=(256, 512, 1024, 1536),
+        attn_blocks=(0, 1, 1, 2),
+        bottle_ratio=(0.25, 0.25, 0.25, 0.333),
+        channel_attn='se',
+        act_layer='silu',
+        stem_pool='',
+        num_features=1280,
+    )
+    return _create_vitresnet_mix('vitresnet_mix_se_bot33ts', pretrained, cfg, **kwargs)
+
+
+@register_model
+def vitresnet_mix_bot50ts(pretrained: bool = False, **kwargs) -> VitResNetMix:
+    """BoTNet-50-TS: attention in stages 2, 3 and 4, every second block of the longest; 22.7M parameters."""
+    cfg = VitResNetMixCfg(layers=(3, 4, 6, 3), attn_blocks=(0, 1, (1, 3, 5), (1,)), act_layer='silu')
+    return _create_vitresnet_mix('vitresnet_mix_bot50ts', pretrained, cfg, **kwargs)
+
+
+@register_model
+def vitresnet_mix_alter50ts(pretrained: bool = False, **kwargs) -> VitResNetMix:
+    """As in AlterNet-50, convolution and attention take turns towards the end of stages 2 to 4; 25.6M parameters."""
+    cfg = VitResNetMixCfg(
+        layers=(3, 4, 6, 4),
+        attn_blocks=(0, 1, (1, 3, 5), (1, 3)),
+        num_heads=(2, 4, 8, 16),
+        act_layer='silu',
+    )
+    return _create_vitresnet_mix('vitresnet_mix_alter50ts', pretrained, cfg, **kwargs)
+
+
+@register_model
+def vitresnet_mix_nano(pretrained: bool = False, **kwargs) -> VitResNetMix:
+    """Thin ResNet for images of 28 to 128 pixels, attention at the end of its last two stages; 1.5M parameters."""
+    cfg = VitResNetMixCfg(
+        layers=(2, 3, 3),
+        channels=(48, 96, 160),
+        strides=(1, 2, 2),
+        attn_blocks=(0, 1, 1),
+        block='basic',
+        bottle_ratio=1.0,
+        attn_ratio=0.5,
+        stem_type='',
+        stem_pool='',
+        stem_chs=48,
+    )
+    return _create_vitresnet_mix('vitresnet_mix_nano', pretrained, cfg, **kwargs)
+
+
+@register_model
+def vitresnet_mix(pretrained: bool = False, **kwargs) -> VitResNetMix:
+    """A ResNet with attention in any of its blocks, by `VitResNetMixCfg`'s fields; BoTNet-26-T by default."""
+    return _create_vitresnet_mix('vitresnet_mix', pretrained, VitResNetMixCfg(), **kwargs)
+
+
+@register_model
+def test_vitresnet_mix(pretrained: bool = False, **kwargs) -> VitResNetMix:
+    """An interleaved hybrid for tests, of every part that the larger ones have; 0.1M parameters."""
+    cfg = VitResNetMixCfg(
+        layers=(1, 2, 2, 2),
+        channels=(32, 48, 64, 96),
+        attn_blocks=(0, 1, (0,), 2),
+        bottle_ratio=0.5,
+        group_size=8,
+        num_heads=(1, 2, 2, 4),
+        channel_attn='se',
+        act_layer='silu',
+        stem_chs=16,
+        num_features=64,
+    )
+    return _create_vitresnet_mix('test_vitresnet_mix', pretrained, cfg, **kwargs)
