@@ -7,6 +7,7 @@ import torch
 from conftest import randomise_
 from layouts import EXAMPLES, WITHOUT_HEAD
 
+from timm_vitres.publishing.conversion import convert
 from timm_vitres.weights.layouts import LAYOUTS, TIMM, convert_layout, find_layout
 
 
@@ -56,6 +57,15 @@ def test_a_backbone_without_its_decoder_gets_a_new_head_where_one_is_asked_for(n
     assert model.head.weight.std() > 0
     with pytest.raises(RuntimeError, match=r'missing keys: head\.bias, head\.weight'):
         timm.create_model(architecture, pretrained=True, pretrained_cfg_overlay={**overlay, 'num_classes': 1000})
+
+
+@pytest.mark.parametrize('name, license', [('MiDaS DPT', 'mit'), ('transformers DPT-Hybrid', 'apache-2.0')])
+def test_a_converted_folder_has_the_licence_of_the_layouts_writers(name, license, tmp_path):
+    architecture, write = EXAMPLES[name]
+    torch.save(write(timm.create_model(architecture)), tmp_path / 'dpt.pt')
+    out = convert(tmp_path / 'dpt.pt', tmp_path / 'out', architecture)
+    assert f'\nlicense: {license}\n' in (out / 'README.md').read_text()
+    assert timm.create_model(f'local-dir:{out}', pretrained=True).pretrained_cfg['license'] == license
 
 
 def test_our_own_layout_is_left_as_it_is():

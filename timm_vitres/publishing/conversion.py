@@ -53,8 +53,8 @@ def convert(
 
     Args:
         source: A file, a folder with one (or with shards and their index), or 'hf-hub:owner/name'. It holds a training
-            checkpoint of timm's, or weights of timm, Google (npz), Hugging Face's ViTHybrid, or Conformer (of its
-            authors or of mmpretrain).
+            checkpoint of timm's, or weights of timm, Google (npz), Hugging Face's ViTHybrid or DPT-Hybrid, MiDaS,
+            or Conformer (of its authors or of mmpretrain).
         folder: The folder to write.
         model: The architecture; by default the one that the checkpoint names, else the hybrid that has these tensors.
         label_names: Names of the classes, by index, or a dict of them by index; by default those that stand beside
@@ -96,6 +96,8 @@ def convert(
         label_names = normalise_label_names(label_names, built.num_classes)
     assign_(built, state_dict)
     fill_buffers_(built)
+    if layout.license:
+        built.pretrained_cfg = {**built.pretrained_cfg, 'license': layout.license}
     data = _data_config(built, trained_size, args, config, preprocessor)
     card = render_card(
         built,
@@ -105,7 +107,7 @@ def convert(
         source=f'local-dir:{folder}',
         label_names=label_names or (),
         data_config=data,
-        license=built.pretrained_cfg.get('license') if layout.name != 'timm' else None,
+        license=layout.license,
     )
     return save(built, folder, label_names, data, card)
 

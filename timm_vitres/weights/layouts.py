@@ -8,7 +8,7 @@ state dict of any layout -> `find_layout` (by its keys) -> `convert_layout` -> n
 import logging
 import re
 from collections import Counter
-from typing import Any, Callable, Dict, List, NamedTuple, Tuple
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
 
 import torch
 from timm.models import clean_state_dict
@@ -30,6 +30,7 @@ class Layout(NamedTuple):
     key: str  # a regular expression for a key that no other layout has
     convert: Callable[[StateDict], StateDict]
     left_out: str = r'(?!)'  # a regular expression for the beginning of keys; this one matches nothing
+    license: Optional[str] = 'apache-2.0'  # of the weights that its writers published
 
 
 def convert_layout(state_dict: Dict[str, Any]) -> StateDict:
@@ -219,7 +220,7 @@ def _join_qkv(state_dict: StateDict) -> StateDict:
     return result
 
 
-TIMM = Layout('timm', r'^$', from_timm)
+TIMM = Layout('timm', r'^$', from_timm, license=None)  # anybody's
 LAYOUTS: List[Layout] = [
     Layout('Google JAX', r'(^|/)(conv_root|embedding)/kernel$', from_google),
     Layout('transformers ViTHybrid', r'^(vit\.)?embeddings\.patch_embeddings\.', from_vit_hybrid),
@@ -235,6 +236,7 @@ LAYOUTS: List[Layout] = [
         from_midas,
         # its classifier is ImageNet's as it was before the rest was trained further, and nothing there uses it
         left_out=r'(scratch|auxlayer|pretrained\.act_postprocess\d|pretrained\.model\.head)\b',
+        license='mit',
     ),
     Layout('Conformer', r'^trans_patch_conv\.', from_conformer),
     Layout('mmpretrain Conformer', r'^backbone\.trans_patch_conv\.', from_conformer),
