@@ -6,48 +6,48 @@ import pytest
 import timm
 import torch
 from conftest import randomise_, relative_difference
+from programs import PROGRAMS, segment, segment_by_dpt
 
 import timm_vitres
 
 NAME = 'vitresnet_small'
+SMALL = ['test_vitresnet', 'test_vitresnet_dual', 'test_vitresnet_mix']
+LARGE = [
+    'vitresnet_small',
+    'vitresnet_tiny',
+    'vitresnet',
+    'vitresnet_base',
+    'vitresnet_dual_tiny',
+    'vitresnet_mix_bot26t',
+]
+NAMES = [*SMALL, *(pytest.param(name, marks=pytest.mark.slow) for name in LARGE)]
+# base's pyramid has four levels, where smp's models have five by default
+OPTIONS = {
+    ('smp Unet', 'vitresnet_base'): dict(encoder_depth=4, decoder_channels=(64, 32, 16, 8)),
+    ('smp FPN', 'vitresnet_base'): dict(encoder_depth=4, upsampling=2),
+    ('smp DeepLabV3', 'vitresnet_base'): dict(encoder_depth=4),
+}
 
 
-def segment(name: str, architecture: str, in_chans: int, size, **kwargs) -> None:
-    """Segment two images, then take a training step."""
-    import segmentation_models_pytorch as smp
-
-    options = dict(encoder_name=f'tu-{name}', encoder_weights=None, in_channels=in_chans, classes=3, **kwargs)
-    model = getattr(smp, architecture)(**options)
-    images = torch.randn(2, in_chans, *size)
-    model.train()
-    logits = model(images)
-    assert logits.shape == (2, 3, *size)
-    loss = torch.nn.functional.cross_entropy(logits, torch.randint(0, 3, (2, *size)))
-    loss.backward()
-    assert not [key for key, value in model.encoder.named_parameters() if value.grad is None]
-    torch.optim.SGD(model.parameters(), lr=1e-3).step()
-    with torch.inference_mode():
-        assert torch.isfinite(model.eval()(images)).all()
+@pytest.mark.parametrize('name', NAMES)
+@pytest.mark.parametrize('program', PROGRAMS)
+def test_programs(program, name):
+    size, run = PROGRAMS[program]
+    if program == 'smp DeepLabV3' and 'dual' in name:
+        with pytest.raises(TypeError, match='output_stride: is no argument of VitResNetDual'):  # it has no dilation
+            run(name, size)
+    else:
+        strides = run(name, size, **OPTIONS.get((program, name), {}))
+        assert strides == sorted(strides)
 
 
-@pytest.mark.parametrize('in_chans', [3, 4])
 @pytest.mark.parametrize('architecture', ['Unet', 'FPN'])
-def test_segmentation(architecture, in_chans):
-    segment(NAME, architecture, in_chans, (128, 192))
+def test_segmentation_with_more_channels(architecture):
+    assert segment(NAME, (128, 192), architecture, in_chans=4) == [2, 4, 8, 16, 32]
 
 
-@pytest.mark.parametrize('name', ['vitresnet_tiny', 'test_vitresnet', 'vitresnet', 'vitresnet_dual_tiny'])
-def test_segmentation_of_the_others(name):
-    segment(name, 'Unet', 3, (96, 64))
-
-
-def test_segmentation_with_four_levels():
-    segment('vitresnet_base', 'Unet', 3, (64, 64), encoder_depth=4, decoder_channels=(64, 32, 16, 8))
-
-
-@pytest.mark.parametrize('output_stride', [8, 16])
-def test_segmentation_with_dilation(output_stride):
-    segment('test_vitresnet', 'DeepLabV3', 3, (64, 96), encoder_output_stride=output_stride)
+def test_segmentation_with_dilation():
+    assert segment('test_vitresnet', (64, 96), 'DeepLabV3', encoder_output_stride=16) == [2, 4, 8, 16, 16]
 
 
 def test_segmentation_sees_the_whole_pyramid():
@@ -63,55 +63,63 @@ def test_segmentation_sees_the_whole_pyramid():
             torch.testing.assert_close(theirs, ours)
 
 
-class Pyramid(torch.nn.Module):
-    """A features_only model with torchvision's feature pyramid network on its last four levels."""
-
-    def __init__(self, name: str):
-        super().__init__()
-        from torchvision.ops import FeaturePyramidNetwork
-
-        self.body = timm.create_model(name, features_only=True, out_indices=(1, 2, 3, 4))
-        self.fpn = FeaturePyramidNetwork(self.body.feature_info.channels(), 64)
-        self.out_channels = 64
-
-    def forward(self, x):
-        return self.fpn({str(i): feature for i, feature in enumerate(self.body(x))})
+@pytest.mark.parametrize('readout', ['add', 'ignore'])  # the default, 'cat', is among the programs
+@pytest.mark.parametrize('name', SMALL)
+def test_dpt_reads_tokens_in_every_way(name, readout):
+    segment_by_dpt(name, (64, 96), decoder_readout=readout)
 
 
-def detect(name: str, kind: str) -> None:
-    """Detect on two images of different, non-square sizes, after a training step."""
-    from torchvision.models.detection import FasterRCNN, RetinaNet
-    from torchvision.models.detection.anchor_utils import AnchorGenerator
-    from torchvision.ops import MultiScaleRoIAlign
+# 12 blocks, but thin ones
+THIN = dict(embed_dim=64, num_heads=2)
+BASE = ('vitresnet_base', dict(THIN, layers=(1, 1, 1), channels=(128, 128, 256)))
+OF_SMALL = ('vitresnet_small', dict(THIN, layers=(1, 1, 1, 1), channels=(128, 128, 128, 256)))
 
-    anchors = AnchorGenerator(((16,), (32,), (64,), (128,)), ((0.5, 1.0, 2.0),) * 4)
-    sizes = dict(min_size=96, max_size=160)
-    if kind == 'FasterRCNN':
-        pool = MultiScaleRoIAlign(['0', '1', '2', '3'], 7, 2)
-        model = FasterRCNN(
-            Pyramid(name), 3, rpn_anchor_generator=anchors, box_roi_pool=pool, box_detections_per_img=5, **sizes
+
+@pytest.mark.parametrize(
+    'name, options, indices, strides, modules',
+    [
+        # by default four entries of feature_info at even distances
+        (*BASE, None, [8, 16, 16, 16], ['stages.1', 'blocks.3', 'blocks.7', 'blocks.11']),
+        (*OF_SMALL, None, [16, 32, 32, 32], ['stages.2', 'blocks.3', 'blocks.7', 'blocks.11']),
+        # those of DPT-Hybrid (Ranftl et al. 2021): two stages of the ResNet, blocks 9 and 12
+        (*BASE, [1, 2, -4, -1], [4, 8, 16, 16], ['stages.0', 'stages.1', 'blocks.8', 'blocks.11']),
+        # a pyramid without tokens, at the strides that the decoder is made for
+        (
+            'test_vitresnet_dual',
+            {},
+            [1, 2, 3, 4],
+            [4, 8, 16, 32],
+            [f'units.{i}.fusion_block.act3' for i in (1, 3, 4, 5)],
+        ),
+        ('test_vitresnet_mix', {}, [1, 2, 3, 4], [4, 8, 16, 32], None),
+    ],
+)
+def test_dpt_reads_what_it_should(name, options, indices, strides, modules):
+    import segmentation_models_pytorch as smp
+
+    model = smp.DPT(f'tu-{name}', encoder_weights=None, encoder_output_indices=indices, **options)
+    encoder, net = model.encoder, randomise_(model.encoder.model)
+    assert encoder.output_strides == strides
+    modules = modules or [net.feature_info[i]['module'] for i in indices]
+    outputs = {}
+    for module in modules:
+        prefix = 'patch_embed.backbone.' if module.startswith('stages') and hasattr(net, 'patch_embed') else ''
+        net.get_submodule(prefix + module).register_forward_hook(
+            lambda module, args, output, key=module: outputs.update({key: output})
         )
-    else:
-        model = RetinaNet(Pyramid(name), 3, anchor_generator=anchors, detections_per_img=5, **sizes)
-    images = [torch.rand(3, 96, 150), torch.rand(3, 130, 97)]
-    boxes = torch.tensor([[10.0, 10.0, 60.0, 70.0]])
-    targets = [{'boxes': boxes, 'labels': torch.tensor([label])} for label in (1, 2)]
-    losses = model.train()(images, targets)
-    assert all(torch.isfinite(loss) for loss in losses.values())
-    sum(losses.values()).backward()
-    assert not [key for key, value in model.backbone.named_parameters() if value.grad is None]
+    x = torch.randn(2, 3, 96, 160)
     with torch.inference_mode():
-        detections = model.eval()(images)
-    assert len(detections) == 2 and all(torch.isfinite(found['boxes']).all() for found in detections)
-
-
-@pytest.mark.parametrize('kind', ['FasterRCNN', 'RetinaNet'])
-def test_detection(kind):
-    detect(NAME, kind)
-
-
-def test_detection_with_the_parallel_family():
-    detect('vitresnet_dual_tiny', 'FasterRCNN')
+        maps, prefixes = encoder(x)
+    for level, prefix, module, stride in zip(maps, prefixes, modules, strides, strict=True):
+        expected = outputs[module]
+        if expected.ndim == 3:  # tokens, the class token first
+            assert torch.equal(prefix, expected[:, :1])
+            expected = expected[:, 1:].transpose(1, 2).unflatten(2, (96 // stride, 160 // stride))
+        elif encoder.has_prefix_tokens:
+            assert relative_difference(prefix, expected.mean((2, 3))[:, None]) < 1e-6
+        else:
+            assert prefix is None
+        assert torch.equal(level, expected)
 
 
 @pytest.fixture(scope='module')
@@ -177,48 +185,3 @@ def test_transformers_backbone_of_the_others(name):
 def test_a_saved_config_names_its_classes_once(folder):
     path, _ = folder
     assert 'num_classes' not in json.loads((path / 'config.json').read_text())['model_args']
-
-
-def learn(name: str, image_folder) -> None:
-    """Fine-tune with fastai: new head first, then, unfrozen, the body."""
-    from fastai.vision.all import ImageDataLoaders, Resize, vision_learner
-
-    loaders = ImageDataLoaders.from_folder(
-        image_folder, valid_pct=0.25, seed=0, item_tfms=Resize(64), bs=8, num_workers=0
-    )
-    learner = vision_learner(loaders, name, pretrained=False, metrics=[])
-    assert learner.model(torch.randn(2, 3, 64, 64)).shape == (2, 2)
-    with learner.no_bar(), learner.no_logging():
-        learner.fine_tune(1)
-    assert not [key for key, value in learner.model.named_parameters() if not torch.isfinite(value).all()]
-
-
-@pytest.mark.parametrize('name', [NAME, 'vitresnet_nano', 'test_vitresnet_dual'])
-def test_fastai(image_folder, name):
-    learn(name, image_folder)
-
-
-def cams(name: str):
-    """Return pytorch-grad-cam's maps at the last ResNet stage and at the tokens, (1, 96, 160) each."""
-    from pytorch_grad_cam import GradCAM
-    from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
-
-    torch.manual_seed(0)
-    model = randomise_(timm.create_model(name, num_classes=5))
-    x, grid = torch.randn(1, 3, 96, 160), (3, 5)
-
-    def to_map(tokens):
-        return tokens[:, model.num_prefix_tokens :].transpose(1, 2).reshape(len(tokens), -1, *grid)
-
-    targets = [ClassifierOutputTarget(2)]
-    with GradCAM(model=model, target_layers=[model.patch_embed.backbone]) as cam:
-        resnet = cam(input_tensor=x, targets=targets)
-    with GradCAM(model=model, target_layers=[model.blocks[-1].norm1], reshape_transform=to_map) as cam:
-        tokens = cam(input_tensor=x, targets=targets)
-    return resnet, tokens
-
-
-def test_grad_cam():
-    for cam in cams(NAME):
-        assert cam.shape == (1, 96, 160)
-        assert cam.min() >= 0 and cam.max() > 0.9 and cam.std() > 0.01
