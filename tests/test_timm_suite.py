@@ -13,11 +13,13 @@ import timm
 
 OURS = ['test_vitresnet', 'vitresnet', 'vitresnet_nano', 'vitresnet_small', 'vitresnet_tiny']
 OURS += ['test_vitresnet_dual', 'vitresnet_dual_tiny']
+OURS += ['test_vitresnet_mix', 'vitresnet_mix', 'vitresnet_mix_nano', 'vitresnet_mix_eca_bot26ts']
+OURS += ['vitresnet_mix_se_bot33ts']
 # timm's lists of models by name, and how they change to know ours: tokens come out of forward_features and pool_size is
 # None, as in its ViTs, but the pyramid's test is kept on; forward_intermediates is tested by module.
 PATCHES = [
     ('NON_STD_FILTERS = [\n', "NON_STD_FILTERS = [\n    'vitresnet*',\n"),
-    ('FEAT_INTER_FILTERS = [\n', "FEAT_INTER_FILTERS = [\n    'vitresnet', 'vitresnet_dual',\n"),
+    ('FEAT_INTER_FILTERS = [\n', "FEAT_INTER_FILTERS = [\n    'vitresnet', 'vitresnet_dual', 'vitresnet_mix',\n"),
     (
         'EXCLUDE_FEAT_FILTERS = NON_STD_FILTERS[:]\n',
         "EXCLUDE_FEAT_FILTERS = [f for f in NON_STD_FILTERS if f not in ('vitresnet*', 'test_vit*')]\n",
@@ -29,7 +31,7 @@ PATCHES = [
     ),
 ]
 # tests with 'pretrained' in their name download weights of every model
-DESELECTED = ['vitresnet_base', 'vitresnet_large', 'dual_small', 'dual_base', 'pretrained']
+DESELECTED = ['vitresnet_base', 'vitresnet_large', 'dual_small', 'dual_base', 'mix_bot', 'mix_alter', 'pretrained']
 
 
 @pytest.fixture(scope='module')

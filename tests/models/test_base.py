@@ -146,8 +146,12 @@ def test_explained_parts_are_called_in_their_order(name, kwargs):
     maps, blocks = [], []
     if parts.resnet is not None:
         parts.resnet.register_forward_hook(lambda module, args, y: maps.append(y if torch.is_tensor(y) else y[0]))
-    for block in parts.blocks:
-        block.register_forward_hook(lambda module, args, y: blocks.append((module, args[0].shape[1])))
+    for attention in parts.attentions:  # of tokens (B, N, D), or of a map
+        attention.register_forward_hook(
+            lambda module, args, y: blocks.append(
+                (module, args[0].shape[1] if args[0].ndim == 3 else args[0][0, 0].numel())
+            )
+        )
     height, width = 70, 130
     model(torch.randn(1, 3, height, width))
 
@@ -156,8 +160,8 @@ def test_explained_parts_are_called_in_their_order(name, kwargs):
 
     assert [tuple(one.shape[2:]) for one in maps] == ([grid(parts.resnet_stride)] if kwargs is not VIT else [])
     tokens = parts.num_prefix_tokens + math.prod(grid(parts.token_stride))
-    assert len(blocks) == len(parts.blocks) > 0 or kwargs is ALONE
-    for (module, seen), block in zip(blocks, parts.blocks, strict=True):
+    assert len(blocks) == len(parts.attentions) > 0 or kwargs is ALONE
+    for (module, seen), block in zip(blocks, parts.attentions, strict=True):
         assert module is block and seen == tokens
 
 

@@ -123,5 +123,6 @@ class AttnBlock(SelfAttnBlock):
         Attention averages values with weights whose sum is 1, and so does the pooling: scaling and shifting them
         before is the same as behind.
         """
-        check_plain('self_attn', self.self_attn)
+        if hasattr(self.post_attn, 'running_mean'):
+            check_plain('self_attn', self.self_attn)
         merge_batch_norm_(self, 'self_attn.qkv', 'post_attn')

@@ -31,6 +31,7 @@ MapGlobalPool = Literal['', 'avg', 'max', 'avgmax', 'catavgmax']
 NO_CLASS_TOKEN = "global_pool: got 'token', but the model has no class token; use 'avg', 'max' or 'avgmax'."
 MLP_LAYERS = {'mlp': Mlp, 'glu': GluMlp, 'swiglu': SwiGLU, 'swiglupacked': SwiGLUPacked}
 Scale = Annotated[float, between(0, 1000.0, above=True)]
+Eps = Annotated[float, between(0, 1.0, above=True)]
 OddSide = Annotated[int, Rule(lambda side: side in range(1, 32, 2), 'an odd number from 1 to 31')]
 PatchSize = Union[PatchSide, Tuple[PatchSide, PatchSide]]
 Index = Annotated[int, between(0, 511)]
@@ -68,6 +69,8 @@ class VitResNetCfg:
     output_stride: Optional[Literal[8, 16, 32]] = None  # stride of the tokens, kept by dilation in place of strides
     backbone_norm_layer: Optional[MapNorm] = None
     backbone_act_layer: Optional[Activation] = None
+    # added to the variance of weights that are standardised; None: what the backbone has, 1e-8 with 'resnetv2'
+    std_conv_eps: Optional[Eps] = None
     # The ViT
     patch_size: Optional[PatchSize] = None  # in pixels of the ResNet's map; 1, without a backbone 16
     embed_dim: Optional[Width] = None  # 384; with depth=0 it is the ResNet's width
@@ -85,6 +88,8 @@ class VitResNetCfg:
     final_norm: bool = True  # norm after the blocks
     fc_norm: Optional[bool] = None  # the final norm comes after pooling; None: where pooling is 'avg', 'max', 'avgmax'
     no_embed_class: bool = False  # prefix tokens have no position embedding
+    # how the position table is fitted to a smaller grid; cropped, it serves none that is larger
+    pos_embed_fit: Literal['resample', 'crop'] = 'resample'
     norm_layer: Optional[TokenNorm] = None
     act_layer: Optional[Activation] = None
     mlp_layer: Optional[Literal['mlp', 'glu', 'swiglu', 'swiglupacked']] = None
@@ -203,7 +208,7 @@ class VitResNetMixCfg:
     def _check_stage(self, stage: int) -> None:
         """Raise ValueError unless the measures of a stage fit together."""
         depth, attending = self.layers[stage], self.attending(stage)
-        if not set(attending) <= set(range(depth)):
+        if not set(attending) <= set(range(depth)) or len(set(attending)) < len(attending):
             raise ValueError(
                 f'attn_blocks: got {self.attn_blocks}, but stage {stage} (from 0) has {depth} blocks; expected at most '
                 f'so many, or their indices.'
@@ -240,4 +245,13 @@ def check_block(embed_dim: int, num_heads: int, mlp_ratio: float, mlp_layer: Opt
         raise ValueError(
             f'mlp_ratio: got {mlp_ratio}, which makes {hidden} hidden features of embed_dim ({embed_dim}); expected '
             f'from 1 to {2**18}, and an even number for glu and swiglupacked.'
+        )
+
+
+def check_pooling(global_pool: str, num_classes: int) -> None:
+    """Raise ValueError for a head without pooling: it classifies pooled features."""
+    if global_pool == '' and num_classes > 0:
+        raise ValueError(
+            f"global_pool: got '' with num_classes={num_classes}, but only a model without classes can leave its map "
+            f"unpooled; use num_classes=0, or global_pool='avg'."
         )

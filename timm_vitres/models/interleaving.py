@@ -87,7 +87,7 @@ def set_stem_stride_(stem: nn.Module, stride: int) -> None:
         else:
             stem.set_submodule(name, nn.Identity())
         if isinstance(stem, Stem):
-            stem.last_feat_idx = None  # there is no map of another stride inside it any more
+            stem.last_feat_idx = -1  # there is no map of another stride inside it any more; a script wants a number
 
 
 def _is_strided(module: nn.Module) -> bool:
@@ -101,7 +101,7 @@ def find_levels(cfg: VitResNetMixCfg, stem: nn.Module, num_features: int) -> Tup
     """
     stride = cfg.stem_stride or cfg.own_stem_stride
     levels: List[Dict[str, Any]] = [dict(num_chs=cfg.stem_chs, reduction=stride, module='stem', stage=0)]
-    if isinstance(stem, Stem) and stem.last_feat_idx is not None:
+    if isinstance(stem, Stem) and stem.last_feat_idx is not None and stem.last_feat_idx >= 0:
         name, layer = list(stem.named_children())[stem.last_feat_idx]
         levels.insert(0, dict(num_chs=layer.out_channels, reduction=2, module=f'stem.{name}', stage=0))
     is_kept = [True] * len(levels)

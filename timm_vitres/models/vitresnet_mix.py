@@ -30,7 +30,7 @@ from ..timm_private import init_byob_weights
 from ..weights.layouts import StateDict
 from .attention import MergingConvNormAct
 from .base import ExplainedParts, Hybrid
-from .config import MapGlobalPool, VitResNetMixCfg
+from .config import MapGlobalPool, VitResNetMixCfg, check_pooling
 from .features import as_format, check_output_fmt
 from .interleaving import (
     TABLES,
@@ -88,6 +88,7 @@ class VitResNetMix(Hybrid, ByobNet):
         device: Optional[Device] = None,
         dtype: Optional[FloatType] = None,
     ):
+        check_pooling(cfg.global_pool, num_classes)
         super().__init__(
             byob_cfg(cfg, to_2tuple(img_size or 224)),
             num_classes,
@@ -165,6 +166,7 @@ class VitResNetMix(Hybrid, ByobNet):
         for place, sides in attn_sizes(self.cfg, size).items():
             self.get_submodule(attn_name(place)).set_feat_size(sides)
         self._model_args = {**self._model_args, 'img_size': size}  # timm writes these into config.json
+        self._traits = {**self._traits, 'img_size': size}  # and makes the data config of these
 
     @checked
     def reset_classifier(self, num_classes: NumClasses, global_pool: Optional[MapGlobalPool] = None) -> None:
@@ -173,6 +175,7 @@ class VitResNetMix(Hybrid, ByobNet):
         Raises:
             ValueError: for an impossible number of classes, or an unknown pooling.
         """
+        check_pooling(self.global_pool if global_pool is None else global_pool, num_classes)
         super().reset_classifier(num_classes, global_pool)
         if global_pool is not None:
             self.cfg = dataclasses.replace(self.cfg, global_pool=global_pool)
@@ -194,9 +197,7 @@ class VitResNetMix(Hybrid, ByobNet):
 
     def _run(self, x: torch.Tensor, last_level: int) -> List[torch.Tensor]:
         """Return the maps of all levels up to one: of the stem (without and with its second stride), of every stage."""
-        # shapes are checked where a compiled or exported graph is captured
-        if not torch.jit.is_scripting() and not torch.compiler.is_compiling():
-            x = checked_images(x, self.in_chans)
+        x = checked_images(x, self.in_chans)
         levels: List[torch.Tensor] = []
         if hasattr(self.stem, 'forward_intermediates'):
             x, tap = self.stem.forward_intermediates(x)
@@ -283,7 +284,9 @@ class VitResNetMix(Hybrid, ByobNet):
 @register_notrace_function  # it looks at the shape
 def checked_images(x: torch.Tensor, in_chans: int) -> torch.Tensor:
     """Return images (B, in_chans, H, W) as they are; ValueError for anything else."""
-    check_images(x, in_chans)
+    # shapes are checked where a compiled or exported graph is captured
+    if not torch.jit.is_scripting() and not torch.compiler.is_compiling():
+        check_images(x, in_chans)
     return x
 
 

@@ -1,0 +1,52 @@
+"""Layers that attend to maps; their outputs are compared pixel by pixel in tests/models/test_vitresnet_mix.py."""
+
+import pytest
+import torch
+from conftest import relative_difference
+
+from timm_vitres.models.attention import RelPosAttn, resample_rel_pos
+
+
+def test_a_table_keeps_its_middle_and_its_order():
+    """A linear table stays linear inside, and the distance 0 stays in the middle."""
+    table = torch.arange(-7.0, 8.0)[:, None] * torch.tensor([[1.0, -2.0]])
+    for size in (4, 8, 12, 33):
+        resampled = resample_rel_pos(table, size)
+        assert resampled.shape == (2 * size - 1, 2)
+        assert resampled[size - 1].abs().max() < 1e-5
+        assert (resampled[1:, 0] > resampled[:-1, 0] - 1e-5).all()
+        torch.testing.assert_close(resampled, -resampled.flip(0), atol=1e-5, rtol=0)
+    assert torch.equal(resample_rel_pos(table, 8), table)
+
+
+def test_a_new_size_of_the_tables():
+    layer = RelPosAttn(16, feat_size=(4, 6), num_heads=2)
+    x = torch.randn(1, 16, 8, 3)
+    before = layer(x)
+    layer.pos_embed.width_rel.requires_grad_(False)
+    layer.set_feat_size((8, 3))
+    assert layer.pos_embed.height_rel.shape == (15, 8) and layer.pos_embed.width_rel.shape == (5, 8)
+    assert layer.pos_embed.height_rel.requires_grad and not layer.pos_embed.width_rel.requires_grad
+    assert relative_difference(layer(x), before) < 1e-6
+
+
+def test_position_logits_may_be_scaled():
+    """timm's `scale_pos_embed` is taken, too."""
+    x = torch.randn(2, 16, 5, 7)
+    plain, scaled = (RelPosAttn(16, feat_size=(5, 7), num_heads=2, scale_pos_embed=flag) for flag in (False, True))
+    scaled.load_state_dict(plain.state_dict())
+    assert relative_difference(scaled(x), plain(x)) > 1e-3
+    with torch.no_grad():
+        for table in (scaled.pos_embed.height_rel, scaled.pos_embed.width_rel):
+            table /= scaled.scale
+    assert relative_difference(scaled(x), plain(x)) < 1e-6
+
+
+@pytest.mark.parametrize('precision', [torch.bfloat16, torch.float64])
+def test_fused_or_not_in_every_precision(precision):
+    layer = RelPosAttn(16, feat_size=(5, 7), num_heads=2).to(precision)
+    x = torch.randn(2, 16, 9, 4, dtype=precision)
+    fused = layer(x)
+    layer.fused_attn = False
+    assert fused.dtype == precision
+    assert relative_difference(layer(x).float(), fused.float()) < (0.02 if precision == torch.bfloat16 else 1e-6)
