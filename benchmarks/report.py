@@ -290,6 +290,27 @@ def columns_of(found: list) -> list:
     return [spread([float(row[column]) for row in found], 2) for column in ('val_top1', 'test_top1')]
 
 
+def downstream() -> str:
+    """Programs that build on timm, on a model of each family and on timm's nearest classes."""
+    rows = newest('downstream', 'program', 'model')
+    models = dict.fromkeys(model for _, model in rows)
+
+    def cell(program: str, model: str) -> str:
+        row = rows[program, model]
+        if row['result'] != 'works':
+            return row['first_error']
+        told = 'works' + (f' ({row["needs"]})' if row['needs'] else '')
+        return told + (f': {row["strides"].replace(" ", ", ")}' if row['strides'] else '')
+
+    return table(
+        ['', *(f'`{model}`' for model in models)],
+        [
+            [f'{program}, {rows[program, next(iter(models))]["size"]}', *(cell(program, model) for model in models)]
+            for program in dict.fromkeys(program for program, _ in rows)
+        ],
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--check', action='store_true')
