@@ -13,7 +13,7 @@ import re
 from pathlib import Path
 from typing import Any, Callable, Iterator, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
-from timm_vitres import VitResNet, VitResNetCfg, VitResNetDual, VitResNetDualCfg
+from timm_vitres import VitResNet, VitResNetCfg, VitResNetDual, VitResNetDualCfg, VitResNetMix, VitResNetMixCfg
 from timm_vitres.cli import create_parser
 
 
@@ -325,7 +325,7 @@ def typo(name: str, rng: random.Random) -> str:
 SERIAL = dict(layers=(1,), channels=(128,), depth=1, embed_dim=32, num_heads=2, img_size=32, num_classes=3)
 RESNET = dict(backbone='resnet18', stage=1, depth=1, embed_dim=32, num_heads=2, img_size=32, num_classes=3)
 DUAL = dict(num_classes=3)
-BASES = {'test_vitresnet': SERIAL, 'vitresnet': RESNET, 'test_vitresnet_dual': DUAL}
+BASES = {'test_vitresnet': SERIAL, 'vitresnet': RESNET, 'test_vitresnet_dual': DUAL, 'test_vitresnet_mix': DUAL}
 # by type: what no field of it takes
 WRONG: dict[type, tuple[Any, ...]] = {
     bool: ('yes', 2, 0.5, [True]),
@@ -356,6 +356,9 @@ NUMBERS_OF: dict[str, tuple[Any, ...]] = {
     'channels': ((128, 256), (-128,), (100,)),
     'layers': ((1, 1, 1, 1, 1), (0,)),
     'depth': (4,),  # of the parallel family, a multiple of 3
+    'strides': ((1, 2, 2, 4), (0, 1, 2, 2)),
+    'attn_blocks': ((0, 0, 0, 9), (0, 1), ((0, 0), 0, 0, 0)),
+    'group_size': (7,),
     'bottle_ratio': (0, -0.5),
     'stem_width': (0,),
     'stem_chs': (0,),
@@ -384,6 +387,7 @@ def calls(rng: random.Random) -> Iterator[Case]:
         ('test_vitresnet', VitResNetCfg, VitResNet),
         ('vitresnet', VitResNetCfg, VitResNet),
         ('test_vitresnet_dual', VitResNetDualCfg, VitResNetDual),
+        ('test_vitresnet_mix', VitResNetMixCfg, VitResNetMix),
     ):
         hints = get_type_hints(cfg)
         for field in dataclasses.fields(cfg):
@@ -435,7 +439,7 @@ def _fits(value: Any, kind: type) -> bool:
 
 
 def _half(values: list[Any], model: str, rng: random.Random) -> list[Any]:
-    if model == 'test_vitresnet_dual' or len(values) < 4:
+    if model in ('test_vitresnet_dual', 'test_vitresnet_mix') or len(values) < 4:
         return values
     return values[::2] if model == 'vitresnet' else values[1::2]
 

@@ -35,7 +35,7 @@ from bad_input import Case
 from conftest import write_folder
 from hub_server import HubServer
 
-from timm_vitres import VitResNetCfg, VitResNetDualCfg, cli
+from timm_vitres import VitResNetCfg, VitResNetDualCfg, VitResNetMixCfg, cli
 from timm_vitres.publishing import hub
 
 SECONDS = 60  # after which a call counts as endless
@@ -271,7 +271,12 @@ def test_every_flag_and_every_field_is_among_them():
     }
     wanted -= {(command, '--' + dest.replace('_', '-')) for command, dest in bad_input.FREE}
     assert not wanted - told
-    for name, cfg in (('vitresnet', VitResNetCfg), ('test_vitresnet_dual', VitResNetDualCfg)):
+    configs = {
+        'vitresnet': VitResNetCfg,
+        'test_vitresnet_dual': VitResNetDualCfg,
+        'test_vitresnet_mix': VitResNetMixCfg,
+    }
+    for name, cfg in configs.items():
         tried = {key for case in CASES if case.call[0] == name for key in case.call[1]}
         assert not {field.name for field in dataclasses.fields(cfg)} - tried
 

@@ -22,11 +22,11 @@ def test_numbers_of_numpy_are_numbers(name):
     assert type(model.num_classes) is int
 
 
-@pytest.mark.parametrize('name', ['vitresnet', 'test_vitresnet_dual'])
+@pytest.mark.parametrize('name', ['vitresnet', 'test_vitresnet_dual', 'test_vitresnet_mix'])
 @pytest.mark.parametrize('indices', [99, 0, True, (0, 99), (-99,), ('a',), 'last', 1.5, (), (0, 0)])
 def test_wrong_levels_are_named(name, indices):
     with pytest.raises(ValueError, match=r'^out_indices: got'):
-        timm.create_model(name, features_only=True, out_indices=indices, device='meta', **dict(depth=6))
+        timm.create_model(name, features_only=True, out_indices=indices, device='meta')
 
 
 @pytest.mark.parametrize('name', ['vitresnet_small', 'test_vitresnet_dual'])

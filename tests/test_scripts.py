@@ -159,7 +159,7 @@ def test_a_python_that_would_not_know_is_refused(flag, script, started, monkeypa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('name', ['test_vitresnet', 'test_vitresnet_dual'])
+@pytest.mark.parametrize('name', ['test_vitresnet', 'test_vitresnet_dual', 'test_vitresnet_mix'])
 def test_every_process_knows_the_models(name, tmp_path):
     (tmp_path / 'workers.py').write_text(WORKERS)
     command = [sys.executable, '-m', 'timm_vitres', 'run']

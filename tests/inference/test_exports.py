@@ -20,9 +20,10 @@ from timm_vitres.inference.formats import FORMATS
 from timm_vitres.publishing import hub
 
 NAMES = ['vitresnet_tiny', 'vitresnet_small', 'vitresnet_nano', 'test_vitresnet']
-NAMES += ['test_vitresnet_dual', 'vitresnet_dual_tiny', 'vitresnet_dual_small_p32']
+NAMES += ['test_vitresnet_mix', 'test_vitresnet_dual', 'vitresnet_dual_tiny', 'vitresnet_dual_small_p32']
+NAMES += ['vitresnet_mix_nano', 'vitresnet_mix_eca_bot26ts']
 # name, features_only; capturing takes its time
-CASES = [('vitresnet_nano', False), ('vitresnet_nano', True), ('test_vitresnet', False)]
+CASES = [('vitresnet_nano', False), ('vitresnet_nano', True), ('test_vitresnet', False), ('test_vitresnet_mix', False)]
 CASES += [
     pytest.param(*case, marks=pytest.mark.slow)
     for case in [(name, features_only) for name in NAMES for features_only in (False, True)]
@@ -83,6 +84,7 @@ def test_torch_export(name, features_only, tmp_path):
         pytest.param('vitresnet_small', False, marks=pytest.mark.slow),
         ('vitresnet_tiny', True),
         ('test_vitresnet_dual', False),
+        ('test_vitresnet_mix', False),
         pytest.param('vitresnet_dual_small_p32', True, marks=pytest.mark.slow),
     ],
 )
@@ -128,7 +130,7 @@ SHALLOW = dict(backbone='resnet18', stage=1, depth=1, embed_dim=48, num_heads=3)
     'name, kwargs',
     [
         ('vitresnet', SHALLOW),
-        *(pytest.param(name, {}, marks=pytest.mark.slow) for name in ('test_vitresnet', 'test_vitresnet_dual')),
+        *(pytest.param(name, {}, marks=pytest.mark.slow) for name in NAMES[3:6]),
         pytest.param('vitresnet_tiny', {}, marks=pytest.mark.slow),
     ],
 )

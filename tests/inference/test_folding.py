@@ -20,6 +20,7 @@ from timm_vitres.models.layers import PadSameStdConv2d
 
 SIZES = [(224, 224), (97, 161), (33, 470)]
 NAMES = ['vitresnet_tiny', 'vitresnet_small', 'vitresnet_nano', 'vitresnet', 'test_vitresnet', 'test_vitresnet_dual']
+NAMES += ['test_vitresnet_mix', 'vitresnet_mix_nano']
 # ResNets whose blocks differ: norms before and after, pooled shortcuts, deep stems, anti-aliasing, attention, groups
 BACKBONES = ['resnet18', 'resnet26t', 'resnetv2_18', 'resnetblur18', 'seresnet50', 'resnet50_gn']
 SLOW_BACKBONES = ['resnetv2_50d_evos', 'resnext50_32x4d', 'resnet14t', 'ecaresnet26t', 'resnetv2_18d', 'resnetrs50']
@@ -75,7 +76,7 @@ def test_any_backbone(backbone):
         assert relative_difference(outputs(folded, x)[0], outputs(model, x)[0]) < 1e-5
 
 
-@pytest.mark.parametrize('name', ['test_vitresnet', 'vitresnet_nano', 'test_vitresnet_dual'])
+@pytest.mark.parametrize('name', ['test_vitresnet', 'vitresnet_nano', 'test_vitresnet_dual', 'test_vitresnet_mix'])
 def test_low_precision_is_not_lower(name):
     """Folded and then in bfloat16 the error against float32 is no larger than the model's own, in the mean."""
     first, other_way = [], []
@@ -168,7 +169,9 @@ DOORS = pytest.mark.parametrize('door', [fold, reparameterize_model])
 
 @DOORS
 @pytest.mark.parametrize('features_only', [False, True])
-@pytest.mark.parametrize('name', ['vitresnet_nano', 'vitresnet', 'test_vitresnet', 'test_vitresnet_dual'])
+@pytest.mark.parametrize(
+    'name', ['vitresnet_nano', 'vitresnet', 'test_vitresnet', 'test_vitresnet_dual', 'test_vitresnet_mix']
+)
 def test_twice_is_once(name, features_only, door):
     model = create(name, features_only=True, num_classes=0) if features_only else create(name)
     once = door(model)
@@ -364,12 +367,18 @@ def test_hooks_on_what_lies_between_are_refused(path):
 
 
 @DOORS
-@pytest.mark.parametrize('name', ['vitresnet_nano', 'test_vitresnet', 'test_vitresnet_dual'])
+@pytest.mark.parametrize('name', ['vitresnet_nano', 'test_vitresnet', 'test_vitresnet_dual', 'test_vitresnet_mix'])
 def test_other_hooks_go_on_working(name, door):
     """They are kept, called as often as before, and never by `fold` itself."""
     model, seen = create(name), []
     model.register_forward_hook(lambda module, args, output: seen.append('model'))
-    for path in ('patch_embed.backbone.layer1.0', 'blocks.0', 'units.0.conv_block', 'patch_embed.backbone.stages.0'):
+    for path in (
+        'patch_embed.backbone.layer1.0',
+        'blocks.0',
+        'units.0.conv_block',
+        'patch_embed.backbone.stages.0',
+        'stages.1',
+    ):
         with contextlib.suppress(AttributeError):
             model.get_submodule(path).register_forward_hook(lambda module, args, output: seen.append(output))
     folded = door(model)
@@ -401,7 +410,7 @@ def without_weights(module):
 
 @DOORS
 @pytest.mark.parametrize('change', [without_statistics, without_weights])
-@pytest.mark.parametrize('name', ['vitresnet_nano', 'test_vitresnet_dual'])
+@pytest.mark.parametrize('name', ['vitresnet_nano', 'test_vitresnet_dual', 'test_vitresnet_mix'])
 def test_batch_norms_of_all_kinds(name, change, door):
     model = create(name)
     for module in model.modules():
@@ -412,7 +421,7 @@ def test_batch_norms_of_all_kinds(name, change, door):
     check_same(folded, model)
 
 
-@pytest.mark.parametrize('name', ['vitresnet_nano', 'test_vitresnet_dual', 'vitresnet'])
+@pytest.mark.parametrize('name', ['vitresnet_nano', 'test_vitresnet_dual', 'vitresnet', 'test_vitresnet_mix'])
 def test_synchronised_batch_norms(name):
     model = create(name)
     expected = copy.deepcopy(model)
@@ -422,7 +431,7 @@ def test_synchronised_batch_norms(name):
         check_same(folded, expected)
 
 
-@pytest.mark.parametrize('name', ['vitresnet_nano', 'test_vitresnet', 'test_vitresnet_dual'])
+@pytest.mark.parametrize('name', ['vitresnet_nano', 'test_vitresnet', 'test_vitresnet_dual', 'test_vitresnet_mix'])
 def test_precision_device_and_gradients_stay(name):
     model = create(name).double()
     folded = fold(model)

@@ -15,7 +15,8 @@ from timm_vitres.inference.openvino_ir import OWN_GRAPHS, is_export
 pytestmark = pytest.mark.recent
 LAYERS = dict(backbone='resnet18', stage=1, depth=1, embed_dim=32, num_heads=2, num_classes=7)
 
-SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ('test_vitresnet_dual', 'vitresnet_nano')]
+OTHERS = ('test_vitresnet_dual', 'vitresnet_nano', 'test_vitresnet_mix')
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in OTHERS]
 
 
 @pytest.fixture

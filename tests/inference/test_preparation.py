@@ -29,9 +29,15 @@ def create(name, **kwargs):
 
 
 @pytest.mark.parametrize('precision', list(CLOSE))
-@pytest.mark.parametrize('name', ['test_vitresnet', 'test_vitresnet_dual', 'vitresnet_nano'])
+@pytest.mark.parametrize('name', ['test_vitresnet', 'test_vitresnet_dual', 'vitresnet_nano', 'test_vitresnet_mix'])
 def test_it_computes_the_same(name, precision):
     model = create(name)
+    if name == 'test_vitresnet_mix' and precision == 'int8':
+        with pytest.raises(
+            ValueError, match=r"precision: got 'int8', but VitResNetMix has no linear layers beside its"
+        ):
+            prepare(model, precision)
+        return
     before = {key: value.clone() for key, value in model.state_dict().items()}
     example = torch.randn(4, 3, 96, 64)
     fast = prepare(model, precision, example=example)
@@ -52,7 +58,7 @@ def test_it_computes_the_same(name, precision):
     'name, engine, precision',
     [
         pytest.param(name, engine, precision, marks=[] if name == 'test_vitresnet' else pytest.mark.slow)
-        for name in ('test_vitresnet', 'test_vitresnet_dual')
+        for name in ('test_vitresnet', 'test_vitresnet_dual', 'test_vitresnet_mix')
         for engine, row in ENGINES.items()
         for precision in row.precisions
     ],

@@ -19,7 +19,7 @@ def test_load_state_dict_takes_a_dict():
         timm.create_model('test_vitresnet').load_state_dict([1])
 
 
-@pytest.mark.parametrize('name', ['test_vitresnet', 'test_vitresnet_dual'])
+@pytest.mark.parametrize('name', ['test_vitresnet', 'test_vitresnet_dual', 'test_vitresnet_mix'])
 def test_a_new_head_has_no_old_names(name, tmp_path):
     """Neither in the model, nor in what is saved of it; the cfg that it was made from is another's."""
     model = timm.create_model(name, num_classes=2)
@@ -36,7 +36,7 @@ def test_a_new_head_has_no_old_names(name, tmp_path):
     assert 'cat' not in (saved / 'config.json').read_text()
 
 
-@pytest.mark.parametrize('name', ['test_vitresnet', 'test_vitresnet_dual'])
+@pytest.mark.parametrize('name', ['test_vitresnet', 'test_vitresnet_dual', 'test_vitresnet_mix'])
 def test_how_weights_were_read_is_not_saved(name, tmp_path):
     folder = timm_vitres.save(timm.create_model(name, num_classes=3, mmap=True), tmp_path / 'first')
     model = timm.create_model(f'local-dir:{folder}', pretrained=True, mmap=False, drop_path_rate=0.1)
@@ -74,6 +74,8 @@ MODELS = [
     ('vitresnet', VIT),
     (DUAL, {}),
     (DUAL, dict(patch_size=32)),
+    ('test_vitresnet_mix', {}),
+    ('vitresnet_mix_nano', {}),
 ]
 
 

@@ -11,7 +11,7 @@ import timm
 import torch
 
 import timm_vitres
-from timm_vitres import VitResNet, VitResNetCfg, VitResNetDual, VitResNetDualCfg
+from timm_vitres import VitResNet, VitResNetCfg, VitResNetDual, VitResNetDualCfg, VitResNetMix, VitResNetMixCfg
 
 # What no argument takes
 NONSENSE = [-1, float('nan'), float('inf'), 10**9, 10**400, 'nonsense', (), {}, b'x', object(), torch.nn.BatchNorm2d]
@@ -27,13 +27,16 @@ BASES = {
     'vit': ('vitresnet', dict(backbone='', embed_dim=24, num_heads=3, depth=1)),
     'alone': ('vitresnet', dict(backbone='resnet18', layers=(1,), channels=(8,), depth=0)),
     'dual': ('test_vitresnet_dual', {}),
+    'mix': ('test_vitresnet_mix', {}),
 }
+CLASSES = {'dual': (VitResNetDual, VitResNetDualCfg), 'mix': (VitResNetMix, VitResNetMixCfg)}
 FREE = ('device', 'dtype', 'cfg', 'self')
 
 
 def names_of(architecture):
-    is_dual = 'dual' in architecture
-    model_cls, cfg_cls = (VitResNetDual, VitResNetDualCfg) if is_dual else (VitResNet, VitResNetCfg)
+    model_cls, cfg_cls = next(
+        (pair for word, pair in CLASSES.items() if word in architecture), (VitResNet, VitResNetCfg)
+    )
     arguments = [name for name in inspect.signature(model_cls.__init__).parameters if name not in FREE]
     return [field.name for field in dataclasses.fields(cfg_cls)] + arguments
 
@@ -105,7 +108,7 @@ def test_mistakes_of_type_are_named(kwargs, message):
         timm.create_model('vitresnet', **{'depth': 1, 'device': 'meta', **kwargs})
 
 
-@pytest.mark.parametrize('name', ['test_vitresnet', 'test_vitresnet_dual'])
+@pytest.mark.parametrize('name', ['test_vitresnet', 'test_vitresnet_dual', 'test_vitresnet_mix'])
 @pytest.mark.parametrize('x', [torch.ones(1, 3, 96, 96, dtype=torch.uint8), np.ones((1, 3, 96, 96)), None])
 def test_what_is_no_image_is_named(name, x):
     with pytest.raises(ValueError, match=r'^input: got'):
@@ -121,7 +124,7 @@ def test_methods_name_their_arguments_too():
         model.set_input_size(img_size=16)
     with pytest.raises(ValueError, match=r'^indices: got 99'):
         model.forward_intermediates(torch.randn(1, 3, 96, 96), 99)
-    for name in ('test_vitresnet', 'test_vitresnet_dual'):
+    for name in ('test_vitresnet', 'test_vitresnet_dual', 'test_vitresnet_mix'):
         model = timm.create_model(name)
         with pytest.raises(ValueError, match=r'^num_classes: got 1.5'):
             model.reset_classifier(1.5)

@@ -170,7 +170,7 @@ def test_a_table_of_no_size_is_named():
             table_size(torch.ones(1, 1 + tokens, 8), embed(64, 96), 1, [None, (64, 64)])
 
 
-@pytest.mark.parametrize('name', ['test_vitresnet', 'test_vitresnet_dual'])
+@pytest.mark.parametrize('name', ['test_vitresnet', 'test_vitresnet_dual', 'test_vitresnet_mix'])
 def test_without_a_table_any_size_will_do(name):
     model = timm.create_model(name, device='meta')
     assert model.table_size({'norm.weight': torch.ones(1)}, [(64, 64)]) is None

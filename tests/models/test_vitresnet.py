@@ -472,6 +472,8 @@ INITIALISED = [
     ('vitresnet_nano', {}),
     ('vitresnet_tiny', {}),
     ('vitresnet_dual_tiny', {}),
+    *(('test_vitresnet_mix', {'weight_init': mode}) for mode in ('', 'jax', 'jax_nlhb', 'moco', 'reset')),
+    ('test_vitresnet_mix', dict(zero_init_last=False, channel_attn='gca')),
     ('vitresnet', dict(backbone='resnetblur18', layers=(1, 1), channels=(16, 24), depth=1, embed_dim=48)),
     ('vitresnet', dict(backbone='ecaresnet26t', stage=2, depth=1, embed_dim=48, norm_layer='rmsnorm')),
 ]
@@ -501,7 +503,12 @@ def test_init_weights_leaves_nothing_out(name, kwargs):
 
 
 @pytest.mark.parametrize(
-    'name, heads', [('test_vitresnet', ['head']), ('test_vitresnet_dual', ['head_resnet', 'head_vit'])]
+    'name, heads',
+    [
+        ('test_vitresnet', ['head']),
+        ('test_vitresnet_dual', ['head_resnet', 'head_vit']),
+        ('test_vitresnet_mix', ['head.fc']),
+    ],
 )
 def test_jax_nlhb_begins_with_rare_classes(name, heads):
     model = timm.create_model(name, num_classes=20, weight_init='jax_nlhb')

@@ -46,7 +46,11 @@ class LoweredMaps(Lowered):
 
 
 def quantise_(model: nn.Module) -> int:
-    """Make the weights of a model's linear layers int8 by torchao, but for its heads; return how many."""
+    """Make the weights of a model's linear layers int8 by torchao, but for its heads; return how many.
+
+    Raises:
+        ValueError: without torchao, and for a model that has no such layer.
+    """
     try:
         from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
     except ImportError:
@@ -59,6 +63,11 @@ def quantise_(model: nn.Module) -> int:
     def wanted(module: nn.Module, name: str) -> bool:
         return type(module) is nn.Linear and name not in heads
 
+    if not any(wanted(module, name) for name, module in model.named_modules()):
+        raise ValueError(
+            f"precision: got 'int8', but {type(model).__name__} has no linear layers beside its head, which stays as "
+            f"it is; use 'bf16', or OpenVINO (engine='openvino', format='openvino'), whose int8 is of convolutions."
+        )
     quantize_(model, Int8DynamicActivationInt8WeightConfig(), filter_fn=wanted)
     return sum(wanted(module, name) for name, module in model.named_modules())
 

@@ -9,12 +9,12 @@ from typing import Any, Tuple
 
 import torch
 import torch.nn.functional as F
-from timm.layers import ConvNormAct, register_notrace_module, use_fused_attn
+from timm.layers import ConvNormAct, is_exporting, register_notrace_module, use_fused_attn
 from timm.layers.bottleneck_attn import BottleneckAttn
 from timm.models.byobnet import SelfAttnBlock
 from torch import nn
 
-from .layers import resample_pos_embed
+from .layers import pad_to, resample_pos_embed
 from .merging import check_plain, merge_batch_norm_
 
 
@@ -43,8 +43,7 @@ class RelPosAttn(BottleneckAttn):
 
     def __init__(self, dim: int, *args: Any, stride: int = 1, **kwargs: Any):
         super().__init__(dim, *args, stride=stride, **kwargs)
-        if stride == 2:  # timm's drops an odd edge, which the block's shortcut keeps
-            self.pool = nn.AvgPool2d(2, 2, ceil_mode=True, count_include_pad=False)
+        self.stride = stride
         self.attn_drop = nn.Identity()  # here attention can be seen (`explain`)
         self.fused_attn = use_fused_attn()
 
@@ -59,13 +58,16 @@ class RelPosAttn(BottleneckAttn):
         if self.scale_pos_embed:
             rows, columns = rows * self.scale, columns * self.scale
         queries = queries * self.scale
-        if self.fused_attn:
+        if self.fused_attn and not is_exporting():
             x = self._attend_fused(queries, keys, values, rows, columns)
         else:
             attention = (queries @ keys.transpose(-1, -2)).unflatten(-1, (height, width))
             attention = attention + rows.unsqueeze(-1) + columns.unsqueeze(-2)
             x = self.attn_drop(attention.flatten(-2).softmax(dim=-1)) @ values
-        return self.pool(x.transpose(-1, -2).reshape(batch, self.dim_out_v, height, width))
+        x = x.transpose(-1, -2).reshape(batch, self.dim_out_v, height, width)
+        if self.stride == 2:  # the block's shortcut keeps an odd edge, which the pooling would drop
+            x = pad_to(x, (2 * ((height - 1) // 2 + 1), 2 * ((width - 1) // 2 + 1)))
+        return self.pool(x)
 
     @torch.jit.ignore
     def set_feat_size(self, feat_size: Tuple[int, int]) -> None:

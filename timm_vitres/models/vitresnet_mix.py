@@ -116,7 +116,7 @@ class VitResNetMix(Hybrid, ByobNet):
         first_conv = next(name for name, module in self.named_modules() if isinstance(module, nn.Conv2d))
         self._traits = dict(first_conv=first_conv, classifier=('head.fc',))
         self.weight_init_mode = 'reset' if weight_init == 'skip' else weight_init
-        if weight_init not in ('', 'skip'):
+        if weight_init not in ('', 'skip') and num_classes > 0:
             self.init_head_('head.fc')
 
     @checked

@@ -148,18 +148,24 @@ def add_adapters_(model: nn.Module, rank: int) -> None:
     """
     if not is_installed('peft'):
         raise ValueError('lora: needs peft, pip install "timm-vitres[lora]".')
-    if not any(isinstance(layer, nn.Linear) and re.fullmatch(ADAPTED, name) for name, layer in model.named_modules()):
+    adapted = [name for name, layer in model.named_modules() if re.fullmatch(ADAPTED, name) and _is_dense(name, layer)]
+    if not adapted:
         raise ValueError(f'lora: {type(model).__name__} has no attention or MLP to put adapters beside.')
     heads = head_parameters(model)
     trained = {id(parameter) for parameter in heads if parameter.requires_grad}
     try:
         from peft import LoraConfig, inject_adapter_in_model
 
-        inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=ADAPTED), model)
+        inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=adapted), model)
     except ImportError as error:  # peft refuses versions of torchao and transformers that it was not made for
         raise ValueError(f'lora: peft does not go with what else is installed ({on_one_line(error)}).') from error
     for name, parameter in model.named_parameters():
         parameter.requires_grad_('lora_' in name or id(parameter) in trained)
+
+
+def _is_dense(name: str, layer: nn.Module) -> bool:
+    # where a map attends, the layer is a 1x1 convolution; those of channel attention (SE) have an MLP's names
+    return isinstance(layer, nn.Linear) or (isinstance(layer, nn.Conv2d) and name.endswith('qkv'))
 
 
 def merged(model: nn.Module) -> nn.Module:
