@@ -1,7 +1,8 @@
-"""Speed of the serial family: inference and training steps against timm's classes, and cost against image size.
+"""Speed of the models: inference and training steps against timm's classes, and cost against image size.
 
     python benchmarks/throughput.py inference --record
     python benchmarks/throughput.py inference --record --models vitresnet_nano --sizes 32
+    python benchmarks/throughput.py inference --record --models vitresnet_mix_bot26t --sizes 256
     python benchmarks/throughput.py train --record
     python benchmarks/throughput.py scaling --record
 
@@ -45,6 +46,14 @@ PAIRS = {
         dict(backbone='resnet26d', embed_dim=768, depth=8, num_heads=8, mlp_ratio=3.0),
     ),
 }
+MIXED = {  # the interleaved family, at 256 x 256
+    'vitresnet_mix_bot26t': ('botnet26t_256', {}),
+    'vitresnet_mix_eca_bot26ts': ('eca_botnext26ts_256', {}),
+    'vitresnet_mix_se_bot33ts': ('sebotnet33ts_256', {}),
+    'vitresnet_mix_bot50ts': ('botnet50ts_256', {}),
+}
+DEFAULTS = list(PAIRS)  # at 224 x 224
+PAIRS.update(MIXED)
 OTHERS = ['resnet50', 'vit_small_patch16_224', 'coatnet_0_rw_224', 'maxvit_tiny_rw_224', 'fastvit_sa12']
 OTHERS += ['convnext_tiny', 'levit_256']
 REFERENCE = 'vitresnet_small'  # whose counterpart is the common reference
@@ -119,7 +128,8 @@ def create(name: str, size: int) -> nn.Module:
 def counterpart(name: str, ours: nn.Module, size: int) -> nn.Module:
     """Build timm's class with our weights (the position table resampled), for images of a size; check the logits."""
     theirs = create(PAIRS[name][0], size)
-    theirs.load_state_dict(checkpoint_filter_fn(ours.state_dict(), theirs))
+    weights = ours.state_dict()
+    theirs.load_state_dict(weights if name in MIXED else checkpoint_filter_fn(weights, theirs))
     x = torch.randn(1, 3, size, size)
     with torch.inference_mode():
         differs = difference(ours(x), theirs(x))
@@ -397,7 +407,7 @@ def main() -> None:
     for command in (inference, train, scaling):
         sub = commands.add_parser(command.__name__, help=command.__doc__, description=command.__doc__)
         sub.set_defaults(function=command)
-        models = dict(inference=[*PAIRS, *OTHERS], train=list(PAIRS), scaling=['vitresnet_small'])[command.__name__]
+        models = dict(inference=[*DEFAULTS, *OTHERS], train=DEFAULTS, scaling=['vitresnet_small'])[command.__name__]
         batches = dict(inference=[1, 16], train=[16], scaling=[1, 2, 4, 8, 16])[command.__name__]
         sizes = [128, 160, 192, 224, 256, 320, 384, 448, 512] if command is scaling else [224]
         sub.add_argument('--models', nargs='+', default=models, help=f'timm names; by default: {", ".join(models)}')
