@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help demo test test-one test-slow test-vithybrid test-lowest lint format clean
+.PHONY: help demo demo-dense test test-one test-slow test-vithybrid test-lowest lint format clean
 
 help:  ## what there is
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */\1\t/' | expand -t 18
@@ -14,6 +14,9 @@ help:  ## what there is
 
 demo: .venv/installed  ## fine-tune vitresnet_nano on photographs of solar cells, a few minutes on 2 cores
 	$(BIN)/python benchmarks/elpv.py --output demo
+
+demo-dense: .venv/installed  ## train a U-Net and a DPT on vitresnet_base to find and read digits on photographs, half an hour
+	$(BIN)/python benchmarks/dense.py --output demo-dense
 
 test: .venv/installed lint  ## lint, types and the default suite (about 15 minutes on 2 cores)
 	$(BIN)/python -m pytest -m 'not slow'
@@ -48,5 +51,5 @@ test-lowest:  ## the suite on the oldest versions that pyproject.toml allows (do
 	.venv-lowest/bin/python -m pip install --quiet --editable '.[test]' --constraint tests/lowest.txt
 	.venv-lowest/bin/python -m pytest -m 'not slow and not recent' --ignore tests/test_downstream.py  # whose programs are newer
 
-clean:  ## remove the environments and what the demo made
-	rm -rf .venv .venv-lowest .venv-vithybrid demo dist
+clean:  ## remove the environments and what the demos made
+	rm -rf .venv .venv-lowest .venv-vithybrid demo demo-dense dist
