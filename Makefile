@@ -15,7 +15,7 @@ help:  ## what there is
 demo: .venv/installed  ## fine-tune vitresnet_nano on photographs of solar cells, a few minutes on 2 cores
 	$(BIN)/python benchmarks/elpv.py --output demo
 
-demo-dense: .venv/installed  ## train a U-Net and a DPT on vitresnet_base to find and read digits on photographs, half an hour
+demo-dense: .venv/installed  ## train a U-Net and a DPT on vitresnet_base to find handwriting on photographs, minutes on 2 cores
 	$(BIN)/python benchmarks/dense.py --output demo-dense
 
 test: .venv/installed lint  ## lint, types and the default suite (about 15 minutes on 2 cores)
