@@ -111,6 +111,13 @@ def midas_layout(model):
     return result
 
 
+def pix2tex_layout(model):
+    """Return a model's weights as the encoder of a pix2tex model, with a bit of its decoder."""
+    result = {'encoder.' + key: value for key, value in model.state_dict().items() if not key.startswith('head.')}
+    result['decoder.net.token_emb.weight'] = result['decoder.net.to_logits.bias'] = torch.ones(2)
+    return result
+
+
 def conformer_layout(state_dict):
     """Return a parallel hybrid's weights as Conformer's authors name them."""
     rules = (
@@ -160,6 +167,7 @@ EXAMPLES = {
     'transformers ViTHybrid': ('test_vitresnet', hybrid_layout),
     'transformers DPT-Hybrid': ('test_vitresnet', dpt_layout),
     'MiDaS DPT': ('test_vitresnet', midas_layout),
+    'pix2tex': ('test_vitresnet', pix2tex_layout),
     'Conformer': ('test_vitresnet_dual', lambda model: conformer_layout(model.state_dict())),
     'mmpretrain Conformer': ('test_vitresnet_dual', lambda model: mmpretrain_layout(model.state_dict())),
 }
@@ -167,6 +175,7 @@ EXAMPLES = {
 # Layouts of models with a decoder in place of a classifier, and what is said of the tensors that are left out
 WITHOUT_HEAD = {
     'transformers DPT-Hybrid': '2 tensors of other parts are left out: head (1), neck (1).',
+    'pix2tex': '2 tensors of other parts are left out: decoder (2).',
     'MiDaS DPT': '4 tensors of other parts are left out: pretrained.act_postprocess3 (1), pretrained.model.head (2), '
     'scratch (1).',
 }

@@ -2,6 +2,9 @@
 
 import pytest
 import timm
+import torch
+from conftest import relative_difference
+from timm.layers import StdConv2d, StdConv2dSame
 
 
 def create(**kwargs):
@@ -29,6 +32,12 @@ def create(**kwargs):
         (dict(backbone='resnet18', channels=(10, 20, 30, 40), backbone_norm_layer='groupnorm'), 'backbone_norm_layer'),
         (dict(backbone='resnetv2', block='basic'), "block: got 'basic'"),
         (dict(backbone='resnetv2_50x1_bit', stem_type='deep'), "stem_type: got 'deep'"),
+        (dict(backbone='resnet18', std_conv_eps=1e-6), "std_conv_eps: got 1e-06, but 'resnet18' has no convolutions"),
+        (
+            dict(backbone='', std_conv_eps=1e-6),
+            "backbone: got '' .none., but measures of a ResNet were given: std_conv_eps",
+        ),
+        (dict(backbone='resnet18', depth=0, pos_embed_fit='crop'), "pos_embed_fit: got 'crop', but with depth=0"),
         (dict(backbone='resnet18', depth=0, qk_norm=True), 'qk_norm: got True, but with depth=0'),
         (dict(backbone='resnet18', depth=0, global_pool='map', num_heads=5), 'num_heads: got 5'),
     ],
@@ -58,3 +67,15 @@ def test_what_a_backbone_has_by_itself_may_be_said(kwargs):
 def test_a_variant_of_measures_takes_changes_of_others(kwargs):
     """What the caller did not say himself is never held against him."""
     assert timm.create_model('vitresnet_nano', device='meta', **kwargs).patch_embed.backbone is not None
+
+
+@pytest.mark.parametrize('backbone', ['resnetv2', 'resnetv2_50x1_bit'])
+def test_every_standardised_weight_takes_the_eps(backbone):
+    model = timm.create_model('vitresnet', backbone=backbone, stage=1, depth=1, img_size=64, std_conv_eps=0.5)
+    convs = [module for module in model.modules() if isinstance(module, (StdConv2d, StdConv2dSame))]
+    assert len(convs) == 11 and {conv.eps for conv in convs} == {0.5}
+    conv = model.patch_embed.backbone.blocks()[0].conv1
+    weight = conv.weight - conv.weight.mean((1, 2, 3), keepdim=True)
+    weight = weight / (weight.square().mean((1, 2, 3), keepdim=True) + 0.5).sqrt()
+    x = torch.randn(1, 64, 5, 7)
+    assert relative_difference(conv(x), torch.nn.functional.conv2d(x, weight)) < 1e-5

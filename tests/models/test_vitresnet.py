@@ -34,6 +34,7 @@ def test_family_is_registered():
         'vitresnet_base',
         'vitresnet_large',
         'vitresnet_nano',
+        'vitresnet_ocr',
         'vitresnet_small',
         'vitresnet_tiny',
     ]
@@ -49,7 +50,7 @@ def test_every_parameter_has_a_gradient(name):
     if name == 'vitresnet_large':  # shapes only; its numbers are compared with timm's below
         model = timm.create_model(name, device='meta', img_size=64)
     else:
-        model = timm.create_model(name, img_size=64)
+        model = timm.create_model(name, img_size=64, in_chans=3, num_classes=1000)
     device = next(model.parameters()).device
     # the ResNets begin with zero_init_last, which would hide a convolution that nothing reaches
     if device.type != 'meta':
@@ -385,7 +386,7 @@ def test_device_and_dtype(name):
     for tensor in (*model.parameters(), *model.buffers()):
         assert tensor.device.type == 'meta'
         assert tensor.dtype == torch.bfloat16 or not tensor.is_floating_point()
-    model = randomise_(timm.create_model(name, num_classes=4))
+    model = randomise_(timm.create_model(name, num_classes=4, in_chans=3))
     x = torch.randn(1, 3, 97, 161)
     with torch.inference_mode():
         expected = model(x)

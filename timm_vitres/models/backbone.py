@@ -7,6 +7,7 @@ would pass over is refused, since it would be recorded with a model that does no
 import inspect
 from typing import Any, Callable, Dict, Iterable, Optional
 
+from timm.layers import StdConv2d, StdConv2dSame
 from torch import nn
 
 from ..checks import check_choice, on_one_line
@@ -39,6 +40,7 @@ def create_backbone(
     stage: Optional[int] = None,
     stem_stride: Optional[int] = None,
     output_stride: Optional[int] = None,
+    std_conv_eps: Optional[float] = None,
     in_chans: int = 3,
     device=None,
     dtype=None,
@@ -51,13 +53,14 @@ def create_backbone(
         stage: The last stage kept; 0 keeps the stem alone. All of them by default.
         stem_stride: 4; 2 leaves out the pooling; 1 makes the first convolution's stride 1, too.
         output_stride: Stride of the map that dilation is to keep to, as far as the stages allow it.
+        std_conv_eps: Added to the variance of the weights that are standardised.
         measures: Arguments of timm's `ResNet` or `ResNetV2`, and `block`: 'basic' or 'bottleneck'.
 
     Raises:
         ValueError: for an unknown backbone or stage, or a measure that this backbone does not take.
     """
     if not name:
-        _check_nothing_given(measures, stage, stem_stride)
+        _check_nothing_given(measures, stage, stem_stride, std_conv_eps)
         return NoBackbone()
     kind = kind_of(name)
     _check_measures(kind, measures)
@@ -78,15 +81,29 @@ def create_backbone(
         backbone = build(device, measures)
     except Exception as error:  # timm's classes and entrypoints raise whatever their layers do
         raise ValueError(_blame(name, build, measures, error)) from error
+    if std_conv_eps is not None:
+        _set_std_conv_eps_(backbone, name, std_conv_eps)
     return backbone.keep(stage, stem_stride)
 
 
-def _check_nothing_given(measures: Dict[str, Any], stage: Optional[int], stem_stride: Optional[int]) -> None:
+def _set_std_conv_eps_(backbone: nn.Module, name: str, eps: float) -> None:
+    """Give all convolutions that standardise their weights an eps; ValueError where there are none."""
+    convs = [module for module in backbone.modules() if isinstance(module, (StdConv2d, StdConv2dSame))]
+    if not convs:
+        raise ValueError(f'std_conv_eps: got {eps}, but {name!r} has no convolutions that standardise their weights.')
+    for conv in convs:
+        conv.eps = eps
+
+
+def _check_nothing_given(
+    measures: Dict[str, Any], stage: Optional[int], stem_stride: Optional[int], std_conv_eps: Optional[float]
+) -> None:
     """Raise ValueError for measures of a ResNet that is not there."""
     given = [
         *(_FIELDS.get(key, key) for key in measures),
         *(['stage'] if stage is not None else []),
         *(['stem_stride'] if stem_stride else []),
+        *(['std_conv_eps'] if std_conv_eps else []),
     ]
     if given:
         raise ValueError(f"backbone: got '' (none), but measures of a ResNet were given: {', '.join(given)}.")

@@ -1,7 +1,7 @@
 """How the parts of a serial hybrid go together: what its config leaves open, and what does not fit, by name."""
 
 import dataclasses
-from typing import Any, Dict, Iterable, Tuple, Union
+from typing import Any, Dict, Iterable, Optional, Tuple, Union
 
 from timm.layers import to_2tuple
 from torch import nn
@@ -12,7 +12,7 @@ from .config import NO_CLASS_TOKEN, VitResNetCfg, check_block
 # Fields of a ViT's blocks, and those of them that a pooling with weights has a use for
 _VIT_FIELDS = (
     *('num_heads', 'mlp_ratio', 'qkv_bias', 'qk_norm', 'proj_bias', 'init_values', 'final_norm', 'fc_norm'),
-    *('no_embed_class', 'norm_layer', 'act_layer', 'mlp_layer'),
+    *('no_embed_class', 'pos_embed_fit', 'norm_layer', 'act_layer', 'mlp_layer'),
 )
 _POOL_FIELDS = {'map': ('num_heads', 'mlp_ratio', 'norm_layer', 'act_layer'), 'prr': ('num_heads', 'norm_layer')}
 
@@ -27,6 +27,7 @@ def _backbone_arguments(cfg: VitResNetCfg) -> Dict[str, Any]:
     return dict(
         stage=cfg.stage,
         stem_stride=cfg.stem_stride,
+        std_conv_eps=cfg.std_conv_eps,
         output_stride=cfg.output_stride // patch_stride if cfg.output_stride else None,
         **{arg: getattr(cfg, field) for field, arg in RESNET_ARGS.items() if getattr(cfg, field) is not None},
     )
@@ -42,6 +43,24 @@ def compose_backbone(cfg: VitResNetCfg, **kwargs) -> nn.Module:
             f'pixels: dilation replaces the strides of ResNet stages 2 to 4, not those of the stem or of the patches.'
         )
     return backbone
+
+
+def output_stride_with(cfg: VitResNetCfg, ratio: int, patch_size: Union[int, Tuple[int, int]]) -> Optional[int]:
+    """Return the `output_stride` with which the config's ResNet, of stride `ratio`, goes with other patches.
+
+    Raises:
+        ValueError: where there is none such.
+    """
+    undilated = compose_backbone(dataclasses.replace(cfg, output_stride=None), device='meta')
+    if not cfg.backbone or undilated.feature_info[-1]['reduction'] == ratio:
+        return None  # it keeps all its strides
+    stride = ratio * max(to_2tuple(patch_size))
+    if stride not in (8, 16, 32):
+        raise ValueError(
+            f"patch_size: got {patch_size}, with which the tokens would be {stride} pixels apart, but the model's "
+            f'output_stride ({cfg.output_stride}) can only become 8, 16 or 32; make the model anew for these patches.'
+        )
+    return stride
 
 
 def check_overrides(cfg: VitResNetCfg, names: Iterable[str]) -> None:

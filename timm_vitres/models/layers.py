@@ -30,6 +30,7 @@ __all__ = [
     'PadSameStdConv2d',
     'ResNetEmbed',
     'check_images',
+    'crop_pos_embed',
     'feature_take_indices',
     'pad_to',
     'resample_pos_embed',
@@ -167,6 +168,25 @@ def resample_pos_embed(
     )
 
 
+@register_notrace_function
+def crop_pos_embed(
+    pos_embed: torch.Tensor, grid: Tuple[int, int], old_grid: Tuple[int, int], num_prefix_tokens: int
+) -> torch.Tensor:
+    """Return the positions of a grid's upper left corner. (1, P + h * w, D) -> (1, P + H' * W', D), H' <= h, W' <= w.
+
+    Raises:
+        ValueError: for a grid that is larger than the table; an exported graph has an error of its own.
+    """
+    if not is_exporting() and (grid[0] > old_grid[0] or grid[1] > old_grid[1]):
+        raise ValueError('input: got an image that is larger than the position table, which is cropped.')
+    # rows and columns are chosen by their numbers: an exported graph would have to prove that a slice is smaller
+    rows = torch.arange(grid[0], device=pos_embed.device)
+    columns = torch.arange(grid[1], device=pos_embed.device)
+    table = pos_embed[:, num_prefix_tokens:].reshape(1, old_grid[0], old_grid[1], -1)
+    table = table[:, rows][:, :, columns].flatten(1, 2)
+    return torch.cat([pos_embed[:, :num_prefix_tokens], table], dim=1)
+
+
 def _resize_matrix(old: int, new: int, device: torch.device) -> torch.Tensor:
     with torch.no_grad():
         points = torch.eye(old, device=device)[None, None]
@@ -255,6 +275,7 @@ class ResNetEmbed(HybridEmbed):
             dtype=dtype,
         )
         self.num_levels = len(backbone.feature_info)
+        self.crops_positions = False  # the ViT has positions for `img_size` and smaller images alone
         # anti-aliasing by average pooling (timm's resnetaa*) rounds down where everything else rounds up
         self.only_multiples = any(isinstance(m, nn.AvgPool2d) and not m.ceil_mode for m in backbone.modules())
 
@@ -293,6 +314,12 @@ class ResNetEmbed(HybridEmbed):
                 f'{name}: got an image of {height}x{width} pixels, which is smaller than one token; '
                 f'height and width must be at least {min_h}x{min_w}.'
             )
+        max_h, max_w = self.grid_size[0] * min_h, self.grid_size[1] * min_w
+        if self.crops_positions and isinstance(self.proj, nn.Conv2d) and (height > max_h or width > max_w):
+            raise ValueError(
+                f"{name}: got an image of {height}x{width} pixels, but with pos_embed_fit='crop' there are positions "
+                f'for at most {max_h}x{max_w}.'
+            )
         stride = self.backbone.feature_info[-1]['reduction'] if self.only_multiples else 1
         if height % stride or width % stride:
             raise ValueError(
@@ -307,6 +334,12 @@ class ResNetEmbed(HybridEmbed):
         if self.patch_size != (1, 1) and (is_exporting() or pad_h > 0 or pad_w > 0):
             x = F.pad(x, (0, pad_w, 0, pad_h))
         return self.proj(x).permute(0, 2, 3, 1)
+
+    def positions(self, pos_embed: torch.Tensor, grid: Tuple[int, int], num_prefix_tokens: int) -> torch.Tensor:
+        """Return a position table, (1, P + h * w, D), as it is for a grid: (1, P + H' * W', D)."""
+        if self.crops_positions:
+            return crop_pos_embed(pos_embed, grid, self.grid_size, num_prefix_tokens)
+        return resample_pos_embed(pos_embed, grid, self.grid_size, num_prefix_tokens)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: (B, C, H, W) -> tokens (B, H', W', D)."""

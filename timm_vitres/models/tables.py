@@ -7,7 +7,7 @@ import torch
 from timm.layers import resample_abs_pos_embed, resample_patch_embed, to_2tuple
 
 from ..weights.layouts import StateDict
-from .layers import ResNetEmbed
+from .layers import ResNetEmbed, crop_pos_embed
 
 
 def fit_tables(
@@ -23,7 +23,7 @@ def fit_tables(
         img_size: Height and width that the table was made for, where they are known.
 
     Raises:
-        RuntimeError: for a table that is of no grid that is told, and of no square one.
+        RuntimeError: for a table that is of no grid that is told, and of no square one, or too small to be cropped.
     """
     state_dict = dict(state_dict)
     table = state_dict.get('pos_embed')
@@ -59,6 +59,13 @@ def _fit_pos_embed(
             )
     if old_grid == grid:
         return pos_embed
+    if embed.crops_positions and (old_grid[0] < grid[0] or old_grid[1] < grid[1]):
+        raise RuntimeError(
+            f'pos_embed: the checkpoint has positions for {old_grid[0]}x{old_grid[1]} tokens, and with '
+            f"pos_embed_fit='crop' none can be made of them for {grid[0]}x{grid[1]}; ask for a smaller img_size."
+        )
+    if embed.crops_positions:
+        return crop_pos_embed(pos_embed, (grid[0], grid[1]), (old_grid[0], old_grid[1]), num_prefix_tokens)
     return resample_abs_pos_embed(
         pos_embed, new_size=list(grid), old_size=list(old_grid), num_prefix_tokens=num_prefix_tokens
     )

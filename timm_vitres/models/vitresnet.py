@@ -12,7 +12,7 @@ from typing import Any, Dict, List, Optional, Sequence
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
-from timm.layers import DropPath, calculate_drop_path_rates, to_2tuple
+from timm.layers import DropPath, calculate_drop_path_rates
 from timm.models import (
     VisionTransformer,
     generate_default_cfgs,
@@ -25,10 +25,10 @@ from torch import nn
 from ..checks import Device, FloatType, NumClasses, Rate, Size, WeightInit, Width, checked
 from ..weights.layouts import StateDict
 from .base import ExplainedParts, Hybrid, ImageSizes
-from .composition import check_overrides, compose_backbone, resolve_vit
+from .composition import check_overrides, compose_backbone, output_stride_with, resolve_vit
 from .config import MLP_LAYERS, NO_CLASS_TOKEN, GlobalPool, PatchSize, VitResNetCfg
 from .features import SerialFeatures
-from .layers import ResNetEmbed, resample_pos_embed
+from .layers import ResNetEmbed, crop_pos_embed
 from .loading import build_hybrid
 from .merging import merge_layer_scale_
 from .tables import fit_tables, table_size
@@ -116,6 +116,7 @@ class VitResNet(SerialFeatures, Hybrid, VisionTransformer):
             dtype=dtype,
         )
         self.patch_embed.check_size('img_size', self.patch_embed.img_size)
+        self.patch_embed.crops_positions = cfg.pos_embed_fit == 'crop'
         self.cfg = cfg
         # the first convolution depends on the backbone, so its name is a trait of the instance, not of the cfg
         first_conv = next(name for name, module in self.named_modules() if isinstance(module, nn.Conv2d))
@@ -167,13 +168,12 @@ class VitResNet(SerialFeatures, Hybrid, VisionTransformer):
         if self.reg_token is not None:
             prefix.append(self.reg_token.expand(batch, -1, -1))
         if self.no_embed_class and self.pos_embed is not None:
-            x = x + resample_pos_embed(self.pos_embed, (height, width), self.patch_embed.grid_size, 0)
+            x = x + self.patch_embed.positions(self.pos_embed, (height, width), 0)
         if len(prefix) > 0:
             prefix.append(x)
             x = torch.cat(prefix, dim=1)
         if not self.no_embed_class and self.pos_embed is not None:
-            grid = self.patch_embed.grid_size
-            x = x + resample_pos_embed(self.pos_embed, (height, width), grid, self.num_prefix_tokens)
+            x = x + self.patch_embed.positions(self.pos_embed, (height, width), self.num_prefix_tokens)
         return self.pos_drop(x)
 
     @torch.jit.ignore
@@ -233,7 +233,9 @@ class VitResNet(SerialFeatures, Hybrid, VisionTransformer):
 
     @checked
     def set_input_size(self, img_size: Optional[Size] = None, patch_size: Optional[PatchSize] = None) -> None:
-        """Make the position table for another size, and the projection for other patches; timm's resampling for both.
+        """Make the position table for another size, and the projection for other patches, both resampled as timm does.
+
+        With pos_embed_fit='crop' the table is cropped, and what is cut off is gone.
 
         Args:
             img_size: Height and width, in pixels; the present ones by default.
@@ -248,29 +250,22 @@ class VitResNet(SerialFeatures, Hybrid, VisionTransformer):
                 raise ValueError(f'patch_size: got {patch_size}, but with depth=0 the model is the ResNet alone.')
             changes['patch_size'] = patch_size
             if self.cfg.output_stride is not None:  # it is the stride of the tokens, so it goes with their size
-                changes['output_stride'] = self._output_stride(patch_size)
+                ratio = self.patch_embed.feature_ratio[0]
+                changes['output_stride'] = output_stride_with(self.cfg, ratio, patch_size)
         old_size, old_patch_size = self.patch_embed.img_size, self.patch_embed.patch_size
         name = 'img_size' if img_size is not None else 'patch_size'
         self.patch_embed.check_size(name, img_size or old_size, patch_size or old_patch_size)
+        table, grid = self.pos_embed, self.patch_embed.grid_size
+        if self.patch_embed.crops_positions:
+            self.pos_embed = None  # timm would resample it
         super().set_input_size(img_size=img_size, patch_size=patch_size)
+        if self.patch_embed.crops_positions and table is not None:
+            self.pos_embed = table
+            cropped = crop_pos_embed(table.detach(), self.patch_embed.grid_size, grid, self._num_table_prefix() or 0)
+            self.pos_embed = nn.Parameter(cropped, requires_grad=table.requires_grad)
         if changes:
             self._change_cfg(**changes)
             self._init_feature_info()
-
-    def _output_stride(self, patch_size: PatchSize) -> Optional[int]:
-        """Return the config's `output_stride` with which this very ResNet goes with other patches."""
-        ratio = self.patch_embed.feature_ratio[0]
-        undilated = compose_backbone(dataclasses.replace(self.cfg, output_stride=None), device='meta')
-        if not self.cfg.backbone or undilated.feature_info[-1]['reduction'] == ratio:
-            return None  # it keeps all its strides
-        stride = ratio * max(to_2tuple(patch_size))
-        if stride not in (8, 16, 32):
-            raise ValueError(
-                f"patch_size: got {patch_size}, with which the tokens would be {stride} pixels apart, but the model's "
-                f'output_stride ({self.cfg.output_stride}) can only become 8, 16 or 32; make the model anew for these '
-                f'patches.'
-            )
-        return stride
 
     def _change_cfg(self, **changes: Any) -> None:
         """Keep config and saved arguments those of the model that this one has become."""
@@ -329,6 +324,8 @@ def _cfg_384(**kwargs) -> Dict[str, Any]:
 
 
 _IMAGENET = dict(mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD)
+# the mean and deviation of pix2tex's grey images, which have 32x32 to 192x672 pixels and no classes
+_FORMULAS = dict(input_size=(1, 192, 672), mean=(0.7931,), std=(0.1738,), crop_pct=1.0, num_classes=0)
 # A name without a tag means its first tag that has weights
 default_cfgs = generate_default_cfgs(
     {
@@ -352,6 +349,7 @@ default_cfgs = generate_default_cfgs(
         ),
         'vitresnet_large.augreg_in21k': _cfg(hf_hub_id='timm/vit_large_r50_s32_224.augreg_in21k', num_classes=21843),
         'vitresnet_nano.untrained': _cfg(input_size=(3, 64, 64), crop_pct=1.0, **_IMAGENET),
+        'vitresnet_ocr.untrained': _cfg(**_FORMULAS),
         'vitresnet.untrained': _cfg(**_IMAGENET),
         'test_vitresnet.untrained': _cfg(input_size=(3, 96, 96), **_IMAGENET),
     }
@@ -412,6 +410,21 @@ def vitresnet_nano(pretrained: bool = False, **kwargs) -> VitResNet:
         class_token=False,
     )
     return _create_vitresnet('vitresnet_nano', pretrained, cfg, **kwargs)
+
+
+@register_model
+def vitresnet_ocr(pretrained: bool = False, **kwargs) -> VitResNet:
+    """R(2, 3, 7) + 4 blocks for grey images of formulas, up to 192x672: the encoder of pix2tex (LaTeX-OCR); 12.9M."""
+    cfg = VitResNetCfg(
+        backbone='resnetv2',
+        layers=(2, 3, 7),
+        std_conv_eps=1e-6,
+        embed_dim=256,
+        depth=4,
+        num_heads=8,
+        pos_embed_fit='crop',
+    )
+    return _create_vitresnet('vitresnet_ocr', pretrained, cfg, **kwargs)
 
 
 @register_model

@@ -216,7 +216,7 @@ def _add_shapes(
 
     The table's size may differ from that of the training images: --img-size of timm's train.py changes only the images.
     A table is never resampled here. Where several sizes have as many tokens as the table, the caller's `img_size` comes
-    first, then the one in the model's arguments.
+    first, then the one in the model's arguments; the architecture's own comes last.
     """
     model = _on_meta(name, **kwargs)
     head = state_dict.get(model.head_keys()[0])
@@ -224,7 +224,9 @@ def _add_shapes(
     first_conv = state_dict.get(f'{model.first_conv}.weight')
     if first_conv is not None and first_conv.ndim == 4:
         kwargs['in_chans'] = int(first_conv.shape[1])
-    size = model.table_size(state_dict, (img_size, kwargs.get('img_size'), trained_size))
+    height, width = get_model_input_config(model)['input_size'][-2:]
+    own_size = (height, width) if height != width else None  # a square grid needs no candidate
+    size = model.table_size(state_dict, (img_size, kwargs.get('img_size'), trained_size, own_size))
     if size is not None:
         kwargs['img_size'] = size
 

@@ -167,6 +167,11 @@ def from_midas(state_dict: StateDict) -> StateDict:
     return {key.removeprefix('pretrained.model.'): value for key, value in state_dict.items()}
 
 
+def from_pix2tex(state_dict: StateDict) -> StateDict:
+    """Convert the encoder of a pix2tex model with a ResNet (github:lukas-blecher/LaTeX-OCR): a model of timm's."""
+    return {key.removeprefix('encoder.'): value for key, value in state_dict.items()}
+
+
 def from_conformer(state_dict: StateDict) -> StateDict:
     """Convert a Conformer of its authors (github:pengzhiliang/Conformer), or of mmpretrain (keys below `backbone.`).
 
@@ -236,6 +241,13 @@ LAYOUTS: List[Layout] = [
         from_midas,
         # its classifier is ImageNet's as it was before the rest was trained further, and nothing there uses it
         left_out=r'(scratch|auxlayer|pretrained\.act_postprocess\d|pretrained\.model\.head)\b',
+        license='mit',
+    ),
+    Layout(
+        'pix2tex',
+        r'^encoder\.patch_embed\.backbone\.',
+        from_pix2tex,
+        left_out=r'decoder\b',  # what writes the formula
         license='mit',
     ),
     Layout('Conformer', r'^trans_patch_conv\.', from_conformer),
