@@ -83,7 +83,8 @@ def compose(parts: Parts, size: Tuple[int, int], generator: np.random.Generator)
     image = photograph[top : top + size[0], left : left + size[1]].astype(np.float64)
     mask = np.zeros(size, bool)
     taken = np.zeros(size, bool)
-    for index in generator.integers(len(parts.digits), size=generator.integers(4, 8)):
+    count = round(generator.integers(4, 8) * mask.size / 96**2)  # as many to an area in images of every size
+    for index in generator.integers(len(parts.digits), size=count):
         alpha = ink(parts.digits[index], int(generator.integers(20, 41)), generator.uniform(-12, 12))
         for _ in range(8):  # tries to find a place that is free
             top, left = (generator.integers(whole - part + 1) for whole, part in zip(size, alpha.shape))
