@@ -1,4 +1,4 @@
-"""The README's picture of both families, drawn from the models themselves: what flows where, at which stride.
+"""The README's picture of the three families, drawn from the models themselves: what flows where, at which stride.
 
 python benchmarks/families.py        # writes benchmarks/results/families.png
 """
@@ -90,11 +90,32 @@ def parallel(axes: Axes, name: str) -> None:
     axes.set(xlim=(-5.6, 4.9), ylim=(y - 2.6, top + 0.6), title=f'parallel: {name}')
 
 
+def interleaved(axes: Axes, name: str) -> None:
+    """Every stage of the ResNet with its blocks, those that convolve and those that attend."""
+    model = timm.create_model(name, device='meta')
+    cfg = model.cfg
+    rows = [('image', PLAIN, ''), (f'stem, {cfg.stem_chs} channels', RESNET, 'stride 2')]
+    for stage, width in enumerate(cfg.channels):
+        kinds = ['attention' if block in cfg.attending(stage) else 'convolution' for block in range(cfg.layers[stage])]
+        for block, kind in enumerate(kinds):
+            stride = f'{width} channels,\nstride {4 * 2**stage}' if block == 0 else ''
+            rows.append((f'stage {stage + 1}: {kind}', VIT if kind == 'attention' else RESNET, stride))
+    rows += [('average, head', RESNET, ''), ('logits', PLAIN, '')]
+    for i, (text, colour, note) in enumerate(rows):
+        y = len(rows) - i
+        box(axes, 0, y, text, colour, width=2.6)
+        axes.text(1.45, y, note, va='center', fontsize=8)
+        if i:
+            arrow(axes, (0, y + 1 - HEIGHT / 2), (0, y + HEIGHT / 2))
+    axes.set(xlim=(-1.7, 3.0), ylim=(0.4, len(rows) + 0.6), title=f'interleaved: {name}')
+
+
 def main() -> None:
-    """Draw both and write the picture."""
-    figure = Figure(figsize=(11, 6.2), layout='constrained')
-    panels = figure.subplots(1, 2, width_ratios=(1, 2))
-    for axes, draw, name in zip(panels, (serial, parallel), ('vitresnet_small', 'vitresnet_dual_small')):
+    """Draw all three and write the picture."""
+    figure = Figure(figsize=(14.5, 6.2), layout='constrained')
+    panels = figure.subplots(1, 3, width_ratios=(1, 2, 1.1))
+    families = {'vitresnet_small': serial, 'vitresnet_dual_small': parallel, 'vitresnet_mix_bot26t': interleaved}
+    for axes, (name, draw) in zip(panels, families.items()):
         axes.set_axis_off()
         draw(axes, name)
     figure.savefig(Path(__file__).parent / 'results' / 'families.png', dpi=110)
