@@ -217,7 +217,7 @@ def draw(x: torch.Tensor, masks: Dict[str, torch.Tensor], path: Path) -> None:
             axis.set(xticks=[], yticks=[])
         axes[row, 0].set_ylabel(name.replace(', ', ',\n'), fontsize=7)
     figure.tight_layout(pad=0.3)
-    figure.savefig(path, dpi=100)
+    figure.savefig(path, dpi=90)
     plt.close(figure)
 
 

@@ -56,6 +56,22 @@ def elpv() -> str:
     )
 
 
+def dense() -> str:
+    """IoU on held-out images of the size of training and of one that is new, of each decoder and encoder."""
+    runs = defaultdict(list)
+    for row in read('dense'):
+        runs[row['decoder'], row['encoder'], f'{int(row["parameters"]) / 1e6:.0f}M'].append(row)
+    sizes = ('same', 'larger')
+    rows = [
+        [decoder, f'`{encoder}`', size, *(spread([float(row[f'iou_{name}']) for row in found]) for name in sizes)]
+        for (decoder, encoder, size), found in runs.items()
+    ]
+    rows.append(
+        ["Otsu's threshold, which does not learn", '', '', *(read('dense')[0][f'otsu_{name}'] for name in sizes)]
+    )
+    return table(['decoder', 'encoder', 'parameters', 'IoU (%), 96 x 96', 'IoU (%), 128 x 160'], rows)
+
+
 def nano_search() -> str:
     """Accuracy for training time of the candidates for vitresnet_nano, the best first."""
     accuracies = defaultdict(list)

@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import timm
+import torch
 from conftest import stripes, write_folder
-from layouts import google_layout
+from layouts import google_layout, pix2tex_layout
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / 'README.md').read_text()
@@ -31,6 +32,8 @@ def test_python_snippets_run(tmp_path):
     write_folder(tmp_path / 'images', per_class=8)
     stripes(64, True, np.random.default_rng(0)).save(tmp_path / 'cat.jpg')
     np.savez(tmp_path / 'R26_S_32.npz', **google_layout(timm.create_model('vit_small_r26_s32_224')))
+    np.savez(tmp_path / 'R50+ViT-B_16.npz', **google_layout(timm.create_model('vit_base_r50_s16_224')))
+    torch.save(pix2tex_layout(timm.create_model('vitresnet_ocr')), tmp_path / 'weights.pth')
     code = '\n'.join(snippets('python'))
     for pattern, stand_in in OFFLINE:
         code, count = re.subn(pattern, stand_in, code)
