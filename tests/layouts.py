@@ -45,7 +45,8 @@ def google_layout(model, prefix=''):
     put('cls', model.cls_token)
     put('Transformer/posembed_input/pos_embedding', model.pos_embed)
     put_norm('Transformer/encoder_norm', model.norm)
-    put_linear('head', model.head)
+    if isinstance(model.head, torch.nn.Linear):
+        put_linear('head', model.head)
     width = model.embed_dim
     put_linear('pre_logits', torch.nn.Linear(width, width))  # which in21k files have, and no model uses
     for i, block in enumerate(model.blocks):

@@ -12,8 +12,10 @@ import re
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
+from urllib.parse import unquote, urlparse
 
 import timm
+import torch
 from timm.data import resolve_input_data_config
 from timm.layers import to_2tuple
 from timm.models import PretrainedCfg, get_arch_pretrained_cfgs, get_model_input_config, split_model_name_tag
@@ -25,10 +27,11 @@ from ..data import DATA_FIELDS, check_data_config
 from ..labels import normalise_label_names
 from ..models.base import Hybrid
 from ..models.loading import assign_, fill_buffers_
+from ..weights.augreg import PublishedName, read_name, url_of
 from ..weights.checkpoints import checkpoint_files, read_checkpoint
 from ..weights.checksums import check_once
 from ..weights.comparison import add_batch_counts, check_dtypes, check_keys
-from ..weights.downloads import hub_file
+from ..weights.downloads import hub_file, url_file
 from ..weights.files import CONFIG_NAME
 from ..weights.layouts import StateDict, convert_layout, find_layout
 from ..weights.sources import hub_weights, local_weights
@@ -52,9 +55,11 @@ def convert(
     """Turn a checkpoint into a folder that `timm.create_model('local-dir:<folder>', pretrained=True)` loads.
 
     Args:
-        source: A file, a folder with one (or with shards and their index), or 'hf-hub:owner/name'. It holds a training
-            checkpoint of timm's, or weights of timm, Google (npz), Hugging Face's ViTHybrid or DPT-Hybrid, MiDaS,
-            or Conformer (of its authors or of mmpretrain).
+        source: A file, a folder with one (or with shards and their index), 'hf-hub:owner/name', or a URL. It holds a
+            training checkpoint of timm's, or weights of timm, Google (npz), Hugging Face's ViTHybrid or DPT-Hybrid,
+            MiDaS, pix2tex, or Conformer (of its authors or of mmpretrain). A file that has the name under which
+            Google published it is what that name says (see `weights.augreg`); of one that is not here, that name,
+            or its address (gs://vit_models/...), is enough.
         folder: The folder to write.
         model: The architecture; by default the one that the checkpoint names, else the hybrid that has these tensors.
         label_names: Names of the classes, by index, or a dict of them by index; by default those that stand beside
@@ -67,14 +72,17 @@ def convert(
         The folder.
 
     Raises:
-        ValueError: where the architecture is unknown, the file is no checkpoint, or label_names are not as many as
-            its classes.
+        ValueError: where the architecture is unknown, the file is no checkpoint or not what its published name says,
+            or label_names are not as many as its classes.
         RuntimeError: for missing or unexpected keys, wrong shapes and dtypes.
-        OSError: for a damaged file.
+        OSError: for a damaged file, and one that can't be downloaded.
     """
     if img_size is not None:
         img_size = conform('img_size', img_size, ImageSize)
     path, config, preprocessor = _find(str(source))
+    published = read_name(path)
+    if published:
+        config = config or published.config()
     for file in checkpoint_files(path):
         check_once(file)
     weights, about = read_checkpoint(path, use_ema)
@@ -88,6 +96,8 @@ def convert(
 
     built = _on_meta(name, **kwargs)
     state_dict = add_batch_counts(state_dict, built)
+    if published and not model:
+        _check_name(path, published, name, kwargs, state_dict, built)
     check_dtypes(state_dict, built)
     check_keys(state_dict, built)
     if label_names is None:
@@ -103,7 +113,7 @@ def convert(
         built,
         model_name=Path(folder).resolve().name,
         description=f'Converted from `{path.name}` ({layout.name} layout) by `timm-vitres convert`.',
-        recipe=_recipe(args, about),
+        recipe=published.recipe if published else _recipe(args, about),
         source=f'local-dir:{folder}',
         label_names=label_names or (),
         data_config=data,
@@ -116,6 +126,10 @@ def _find(source: str) -> Tuple[Path, Dict[str, Any], Dict[str, Any]]:
     """Return the weights, and what config.json and preprocessor_config.json beside them say."""
     found: List[Dict[str, Any]] = []
     hub_id = source.removeprefix('hf-hub:') if source.startswith('hf-hub:') else None
+    url = None if hub_id or Path(source).exists() else url_of(source)
+    if url:  # files of one name lie in several folders
+        folder = Path(unquote(urlparse(url).path)).parent.relative_to('/')
+        return url_file(url, Path(torch.hub.get_dir(), 'checkpoints', folder)), {}, {}
     path = hub_weights(hub_id) if hub_id else local_weights(source.removeprefix('local-dir:'))
     for name in (CONFIG_NAME, PREPROCESSOR_NAME):
         beside = path.with_name(name)
@@ -197,6 +211,26 @@ def _architecture(
         f'model: not given, and the checkpoint has the tensors of none of {", ".join(candidates)}; say which '
         f'architecture it is, and give its further arguments as model_kwargs.'
     )
+
+
+def _check_name(
+    path: Path, published: PublishedName, name: str, kwargs: Dict[str, Any], state_dict: StateDict, built: Hybrid
+) -> None:
+    """Raise ValueError where a file is not what the name says under which it was published."""
+    told: Optional[str] = None
+    try:
+        check_keys(state_dict, built, built.head_keys())
+    except RuntimeError:
+        told = f'the name says {published.architecture} ({name}), whose tensors the file does not have'
+    size, num_classes = to_2tuple(kwargs.get('img_size')), kwargs['num_classes']
+    if not told and published.size and size != to_2tuple(published.size):
+        told = f'the name says {published.size} pixels, but the position table is for {size[0]}x{size[1]}'
+    expected = published.num_classes
+    if not told and num_classes and expected and num_classes != expected:
+        data = published.dataset or published.upstream
+        told = f'the name says {data}, which has {expected} classes, but the head has {num_classes}'
+    if told:
+        raise ValueError(f'source: {path.name}: {told}; give the file another name to have it known by its contents.')
 
 
 def _on_meta(name: str, **kwargs: Any) -> Hybrid:

@@ -125,6 +125,10 @@ def from_google(arrays: StateDict) -> StateDict:
         elif re.search(r'/(bias|scale)$', key):
             value = value.flatten()
         result[new] = value.contiguous()
+    head = [key for key in result if key.startswith('head.')]
+    if head and not any(result[key].any() for key in head):  # so are those of the first ViT paper before fine-tuning
+        _logger.warning('Google JAX: the head is all zeros, and is left out: %s.', ', '.join(sorted(head)))
+        result = {key: value for key, value in result.items() if key not in head}
     return _join_qkv(result)
 
 
