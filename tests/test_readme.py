@@ -18,6 +18,7 @@ README = (ROOT / 'README.md').read_text()
 OFFLINE = [
     (r"'vitresnet_small\.augreg_in21k_ft_in1k', pretrained=True", "'vitresnet_small'"),
     (r"'vitresnet_dual_small\.conformer_in1k', pretrained=True", "'vitresnet_dual_small'"),
+    (r"'vitresnet_mix_bot26t\.c1_in1k', pretrained=True", "'vitresnet_mix_bot26t'"),
 ]
 
 
