@@ -229,7 +229,7 @@ def add_convert(subparsers) -> None:
     parser = subparsers.add_parser(
         'convert', help='turn a checkpoint into a folder that timm loads', formatter_class=HelpFormatter
     )
-    parser.add_argument('source', metavar='FILE', help='a checkpoint (torch, npz, safetensors), folder, hf-hub:<id>, URL')
+    parser.add_argument('source', metavar='FILE', help='checkpoint (torch, npz, safetensors), folder, hf-hub:<id>, URL')
     parser.add_argument('--output', required=True, type=Path, metavar='FOLDER', help='where to')
     parser.add_argument('--model', metavar='NAME', help='architecture; else what the checkpoint says or shows')
     parser.add_argument('--img-size', type=int, nargs='+', metavar='PIXELS', help='height and width it was trained at')
