@@ -23,7 +23,7 @@ NAMES = ['vitresnet_tiny', 'vitresnet_small', 'vitresnet_nano', 'test_vitresnet'
 NAMES += ['test_vitresnet_mix', 'test_vitresnet_dual', 'vitresnet_dual_tiny', 'vitresnet_dual_small_p32']
 NAMES += ['vitresnet_mix_nano', 'vitresnet_mix_eca_bot26ts']
 # name, features_only; capturing takes its time
-CASES = [('vitresnet_nano', False), ('vitresnet_nano', True), ('test_vitresnet', False), ('test_vitresnet_mix', False)]
+CASES = [('vitresnet_nano', False), ('vitresnet_nano', True), ('test_vitresnet', False)]
 CASES += [
     pytest.param(*case, marks=pytest.mark.slow)
     for case in [(name, features_only) for name in NAMES for features_only in (False, True)]

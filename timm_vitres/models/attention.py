@@ -33,8 +33,8 @@ def _between_all(table: torch.Tensor, size: int) -> torch.Tensor:
 class RelPosAttn(BottleneckAttn):
     """timm's `BottleneckAttn` for maps of any size: the tables of relative positions are resampled.
 
-    Where attention is fused, a pixel's two position terms stand beside its query, and an indicator of row and column
-    beside every key, so that one product gives the logits: no matrix of all pairs of pixels is held.
+    Where attention is fused, as of larger maps, a pixel's two position terms stand beside its query, and an indicator
+    of row and column beside every key, so that one product gives the logits: no matrix of all pairs of pixels is held.
 
     Args:
         feat_size: Height and width of the map that the tables are made for.
@@ -46,6 +46,7 @@ class RelPosAttn(BottleneckAttn):
         self.stride = stride
         self.attn_drop = nn.Identity()  # here attention can be seen (`explain`)
         self.fused_attn = use_fused_attn()
+        self.fused_from = 256  # pixels; of smaller maps the matrix is smaller than what the kernel needs beside it
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: (B, C, h, w) -> (B, C', ceil(h / stride), ceil(w / stride))."""
@@ -58,7 +59,7 @@ class RelPosAttn(BottleneckAttn):
         if self.scale_pos_embed:
             rows, columns = rows * self.scale, columns * self.scale
         queries = queries * self.scale
-        if self.fused_attn and not is_exporting():
+        if self.fused_attn and height * width >= self.fused_from and not is_exporting():
             x = self._attend_fused(queries, keys, values, rows, columns)
         else:
             attention = (queries @ keys.transpose(-1, -2)).unflatten(-1, (height, width))

@@ -219,7 +219,13 @@ class VitResNetMix(Hybrid, ByobNet):
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
         """x: (B, C, H, W) -> the last map (B, C', H / stride, W / stride)."""
-        return self._run(x, self.num_levels)[-1]
+        x = checked_images(x, self.in_chans)
+        x = self.stem(x)
+        if self.grad_checkpointing and not torch.jit.is_scripting():
+            x = checkpoint_seq(self.stages, x)
+        else:
+            x = self.stages(x)
+        return self.final_conv(x)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: (B, in_chans, H, W) -> logits (B, num_classes); see `forward_head`."""
