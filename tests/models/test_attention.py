@@ -45,9 +45,9 @@ def test_position_logits_may_be_scaled():
 @pytest.mark.parametrize('precision', [torch.bfloat16, torch.float64])
 def test_fused_or_not_in_every_precision(precision):
     layer = RelPosAttn(16, feat_size=(5, 7), num_heads=2).to(precision)
-    x = torch.randn(2, 16, 32, 8, dtype=precision)
+    x = torch.randn(2, 16, 32, 16, dtype=precision)
     fused = layer(x)  # of that many pixels it is
-    assert layer.fused_attn and layer.fused_from == 32 * 8
+    assert layer.fused_attn and layer.fused_from == 32 * 16
     layer.fused_attn = False
     assert fused.dtype == precision
     assert relative_difference(layer(x).float(), fused.float()) < (0.02 if precision == torch.bfloat16 else 1e-6)

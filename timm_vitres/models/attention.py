@@ -46,7 +46,7 @@ class RelPosAttn(BottleneckAttn):
         self.stride = stride
         self.attn_drop = nn.Identity()  # here attention can be seen (`explain`)
         self.fused_attn = use_fused_attn()
-        self.fused_from = 256  # pixels; of smaller maps the matrix is smaller than what the kernel needs beside it
+        self.fused_from = 512  # pixels; of smaller maps the matrix costs less than what the kernel needs beside it
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: (B, C, h, w) -> (B, C', ceil(h / stride), ceil(w / stride))."""
@@ -63,7 +63,8 @@ class RelPosAttn(BottleneckAttn):
             x = self._attend_fused(queries, keys, values, rows, columns)
         else:
             attention = (queries @ keys.transpose(-1, -2)).unflatten(-1, (height, width))
-            attention = attention + rows.unsqueeze(-1) + columns.unsqueeze(-2)
+            attention += rows.unsqueeze(-1)
+            attention += columns.unsqueeze(-2)
             x = self.attn_drop(attention.flatten(-2).softmax(dim=-1)) @ values
         x = x.transpose(-1, -2).reshape(batch, self.dim_out_v, height, width)
         if self.stride == 2:  # the block's shortcut keeps an odd edge, which the pooling would drop
