@@ -156,6 +156,11 @@ def fastest(rows: dict, device: str, model: str, batch: str, size: str = '224') 
     return min((row for row in paths if 'int8' not in row['path']), key=lambda row: float(row['ms']))
 
 
+def at_size(model: str, size: str) -> str:
+    """Return a model's name, with the size of its images where it is not the usual one."""
+    return f'`{model}`' + (f' at {size} x {size}' if size != '224' else '')
+
+
 def ratios_to_timm(rows: dict) -> str:
     """Return a table of the hybrids, ours and timm's, each against timm's class in eager mode."""
     timms = {row['reference'] for row in rows.values() if row['model'].startswith('vitresnet')}
@@ -165,8 +170,7 @@ def ratios_to_timm(rows: dict) -> str:
             continue
         for path in dict.fromkeys(key[4] for key in rows if key[:4] == (device, machine, model, size)):
             pair = (rows.get((device, machine, model, size, path, batch)) for batch in ('1', '16'))
-            name = f'`{model}`' + (f' at {size} x {size}' if size != '224' else '')
-            lines.append([name, short(machine), path, *(row['ratio'] if row else '' for row in pair)])
+            lines.append([at_size(model, size), short(machine), path, *(row['ratio'] if row else '' for row in pair)])
     return table(['model', 'processor', '', 'time, batch 1', 'time, batch 16'], lines)
 
 
@@ -189,7 +193,7 @@ def throughput_ours() -> str:
     return table(
         ['batch 1 / 16', 'processor', *paths],
         [
-            [f'`{model}`', short(machine), *(cell(machine, model, size, path) for path in paths)]
+            [at_size(model, size), short(machine), *(cell(machine, model, size, path) for path in paths)]
             for machine, model, size in models
         ],
     )
