@@ -124,3 +124,17 @@ def test_int8_takes_its_ranges_from_images(net, tmp_path):
     assert found[0] < 0.1 < found[1]
     with pytest.raises(ValueError, match="example: not given, but 'int8' of 'openvino' takes the ranges"):
         export(net, tmp_path / 'm.xml', precision='int8')
+
+
+@pytest.mark.slow
+def test_a_larger_image_than_the_model_takes_is_refused(tmp_path):
+    """Beyond a table of positions that is cropped there are none."""
+    model = randomise_(timm.create_model('test_vitresnet', img_size=(64, 96), pos_embed_fit='crop', num_classes=3))
+    export(model, tmp_path / 'model.xml', example=torch.randn(1, 3, 64, 64))
+    run = load(tmp_path / 'model.xml', 'openvino')
+    x = torch.randn(1, 3, 64, 96)
+    with torch.inference_mode():
+        assert relative_difference(run(x), model(x)) < 1e-5
+    for size in ((65, 96), (64, 97)):
+        with pytest.raises(ValueError, match='but the file takes at most 64x96'):
+            run(torch.randn(1, 3, *size))

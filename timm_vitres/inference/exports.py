@@ -27,6 +27,7 @@ from .lowering import check_example, check_outputs, difference, forward_only
 
 # Outputs may be off by this part of their norm: runtimes add up in another order, and what a low precision costs is
 # reported, not judged. Outputs that are off by their whole norm are those of another model
+LARGEST = 4096  # pixels a side of what a graph for all sizes takes
 _TOLERANCE = {'fp32': 1e-4, 'bf16': 1.0, 'int8': 1.0}
 
 
@@ -246,7 +247,9 @@ def _image_sizes(model: nn.Module) -> ImageSizes:
 
 def _dynamic_shapes(model: nn.Module) -> Dict[int, Any]:
     """Every batch, height and width; torch.export takes one token a side for a constant, so from two on."""
-    stride, multiple = _image_sizes(model)
+    stride, multiple, largest = _image_sizes(model)
+    height, width = largest or (LARGEST, LARGEST)
     if multiple > 1:
-        return {0: Dim('batch'), 2: stride * Dim('rows', min=2, max=128), 3: stride * Dim('columns', min=2, max=128)}
-    return {0: Dim('batch'), 2: Dim('height', min=stride + 1, max=4096), 3: Dim('width', min=stride + 1, max=4096)}
+        rows, columns = Dim('rows', min=2, max=height // stride), Dim('columns', min=2, max=width // stride)
+        return {0: Dim('batch'), 2: stride * rows, 3: stride * columns}
+    return {0: Dim('batch'), 2: Dim('height', min=stride + 1, max=height), 3: Dim('width', min=stride + 1, max=width)}

@@ -189,7 +189,8 @@ def _write_openvino(source: Source, path: Path) -> None:
         onnx_file = Path(folder) / 'model.onnx'
         _write_onnx(replace(source, precision='fp32'), onnx_file)
         calibration = source.calibration if source.precision == 'int8' else None
-        openvino_ir.write(onnx_file, path, source.precision, source.config_text, calibration)
+        largest = tuple(source.sizes[axis].max for axis in (2, 3)) if 2 in source.sizes else None
+        openvino_ir.write(onnx_file, path, source.precision, source.config_text, calibration, largest)
 
 
 ROWS = (

@@ -21,17 +21,30 @@ HINTS = {'fp32': 'f32', 'bf16': 'bf16', 'int8': 'f32'}
 CUT_OFF = '<!-- <net > was being replaced when its writer was killed: export the model again -->'
 
 
-def write(onnx_file: Path, path: Path, precision: str, config: str, calibration: Optional[torch.Tensor]) -> None:
+def write(
+    onnx_file: Path,
+    path: Path,
+    precision: str,
+    config: str,
+    calibration: Optional[torch.Tensor],
+    largest: Optional[Tuple[int, ...]] = None,
+) -> None:
     """Write an ONNX file as OpenVINO's .xml, with a .bin beside it that holds the weights.
 
     Args:
         config: JSON that the file shall hold.
         calibration: Images (B, C, H, W), by whose activations nncf makes convolutions and linear layers int8.
+        largest: Height and width up to which the graph is that of the model; None where its size is fixed.
     """
     import openvino
 
     model = openvino.Core().read_model(onnx_file)
     _resize_as_pillow_(model)
+    if largest is not None:
+        shape = model.input(0).partial_shape
+        for axis, top in zip((2, 3), largest):
+            shape[axis] = openvino.Dimension(1, top)
+        model.reshape(shape)
     if calibration is not None:
         model = _quantised(model, calibration)
     model.set_rt_info(precision, [INFO, 'precision'])
@@ -100,11 +113,18 @@ class Runner:
         told = [INFO, 'precision']
         precision = self.model.get_rt_info(told).astype(str) if self.model.has_rt_info(told) else 'fp32'
         self.settings = {'INFERENCE_PRECISION_HINT': HINTS[precision], 'INFERENCE_NUM_THREADS': torch.get_num_threads()}
+        tops = [self.model.input(0).partial_shape[axis].get_max_length() for axis in (2, 3)]
+        self.largest = [top if top > 0 else sys.maxsize for top in tops]  # -1 of a file without bounds
         self.graphs: Dict[Optional[Tuple[int, ...]], Any] = {}
 
     def __call__(self, x: torch.Tensor) -> Any:
         """x: (B, C, H, W), float32 -> a tensor, or a list of them."""
         shape: Optional[Tuple[int, ...]] = tuple(x.shape)
+        if x.shape[2] > self.largest[0] or x.shape[3] > self.largest[1]:
+            raise ValueError(
+                f'input: got an image of {x.shape[2]}x{x.shape[3]} pixels, but the file takes at most '
+                f'{self.largest[0]}x{self.largest[1]}.'
+            )
         if shape not in self.graphs:
             shape = shape if len(self.graphs) < OWN_GRAPHS else None
         if shape not in self.graphs:

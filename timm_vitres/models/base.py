@@ -25,6 +25,7 @@ class ImageSizes(NamedTuple):
 
     stride: int  # the deepest map has one pixel for so many of the image's
     multiple: int  # height and width must be multiples of it; 1 where every size is taken
+    largest: Optional[Tuple[int, int]] = None  # height and width up to which images are taken; None for any
 
 
 class ExplainedParts(NamedTuple):

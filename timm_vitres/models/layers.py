@@ -314,11 +314,11 @@ class ResNetEmbed(HybridEmbed):
                 f'{name}: got an image of {height}x{width} pixels, which is smaller than one token; '
                 f'height and width must be at least {min_h}x{min_w}.'
             )
-        max_h, max_w = self.grid_size[0] * min_h, self.grid_size[1] * min_w
-        if self.crops_positions and isinstance(self.proj, nn.Conv2d) and (height > max_h or width > max_w):
+        largest = self.largest_image(patch_size)
+        if largest is not None and (height > largest[0] or width > largest[1]):
             raise ValueError(
                 f"{name}: got an image of {height}x{width} pixels, but with pos_embed_fit='crop' there are positions "
-                f'for at most {max_h}x{max_w}.'
+                f'for at most {largest[0]}x{largest[1]}.'
             )
         stride = self.backbone.feature_info[-1]['reduction'] if self.only_multiples else 1
         if height % stride or width % stride:
@@ -334,6 +334,20 @@ class ResNetEmbed(HybridEmbed):
         if self.patch_size != (1, 1) and (is_exporting() or pad_h > 0 or pad_w > 0):
             x = F.pad(x, (0, pad_w, 0, pad_h))
         return self.proj(x).permute(0, 2, 3, 1)
+
+    @torch.jit.ignore
+    def largest_image(self, patch_size: Optional[Size] = None) -> Optional[Tuple[int, int]]:
+        """Return height and width up to which there are positions; None where they are resampled for any.
+
+        Args:
+            patch_size: Of patches, if they were others than the present ones.
+        """
+        if not self.crops_positions or not isinstance(self.proj, nn.Conv2d):
+            return None
+        patch = cast(Tuple[int, int], to_2tuple(patch_size or self.patch_size))
+        strides = (ratio * side for ratio, side in zip(self.feature_ratio, patch))
+        height, width = (tokens * stride for tokens, stride in zip(self.grid_size, strides))
+        return height, width
 
     def positions(self, pos_embed: torch.Tensor, grid: Tuple[int, int], num_prefix_tokens: int) -> torch.Tensor:
         """Return a position table, (1, P + h * w, D), as it is for a grid: (1, P + H' * W', D)."""

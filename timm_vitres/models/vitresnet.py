@@ -200,7 +200,7 @@ class VitResNet(SerialFeatures, Hybrid, VisionTransformer):
     def image_sizes(self) -> ImageSizes:
         """See `Hybrid.image_sizes`."""
         stride = super().image_sizes().stride
-        return ImageSizes(stride, stride if self.patch_embed.only_multiples else 1)
+        return ImageSizes(stride, stride if self.patch_embed.only_multiples else 1, self.patch_embed.largest_image())
 
     @torch.jit.ignore
     def explained_parts(self) -> ExplainedParts:
