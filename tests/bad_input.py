@@ -360,7 +360,7 @@ NUMBERS_OF: dict[str, tuple[Any, ...]] = {
     'layers': ((1, 1, 1, 1, 1), (0,)),
     'depth': (4,),  # of the parallel family, a multiple of 3
     'strides': ((1, 2, 2, 4), (0, 1, 2, 2)),
-    'attn_blocks': ((0, 0, 0, 9), (0, 1), ((0, 0), 0, 0, 0)),
+    'attn_blocks': ((0, 0, 0, 9), (0, 0, 1), ((0, 0), 0, 0, 0)),
     'group_size': (7,),
     'bottle_ratio': (0, -0.5),
     'stem_width': (0,),

@@ -137,7 +137,7 @@ def _checkpoints(rng: random.Random) -> Iterator[tuple[str, str, str, Callable[[
     yield 'complex', 'bad.pth', _KEYS, _tensors(lambda t: _as(t, torch.complex64))
     yield 'nothing', 'bad.safetensors', _KEYS, _tensors(lambda t: {})
     yield 'nothing-pth', 'bad.pth', _KEYS, _tensors(lambda t: {})
-    yield 'other-keys', 'bad.pth', _KEYS, _tensors(lambda t: {f'encoder.{key}': value for key, value in t.items()})
+    yield 'other-keys', 'bad.pth', _KEYS, _tensors(lambda t: {f'trunk.{key}': value for key, value in t.items()})
     key = rng.choice(_NAMES)
     yield f'without-{key}', 'bad.safetensors', _KEYS, _tensors(lambda t: {k: v for k, v in t.items() if k != key})
     yield 'one-more', 'bad.safetensors', _KEYS, _tensors(lambda t: {**t, 'more.weight': torch.zeros(3)})
