@@ -198,7 +198,7 @@ class VitResNetMixCfg:
     def attending(self, stage: int) -> Tuple[int, ...]:
         """Return which blocks of a stage attend, by their indices."""
         depth, blocks = self.layers[stage], self.attn_blocks[stage]
-        return tuple(range(depth - blocks, depth)) if isinstance(blocks, int) else blocks
+        return tuple(range(depth - blocks, depth)) if isinstance(blocks, int) else tuple(sorted(blocks))
 
     def inner_width(self, stage: int, attends: bool) -> int:
         """Return the width inside the blocks of a stage, those that attend, or the others."""
