@@ -59,7 +59,8 @@ class RelPosAttn(BottleneckAttn):
         if self.scale_pos_embed:
             rows, columns = rows * self.scale, columns * self.scale
         queries = queries * self.scale
-        if self.fused_attn and height * width >= self.fused_from and not is_exporting():
+        # an exported graph would be bound to one side of the comparison, which comes last
+        if self.fused_attn and not is_exporting() and height * width >= self.fused_from:
             x = self._attend_fused(queries, keys, values, rows, columns)
         else:
             attention = (queries @ keys.transpose(-1, -2)).unflatten(-1, (height, width))
