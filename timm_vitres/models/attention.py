@@ -59,8 +59,12 @@ class RelPosAttn(BottleneckAttn):
         if self.scale_pos_embed:
             rows, columns = rows * self.scale, columns * self.scale
         queries = queries * self.scale
-        # an exported graph would be bound to one side of the comparison, which comes last
-        if self.fused_attn and not is_exporting() and height * width >= self.fused_from:
+        # a graph that is captured would be bound to one side of the comparison below, and torch (2.14) computes wrong
+        # strides for this kernel's backward in a compiled one
+        by_kernel = self.fused_attn and not is_exporting()
+        if not torch.jit.is_scripting():
+            by_kernel = by_kernel and not torch.compiler.is_compiling()
+        if by_kernel and height * width >= self.fused_from:
             x = self._attend_fused(queries, keys, values, rows, columns)
         else:
             attention = (queries @ keys.transpose(-1, -2)).unflatten(-1, (height, width))
