@@ -21,7 +21,7 @@ from timm_vitres.publishing import hub
 
 NAMES = ['vitresnet_tiny', 'vitresnet_small', 'vitresnet_nano', 'test_vitresnet']
 NAMES += ['test_vitresnet_mix', 'test_vitresnet_dual', 'vitresnet_dual_tiny', 'vitresnet_dual_small_p32']
-NAMES += ['vitresnet_mix_nano', 'vitresnet_mix_eca_bot26ts']
+NAMES += ['vitresnet_mix_eca_bot26ts']
 # name, features_only; capturing takes its time
 CASES = [('vitresnet_nano', False), ('vitresnet_nano', True), ('test_vitresnet', False)]
 CASES += [
@@ -69,7 +69,7 @@ def test_torchscript(name, tmp_path):
 
 
 @pytest.mark.recent
-@pytest.mark.parametrize('name, features_only', CASES)
+@pytest.mark.parametrize('name, features_only', [*CASES, ('vitresnet_mix_nano', False)])
 def test_torch_export(name, features_only, tmp_path):
     model = create(name, features_only)
     program = torch.export.export(model, (torch.randn(2, 3, 224, 224),), dynamic_shapes=(dynamic(),))
@@ -84,7 +84,7 @@ def test_torch_export(name, features_only, tmp_path):
         pytest.param('vitresnet_small', False, marks=pytest.mark.slow),
         ('vitresnet_tiny', True),
         ('test_vitresnet_dual', False),
-        ('test_vitresnet_mix', False),
+        pytest.param('test_vitresnet_mix', False, marks=pytest.mark.slow),
         pytest.param('vitresnet_dual_small_p32', True, marks=pytest.mark.slow),
     ],
 )
