@@ -33,8 +33,9 @@ def _between_all(table: torch.Tensor, size: int) -> torch.Tensor:
 class RelPosAttn(BottleneckAttn):
     """timm's `BottleneckAttn` for maps of any size: the tables of relative positions are resampled.
 
-    Where attention is fused, as of larger maps in eager mode, a pixel's two position terms stand beside its query, and an indicator
-    of row and column beside every key, so that one product gives the logits: no matrix of all pairs of pixels is held.
+    Where attention is fused, as of larger maps in eager mode, a pixel's two position terms stand beside its query, and
+    an indicator of row and column beside every key, so that one product gives the logits: no matrix of all pairs of
+    pixels is held.
 
     Args:
         feat_size: Height and width of the map that the tables are made for.
