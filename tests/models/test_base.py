@@ -126,7 +126,8 @@ def test_one_head_alone_makes_the_logits(head):
 def test_the_sizes_that_a_model_takes(name, kwargs):
     """The deepest map has a pixel for each stride, and sizes between the multiples are refused."""
     model = timm.create_model(name, num_classes=3, img_size=64, **kwargs).eval()
-    stride, multiple = model.image_sizes()
+    stride, multiple, largest = model.image_sizes()
+    assert largest is None  # it takes any
     with torch.inference_mode():
         maps = model.forward_intermediates(torch.randn(1, 3, 2 * stride, 3 * stride), intermediates_only=True)
         assert min(tuple(one.shape[2:]) for one in maps) == (2, 3)
