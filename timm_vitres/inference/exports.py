@@ -25,9 +25,9 @@ from .folding import copy_model, fold
 from .formats import FORMATS, Format, Run, Source
 from .lowering import check_example, check_outputs, difference, forward_only
 
+LARGEST = 4096  # pixels a side that a graph for all sizes is captured for
 # Outputs may be off by this part of their norm: runtimes add up in another order, and what a low precision costs is
 # reported, not judged. Outputs that are off by their whole norm are those of another model
-LARGEST = 4096  # pixels a side of what a graph for all sizes takes
 _TOLERANCE = {'fp32': 1e-4, 'bf16': 1.0, 'int8': 1.0}
 
 
@@ -123,6 +123,7 @@ def capture(
         is_pyramid=isinstance(expected, list),
         images=captured,
         sizes=_dynamic_shapes(model) if dynamic else {0: Dim('batch')},
+        largest=_image_sizes(model).largest,
         precision=precision,
         calibration=images if calibrate else None,
         config=_config(model),

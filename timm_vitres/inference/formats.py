@@ -29,6 +29,7 @@ class Source:
     is_pyramid: bool  # whether it returns a list of maps
     images: torch.Tensor  # two images, to capture the model with: (2, C, H, W)
     sizes: Dict[int, Any]  # the dimensions of images that may vary
+    largest: Optional[Tuple[int, int]]  # height and width up to which the model takes images; None for any
     precision: str
     calibration: Optional[torch.Tensor]  # images of the caller's: (B, C, H, W)
     config: Dict[str, Any]  # data config and class names
@@ -189,7 +190,7 @@ def _write_openvino(source: Source, path: Path) -> None:
         onnx_file = Path(folder) / 'model.onnx'
         _write_onnx(replace(source, precision='fp32'), onnx_file)
         calibration = source.calibration if source.precision == 'int8' else None
-        largest = tuple(source.sizes[axis].max for axis in (2, 3)) if 2 in source.sizes else None
+        largest = source.largest if 2 in source.sizes else None  # else the graph has one size anyway
         openvino_ir.write(onnx_file, path, source.precision, source.config_text, calibration, largest)
 
 

@@ -63,13 +63,14 @@ def quantise_(model: nn.Module) -> int:
     def wanted(module: nn.Module, name: str) -> bool:
         return type(module) is nn.Linear and name not in heads
 
-    if not any(wanted(module, name) for name, module in model.named_modules()):
+    count = sum(wanted(module, name) for name, module in model.named_modules())
+    if not count:
         raise ValueError(
             f"precision: got 'int8', but {type(model).__name__} has no linear layers beside its head, which stays as "
             f"it is; use 'bf16', or OpenVINO (engine='openvino', format='openvino'), whose int8 is of convolutions."
         )
     quantize_(model, Int8DynamicActivationInt8WeightConfig(), filter_fn=wanted)
-    return sum(wanted(module, name) for name, module in model.named_modules())
+    return count
 
 
 def check_example(model: nn.Module, example: Optional[torch.Tensor]) -> torch.Tensor:

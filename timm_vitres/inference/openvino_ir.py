@@ -27,14 +27,14 @@ def write(
     precision: str,
     config: str,
     calibration: Optional[torch.Tensor],
-    largest: Optional[Tuple[int, ...]] = None,
+    largest: Optional[Tuple[int, int]] = None,
 ) -> None:
     """Write an ONNX file as OpenVINO's .xml, with a .bin beside it that holds the weights.
 
     Args:
         config: JSON that the file shall hold.
         calibration: Images (B, C, H, W), by whose activations nncf makes convolutions and linear layers int8.
-        largest: Height and width up to which the graph is that of the model; None where its size is fixed.
+        largest: Height and width up to which the model takes images, for a graph of all sizes; None for any.
     """
     import openvino
 
