@@ -200,10 +200,9 @@ class VitResNetMixCfg:
         depth, blocks = self.layers[stage], self.attn_blocks[stage]
         return tuple(range(depth - blocks, depth)) if isinstance(blocks, int) else tuple(sorted(blocks))
 
-    def inner_width(self, stage: int, attends: bool) -> int:
-        """Return the width inside the blocks of a stage, those that attend, or the others."""
-        ratio = self.of_stage('attn_ratio' if attends and self.attn_ratio is not None else 'bottle_ratio', stage)
-        return make_divisible(self.channels[stage] * ratio)
+    def inner_ratio(self, stage: int, attends: bool) -> float:
+        """Return the width inside the blocks of a stage, those that attend, or the others, by that of its map."""
+        return self.of_stage('attn_ratio' if attends and self.attn_ratio is not None else 'bottle_ratio', stage)
 
     def _check_stage(self, stage: int) -> None:
         """Raise ValueError unless the measures of a stage fit together."""
@@ -213,7 +212,9 @@ class VitResNetMixCfg:
                 f'attn_blocks: got {self.attn_blocks}, but stage {stage} (from 0) has {depth} blocks; expected at most '
                 f'so many, or their indices.'
             )
-        width, attn_width = (self.inner_width(stage, attends) for attends in (False, True))
+        width, attn_width = (  # as timm rounds them
+            make_divisible(self.channels[stage] * self.inner_ratio(stage, attends)) for attends in (False, True)
+        )
         heads = self.of_stage('num_heads', stage)
         if len(attending) < depth and self.group_size and width % self.group_size:
             raise ValueError(

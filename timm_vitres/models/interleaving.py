@@ -50,11 +50,11 @@ def byob_cfg(cfg: VitResNetMixCfg, img_size: Tuple[int, int]) -> ByoModelCfg:
     sizes = attn_sizes(cfg, img_size)
 
     def block_cfg(stage: int, block: int) -> ByoBlockCfg:
-        shape: Dict[str, Any] = dict(d=1, c=cfg.channels[stage], s=cfg.strides[stage])
-        if (stage, block) not in sizes:
-            kind, ratio = 'bottle' if cfg.block == 'bottleneck' else 'basic', cfg.of_stage('bottle_ratio', stage)
-            return ByoBlockCfg(kind, gs=cfg.group_size, br=ratio, **shape)
-        ratio = cfg.of_stage('attn_ratio' if cfg.attn_ratio is not None else 'bottle_ratio', stage)
+        attends = (stage, block) in sizes
+        ratio = cfg.inner_ratio(stage, attends)
+        shape: Dict[str, Any] = dict(d=1, c=cfg.channels[stage], s=cfg.strides[stage], br=ratio)
+        if not attends:
+            return ByoBlockCfg('bottle' if cfg.block == 'bottleneck' else 'basic', gs=cfg.group_size, **shape)
         attn_kwargs = dict(
             feat_size=sizes[stage, block],
             num_heads=cfg.of_stage('num_heads', stage),
@@ -62,7 +62,7 @@ def byob_cfg(cfg: VitResNetMixCfg, img_size: Tuple[int, int]) -> ByoModelCfg:
             qkv_bias=cfg.qkv_bias,
         )
         kind: Any = partial(AttnBlock)  # timm takes a block in place of its name, if it is not a class
-        return ByoBlockCfg(kind, gs=0, br=ratio, self_attn_layer=RelPosAttn, self_attn_kwargs=attn_kwargs, **shape)  # pyright: ignore
+        return ByoBlockCfg(kind, gs=0, self_attn_layer=RelPosAttn, self_attn_kwargs=attn_kwargs, **shape)  # pyright: ignore
 
     return ByoModelCfg(
         blocks=tuple(

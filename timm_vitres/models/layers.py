@@ -30,6 +30,7 @@ __all__ = [
     'PadSameStdConv2d',
     'ResNetEmbed',
     'check_images',
+    'checked_images',
     'crop_pos_embed',
     'feature_take_indices',
     'pad_to',
@@ -225,6 +226,14 @@ def check_images(x: torch.Tensor, in_chans: int) -> None:
         raise ValueError(f'input: got shape {tuple(x.shape)}, expected (B, {in_chans}, H, W).')
     if not x.is_floating_point():
         raise ValueError(f'input: got {x.dtype}, expected floating-point numbers: images that are preprocessed.')
+
+
+@register_notrace_function  # it looks at the shape
+def checked_images(x: torch.Tensor, in_chans: int) -> torch.Tensor:
+    """Return what `check_images` lets pass; shapes are checked where a compiled or exported graph is captured."""
+    if not torch.jit.is_scripting() and not torch.compiler.is_compiling():
+        check_images(x, in_chans)
+    return x
 
 
 @register_notrace_module  # its padding depends on the size, which torch.fx can't follow

@@ -12,7 +12,13 @@ from pathlib import Path
 from typing import Any, Dict, Optional, Type, TypeVar, Union
 
 import torch
-from timm.models import PretrainedCfg, adapt_input_conv, build_model_with_cfg, resolve_pretrained_cfg
+from timm.models import (
+    PretrainedCfg,
+    adapt_input_conv,
+    build_model_with_cfg,
+    get_model_input_config,
+    resolve_pretrained_cfg,
+)
 from torch import nn
 
 from ..checks import WeightInit, conform, conform_arguments, conform_indices
@@ -53,6 +59,19 @@ def build_hybrid(model_cls: Type[ModelT], variant: str, pretrained: bool, cfg: A
         create = partial(create_pretrained, model_cls, source, kwargs.get('cache_dir'), img_size, mmap)
     model = build_model_with_cfg(create, variant, False, model_cfg=cfg, feature_cfg=feature_cfg, **kwargs)
     _forget_other_labels(model)
+    return model
+
+
+def build_with_tables(model_cls: Type[ModelT], variant: str, pretrained: bool, cfg: Any, **kwargs: Any) -> ModelT:
+    """Build a variant of a family whose models have tables of positions, as `build_hybrid` does.
+
+    The tables have the checkpoint's own size unless the caller gives another: timm passes `img_size` on only where
+    sizes are fixed. The cfg tells the first convolution, whose name depends on the config.
+    """
+    source = resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay'))
+    kwargs.setdefault('img_size', source.input_size[-2:])
+    model = build_hybrid(model_cls, variant, pretrained, cfg, **kwargs)
+    model.pretrained_cfg['first_conv'] = get_model_input_config(model)['first_conv']
     return model
 
 

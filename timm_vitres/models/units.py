@@ -13,7 +13,7 @@ from timm.layers import LayerNorm, is_exporting, register_notrace_module
 from timm.models.resnet import Bottleneck, downsample_conv
 from torch import nn
 
-from .layers import check_images, pad_to, unflatten_tokens
+from .layers import checked_images, pad_to, unflatten_tokens
 from .merging import merge_batch_norm_
 
 Norm = partial(nn.BatchNorm2d, eps=1e-6)  # the stem alone has torch's eps in the paper's code
@@ -32,9 +32,7 @@ class Stem(nn.Module):
         self.act1 = nn.ReLU(inplace=True)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        # shapes are checked where a compiled or exported graph is captured
-        if not torch.jit.is_scripting() and not torch.compiler.is_compiling():
-            check_images(x, self.in_chans)
+        x = checked_images(x, self.in_chans)
         return self.act1(self.bn1(self.conv1(x)))
 
     def reparameterize(self) -> None:

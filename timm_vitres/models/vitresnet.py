@@ -16,9 +16,7 @@ from timm.layers import DropPath, calculate_drop_path_rates
 from timm.models import (
     VisionTransformer,
     generate_default_cfgs,
-    get_model_input_config,
     register_model,
-    resolve_pretrained_cfg,
 )
 from torch import nn
 
@@ -29,7 +27,7 @@ from .composition import check_overrides, compose_backbone, output_stride_with, 
 from .config import MLP_LAYERS, NO_CLASS_TOKEN, GlobalPool, PatchSize, VitResNetCfg
 from .features import SerialFeatures
 from .layers import ResNetEmbed, crop_pos_embed
-from .loading import build_hybrid
+from .loading import build_with_tables
 from .merging import merge_layer_scale_
 from .tables import fit_tables, table_size
 
@@ -295,12 +293,7 @@ def _create_vitresnet(variant: str, pretrained: bool, cfg: VitResNetCfg, **kwarg
     """Build a variant; keyword arguments named like the config's fields override them."""
     overrides = {field.name: kwargs[field.name] for field in dataclasses.fields(cfg) if field.name in kwargs}
     check_overrides(dataclasses.replace(cfg, **overrides), overrides)
-    # The position table must have the checkpoint's own grid; timm passes img_size on only where sizes are fixed.
-    source = resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay'))
-    kwargs.setdefault('img_size', source.input_size[-2:])
-    model = build_hybrid(VitResNet, variant, pretrained, cfg, **kwargs)
-    model.pretrained_cfg['first_conv'] = get_model_input_config(model)['first_conv']
-    return model
+    return build_with_tables(VitResNet, variant, pretrained, cfg, **kwargs)
 
 
 def _cfg(**kwargs) -> Dict[str, Any]:

@@ -13,14 +13,12 @@ from typing import Any, Dict, List, Optional, Sequence, Set, Tuple, Union
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import ConvNormAct, register_notrace_function, to_2tuple
+from timm.layers import ConvNormAct, to_2tuple
 from timm.models import (
     checkpoint_seq,
     generate_default_cfgs,
-    get_model_input_config,
     named_apply,
     register_model,
-    resolve_pretrained_cfg,
 )
 from timm.models.byobnet import ByobNet
 from torch import nn
@@ -43,8 +41,8 @@ from .interleaving import (
     rel_table_size,
     set_stem_stride_,
 )
-from .layers import check_images, feature_take_indices
-from .loading import build_hybrid
+from .layers import checked_images, feature_take_indices
+from .loading import build_with_tables
 
 __all__ = ['VitResNetMix', 'VitResNetMixCfg']
 
@@ -287,25 +285,6 @@ class VitResNetMix(Hybrid, ByobNet):
         return take_indices
 
 
-@register_notrace_function  # it looks at the shape
-def checked_images(x: torch.Tensor, in_chans: int) -> torch.Tensor:
-    """Return images (B, in_chans, H, W) as they are; ValueError for anything else."""
-    # shapes are checked where a compiled or exported graph is captured
-    if not torch.jit.is_scripting() and not torch.compiler.is_compiling():
-        check_images(x, in_chans)
-    return x
-
-
-def _create_vitresnet_mix(variant: str, pretrained: bool, cfg: VitResNetMixCfg, **kwargs) -> VitResNetMix:
-    """Build a variant; keyword arguments named like the config's fields override them."""
-    # the tables must have the checkpoint's own sizes; timm passes img_size on only where sizes are fixed
-    source = resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay'))
-    kwargs.setdefault('img_size', source.input_size[-2:])
-    model = build_hybrid(VitResNetMix, variant, pretrained, cfg, **kwargs)
-    model.pretrained_cfg['first_conv'] = get_model_input_config(model)['first_conv']
-    return model
-
-
 _ATTN_WEIGHTS = 'https://github.com/rwightman/pytorch-image-models/releases/download/v0.1-attn-weights/'
 
 
@@ -363,14 +342,14 @@ VitResNetMix.foreign_names = {
 @register_model
 def vitresnet_mix_bot26t(pretrained: bool = False, **kwargs) -> VitResNetMix:
     """BoTNet-26-T: attention in the last block of stage 3 and all of stage 4; 12.5M parameters."""
-    return _create_vitresnet_mix('vitresnet_mix_bot26t', pretrained, VitResNetMixCfg(), **kwargs)
+    return build_with_tables(VitResNetMix, 'vitresnet_mix_bot26t', pretrained, VitResNetMixCfg(), **kwargs)
 
 
 @register_model
 def vitresnet_mix_eca_bot26ts(pretrained: bool = False, **kwargs) -> VitResNetMix:
     """BoTNeXt-26-TS with ECA: groups of 16 channels, narrow queries and keys, SiLU; 10.6M parameters."""
     cfg = VitResNetMixCfg(group_size=16, dim_head=16, channel_attn='eca', act_layer='silu')
-    return _create_vitresnet_mix('vitresnet_mix_eca_bot26ts', pretrained, cfg, **kwargs)
+    return build_with_tables(VitResNetMix, 'vitresnet_mix_eca_bot26ts', pretrained, cfg, **kwargs)
 
 
 @register_model
@@ -386,14 +365,14 @@ def vitresnet_mix_se_bot33ts(pretrained: bool = False, **kwargs) -> VitResNetMix
         stem_pool='',
         num_features=1280,
     )
-    return _create_vitresnet_mix('vitresnet_mix_se_bot33ts', pretrained, cfg, **kwargs)
+    return build_with_tables(VitResNetMix, 'vitresnet_mix_se_bot33ts', pretrained, cfg, **kwargs)
 
 
 @register_model
 def vitresnet_mix_bot50ts(pretrained: bool = False, **kwargs) -> VitResNetMix:
     """BoTNet-50-TS: attention in stages 2, 3 and 4, every second block of the longest; 22.7M parameters."""
     cfg = VitResNetMixCfg(layers=(3, 4, 6, 3), attn_blocks=(0, 1, (1, 3, 5), (1,)), act_layer='silu')
-    return _create_vitresnet_mix('vitresnet_mix_bot50ts', pretrained, cfg, **kwargs)
+    return build_with_tables(VitResNetMix, 'vitresnet_mix_bot50ts', pretrained, cfg, **kwargs)
 
 
 @register_model
@@ -405,7 +384,7 @@ def vitresnet_mix_alter50ts(pretrained: bool = False, **kwargs) -> VitResNetMix:
         num_heads=(2, 4, 8, 16),
         act_layer='silu',
     )
-    return _create_vitresnet_mix('vitresnet_mix_alter50ts', pretrained, cfg, **kwargs)
+    return build_with_tables(VitResNetMix, 'vitresnet_mix_alter50ts', pretrained, cfg, **kwargs)
 
 
 @register_model
@@ -423,13 +402,13 @@ def vitresnet_mix_nano(pretrained: bool = False, **kwargs) -> VitResNetMix:
         stem_pool='',
         stem_chs=48,
     )
-    return _create_vitresnet_mix('vitresnet_mix_nano', pretrained, cfg, **kwargs)
+    return build_with_tables(VitResNetMix, 'vitresnet_mix_nano', pretrained, cfg, **kwargs)
 
 
 @register_model
 def vitresnet_mix(pretrained: bool = False, **kwargs) -> VitResNetMix:
     """A ResNet with attention in any of its blocks, by `VitResNetMixCfg`'s fields; BoTNet-26-T by default."""
-    return _create_vitresnet_mix('vitresnet_mix', pretrained, VitResNetMixCfg(), **kwargs)
+    return build_with_tables(VitResNetMix, 'vitresnet_mix', pretrained, VitResNetMixCfg(), **kwargs)
 
 
 @register_model
@@ -447,4 +426,4 @@ def test_vitresnet_mix(pretrained: bool = False, **kwargs) -> VitResNetMix:
         stem_chs=16,
         num_features=64,
     )
-    return _create_vitresnet_mix('test_vitresnet_mix', pretrained, cfg, **kwargs)
+    return build_with_tables(VitResNetMix, 'test_vitresnet_mix', pretrained, cfg, **kwargs)
