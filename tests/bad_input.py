@@ -100,6 +100,7 @@ INTERVALS = {
         'grayscale_prob': '[0, 1]',
         'gaussian_blur_prob': '[0, 1]',
         'aug_repeats': '[0, 64]',
+        'crop_padding': '[0, 16384]',
         'recount': '[1, 64]',
         'cutmix_minmax': '(0, 1)',
         'mixup_prob': '[0, 1]',

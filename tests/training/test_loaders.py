@@ -3,11 +3,12 @@ import pytest
 import timm.data
 import torch
 from conftest import stripes, write_folder
+from PIL import Image
 from test_loop import settings
 
 from timm_vitres import cli
 from timm_vitres.training.datasets import Data, load_data
-from timm_vitres.training.loaders import check_policy, create_loaders, mend_, seeded
+from timm_vitres.training.loaders import check_policy, create_loaders, mend_, padded_crop, seeded
 
 CONFIG = dict(
     input_size=(3, 32, 32), interpolation='bicubic', mean=(0.5,) * 3, std=(0.5,) * 3, crop_pct=1.0, crop_mode='center'
@@ -160,3 +161,34 @@ def test_repeats_are_other_augmentations_of_fewer_images(tmp_path):
                 same = [torch.equal(images[one], images[two]) for images in x]
                 assert all(same) if options else not any(same)
         assert epochs[0][0] != epochs[1][0]
+
+
+def test_a_padded_crop_is_a_shift_over_black(tmp_path):
+    """Images of 32 x 32 are not resized, so every crop is one of the padded image's, and more than one comes."""
+    write_folder(tmp_path / 'images', per_class=8)
+    options = dict(hflip=0, color_jitter=0)
+    plain = pixels(tmp_path, 0, 1, no_aug=True)[0]
+    assert torch.equal(pixels(tmp_path, 0, 1, crop_padding=0, **options)[0], plain)
+    crops = pixels(tmp_path, 0, 1, crop_padding=2, **options)[0]
+    padded = torch.nn.functional.pad(plain, (2, 2, 2, 2), value=-1.0)
+    places = {
+        (top, left): (crops == padded[..., top : top + 32, left : left + 32]).flatten(1).all(1)
+        for top in range(5)
+        for left in range(5)
+    }
+    assert torch.stack(list(places.values())).any(0).all()
+    assert sum(bool(found.any()) for found in places.values()) > 3
+
+
+def test_a_padded_crop_resizes_the_shorter_side_and_fits_any_shape():
+    for width, height in ((64, 48), (10, 40), (32, 32)):
+        image = Image.new('RGB', (width, height), 'white')
+        assert padded_crop((24, 30), 3, 'bilinear')(image).size == (30, 24)
+        whole = padded_crop((24, 30), 0, 'bilinear')(image)
+        assert whole.getextrema() == ((255, 255),) * 3
+
+
+@pytest.mark.parametrize('name, value', [('no_aug', True), ('scale', (0.5, 1.0)), ('train_crop_mode', 'rkrc')])
+def test_another_crop_beside_the_padded_one_is_an_error(name, value, tmp_path):
+    with pytest.raises(ValueError, match=f'{name}: got .*crop_padding'):
+        settings(tmp_path / 'images', tmp_path, crop_padding=2, **{name: value})

@@ -18,7 +18,9 @@ import torch
 from PIL import Image
 from timm.data import auto_augment_transform, create_transform, rand_augment_transform
 from timm.data.auto_augment import AugmentOp, augment_and_mix_transform
+from timm.data.transforms import ResizeKeepRatio
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, default_collate, get_worker_info
+from torchvision import transforms
 
 from ..checks import on_one_line
 from .datasets import Data
@@ -65,6 +67,10 @@ def create_loaders(
         re_mode=cfg.remode,
         re_count=cfg.recount,
     )
+    if cfg.crop_padding is not None:  # timm has no such crop; what it begins with is a crop of its own
+        train.transforms[0] = padded_crop(
+            config['input_size'][-2:], cfg.crop_padding, cfg.train_interpolation or config['interpolation']
+        )
     data.train.transform = mend_(train)
     data.val.transform = create_transform(**shared, crop_pct=config['crop_pct'], crop_mode=config['crop_mode'])
     batch_size = cfg.batch_size
@@ -84,6 +90,22 @@ def create_loaders(
             data.train, batch_size, cfg.workers, cfg.seed, names_of(lists['train']), True, cfg.aug_repeats, processes
         ),
         Batches(data.val, val_batch_size, cfg.workers, cfg.seed, names_of(lists['validation']), processes=processes),
+    )
+
+
+def padded_crop(size: Sequence[int], padding: int, interpolation: str) -> transforms.Compose:
+    """Return a random crop of an image whose shorter side was resized, padded by black pixels; PIL -> PIL.
+
+    The usual augmentation of images as small as CIFAR's (He et al. 2015, arXiv:1512.03385, section 4.2).
+
+    Args:
+        size: Height and width of the crop, in pixels.
+    """
+    return transforms.Compose(
+        [
+            ResizeKeepRatio(tuple(size), longest=0.0, interpolation=interpolation),
+            transforms.RandomCrop(tuple(size), padding=padding, pad_if_needed=True),
+        ]
     )
 
 

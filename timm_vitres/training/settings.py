@@ -219,6 +219,13 @@ class FinetuneCfg:
         'crop in training: rrc (random resized crop), rkrc or rkrr (random crop of a resized image)',
         choices=('rrc', 'rkrc', 'rkrr'),
     )
+    crop_padding: Optional[int] = _option(
+        None,
+        'crop in training: a random one of the resized image, padded by so many black pixels at each side, in place of '
+        "timm's random resized crop; on small images it is a shift",
+        low=0,
+        high=2**14,
+    )
     aug_repeats: int = _option(0, 'augmentations of each image that is drawn, in one epoch', low=0, high=64)
     aa: Optional[str] = _option(None, 'AutoAugment policy, e.g. rand-m9-mstd0.5-inc1')
     reprob: float = _option(0.0, 'random erasing probability', low=0, high=1)
@@ -295,6 +302,11 @@ class FinetuneCfg:
             low, high = getattr(self, name)
             if low > high:
                 raise ValueError(f'{name}: got {(low, high)}, expected the smaller number first.')
+        for name in ('no_aug', 'train_crop_mode', 'scale', 'ratio') if self.crop_padding is not None else ():
+            if getattr(self, name) != getattr(type(self), name):
+                raise ValueError(
+                    f'{name}: got {getattr(self, name)!r}, which crop_padding replaces; give one.'
+                )
         if list(self.decay_milestones) != sorted(set(self.decay_milestones)):
             raise ValueError(f'decay_milestones: got {self.decay_milestones}, expected epochs that rise.')
         if self.cutmix_minmax is not None and self.cutmix_minmax[0] > self.cutmix_minmax[1]:
