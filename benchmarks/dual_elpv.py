@@ -13,7 +13,8 @@ import csv
 from pathlib import Path
 
 from common import train, write_row
-from elpv import RECIPE, evaluate, write_folders
+from elpv import RECIPE, evaluate
+from image_sets import write
 
 from timm_vitres.training.settings import FinetuneCfg
 
@@ -29,7 +30,7 @@ def main() -> None:
     parser.add_argument('--losses', nargs='+', default=list(LOSSES), choices=LOSSES)
     parser.add_argument('--record', action='store_true')
     args = parser.parse_args()
-    root = write_folders(args.output / 'elpv')
+    root = write('elpv', args.output)
     settings = {**RECIPE, **OWN}
     for seed in args.seeds:
         for loss in args.losses:

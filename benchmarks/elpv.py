@@ -12,21 +12,19 @@ seed to benchmarks/results/elpv.csv.
 import argparse
 import csv
 import json
-import shutil
 import subprocess
 import sys
 import time
-from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
 from common import append_row, train
+from image_sets import write
 
 import timm_vitres
-from timm_vitres.training.datasets import ImageFolder, stratified_split
+from timm_vitres.training.datasets import ImageFolder
 from timm_vitres.training.settings import FinetuneCfg
 
-CLASSES = ('functional', 'defective')
 # What the demo trains with; a photograph has no up and no left
 RECIPE = dict(
     model='vitresnet_nano',
@@ -52,30 +50,6 @@ RECIPE = dict(
     crop_pct=1.0,
     no_check=True,
 )
-
-
-def write_folders(root: Path) -> Path:
-    """Write the photographs as root/{train,test}/{functional,defective}/*.png and return root."""
-    if (root / 'test').is_dir():
-        return root
-    try:
-        source = Path(str(files('elpv_dataset'))) / 'data'
-    except ModuleNotFoundError:
-        raise SystemExit('The demo needs its photographs: pip install elpv-dataset') from None
-    table = np.genfromtxt(source / 'labels.csv', dtype=['|S19', '<f8', '|S4'], names=['path', 'probability', 'type'])
-    groups = [f'{row["probability"]:.2f} {row["type"].decode()}' for row in table]
-    numbers = {group: index for index, group in enumerate(sorted(set(groups)))}
-    _, test = stratified_split([numbers[group] for group in groups], 0.25, seed=0)
-    held_out = set(test)
-    beside = root.with_name(root.name + '.tmp')
-    shutil.rmtree(beside, ignore_errors=True)
-    for index, row in enumerate(table):
-        part = 'test' if index in held_out else 'train'
-        folder = beside / part / CLASSES[int(row['probability'] > 0.5)]
-        folder.mkdir(parents=True, exist_ok=True)
-        shutil.copy(source / row['path'].decode(), folder)
-    beside.rename(root)
-    return root
 
 
 def evaluate(model_folder: Path, test: Path, picture: Path) -> dict:
@@ -122,7 +96,7 @@ def main() -> None:
         print(json.dumps(evaluate(*args.evaluate)))
         return
     start = time.perf_counter()
-    root = write_folders(args.output / 'elpv')
+    root = write('elpv', args.output)
     test = root / 'test'
     print(f'{len(ImageFolder(test, check=False))} cells are held out in {test}.')
     for seed in args.seeds:
