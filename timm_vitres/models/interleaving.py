@@ -97,7 +97,8 @@ def _is_strided(module: nn.Module) -> bool:
 def find_levels(cfg: VitResNetMixCfg, stem: nn.Module, num_features: int) -> Tuple[List[Dict[str, Any]], List[int]]:
     """Return all maps that a model makes, as `feature_info` describes them, and which of them are the pyramid.
 
-    Of maps with one stride it is the last, but for strides that dilation replaces.
+    Of maps with one stride it is the last, but for strides that dilation replaces; none has the image's own stride of 1,
+    for which programs such as smp take the image itself.
     """
     stride = cfg.stem_stride or cfg.own_stem_stride
     levels: List[Dict[str, Any]] = [dict(num_chs=cfg.stem_chs, reduction=stride, module='stem', stage=0)]
@@ -110,7 +111,7 @@ def find_levels(cfg: VitResNetMixCfg, stem: nn.Module, num_features: int) -> Tup
         is_kept.append(True)
         levels.append(dict(num_chs=cfg.channels[stage], reduction=reduction, module=f'stages.{stage}', stage=stage + 1))
     levels[-1].update(num_chs=num_features, module='final_conv')
-    return levels, [i for i, kept in enumerate(is_kept) if kept]
+    return levels, [i for i, kept in enumerate(is_kept) if kept and levels[i]['reduction'] > 1]
 
 
 def attn_name(place: Place) -> str:

@@ -391,16 +391,17 @@ def vitresnet_mix_alter50ts(pretrained: bool = False, **kwargs) -> VitResNetMix:
 def vitresnet_mix_nano(pretrained: bool = False, **kwargs) -> VitResNetMix:
     """Thin ResNet for images of 28 to 128 pixels, attention at the end of its last two stages; 1.5M parameters."""
     cfg = VitResNetMixCfg(
-        layers=(2, 3, 3),
-        channels=(48, 96, 160),
-        strides=(1, 2, 2),
-        attn_blocks=(0, 1, 1),
+        layers=(1, 2, 3, 3),
+        channels=(24, 48, 96, 160),
+        strides=(1, 2, 2, 2),
+        attn_blocks=(0, 0, 1, 1),
         block='basic',
         bottle_ratio=1.0,
         attn_ratio=0.5,
         stem_type='',
         stem_pool='',
-        stem_chs=48,
+        stem_chs=24,
+        stem_stride=1,
     )
     return build_with_tables(VitResNetMix, 'vitresnet_mix_nano', pretrained, cfg, **kwargs)
 
