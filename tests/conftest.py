@@ -11,6 +11,7 @@ from PIL import Image
 
 import timm_vitres  # noqa: F401
 from timm_vitres.publishing.cards import render_card
+from timm_vitres.publishing.saving import save
 
 FACTS = dict(model_name='x', description='A.', recipe='B.', source='local-dir:.')  # of a card
 DUAL = 'test_vitresnet_dual'  # it has BatchNorm, and so counts of batches
@@ -99,6 +100,21 @@ def image_folder(tmp_path) -> Path:
 def model() -> torch.nn.Module:
     """A small model of three classes."""
     return randomise_(timm.create_model('test_vitresnet', num_classes=3, img_size=32))
+
+
+@pytest.fixture
+def model_folder(tmp_path) -> Path:
+    """The folder of a small model of three classes."""
+    model = randomise_(timm.create_model('test_vitresnet', num_classes=3, img_size=32))
+    return save(model, tmp_path / 'model', label_names=['cat', 'dog', 'owl'])
+
+
+@pytest.fixture
+def picture(tmp_path) -> Path:
+    """A small picture."""
+    path = tmp_path / 'picture.png'
+    stripes(40, True, np.random.default_rng(0)).save(path)
+    return path
 
 
 @pytest.fixture

@@ -1,72 +1,16 @@
-import json
 import os
 import re
 import subprocess
 import sys
 
-import numpy as np
 import pytest
 import timm
 import torch
-from conftest import randomise_, stripes
 from PIL import Image
 
 from timm_vitres import cli
+from timm_vitres.commands import publishing as publishing_commands
 from timm_vitres.publishing import hub
-
-
-@pytest.fixture
-def model_folder(tmp_path):
-    model = randomise_(timm.create_model('test_vitresnet', num_classes=3, img_size=32))
-    return hub.save(model, tmp_path / 'model', label_names=['cat', 'dog', 'owl'])
-
-
-@pytest.fixture
-def picture(tmp_path):
-    path = tmp_path / 'picture.png'
-    stripes(40, True, np.random.default_rng(0)).save(path)
-    return path
-
-
-def test_predict_prints_a_table(model_folder, picture, capsys):
-    assert cli.main(['predict', str(picture), '--model', f'local-dir:{model_folder}', '--topk', '2']) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 2 and lines[0].startswith(str(picture)) and '%' in lines[0]
-    assert {line.split()[-1] for line in lines} < {'cat', 'dog', 'owl'}
-
-
-def test_predict_prints_json_and_draws(model_folder, picture, tmp_path, capsys):
-    drawing = tmp_path / 'drawing.png'
-    arguments = ['--model', f'local-dir:{model_folder}', '--json', '--plot', str(drawing)]
-    assert cli.main(['predict', str(picture), str(picture), *arguments]) == 0
-    predictions = json.loads(capsys.readouterr().out)
-    assert len(predictions) == 2 and predictions[0]['image'] == str(picture)
-    assert sum(predictions[0]['probabilities']) == pytest.approx(1, abs=1e-5)
-    assert predictions[0]['probabilities'] == sorted(predictions[0]['probabilities'], reverse=True)
-    model = timm.create_model(f'local-dir:{model_folder}', pretrained=True).eval()
-    from timm_vitres import preprocess
-
-    expected = model(preprocess(picture, model))[0].softmax(-1)
-    names = ['cat', 'dog', 'owl']
-    assert predictions[0]['labels'][0] == names[expected.argmax()]
-    with Image.open(drawing) as image:
-        assert image.size[0] > 300
-
-
-def test_predict_names_what_it_cannot_read_and_goes_on(model_folder, picture, tmp_path, capsys):
-    (tmp_path / 'bad.png').write_text('no picture')
-    files = [str(tmp_path / name) for name in ('bad.png', 'none.png', 'picture.png')]
-    assert cli.main(['predict', *files, '--model', f'local-dir:{model_folder}']) == 1
-    printed = capsys.readouterr()
-    assert 'picture.png' in printed.out and 'bad.png' in printed.err and 'none.png' in printed.err
-
-
-def test_imagenet_classes_have_names():
-    from timm_vitres.labels import label_names
-
-    names = label_names(timm.create_model('vitresnet_small', device='meta'))
-    assert len(names) == 1000 and 'tench' in names[0]
-    assert label_names(timm.create_model('test_vitresnet', num_classes=2)) == ['class 0', 'class 1']
 
 
 @pytest.mark.parametrize(
@@ -221,19 +165,6 @@ def test_every_mistake_is_one_sentence_and_leaves_nothing(workplace, capsys):
         assert 'Traceback' not in printed.err and files() == before, arguments
 
 
-def test_the_names_of_classes_are_read_as_they_are_written(workplace, capsys):
-    """With a byte order mark, Windows' ends of lines, an empty last line, and any space within."""
-    (workplace / 'names').write_bytes('\ufeffcat\r\nblue dog\r\nöwl\x85\u2028x\r\n\r\n'.encode())
-    assert cli.main([*CONVERT, 'new', '--label-names', 'names']) == 0
-    config = json.loads((workplace / 'new' / 'config.json').read_text())
-    assert config['label_names'] == ['cat', 'blue dog', 'öwl\x85\u2028x']
-
-
-def test_a_folder_that_is_there_and_empty_is_converted_to(workplace, capsys):
-    assert cli.main([*CONVERT, 'empty']) == 0
-    assert timm.create_model('local-dir:empty', pretrained=True).num_classes == 3
-
-
 class ConnectError(Exception):
     """As that of the library which huggingface_hub speaks through: httpx2, httpx or requests, by its version."""
 
@@ -257,13 +188,13 @@ def test_how_a_command_ends(error, status, said, capsys, monkeypatch):
     def stop(args):
         raise error
 
-    monkeypatch.setattr(cli, 'run_verify', stop)
+    monkeypatch.setattr(publishing_commands, 'run_verify', stop)
     assert cli.main(['verify', 'x']) == status
     assert capsys.readouterr().err == said
 
 
 def test_a_mistake_of_ours_shows_where_it_is(monkeypatch):
-    monkeypatch.setattr(cli, 'run_verify', lambda args: {}['key'])
+    monkeypatch.setattr(publishing_commands, 'run_verify', lambda args: {}['key'])
     with pytest.raises(KeyError):
         cli.main(['verify', 'x'])
 
@@ -278,43 +209,3 @@ def test_a_reader_that_leaves_early_is_no_error(arguments, workplace):
     result = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, env=environment)
     os.close(writing)
     assert (result.returncode, result.stderr) == (141, '')
-
-
-def test_the_whole_way(image_folder, tmp_path, capsys):
-    """Images -> fine-tuning -> a folder -> predictions, by the installed command in processes of their own."""
-    command = [sys.executable, '-m', 'timm_vitres.cli']
-    flags = [
-        '--model',
-        'test_vitresnet',
-        '--model-kwargs',
-        'depth=1',
-        '--img-size',
-        '32',
-        '--output',
-        f'{tmp_path}/run',
-    ]
-    flags += ['--epochs', '6', '-b', '8', '-j', '1', '--lr', '3e-3', '--hflip', '0']
-    result = subprocess.run([*command, 'finetune', str(image_folder), *flags], capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    assert f'local-dir:{tmp_path}/run' in result.stdout and 'epoch 5' in result.stdout
-    assert 'epoch 1/6' in result.stderr  # the progress bar
-    images = [str(image_folder / name / '0.png') for name in ('across', 'down')]
-    flags = ['--model', f'local-dir:{tmp_path}/run', '--json']
-    result = subprocess.run([*command, 'predict', *images, *flags], capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    assert [prediction['labels'][0] for prediction in json.loads(result.stdout)] == ['across', 'down']
-    # a second run into the same folder is refused, and with --resume goes on
-    again = ['finetune', str(image_folder), '--model', 'test_vitresnet', '--output', str(tmp_path / 'run')]
-    assert cli.main(again) == 1
-    assert 'holds a run already' in capsys.readouterr().err
-    resumed = [*again, '--model-kwargs', 'depth=1', '--img-size', '32', '--epochs', '6', '--resume']
-    assert cli.main(resumed) == 0
-
-
-def test_every_setting_is_a_flag_and_explained(capsys):
-    with pytest.raises(SystemExit) as stop:
-        cli.main(['finetune', '--help'])
-    assert stop.value.code == 0
-    text = capsys.readouterr().out
-    for flag in ('--data-dir', '-b', '--layer-decay', '--skip-bad', '--resume', '--balance-classes', '--img-size'):
-        assert flag in text

@@ -1,0 +1,48 @@
+import json
+
+import pytest
+import timm
+from PIL import Image
+
+from timm_vitres import cli
+
+
+def test_predict_prints_a_table(model_folder, picture, capsys):
+    assert cli.main(['predict', str(picture), '--model', f'local-dir:{model_folder}', '--topk', '2']) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 and lines[0].startswith(str(picture)) and '%' in lines[0]
+    assert {line.split()[-1] for line in lines} < {'cat', 'dog', 'owl'}
+
+
+def test_predict_prints_json_and_draws(model_folder, picture, tmp_path, capsys):
+    drawing = tmp_path / 'drawing.png'
+    arguments = ['--model', f'local-dir:{model_folder}', '--json', '--plot', str(drawing)]
+    assert cli.main(['predict', str(picture), str(picture), *arguments]) == 0
+    predictions = json.loads(capsys.readouterr().out)
+    assert len(predictions) == 2 and predictions[0]['image'] == str(picture)
+    assert sum(predictions[0]['probabilities']) == pytest.approx(1, abs=1e-5)
+    assert predictions[0]['probabilities'] == sorted(predictions[0]['probabilities'], reverse=True)
+    model = timm.create_model(f'local-dir:{model_folder}', pretrained=True).eval()
+    from timm_vitres import preprocess
+
+    expected = model(preprocess(picture, model))[0].softmax(-1)
+    names = ['cat', 'dog', 'owl']
+    assert predictions[0]['labels'][0] == names[expected.argmax()]
+    with Image.open(drawing) as image:
+        assert image.size[0] > 300
+
+
+def test_predict_names_what_it_cannot_read_and_goes_on(model_folder, picture, tmp_path, capsys):
+    (tmp_path / 'bad.png').write_text('no picture')
+    files = [str(tmp_path / name) for name in ('bad.png', 'none.png', 'picture.png')]
+    assert cli.main(['predict', *files, '--model', f'local-dir:{model_folder}']) == 1
+    printed = capsys.readouterr()
+    assert 'picture.png' in printed.out and 'bad.png' in printed.err and 'none.png' in printed.err
+
+
+def test_imagenet_classes_have_names():
+    from timm_vitres.labels import label_names
+
+    names = label_names(timm.create_model('vitresnet_small', device='meta'))
+    assert len(names) == 1000 and 'tench' in names[0]
+    assert label_names(timm.create_model('test_vitresnet', num_classes=2)) == ['class 0', 'class 1']

@@ -1,0 +1,147 @@
+"""`timm-vitres predict`, `explain` and `export`."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Sequence
+
+from ..arguments import HelpFormatter, check_count, check_picture, class_of, load_model, size_of
+from ..writing import check_output
+
+
+def add_predict(subparsers) -> None:
+    """`timm-vitres predict`."""
+    from ..views import TTA
+
+    parser = subparsers.add_parser('predict', help='classify images', formatter_class=HelpFormatter)
+    parser.add_argument('images', nargs='+', type=Path, metavar='IMAGE', help='image files')
+    parser.add_argument('--model', required=True, help="a timm model's name.tag, local-dir:<folder>, hf-hub:<id>")
+    parser.add_argument('--topk', type=int, default=5, metavar='K', help='how many classes to name')
+    parser.add_argument(
+        '--tta',
+        default='',
+        choices=TTA,
+        help='average over the image and its mirror image, or also over shifts of both',
+    )
+    parser.add_argument('--json', action='store_true', help='print JSON instead of a table')
+    parser.add_argument('--plot', type=Path, metavar='PNG', help='draw the images with their predictions')
+    parser.add_argument('--device', default='cpu', help='torch device')
+    parser.set_defaults(run=run_predict)
+
+
+def run_predict(args: argparse.Namespace) -> int:
+    """Print names and probabilities of the likeliest classes of every image; 1 if an image could not be read."""
+    from ..pictures import plot_predictions
+    from ..prediction import predict
+
+    check_count('topk', args.topk)
+    if args.plot is not None:
+        check_picture('plot', args.plot, args.images)
+    model = load_model(args.model, args.device)
+    predictions, unreadable = predict(model, args.images, topk=args.topk, tta=args.tta)
+    if args.json and predictions:
+        print(json.dumps([prediction._asdict() for prediction in predictions], indent=2))
+    else:
+        _print_table(predictions)
+    for sentence in unreadable:
+        print(f'timm-vitres: {sentence}', file=sys.stderr)
+    if args.plot and predictions:
+        plot_predictions(predictions, args.plot)
+        print(f'{args.plot} shows them.', file=sys.stderr)
+    return 1 if unreadable else 0
+
+
+def add_explain(subparsers) -> None:
+    """`timm-vitres explain`."""
+    parser = subparsers.add_parser('explain', help='draw where a model looks', formatter_class=HelpFormatter)
+    parser.add_argument('image', type=Path, metavar='IMAGE', help='image file, of any size')
+    parser.add_argument('--model', required=True, help='a hybrid: name.tag, local-dir:<folder>, hf-hub:<id>')
+    parser.add_argument(
+        '--target',
+        metavar='CLASS',
+        help='class to explain: its name, or, where none has that name, its index; else the likeliest one',
+    )
+    parser.add_argument('--size', type=int, metavar='PIXELS', help="shorter side; else the model's own size")
+    parser.add_argument('--output', type=Path, default=Path('explain.png'), metavar='PNG', help='where to draw')
+    parser.add_argument('--device', default='cpu', help='torch device')
+    parser.set_defaults(run=run_explain)
+
+
+def run_explain(args: argparse.Namespace) -> int:
+    """Draw an image, what the ResNet sees of it, and what the ViT sees of it."""
+    from ..explanation import explain
+    from ..pictures import plot_explanation
+
+    check_count('size', args.size)
+    check_picture('output', args.output, [args.image])
+    if not args.image.exists():
+        raise FileNotFoundError(f'image: there is no file {args.image}.')
+    model = load_model(args.model, args.device)
+    explanation = explain(model, args.image, target=class_of(args.target, model), size=args.size)
+    plot_explanation(explanation, args.output)
+    print(f'{explanation.label} ({100 * explanation.probability:.1f}%): {args.output} shows where the model looks.')
+    return 0
+
+
+def add_export(subparsers) -> None:
+    """`timm-vitres export`."""
+    from ..inference.formats import FORMATS
+    from ..inference.lowering import PRECISIONS
+
+    runtimes = [f'{row.runtime} ({", ".join(row.suffixes)})' for row in FORMATS.values()]
+    parser = subparsers.add_parser(
+        'export', help='write a model for another runtime, such as onnxruntime', formatter_class=HelpFormatter
+    )
+    parser.add_argument('model', metavar='MODEL', help="a timm model's name.tag, local-dir:<folder>, hf-hub:<id>")
+    parser.add_argument('--output', required=True, type=Path, metavar='FILE', help='where to')
+    parser.add_argument(
+        '--format',
+        choices=list(FORMATS),
+        help=f'that of {", ".join(runtimes)}, in this order; else what FILE ends in says',
+    )
+    lacking = {
+        precision: [row.name for row in FORMATS.values() if precision not in row.precisions] for precision in PRECISIONS
+    }
+    parser.add_argument(
+        '--precision',
+        default='fp32',
+        choices=PRECISIONS,
+        help='; '.join(f'{precision} not of {", ".join(names)}' for precision, names in lacking.items() if names),
+    )
+    parser.add_argument(
+        '--images', nargs='+', type=Path, metavar='IMAGE', help='files or folders, to compare on, and for int8 ranges'
+    )
+    parser.add_argument('--num-images', type=int, default=32, metavar='N', help='how many of them to take')
+    parser.add_argument('--static', action='store_true', help='for one height and width only')
+    parser.add_argument('--img-size', type=int, nargs='+', metavar='PIXELS', help='that height and width; else its own')
+    parser.set_defaults(run=run_export)
+
+
+def run_export(args: argparse.Namespace) -> int:
+    """Export, and say what was written."""
+    from ..data import example_images
+    from ..inference.exports import check_target, export
+
+    check_count('num_images', args.num_images)
+    size = size_of(args.img_size)
+    check_output('output', args.output)
+    path, format = check_target(args.output, args.format, args.precision, has_images=bool(args.images))
+    model = load_model(args.model, img_size=size)
+    example = example_images(args.images, model, args.num_images) if args.images else None
+    print(export(model, path, format, args.precision, not args.static, example).report)
+    return 0
+
+
+def _print_table(predictions: Sequence) -> None:
+    width = max((len(prediction.image) for prediction in predictions), default=0)
+    for prediction in predictions:
+        for rank, (label, probability) in enumerate(zip(prediction.labels, prediction.probabilities)):
+            print(f'{prediction.image if rank == 0 else "":{width}}  {100 * probability:6.2f}%  {label}')
+
+
+def add_commands(subparsers) -> None:
+    """Add the commands of this module to a parser."""
+    add_predict(subparsers)
+    add_explain(subparsers)
+    add_export(subparsers)
