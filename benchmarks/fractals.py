@@ -1,0 +1,172 @@
+"""Pretraining without photographs: a model learns to tell fractals apart, and is then fine-tuned on real images.
+
+    python benchmarks/fractals.py images --output fractals [--classes 1000] [--images 100]
+    python benchmarks/fractals.py pretrain --output fractals --model vitresnet_nano
+    python benchmarks/fractals.py transfer --output fractals --model vitresnet_nano --seeds 0 1 2 --record
+
+`images` writes labelled fractals (formulas.py) as an image folder, output/images/{train,val}/<class>/*.png. `pretrain`
+writes them if they are not there, and trains a model of three channels on them, in output/<model>; it goes on where it
+was interrupted. `transfer` fine-tunes from those weights and from random ones, by the same recipe, on sets of
+image_sets.py; 15% of the training images choose the epoch, and the test images are looked at once. Runs that are in
+benchmarks/results/fractals.csv are not made again, interrupted ones go on; --record appends a row for each. Any setting
+of the recipe may be given anew, as --set name=value; the row has it.
+"""
+
+import argparse
+import csv
+import itertools
+import shutil
+from pathlib import Path
+from typing import Any, Dict
+
+import timm
+import torch
+import yaml
+from common import train, write_row
+from formulas import images_of
+from image_sets import write
+from PIL import Image
+from tqdm import tqdm
+
+from timm_vitres.prediction import predict
+from timm_vitres.training.datasets import ImageFolder
+from timm_vitres.training.settings import FinetuneCfg
+
+RESULTS = Path(__file__).parent / 'results' / 'fractals.csv'
+ARMS = ('fractal', 'random')
+SHARED: Dict[str, Any] = dict(in_chans=3, lr=1e-3, warmup_epochs=1.0, weight_decay=0.05, workers=1, no_check=True)
+SHARED.update(mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25), crop_pct=1.0)
+# A fractal has no up and no left; colours say nothing of its class
+PRETRAIN = dict(SHARED, img_size=64, epochs=20, batch_size=128, lr=2e-3, scale=(0.5, 1.0), vflip=0.5, smoothing=0.1)
+TRANSFER = dict(SHARED, batch_size=32, val_frac=0.15, scale=(0.8, 1.0), ratio=(0.9, 1.1), eval_metric='balanced')
+TRANSFER.update(model_ema=True, model_ema_decay=0.99, model_ema_warmup=True)
+# What a set needs beside that; ELPV is trained on as in the demo
+SETS: Dict[str, Dict[str, Any]] = {
+    'elpv': dict(img_size=112, epochs=16, vflip=0.5, balance_classes=True),
+    'openclipart': dict(img_size=64, epochs=30, balance_classes=True, scale=(0.5, 1.0)),
+    'fmnist10': dict(img_size=64, epochs=15),
+}
+
+
+def write_images(folder: Path, classes: int, images: int, val_images: int, seed: int = 0) -> Path:
+    """Write folder/{train,val}/<class>/*.png, unless they are there, and return the folder.
+
+    Raises:
+        SystemExit: if there are others in the folder than those that are asked for.
+    """
+    wanted = f'{classes} classes, {images} + {val_images} images of each, seed {seed}\n'
+    told = folder / 'README.txt'
+    if folder.is_dir():
+        if not told.is_file() or told.read_text() != wanted:
+            found = told.read_text().strip() if told.is_file() else 'something else'
+            raise SystemExit(f'{folder} holds {found}, not {wanted.strip()}; give another --output.')
+        return folder
+    beside = folder.with_name(folder.name + '.tmp')
+    shutil.rmtree(beside, ignore_errors=True)
+    for number in tqdm(range(classes), desc='classes of fractals', disable=None):
+        for index, image in enumerate(images_of(number, images + val_images, seed)):
+            path = beside / ('train' if index < images else 'val') / f'{number:05d}' / f'{index:05d}.png'
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(path)
+    (beside / told.name).write_text(wanted)
+    beside.rename(folder)
+    return folder
+
+
+def figures(folder: Path, test: Path) -> Dict[str, Any]:
+    """Return what a finished run's model gets right of a folder of test images: of all, and the mean of the classes."""
+    model = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
+    images = ImageFolder(test, check=False)
+    paths, targets = zip(*images.reader.samples)
+    predictions, failed = predict(model, paths, topk=1)
+    if failed:
+        raise SystemExit(failed[0])
+    right = torch.tensor([p.labels[0] == images.classes[target] for p, target in zip(predictions, targets)]).double()
+    truth = torch.tensor(targets)
+    balanced = torch.stack([right[truth == index].mean() for index in range(len(images.classes))]).mean()
+    return dict(
+        test_images=len(paths),
+        test_top1=round(100 * right.mean().item(), 2),
+        test_balanced=round(100 * balanced.item(), 2),
+    )
+
+
+def epochs_of(folder: Path) -> list:
+    """Return the rows of a run's summary."""
+    with (folder / 'summary.csv').open(newline='') as file:
+        return list(csv.DictReader(file))
+
+
+def is_recorded(row: Dict[str, Any]) -> bool:
+    """Return whether a run has a row already."""
+    if not RESULTS.is_file():
+        return False
+    with RESULTS.open(newline='') as file:
+        return any(all(old[key] == str(value) for key, value in row.items()) for old in csv.DictReader(file))
+
+
+def pretrain(args: argparse.Namespace, changes: Dict[str, Any]) -> None:
+    """Train a model on fractals, and print what it has learnt."""
+    images = write_images(args.output / 'images', args.classes, args.images, args.val_images)
+    folder = args.output / args.model
+    train(FinetuneCfg(**{**PRETRAIN, **changes}, model=args.model, data_dir=str(images), output=str(folder)))
+    rows = epochs_of(folder)
+    best = max(float(row['eval_top1']) for row in rows)
+    hours = sum(float(row['seconds']) for row in rows) / 3600
+    print(f'{folder}: {best:.2f}% of the validation fractals after {len(rows)} epochs, {hours:.2f} h.')
+
+
+def transfer(args: argparse.Namespace, changes: Dict[str, Any]) -> None:
+    """Fine-tune from fractals and from random weights, and write a row for each run."""
+    weights = args.output / args.model / 'model.safetensors'
+    if 'fractal' in args.arms and not weights.is_file():
+        raise SystemExit(f'{weights} is missing: run `pretrain` with this --output and --model first.')
+    pretraining = (args.output / 'images' / 'README.txt').read_text().strip() if weights.is_file() else ''
+    if pretraining:
+        pretraining += f', {len(epochs_of(weights.parent))} epochs'
+    told = ' '.join(f'{key}={value}' for key, value in changes.items())
+    for seed, name, arm in itertools.product(args.seeds, args.sets, args.arms):
+        start = dict(pretrained_path=str(weights)) if arm == 'fractal' else {}
+        row = dict(set=name, arm=arm, seed=seed, model=args.model, changes=told)
+        row['pretraining'] = pretraining if start else ''
+        if args.record and is_recorded(row):
+            continue
+        data = write(name, args.output / 'data')
+        parts = (args.model, name, arm, *told.replace('/', '_').split(), str(seed))
+        folder = args.output / 'transfer' / '-'.join(parts)
+        settings = {**TRANSFER, **SETS[name], **start, **changes, 'model': args.model, 'seed': seed}
+        train(FinetuneCfg(**settings, data_dir=str(data / 'train'), output=str(folder)))
+        rows = epochs_of(folder)
+        row.update(figures(folder, data / 'test'), epochs=len(rows), threads=torch.get_num_threads())
+        row['train_seconds'] = round(sum(float(one['seconds']) for one in rows))
+        write_row('fractals', row, args.record)
+
+
+def main() -> None:
+    """Write images, pretrain, or fine-tune."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('what', choices=('images', 'pretrain', 'transfer'))
+    parser.add_argument('--output', type=Path, default=Path('fractals'), help='folder for images, data and runs')
+    parser.add_argument('--model', default='vitresnet_nano')
+    parser.add_argument('--classes', type=int, default=1000, help='classes of fractals')
+    parser.add_argument('--images', type=int, default=100, help='training images of each class of fractals')
+    parser.add_argument('--val-images', type=int, default=5, help='validation images of each class of fractals')
+    parser.add_argument('--sets', nargs='+', choices=SETS, default=list(SETS))
+    parser.add_argument('--arms', nargs='+', choices=ARMS, default=list(ARMS))
+    parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2], help='of the transfer')
+    parser.add_argument('--set', nargs='*', default=[], metavar='NAME=VALUE', help="settings in place of the recipe's")
+    parser.add_argument('--threads', type=int, default=2)
+    parser.add_argument('--record', action='store_true', help='append a row per run to benchmarks/results/fractals.csv')
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    changes = {name: yaml.safe_load(value) for name, _, value in (item.partition('=') for item in args.set)}
+    if args.what == 'images':
+        print(write_images(args.output / 'images', args.classes, args.images, args.val_images))
+    elif args.what == 'pretrain':
+        pretrain(args, changes)
+    else:
+        transfer(args, changes)
+
+
+if __name__ == '__main__':
+    main()
