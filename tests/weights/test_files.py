@@ -5,6 +5,7 @@ import json
 import struct
 
 import pytest
+import safetensors
 import safetensors.torch
 import torch
 
@@ -50,6 +51,13 @@ def test_tensors_begin_where_torchs_own_do(tmp_path):
         end = stop
     assert len(data) == 8 + length + end
     assert digest == hashlib.sha256(data).hexdigest()
+
+
+def test_a_header_tells_more_where_it_shall(tmp_path):
+    path = tmp_path / 'a.safetensors'
+    files.write_safetensors({'a': torch.arange(7)}, path, {'name': 'x'})
+    with safetensors.safe_open(path, 'pt') as file:
+        assert file.metadata() == {'format': 'pt', 'name': 'x'} and torch.equal(file.get_tensor('a'), torch.arange(7))
 
 
 def test_the_same_tensors_are_the_same_bytes(tmp_path):

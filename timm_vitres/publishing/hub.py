@@ -18,6 +18,7 @@ from ..weights.checkpoints import checkpoint_files
 from ..weights.checksums import SHA256_FIELD, check, git_sha1, hash_in_name, published_sha256, sha256
 from ..weights.downloads import is_transient, retrying
 from ..weights.files import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME
+from ..weights.shipped import is_shipped
 from ..weights.sources import find_weights
 from .cards import merge_cards, read_card, render_card, set_field, set_source
 from .config_file import read_config
@@ -286,6 +287,8 @@ def verify(
             return Verification(path, actual, 'the Hub')
     if in_name:
         return Verification(path, actual, f'the name in its address (it begins with {in_name})')
+    if is_shipped(path):
+        return Verification(path, actual, 'the package that it is shipped in')
     if published_sha256(path):
         return Verification(path, actual, 'the cache' if path.is_symlink() else 'its folder')
     return Verification(path, actual, None)

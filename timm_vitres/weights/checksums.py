@@ -1,6 +1,6 @@
 """Checksums of weight files: they are computed, compared with the published ones, and remembered.
 
-path -> `published_sha256` (the Hub's cache, config.json or the card) -> `check_once` -> a file as it was published.
+path -> `published_sha256` (the Hub's cache, config.json, card, package) -> `check_once` -> a file as it was published.
 """
 
 import hashlib
@@ -15,6 +15,7 @@ from huggingface_hub import constants
 
 from ..writing import TEMPORARY, replacing
 from .files import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME
+from .shipped import REINSTALL, is_shipped, shipped_sha256
 
 SHA256_FIELD = 'model_sha256'  # the field of config.json, or of a card's head, that a load is compared with
 
@@ -77,8 +78,13 @@ def published_sha256(path: Path) -> Optional[str]:
     """Return the sha256 that a file must have, if something beside the file tells it, else None.
 
     The Hub's cache names a large file by its sha256; a folder's config.json, or its card, tells that of
-    `model.safetensors`.
+    `model.safetensors`; the package tells those of the weights that it holds.
+
+    Raises:
+        OSError: where a part of the package is missing.
     """
+    if is_shipped(path):
+        return shipped_sha256(path)
     blob = Path(os.path.realpath(path))
     if blob.parent.name == 'blobs' and re.fullmatch(r'[0-9a-f]{64}', blob.name):
         return blob.name
@@ -103,6 +109,8 @@ def check(path: Path, published: Optional[str] = None) -> str:
         remedy = 'Remove it and load again'
         if Path(os.path.realpath(path)).parent.name == 'blobs':  # removing only the link to the blob would not help
             path = Path(os.path.realpath(path))
+        elif is_shipped(path):
+            remedy = REINSTALL
         elif path.name == WEIGHTS_NAME:
             remedy = f'Restore it, or, if you changed it on purpose, take {SHA256_FIELD} out of {CONFIG_NAME}'
             remedy += f' and {CARD_NAME} beside it' if (path.parent / CARD_NAME).is_file() else ' beside it'

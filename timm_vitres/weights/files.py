@@ -7,7 +7,7 @@ import hashlib
 import json
 import struct
 from pathlib import Path
-from typing import Any, Dict, Mapping
+from typing import Any, Dict, Mapping, Optional
 
 import torch
 
@@ -25,12 +25,17 @@ _DTYPES = {
 }
 
 
-def write_safetensors(tensors: Mapping[str, torch.Tensor], path: Path) -> str:
+def write_safetensors(
+    tensors: Mapping[str, torch.Tensor], path: Path, metadata: Optional[Mapping[str, str]] = None
+) -> str:
     """Write a safetensors file whose tensors begin at multiples of 64 bytes, as torch's own do in memory.
 
     A matrix product may round differently if its operands are not aligned so; thanks to this, a model whose weights
     are mapped from the file computes, bit for bit, what the saved model computed. The format does not allow gaps, so
     tensors whose size is no multiple of 64 bytes come last; whoever maps the file copies those.
+
+    Args:
+        metadata: What the file's header tells beside the format.
 
     Returns:
         The sha256 of what was written.
@@ -39,7 +44,7 @@ def write_safetensors(tensors: Mapping[str, torch.Tensor], path: Path) -> str:
         ValueError: for a tensor that safetensors can not hold.
     """
     names = sorted(tensors, key=lambda name: (tensors[name].nbytes % ALIGNMENT != 0, name))
-    header: Dict[str, Any] = {'__metadata__': {'format': 'pt'}}
+    header: Dict[str, Any] = {'__metadata__': {'format': 'pt', **(metadata or {})}}
     end = 0
     for name in names:
         tensor = tensors[name]

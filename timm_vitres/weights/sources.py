@@ -3,6 +3,7 @@
 pretrained cfg -> `find_weights` -> `local_weights`, `hub_weights` or `url_file` -> a file, or the index of shards.
 """
 
+import dataclasses
 from pathlib import Path
 from typing import Optional, Sequence, Union
 from urllib.parse import urlparse
@@ -12,9 +13,10 @@ from timm.models import PretrainedCfg
 
 from ..writing import TEMPORARY
 from .checkpoints import INDEX_NAMES, checkpoint_files
-from .checksums import told_sha256
+from .checksums import check_once, told_sha256
 from .downloads import hub_file, url_file
 from .files import WEIGHTS_NAME, WEIGHTS_NAMES, WEIGHTS_SUFFIXES
+from .shipped import is_shipped
 
 
 def weights_file(path: Union[str, Path]) -> Path:
@@ -59,10 +61,15 @@ def find_weights(cfg: PretrainedCfg, cache_dir: Union[None, str, Path] = None) -
     Raises:
         RuntimeError: where the cfg names no weights.
         ValueError: where the cfg names something that can't be a file, repository or address.
+        OSError: where a weight that the package holds is missing or damaged.
     """
+    if _is_replaced(cfg):
+        cfg = dataclasses.replace(cfg, file=None)
     if cfg.source == 'local-dir' or (cfg.file and cfg.source != 'hf-hub'):
         if not cfg.file or not isinstance(cfg.file, (str, Path)):
             raise ValueError(f'file: got {cfg.file!r:.80} in the pretrained_cfg, expected a path.')
+        if is_shipped(Path(cfg.file)):  # before it is read, so that the error of a damaged file names the remedy
+            check_once(Path(cfg.file))
         return local_weights(cfg.file)
     if cfg.hf_hub_id:
         return hub_weights(cfg.hf_hub_id, [cfg.hf_hub_filename] if cfg.hf_hub_filename else None, cache_dir)
@@ -71,6 +78,15 @@ def find_weights(cfg: PretrainedCfg, cache_dir: Union[None, str, Path] = None) -
             raise ValueError(f'url: got {cfg.url!r:.200} in the pretrained_cfg, expected one like https://...')
         return url_file(cfg.url, cache_dir)
     raise RuntimeError(f'No pretrained weights exist for {cfg.architecture}. Use `pretrained=False` for random init.')
+
+
+def _is_replaced(cfg: PretrainedCfg) -> bool:
+    """Return whether a cfg names the package's own weights, and others that a caller gave in their place.
+
+    timm would take the file, and silently leave out the repository or address that its caller asked for.
+    """
+    is_ours = isinstance(cfg.file, (str, Path)) and is_shipped(Path(cfg.file))
+    return is_ours and bool(cfg.hf_hub_id or cfg.url)
 
 
 def local_weights(path: Union[str, Path]) -> Path:
