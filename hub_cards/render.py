@@ -4,7 +4,8 @@
     python hub_cards/render.py --check    # only says, by its exit status, whether they are up to date
 
 What a weight *is* (size, classes, normalisation, repository) comes from the package's `default_cfgs`; what was
-published about it stands in hub_cards/<arch>.<tag>.json; what the weights of one kind share stands in kinds.json.
+published about it stands in hub_cards/<arch>.<tag>.json; what the weights of one kind share stands in kinds.json. A
+weight that the package ships has figures of our own, from rows (`measured`).
 """
 
 import argparse
@@ -16,11 +17,13 @@ from typing import Any, Dict, Iterator, List, Tuple
 
 import timm
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from measured import measured
 from timm.models import PretrainedCfg, get_arch_pretrained_cfgs
 from torch import nn
 
 import timm_vitres  # noqa: F401  (registers the models)
 from timm_vitres.models.base import Hybrid
+from timm_vitres.weights.shipped import FOLDER as SHIPPED
 
 FOLDER = Path(__file__).parent
 
@@ -58,6 +61,8 @@ def count_parameters(name: str) -> str:
 
 def weights_link(cfg: PretrainedCfg) -> str:
     """Return where a weight lives, as Markdown."""
+    if cfg.file:
+        return f'part of the package: `timm_vitres/{SHIPPED.name}/{Path(cfg.file).name}`'
     if cfg.hf_hub_id:
         return f'[{cfg.hf_hub_id}](https://huggingface.co/{cfg.hf_hub_id})'
     return f'[{str(cfg.url).rpartition("/")[2]}]({cfg.url})'
@@ -98,6 +103,10 @@ def render(name: str, cfg: PretrainedCfg) -> str:
             f'Published, not measured by this project: {facts["top1"]:.2f}% top-1 on ImageNet-1k (validation), by '
             f'{source_link(facts)}, for `{facts["their_name"]}`.'
         )
+    elif cfg.file:
+        found = measured(name, facts)
+        results.append(found.evaluation)
+        result, facts = found.result, {**facts, 'recipe': found.recipe, 'layout': found.layout}
     elif facts.get('no_result'):
         result = facts['no_result']
     card_data = ModelCardData(
@@ -119,6 +128,8 @@ def render(name: str, cfg: PretrainedCfg) -> str:
         weights=weights_link(cfg),
         classes=str(cfg.num_classes) if cfg.num_classes else 'none: features only',
         size=cfg.input_size[-1],
+        colour='grey' if cfg.input_size[0] == 1 else 'RGB',
+        other='in_chans=3, img_size=64' if cfg.input_size[0] == 1 else 'in_chans=1, img_size=320',
         mean=channels(cfg.mean),
         std=channels(cfg.std),
         interpolation=cfg.interpolation,

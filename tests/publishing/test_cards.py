@@ -1,20 +1,28 @@
 """The cards of published weights: as their facts render them, valid, and honest about figures."""
 
+import csv
+import dataclasses
 import importlib.util
 import json
+import shutil
+import sys
 from pathlib import Path
 
 import pytest
 import timm
 from conftest import randomise_
 from huggingface_hub import EvalResult, ModelCard
+from timm.models import _registry as registry
 
 from timm_vitres.publishing import cards
+from timm_vitres.weights import shipped
 
 FOLDER = Path(__file__).parents[2] / 'hub_cards'
+sys.path.insert(0, str(FOLDER))  # render.py imports its neighbour
 spec = importlib.util.spec_from_file_location('render', FOLDER / 'render.py')
 render = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(render)
+measured = sys.modules['measured']
 NAMES = [name for name, _ in render.published_weights()]
 
 
@@ -30,7 +38,7 @@ def test_cards_are_what_their_facts_render(rendered):
         assert path.read_text(encoding='utf-8') == text, f'{path.name}: run `python hub_cards/render.py`'
     known = {path.name for path in rendered} | {f'{name}.json' for name in (*NAMES, 'kinds')}
     left_over = {path.name for path in FOLDER.iterdir() if path.is_file()} - known
-    assert left_over == {'render.py', 'template.md', 'family_template.md'}
+    assert left_over == {'render.py', 'measured.py', 'template.md', 'family_template.md'}
 
 
 @pytest.mark.parametrize('name', NAMES)
@@ -43,12 +51,101 @@ def test_a_card(name):
     assert card.data.library_name == 'timm' and card.data.license == 'apache-2.0'
     assert card.data.base_model == timm.get_pretrained_cfg(name).hf_hub_id
     assert 'import timm_vitres  # registers the models\nimport timm\n' in text and 'None' not in text
-    if facts['top1'] is None:
+    if timm.get_pretrained_cfg(name).file:  # `test_the_card_of_a_shipped_weight` says more
+        [result] = card.data.eval_results
+        assert result.metric_value == float(measured.shipped_row(name)['top1'])
+        assert facts.keys() == {'kind', 'rows', 'row'}, 'its figures stand in the rows alone'
+    elif facts['top1'] is None:
         assert card.data.eval_results is None and '## Result\n\nNot measured' in text
     else:
         [result] = card.data.eval_results
         assert result.metric_value == facts['top1'] and result.source_url == render.read(name)['source_url']
         assert 'Published, not measured by this project' in text and result.source_url in card.text
+
+
+SHIPPED = 'test_vitresnet_mix.made_here'
+RUN = dict(
+    **dict(arm='interleaved', seed='0', epochs='45', test_top1='95.31', test_top1_tta='95.72', train_seconds='27000'),
+    **dict(threads='1', date='2026-11-26', machine='A machine', torch='2.14.1', timm='1.0.31', timm_vitres='0.1.0'),
+    command='python benchmarks/fmnist.py --record',
+)
+
+
+def write_rows(path, *rows):
+    with path.open('w', newline='') as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+@pytest.fixture
+def rows(tmp_path, monkeypatch):
+    """Rows and facts of a weight that is entered for this test, its file, and the cfg of its entry."""
+    for module, name in ((render, 'FOLDER'), (measured, 'RESULTS'), (shipped, 'FOLDER')):
+        monkeypatch.setattr(module, name, tmp_path)
+    for name in ('template.md', 'kinds.json'):
+        shutil.copy(FOLDER / name, tmp_path)
+    kinds = json.loads((tmp_path / 'kinds.json').read_text())
+    kinds['architectures']['test_vitresnet_mix'] = dict(architecture_line='a test')
+    (tmp_path / 'kinds.json').write_text(json.dumps(kinds))
+    facts = dict(kind='fmnist', rows='fmnist', row=dict(arm='interleaved', seed=0))
+    (tmp_path / f'{SHIPPED}.json').write_text(json.dumps(facts))
+    path = tmp_path / f'{SHIPPED}.safetensors'
+    path.write_bytes(b'weights')
+    (tmp_path / 'SHA256SUMS').write_text(f'{"a" * 64}  {path.name}\n')
+    told = dict(tag='made_here', file=str(path), input_size=(1, 28, 28), num_classes=10)
+    cfg = dataclasses.replace(timm.get_pretrained_cfg('test_vitresnet_mix'), **told)
+    tags = [*registry._model_with_tags['test_vitresnet_mix'], SHIPPED]
+    monkeypatch.setitem(registry._model_with_tags, 'test_vitresnet_mix', tags)
+    monkeypatch.setitem(registry._model_pretrained_cfgs, SHIPPED, cfg)
+    file = dict(name=SHIPPED, stored='float16', bytes='2623224', images='10000', changed='3')
+    file = dict(**file, run_top1='95.31', top1='95.32', sha256='a' * 64)
+    write_rows(tmp_path / 'fmnist.csv', RUN, {**RUN, 'seed': '1', 'test_top1': '95.11'}, {**RUN, 'arm': 'serial'})
+    write_rows(tmp_path / 'shipped.csv', {**file, 'top1': '90.00', 'sha256': 'b' * 64}, file)
+    return tmp_path, file, cfg
+
+
+def test_the_card_of_a_shipped_weight(rows):
+    """Each of its figures is one of the two rows."""
+    _, _, cfg = rows
+    text = render.render(SHIPPED, cfg)
+    card = ModelCard(text)
+    [result] = card.data.eval_results
+    assert result.metric_value == 95.32 and result.dataset_name == 'Fashion-MNIST' and result.dataset_split == 'test'
+    assert card.data.base_model is None and card.data.datasets == ['fashion_mnist']
+    for part in (
+        'Measured by this project: 95.32% top-1 on the 10,000 test images of Fashion-MNIST, one view of each; 95.72%',
+        'of its answers 3 differ from those of the run, which has 95.31%.',
+        '45 epochs took 7.5 hours with 1 thread on A machine (torch 2.14.1, timm 1.0.31, timm-vitres 0.1.0; 2026-11-',
+        '    python benchmarks/fmnist.py --record\n',
+        'Data: [Fashion-MNIST](https://github.com/zalandoresearch/fashion-mnist), licence MIT.',
+        f'| part of the package: `timm_vitres/shipped/{SHIPPED}.safetensors`, 2.6 MB, float16 |',
+        '28 x 28 pixels, grey,',
+        'trained by this project',
+    ):
+        assert part in text.replace('\n', ' ') or part in text, part
+    assert 'None' not in text and 'Published' not in text
+
+
+@pytest.mark.parametrize(
+    'run, file, message',
+    [
+        (dict(seed='2'), {}, r"0 rows of fmnist\.csv are as its facts say \(.*'seed': 0.*\), expected one"),
+        ({}, dict(sha256='c' * 64), r'no row of shipped\.csv is of its file \(a+\); run benchmarks/ship\.py'),
+        ({}, dict(name='other'), r'no row of shipped\.csv is of its file'),
+        (
+            {},
+            dict(run_top1='95.30'),
+            r'95\.31% in fmnist\.csv, but 95\.30% in shipped\.csv: the file is of another run',
+        ),
+    ],
+)
+def test_rows_that_do_not_belong_together(run, file, message, rows):
+    folder, own, cfg = rows
+    write_rows(folder / 'fmnist.csv', {**RUN, **run})
+    write_rows(folder / 'shipped.csv', {**own, **file})
+    with pytest.raises(SystemExit, match=message):
+        render.render(SHIPPED, cfg)
 
 
 def test_a_card_of_ones_own():
