@@ -11,7 +11,7 @@ import timm_vitres
 from timm_vitres.models import loading, vitresnet
 from timm_vitres.weights import files
 from timm_vitres.weights.checkpoints import read_checkpoint
-from timm_vitres.weights.files import WEIGHTS_NAME
+from timm_vitres.weights.files import WEIGHTS_NAME, write_safetensors
 
 OPTIONS = [
     {},
@@ -284,9 +284,32 @@ def test_assigning_keeps_the_models_dtype():
     assert relative_difference(model.norm.weight, weights['norm.weight'].float()) == 0
 
 
+def test_a_file_of_halves_is_adapted_in_the_models_dtype(tmp_path):
+    """Other channels and another grid are computed of the file's numbers, and are not rounded to its dtype again."""
+    model = randomise_(timm.create_model('test_vitresnet', num_classes=3, in_chans=1))
+    halves = {key: value.half() if value.ndim > 1 else value for key, value in model.state_dict().items()}
+    paths = [tmp_path / name for name in ('halves.safetensors', 'floats.safetensors')]
+    write_safetensors(halves, paths[0])
+    write_safetensors({key: value.to(model.state_dict()[key].dtype) for key, value in halves.items()}, paths[1])
+    options = dict(pretrained=True, num_classes=3, in_chans=3, img_size=64)
+    states = [
+        timm.create_model(
+            'test_vitresnet', pretrained_cfg_overlay=dict(file=str(path), num_classes=3), **options
+        ).state_dict()
+        for path in paths
+    ]
+    for key, value in states[0].items():
+        assert torch.equal(value, states[1][key]) and value.dtype == states[1][key].dtype, key
+    assert not torch.equal(states[0]['pos_embed'], states[0]['pos_embed'].half().float())
+    halved = timm.create_model(
+        'test_vitresnet', pretrained_cfg_overlay=dict(file=str(paths[1]), num_classes=3), dtype=torch.half, **options
+    )
+    assert torch.equal(halved.pos_embed, states[0]['pos_embed'].half())
+
+
 def test_tags_name_whole_hub_ids():
     for name, default_cfg in vitresnet.default_cfgs.items():
         for tag, cfg in default_cfg.cfgs.items():
-            if cfg.has_weights:
+            if cfg.has_weights and not cfg.file:
                 assert cfg.hf_hub_id.count('/') == 1 and not cfg.hf_hub_id.endswith('/'), (name, tag)
             assert not cfg.fixed_input_size

@@ -30,6 +30,7 @@ from ..weights.sources import find_weights
 from .base import Hybrid
 
 ModelT = TypeVar('ModelT', bound=Hybrid)
+HALVES = (torch.float16, torch.bfloat16)
 
 
 def build_hybrid(model_cls: Type[ModelT], variant: str, pretrained: bool, cfg: Any, **kwargs: Any) -> ModelT:
@@ -132,6 +133,7 @@ def create_pretrained(
             raise OSError(f'{path}: was replaced while it was being read; load it again.') from error
         if source.source == 'local-dir':
             check_noted(source.notes, Path(source.file or ''))
+    state_dict = _widened(state_dict, dtype or torch.get_default_dtype())
     state_dict = model.filter_state_dict(state_dict, source_img_size or source.input_size[-2:])
     _adapt_first_conv_(state_dict, model)
     new_head = _drop_other_head_(state_dict, model, source)
@@ -142,6 +144,19 @@ def create_pretrained(
         model.init_head_(name)
     fill_buffers_(model, device)
     return model
+
+
+def _widened(state_dict: Dict[str, Any], dtype: torch.dtype) -> Dict[str, Any]:
+    """Return a state dict whose numbers of 16 bits have a model's dtype, if that is wider.
+
+    A table that is resampled, or a convolution that is adapted, would else be rounded to 16 bits a second time.
+    """
+    if dtype in HALVES:
+        return state_dict
+    return {
+        key: value.to(dtype) if torch.is_tensor(value) and value.dtype in HALVES else value
+        for key, value in state_dict.items()
+    }
 
 
 def assign_(model: nn.Module, state_dict: StateDict, device: Union[str, torch.device] = 'cpu') -> None:
