@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -10,6 +11,10 @@ from pathlib import Path
 
 import pytest
 import timm
+import torch
+from conftest import randomise_
+
+from timm_vitres.weights.files import write_safetensors
 
 ROOT = Path(__file__).parent.parent
 CODE = """
@@ -25,14 +30,35 @@ model = timm.create_model('local-dir:run', pretrained=True).eval()
 assert model(timm_vitres.preprocess('images/down/0.png', model)).shape == (1, 2)
 assert cli.main(['predict', 'images/down/0.png', '--model', 'local-dir:run']) == 0
 """
+# every weight that the package holds, and one more, of which no entry tells
+SHIPPED_CODE = """
+import pathlib, sys
+import timm, torch
+import timm_vitres
+from timm_vitres.weights import checksums, shipped
+assert pathlib.Path(timm_vitres.__file__).is_relative_to(sys.argv[1]), timm_vitres.__file__
+names = [name for name in timm.list_pretrained('*vitresnet*') if timm.get_pretrained_cfg(name).file]
+for name in names:
+    timm.create_model(name, pretrained=True)
+    assert timm_vitres.verify(name).published_by
+overlay = dict(file=shipped.shipped(sys.argv[2]), num_classes=2)
+model = timm.create_model('test_vitresnet_mix', pretrained=True, num_classes=2, pretrained_cfg_overlay=overlay)
+torch.save(model.state_dict(), sys.argv[3])
+files = {path.name for path in shipped.FOLDER.glob('*.safetensors')}
+assert files == set(shipped.read_sums()) >= {pathlib.Path(timm.get_pretrained_cfg(name).file).name for name in names}
+"""
+
+
+def build_wheel(source, folder):
+    command = [sys.executable, '-m', 'pip', 'wheel', '--quiet', '--no-deps', '--wheel-dir', str(folder), str(source)]
+    subprocess.run(command, check=True)
+    (path,) = folder.glob('timm_vitres-*.whl')
+    return path
 
 
 @pytest.fixture
 def wheel(tmp_path):
-    command = [sys.executable, '-m', 'pip', 'wheel', '--quiet', '--no-deps', '--wheel-dir', str(tmp_path), str(ROOT)]
-    subprocess.run(command, check=True)
-    (path,) = tmp_path.glob('timm_vitres-*.whl')
-    return path
+    return build_wheel(ROOT, tmp_path)
 
 
 def run(python, site, image_folder):
@@ -52,7 +78,9 @@ def run(python, site, image_folder):
 
 def test_wheel_holds_the_package_and_nothing_else(wheel):
     names = zipfile.ZipFile(wheel).namelist()
-    files = [path for path in (ROOT / 'timm_vitres').rglob('*') if path.suffix in ('.py', '.md', '.yaml', '.typed')]
+    suffixes = ('.py', '.md', '.yaml', '.typed', '.safetensors')
+    files = [path for path in (ROOT / 'timm_vitres').rglob('*') if path.suffix in suffixes]
+    files += (ROOT / 'timm_vitres' / 'shipped').glob('SHA256SUMS')
     assert len(files) > 30 and {str(path.relative_to(ROOT)) for path in files} <= set(names)
     assert {name.split('/')[0].split('-')[0] for name in names} == {'timm_vitres'}
     assert any(name.endswith('licenses/LICENSE') for name in names)
@@ -61,6 +89,32 @@ def test_wheel_holds_the_package_and_nothing_else(wheel):
 def test_wheel_works_outside_the_checkout(wheel, image_folder, tmp_path):
     zipfile.ZipFile(wheel).extractall(tmp_path / 'site')
     run(sys.executable, tmp_path / 'site', image_folder)
+
+
+@pytest.mark.slow
+def test_weights_of_the_package_load_from_the_wheel_without_a_network(tmp_path):
+    """The wheel of a checkout that has a weight more than ours."""
+    source, name = tmp_path / 'source', 'test_vitresnet_mix.made_here'
+    ignored = shutil.ignore_patterns('__pycache__')
+    shutil.copytree(ROOT / 'timm_vitres', source / 'timm_vitres', ignore=ignored)
+    for file in ('pyproject.toml', 'README.md', 'LICENSE'):
+        shutil.copy(ROOT / file, source)
+    model = randomise_(timm.create_model('test_vitresnet_mix', num_classes=2))
+    shipped = source / 'timm_vitres' / 'shipped'
+    shipped.mkdir(exist_ok=True)
+    digest = write_safetensors(model.state_dict(), shipped / f'{name}.safetensors')
+    with (shipped / 'SHA256SUMS').open('a') as file:
+        file.write(f'{digest}  {name}.safetensors\n')
+    wheel = build_wheel(source, tmp_path)
+    install = ['install', '--quiet', '--no-deps', '--target', str(tmp_path / 'site'), str(wheel)]
+    subprocess.run([sys.executable, '-m', 'pip', *install], check=True)
+    environment = {**os.environ, 'PYTHONPATH': str(tmp_path / 'site'), 'HF_HUB_OFFLINE': '1'}
+    environment['HF_HOME'] = str(tmp_path / 'home')
+    command = [sys.executable, '-c', SHIPPED_CODE, str(tmp_path / 'site'), name, str(tmp_path / 'state.pt')]
+    result = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    loaded = torch.load(tmp_path / 'state.pt')
+    assert all(torch.equal(loaded[key], value) for key, value in model.state_dict().items())
 
 
 @pytest.mark.slow

@@ -107,6 +107,15 @@ def test_a_model_by_name(weight, no_network):
     assert {parameter.dtype for parameter in half.parameters()} == {torch.float16}
 
 
+def test_a_name_whose_default_has_no_weights(weight, monkeypatch):
+    name, _ = weight
+    architecture = name.partition('.')[0]
+    cfg = dataclasses.replace(timm.get_pretrained_cfg(architecture), file=None, hf_hub_id=None, url=None)
+    monkeypatch.setitem(registry._model_pretrained_cfgs, architecture, cfg)
+    with pytest.raises(RuntimeError, match=rf'exist for {architecture}; there are some for .*{re.escape(name)}'):
+        timm.create_model(architecture, pretrained=True)
+
+
 def test_a_model_for_another_task(weight, no_network):
     """Grey images as three equal channels, other classes, other sizes, features."""
     name, _ = weight

@@ -9,7 +9,7 @@ from typing import Optional, Sequence, Union
 from urllib.parse import urlparse
 
 from huggingface_hub.errors import HFValidationError
-from timm.models import PretrainedCfg
+from timm.models import PretrainedCfg, list_pretrained
 
 from ..writing import TEMPORARY
 from .checkpoints import INDEX_NAMES, checkpoint_files
@@ -77,7 +77,11 @@ def find_weights(cfg: PretrainedCfg, cache_dir: Union[None, str, Path] = None) -
         if not isinstance(cfg.url, str) or not urlparse(cfg.url).scheme:
             raise ValueError(f'url: got {cfg.url!r:.200} in the pretrained_cfg, expected one like https://...')
         return url_file(cfg.url, cache_dir)
-    raise RuntimeError(f'No pretrained weights exist for {cfg.architecture}. Use `pretrained=False` for random init.')
+    tags = list_pretrained(f'{cfg.architecture}.*')
+    ways = f'; there are some for {", ".join(tags)}' if tags else ''
+    raise RuntimeError(
+        f'No pretrained weights exist for {cfg.architecture}{ways}. Use `pretrained=False` for random init.'
+    )
 
 
 def _is_replaced(cfg: PretrainedCfg) -> bool:
