@@ -16,6 +16,8 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / 'benchmarks' / 'results'
 
+ROBUSTNESS = dict(top1='ImageNet', real='ReaL', v2='V2', r='R', a='A', sketch='Sketch')  # timm's results files
+
 
 def read(name: str) -> list:
     """Return the rows of benchmarks/results/NAME.csv."""
@@ -308,6 +310,73 @@ def distillation() -> str:
 
 def columns_of(found: list) -> list:
     return [spread([float(row[column]) for row in found], 2) for column in ('val_top1', 'test_top1')]
+
+
+def evidence() -> str:
+    """What timm publishes of hybrids and their parents, and the hybrids' time on a CPU by their first parent's."""
+    groups: dict = defaultdict(list)
+    for row in read('evidence_published'):
+        groups[row['hybrid']].append(row)
+    costs = newest('evidence_cost', 'hybrid', 'path') if (RESULTS / 'evidence_cost.csv').is_file() else {}
+    lines = []
+    for hybrid, rows in groups.items():
+        first = next(row for row in rows if row['role'] != 'hybrid')
+        for row in rows:
+            figures = [f'{float(row[name]):.1f}' if row[name] else '-' for name in ROBUSTNESS]
+            name, time = f'{row["role"]} `{row["model"].partition(".")[0]}`', '1' if row is first else ''
+            if row['role'] == 'hybrid':
+                ratios = [costs[hybrid, path]['ratio'] for path in ('eager', 'folded') if (hybrid, path) in costs]
+                name, time = f'**`{hybrid}`**', ', '.join(ratios) or '-'
+                figures = [
+                    f'**{figure}**' if all(float(row[key]) > float(other[key]) for other in rows[1:]) else figure
+                    for key, figure in zip(ROBUSTNESS, figures)
+                ]
+            lines.append([name, f'{float(row["params"]):.1f}M', row['img_size'], *figures, time])
+    return table(['', 'parameters', 'pixels', *ROBUSTNESS.values(), 'time on a CPU (folded)'], lines)
+
+
+def differences() -> str:
+    """How much better the published hybrids are than the first of their parents, in points of top-1."""
+    groups: dict = defaultdict(list)
+    for row in read('evidence_published'):
+        groups[row['hybrid']].append(row)
+    costs = newest('evidence_cost', 'hybrid', 'path') if (RESULTS / 'evidence_cost.csv').is_file() else {}
+    lines = []
+    for hybrid, (own, parent, *_) in groups.items():
+        ratios = [costs[hybrid, path]['ratio'] for path in ('eager', 'folded') if (hybrid, path) in costs]
+        lines.append(
+            [
+                f'`{hybrid}`',
+                f'`{parent["model"].partition(".")[0]}`' + (' *' if parent['same_recipe'] == 'False' else ''),
+                *(f'{float(own[name]) - float(parent[name]):+.1f}' for name in ROBUSTNESS),
+                f'{float(own["params"]) / float(parent["params"]):.2f}',
+                ', '.join(ratios) or '-',
+            ]
+        )
+    return table(['hybrid', 'parent', *ROBUSTNESS.values(), 'parameters', 'time (folded)'], lines)
+
+
+def fmnist() -> str:
+    """Fashion-MNIST by one recipe: hybrids and their parents, on the test images."""
+    runs = defaultdict(list)
+    for row in read('fmnist'):
+        runs[row['arm'], row['changes'], row['epochs']].append(row)
+    lines = []
+    for (arm, changes, epochs), rows in runs.items():
+        others = ' '.join(part for part in changes.split() if not part.startswith('workers='))
+        columns = (spread([float(row[column]) for row in rows], 2) for column in ('test_top1', 'test_top1_tta'))
+        hours = statistics.mean(float(row['train_seconds']) for row in rows) / 3600
+        threads = rows[0]['threads']
+        lines.append(
+            [
+                f'{arm}, `{rows[0]["model"]}`' + (f', {others}' if others else ''),
+                f'{int(rows[0]["params"]) / 1e6:.2f}M',
+                epochs,
+                *columns,
+                f'{hours:.1f} h, {threads} thread{"s" * (threads != "1")}',
+            ]
+        )
+    return table(['arm', 'parameters', 'epochs', 'test top-1 (%)', 'with six views of an image', 'training'], lines)
 
 
 def downstream() -> str:

@@ -18,6 +18,7 @@ from typing import Any, Dict, Iterator, List, Tuple
 import timm
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from measured import measured
+from published import beside_parents
 from timm.models import PretrainedCfg, get_arch_pretrained_cfgs
 from torch import nn
 
@@ -109,6 +110,8 @@ def render(name: str, cfg: PretrainedCfg) -> str:
         result, facts = found.result, {**facts, 'recipe': found.recipe, 'layout': found.layout}
     elif facts.get('no_result'):
         result = facts['no_result']
+    if table := beside_parents(name):
+        result += f'\n\n{table}'
     card_data = ModelCardData(
         library_name='timm',
         license=cfg.license,

@@ -22,7 +22,7 @@ sys.path.insert(0, str(FOLDER))  # render.py imports its neighbour
 spec = importlib.util.spec_from_file_location('render', FOLDER / 'render.py')
 render = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(render)
-measured = sys.modules['measured']
+measured, published = sys.modules['measured'], sys.modules['published']
 NAMES = [name for name, _ in render.published_weights()]
 
 
@@ -38,7 +38,26 @@ def test_cards_are_what_their_facts_render(rendered):
         assert path.read_text(encoding='utf-8') == text, f'{path.name}: run `python hub_cards/render.py`'
     known = {path.name for path in rendered} | {f'{name}.json' for name in (*NAMES, 'kinds')}
     left_over = {path.name for path in FOLDER.iterdir() if path.is_file()} - known
-    assert left_over == {'render.py', 'measured.py', 'template.md', 'family_template.md'}
+    assert left_over == {'render.py', 'measured.py', 'published.py', 'template.md', 'family_template.md'}
+
+
+def test_published_figures_are_those_of_the_rows():
+    """A card's own figure, and those beside its parents, are one publication's."""
+    names = {name for name in NAMES if published.rows_of(name)}
+    assert len(names) == 10
+    for name in names:
+        facts = json.loads((FOLDER / f'{name}.json').read_text(encoding='utf-8'))
+        own, *parents = published.rows_of(name)
+        assert own['model'] == facts['their_name'] and f'{float(own["top1"]):.2f}' == f'{facts["top1"]:.2f}'
+        text = (FOLDER / f'{name}.md').read_text(encoding='utf-8')
+        for row in (own, *parents):
+            (line,) = [
+                line
+                for line in text.splitlines()
+                if line.startswith('| ') and f'`{row["model"].partition(".")[0]}`' in line
+            ]
+            figures = [f'{float(row[column]):.1f}' for column in published.COLUMNS]
+            assert line.endswith(f' | {" | ".join(figures)} |')
 
 
 @pytest.mark.parametrize('name', NAMES)
