@@ -13,7 +13,15 @@ import re
 from pathlib import Path
 from typing import Any, Callable, Iterator, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
-from timm_vitres import VitResNet, VitResNetCfg, VitResNetDual, VitResNetDualCfg, VitResNetMix, VitResNetMixCfg
+from timm_vitres import (
+    FinetuneCfg,
+    VitResNet,
+    VitResNetCfg,
+    VitResNetDual,
+    VitResNetDualCfg,
+    VitResNetMix,
+    VitResNetMixCfg,
+)
 from timm_vitres.cli import create_parser
 
 
@@ -31,6 +39,7 @@ class Case(NamedTuple):
 # a call of each command that is right: positional arguments, flags
 POSITIONAL = {
     'finetune': ['images'],
+    'compare': ['images'],
     'recipes': ['lora'],
     'predict': ['picture.png'],
     'explain': ['picture.png'],
@@ -45,6 +54,17 @@ FLAGS = {
     'finetune': [
         *('--model', 'test_vitresnet', '--img-size', '32', '--epochs', '1', '-b', '4', '-j', '0', '--device', 'cpu'),
         *('--output', 'new', '--model-kwargs', *MODEL_KWARGS),
+    ],
+    'compare': [
+        *(
+            '--models',
+            'test_vitresnet:layers=(1,),channels=(128,),depth=1,embed_dim=32',
+            'resnet10t',
+            '--output',
+            'new',
+        ),
+        *('--img-size', '32', '--epochs', '1', '-b', '4', '-j', '0', '--device', 'cpu', '--seeds', '0'),
+        *('--lrs', '1e-3'),
     ],
     'recipes': [],
     'predict': ['--model', 'local-dir:model'],
@@ -120,6 +140,7 @@ INTERVALS = {
         'workers': '[0, inf)',
         'seed': '[0, 4294967295]',
     },
+    'compare': {'seeds': '[0, 2147483647]', 'lrs': '[1e-6, 1000]', 'minutes': '(1e9, inf)', 'test_frac': '(0, 1)'},
     'predict': {'topk': '[1, inf)'},
     'explain': {'size': '[1, 10000]'},
     'export': {'num_images': '[1, inf)', 'img_size': '[1, 10000]'},
@@ -156,6 +177,12 @@ WORDS = {
         'opt_kwargs': ('foo', 'foo=1', '=1', 'betas=3', 'lr=x'),
         'resume': ('nowhere', 'picture.png', 'model', 'weights.pth', 'images'),
         'device': NO_DEVICE,
+    },
+    'compare': {
+        'data_dir': ('nowhere/at/all', 'notes.txt', 'picture.png'),
+        'models': ('vitresnet_giant', 'resnet18', 'resnet18:', 'resnet18:3', 'local-dir:model', ''),
+        'output': (*NO_FOLDER, 'images/new', 'model'),
+        'config': ('nowhere/at/all', 'images', 'picture.png', 'notes.txt', 'finetune_225', ''),
     },
     'recipes': {'name': ('nowhere/at/all', 'images', 'lora.yaml', 'LORA', 'finetune_225', 'README', '')},
     'predict': {
@@ -199,7 +226,14 @@ WORDS = {
         'module': ('nowhere', 'nowhere.at.all', 'no/where', 'no where', ''),
     },
 }
-FREE = {('finetune', 'data'), ('finetune', 'train_split'), ('finetune', 'val_split'), ('push', 'message')}
+FREE = {
+    ('compare', 'data'),
+    ('compare', 'test_split'),
+    ('finetune', 'data'),
+    ('finetune', 'train_split'),
+    ('finetune', 'val_split'),
+    ('push', 'message'),
+}
 # what does not go together: command, flags, what the sentence names
 TOGETHER = (
     ('finetune', '--img-size 32 32 32', 'img[-_]size'),
@@ -248,6 +282,17 @@ TOGETHER = (
     ('finetune', '--val-num-samples 3', 'val[-_]num[-_]samples'),
     ('finetune', '--model local-dir:model --output model', 'output'),
     ('finetune', '--nonsense', 'nonsense'),
+    ('compare', '--models vit vit', 'models'),
+    ('compare', '--models vit resnet18:depth=3', 'models'),
+    ('compare', '--models vit local-dir:nowhere', 'models'),
+    ('compare', '--seeds 1 2 1', 'seeds'),
+    ('compare', '--lrs 1e-3 0.001', 'lrs'),
+    ('compare', '--min-lr 0.1', 'min[-_]lr'),
+    ('compare', '--minutes 1', 'minutes'),
+    ('compare', '--data-dir split --test-split none', 'test[-_]split|none'),
+    ('compare', '--opt adamz', 'opt'),
+    ('compare', '--device gpu', 'device'),
+    ('compare', '--resume', 'resume'),
     ('export', '--format pt2 --output new/model.onnx', 'format|output'),
     ('export', '--img-size 32 32 32', 'img[-_]size'),
     ('export', '--images images notes.txt', r'notes\.txt'),
@@ -292,11 +337,12 @@ def names(dest: str, value: str) -> str:
 
 
 def actions() -> Iterator[tuple[str, str, argparse.Action]]:
-    """Return (command, dest, action) of all that a value can be given for."""
+    """Return (command, dest, action) of all that a value can be given for; settings of a run are those of finetune."""
+    settings = {field.name for field in dataclasses.fields(FinetuneCfg)} - {'data_dir', 'output'}
     groups = create_parser()._subparsers._group_actions  # pyright: ignore[reportOptionalMemberAccess]
     for command, parser in groups[0].choices.items():  # pyright: ignore[reportOptionalMemberAccess]
         for action in parser._actions:
-            if action.nargs != 0:
+            if action.nargs != 0 and not (command == 'compare' and action.dest in settings):
                 yield command, action.dest, action
 
 

@@ -16,6 +16,7 @@ from timm_vitres.pictures import (
     VIT_TITLE,
     draws_curves,
     new_figure,
+    plot_comparison,
     plot_confusion,
     plot_curves,
     plot_explanation,
@@ -244,6 +245,21 @@ def test_an_even_map_can_be_drawn(tmp_path):
     one.vit[:] = 0
     plot_explanation(one, tmp_path / 'drawn.png')
     assert share(panel(drawing(tmp_path / 'drawn.png'), 0, 1, 2, 3), (255, 255, 255)) < 0.5
+
+
+def test_a_comparison_shows_every_run_and_the_best_arm_on_top(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(Figure, 'savefig', lambda figure, path, **kwargs: seen.append(figure.axes[0]))
+    scores = {'vi$t': [60.0, 64.0], 'resnet': [70.0, 71.5], 'both': [69.0, 66.0]}
+    plot_comparison(scores, dict.fromkeys(scores, '1M, 3 ms a step'), 'accuracy (%)', tmp_path / 'drawn.png')
+    (axes,) = seen
+    order = ['vi$t', 'both', 'resnet']
+    assert [label.get_text().splitlines() for label in axes.get_yticklabels()] == [
+        [n, '1M, 3 ms a step'] for n in order
+    ]
+    points = [collection.get_offsets().tolist() for collection in axes.collections]
+    assert points == [[[score, place] for score in scores[name]] for place, name in enumerate(order)]
+    assert [line.get_xdata()[0] for line in axes.lines] == [62, 67.5, 70.75] and axes.get_xlabel() == 'accuracy (%)'
 
 
 @pytest.mark.parametrize('kind', ['predictions', 'explanation'])

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .publishing.conversion import convert
     from .publishing.hub import push, verify
     from .publishing.saving import save
+    from .training.comparing import compare
     from .training.loop import finetune
     from .training.recipes import recipe
     from .training.settings import FinetuneCfg
@@ -30,6 +31,7 @@ __version__ = '0.1.0'
 # The module that each name is imported from when it is first used
 _LAZY = {
     'FinetuneCfg': 'training.settings',
+    'compare': 'training.comparing',
     'convert': 'publishing.conversion',
     'explain': 'explanation',
     'export': 'inference.exports',
@@ -45,7 +47,7 @@ _LAZY = {
 }
 __all__ = ['FinetuneCfg', 'VitResNet', 'VitResNetCfg', 'VitResNetDual', 'VitResNetDualCfg']
 __all__ += ['VitResNetMix', 'VitResNetMixCfg']
-__all__ += ['convert', 'explain', 'export', 'finetune', 'fold', 'predict', 'prepare']
+__all__ += ['compare', 'convert', 'explain', 'export', 'finetune', 'fold', 'predict', 'prepare']
 __all__ += ['preprocess', 'push', 'recipe', 'save', 'verify']
 
 

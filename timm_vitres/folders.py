@@ -344,8 +344,8 @@ def find_splits(root: Union[str, Path], train_split: str, val_split: str) -> Spl
         return Splits(root, None, {})
     if train_split == val_split:
         raise ValueError(f"val_split: got {val_split!r}, the same as train_split; '' holds a part of it out.")
-    train = _split_folder(root, names, train_split, 'train_split', DEFAULT_TRAIN)
-    validation = _split_folder(root, names, val_split, 'val_split', DEFAULT_VAL)
+    train = split_folder(root, names, train_split, 'train_split', DEFAULT_TRAIN)
+    validation = split_folder(root, names, val_split, 'val_split', DEFAULT_VAL)
     if train is None:
         if validation is not None or any(split_role(name) for name in names):
             splits = [validation] if validation else [name for name in names if split_role(name)]
@@ -364,7 +364,7 @@ def find_splits(root: Union[str, Path], train_split: str, val_split: str) -> Spl
     return Splits(root / train, root / validation if validation else None, beside)
 
 
-def _split_folder(root: Path, names: Sequence[str], name: str, argument: str, default: str) -> Optional[str]:
+def split_folder(root: Path, names: Sequence[str], name: str, argument: str, default: str) -> Optional[str]:
     """Return the name of a split's folder, or of the only one with a similar name; None where none is needed."""
     if not name:
         return None

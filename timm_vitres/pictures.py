@@ -1,12 +1,12 @@
 """Pictures, as PNGs by matplotlib (`pip install timm-vitres[plot]`).
 
-Curves, confusions and mistakes of a run; explanations and predictions of images.
+Curves, confusions and mistakes of a run; the runs of a comparison; explanations and predictions of images.
 """
 
 import math
 import textwrap
 from pathlib import Path
-from typing import Any, Dict, Iterable, List, Sequence
+from typing import Any, Dict, Iterable, List, Mapping, Sequence
 
 import numpy as np
 from PIL import Image
@@ -177,6 +177,30 @@ def _draw_shares(axes: Any, true: np.ndarray, predicted: np.ndarray, shares: np.
     size = max(72 * MATRIX / number, 2.5) ** 2
     options = dict(marker='s', linewidths=0, cmap=dark, norm=norm)
     return axes.scatter(predicted[order], true[order], size, shares[order], **options)
+
+
+def plot_comparison(scores: Mapping[str, Sequence[float]], notes: Mapping[str, str], title: str, path: Path) -> None:
+    """Draw the runs of a comparison as a PNG: a line for each arm, a point for each seed, a bar for their mean.
+
+    Args:
+        scores: Of every arm, one for each seed.
+        notes: What stands below an arm's name.
+        title: What the scores are.
+    """
+    order = sorted(scores, key=lambda name: np.mean(scores[name]))
+    figure = new_figure('comparison', 8, 0.6 * len(order) + 1.2)
+    axes = figure.subplots()
+    for place, name in enumerate(order):
+        mean = float(np.mean(scores[name]))
+        axes.plot([mean, mean], [place - 0.3, place + 0.3], color='C0', linewidth=2.5)
+        axes.scatter(scores[name], [place] * len(scores[name]), color='C1', s=36, alpha=0.8, zorder=3)
+        axes.annotate(f'{mean:.1f}', (mean, place + 0.3), (0, 2), textcoords='offset points', ha='center', fontsize=9)
+    names = [f'{shortened(name, 40)}\n{notes[name]}' for name in order]
+    axes.set_yticks(range(len(order)), names, fontsize=9, parse_math=False)
+    axes.set(xlabel=title, ylim=(-0.6, len(order) - 0.3))
+    axes.grid(axis='x', alpha=0.3)
+    with replacing(path) as beside:
+        figure.savefig(beside, dpi=120, format='png')
 
 
 def shortened(text: str, length: int = 24) -> str:

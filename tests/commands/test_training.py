@@ -1,10 +1,12 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from timm_vitres import cli
+from timm_vitres import FinetuneCfg, cli, recipe
+from timm_vitres.training import comparing
 
 
 def test_the_whole_way(image_folder, tmp_path, capsys):
@@ -45,3 +47,33 @@ def test_every_setting_is_a_flag_and_explained(capsys):
     text = capsys.readouterr().out
     for flag in ('--data-dir', '-b', '--layer-decay', '--skip-bad', '--resume', '--balance-classes', '--img-size'):
         assert flag in text
+
+
+@pytest.fixture
+def compared(monkeypatch):
+    """Calls of `compare`, which does nothing."""
+    calls = []
+
+    def compare(cfg, **own):
+        calls.append((cfg, own))
+        return comparing.Comparison(Path('out'), [], [dict(arm='vit'), dict(arm='resnet')], None, 'None is better.')
+
+    monkeypatch.setattr(comparing, 'compare', compare)
+    return calls
+
+
+def test_compare_prints_the_table_and_the_sentence(compared, capsys):
+    flags = ['--models', 'vit', 'resnet', '--minutes', '2', '--seeds', '3', '4', '--hflip', '0', '--test-split', '']
+    assert cli.main(['compare', 'images', '--output', 'out', *flags]) == 0
+    expected = FinetuneCfg(**{**recipe('compare'), 'hflip': 0.0}, data_dir='images', output='out')
+    assert compared == [(expected, dict(models=['vit', 'resnet'], minutes=2.0, seeds=[3, 4], test_split=''))]
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1:5] == ['| arm    |', '|--------|', '| vit    |', '| resnet |'] and 'None is better.' in lines
+
+
+def test_compare_leaves_out_what_a_recipe_says_of_one_model_and_says_so(compared, capsys):
+    assert cli.main(['compare', 'images', '--config', 'small_from_scratch']) == 0
+    assert 'config: small_from_scratch: model, lr left out' in capsys.readouterr().out
+    assert compared[0][0].img_size == 112 and compared[0][0].model == FinetuneCfg.model
+    assert cli.main(['compare', 'images', '--epochs', '3', '--minutes', '2']) == 1
+    assert 'minutes: got minutes and epochs; give one.' in capsys.readouterr().err and len(compared) == 1

@@ -21,7 +21,7 @@ README = (FOLDER / 'README.md').read_text()
 
 def test_names():
     assert set(recipe_names()) >= {'small_from_scratch', 'finetune_224', 'finetune_384', 'distill', 'lora'}
-    with pytest.raises(ValueError, match=r"^name: got 'lore', expected one of the recipes: distill, "):
+    with pytest.raises(ValueError, match=r"^name: got 'lore', expected one of the recipes: compare, distill, "):
         recipe_text('lore')
 
 
@@ -122,7 +122,7 @@ def test_what_no_run_can_have_is_named(text, message, tmp_path, capsys):
 
 @pytest.mark.parametrize(
     'name, message',
-    [('nowhere.yaml', 'got .* which is no file, and none of the recipes: distill'), ('', "got ''"), ('.', '. can not')],
+    [('nowhere.yaml', 'got .* which is no file, and none of the recipes: compare'), ('', "got ''"), ('.', '. can not')],
 )
 def test_what_is_no_file_is_named(name, message):
     with pytest.raises(OSError, match=f'^config: {message}'):

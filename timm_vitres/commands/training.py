@@ -1,15 +1,18 @@
-"""`timm-vitres finetune` and `recipes`."""
+"""`timm-vitres finetune`, `compare` and `recipes`."""
 
 import argparse
 import dataclasses
 import os
+from typing import Any, Dict
 
 from ..arguments import HelpFormatter, NamedValues
+
+FLAGS_OF_COMPARE = ('models', 'seeds', 'lrs', 'minutes', 'test_split', 'test_frac')
 
 
 def add_finetune(subparsers) -> None:
     """`timm-vitres finetune`: every field of `FinetuneCfg` is a flag; what is not given is not in the namespace."""
-    from ..training.settings import PAIRS, FinetuneCfg, flag_of
+    from ..training.settings import PAIRS, FinetuneCfg
 
     parser = subparsers.add_parser(
         'finetune', help='fine-tune a model on an image folder or dataset', formatter_class=HelpFormatter
@@ -22,12 +25,18 @@ def add_finetune(subparsers) -> None:
         help='YAML of settings, or the name of a recipe (timm-vitres recipes); the other flags win over it',
     )
     for field in dataclasses.fields(FinetuneCfg):
-        flags, options = flag_of(field)
-        if 'positional' in field.metadata:
-            told = f'the same as {flags[-1]}'
-            parser.add_argument(_without_flag(field), nargs='?', metavar=field.metadata['positional'], help=told)
-        parser.add_argument(*flags, default=argparse.SUPPRESS, dest=field.name, **options)
+        _add_setting(parser, field)
     parser.set_defaults(run=run_finetune)
+
+
+def _add_setting(parser: argparse.ArgumentParser, field: dataclasses.Field) -> None:
+    from ..training.settings import flag_of
+
+    flags, options = flag_of(field)
+    if 'positional' in field.metadata:
+        told = f'the same as {flags[-1]}'
+        parser.add_argument(_without_flag(field), nargs='?', metavar=field.metadata['positional'], help=told)
+    parser.add_argument(*flags, default=argparse.SUPPRESS, dest=field.name, **options)
 
 
 def _without_flag(field: dataclasses.Field) -> str:
@@ -40,7 +49,18 @@ def run_finetune(args: argparse.Namespace) -> int:
     from ..training.recipes import recipe
     from ..training.settings import FinetuneCfg
 
-    given = {} if args.config is None else recipe(args.config)
+    given = _given(args, {} if args.config is None else recipe(args.config))
+    folder = finetune(FinetuneCfg(**given), given)
+    if int(os.environ.get('RANK') or 0) == 0:  # of many processes, the first speaks
+        print(f"The best epoch is in {folder}; timm.create_model('local-dir:{folder}', pretrained=True) loads it.")
+    return 0
+
+
+def _given(args: argparse.Namespace, recipe: Dict[str, Any]) -> Dict[str, Any]:
+    """Return the settings of a recipe, updated by those that the command line gives."""
+    from ..training.settings import FinetuneCfg
+
+    given = dict(recipe)
     for field in dataclasses.fields(FinetuneCfg):
         told = (vars(args).get(name) for name in (field.name, _without_flag(field)))
         values = [value for value in told if value is not None]
@@ -48,9 +68,71 @@ def run_finetune(args: argparse.Namespace) -> int:
             raise ValueError(f'{field.name}: got {values[1]} and {values[0]}; give one.')
         if values:
             given[field.name] = values[0]
-    folder = finetune(FinetuneCfg(**given), given)
-    if int(os.environ.get('RANK') or 0) == 0:  # of many processes, the first speaks
-        print(f"The best epoch is in {folder}; timm.create_model('local-dir:{folder}', pretrained=True) loads it.")
+    return given
+
+
+def add_compare(subparsers) -> None:
+    """`timm-vitres compare`: its own flags, and those of `finetune` that make one recipe for all arms."""
+    from ..models.arms import ARMS
+    from ..training.plans import OWN
+    from ..training.settings import PAIRS, FinetuneCfg
+
+    parser = subparsers.add_parser(
+        'compare',
+        help='train hybrids and their parents on your images, and say which differ by more than chance',
+        formatter_class=HelpFormatter,
+    )
+    parser.register('action', PAIRS, NamedValues)
+    parser.add_argument('-c', '--config', metavar='FILE', default='compare', help='as of finetune; other flags win')
+    arms = '; '.join(f'{name}, {arm.text}' for name, arm in ARMS.items())
+    told = dict(default=argparse.SUPPRESS)
+    parser.add_argument(
+        '--models',
+        nargs='+',
+        metavar='NAME',
+        help=f'arms to compare ({arms}), all of these by default; or timm models, also as NAME:key=value,key=value',
+        **told,
+    )
+    parser.add_argument('--seeds', nargs='+', type=int, help='each trains every arm once; 0 1 2', **told)
+    parser.add_argument('--lrs', nargs='+', type=float, help='learning rates to choose from; 3e-4 1e-3 3e-3', **told)
+    parser.add_argument(
+        '--minutes',
+        type=float,
+        help='train each arm for the epochs whose steps take so long here, in place of equal epochs',
+        **told,
+    )
+    parser.add_argument(
+        '--test-split',
+        help="split for the verdict, of which nothing is learnt or chosen; test. With '', and where an image folder "
+        'has none, a part is held out',
+        **told,
+    )
+    parser.add_argument('--test-frac', type=float, help='that part of each class; 0.25', **told)
+    for field in dataclasses.fields(FinetuneCfg):
+        if field.name not in OWN:
+            _add_setting(parser, field)
+    parser.set_defaults(run=run_compare)
+
+
+def run_compare(args: argparse.Namespace) -> int:
+    """Compare, and print the table and the sentence."""
+    from ..training.comparing import compare
+    from ..training.comparison_report import table_lines
+    from ..training.plans import OWN
+    from ..training.recipes import recipe
+    from ..training.settings import FinetuneCfg
+
+    given = _given(args, recipe(args.config))
+    left_out = [name for name in OWN if name in given]
+    if left_out:
+        print(f'config: {args.config}: {", ".join(left_out)} left out, since every arm or run has its own.')
+    own = {name: vars(args)[name] for name in FLAGS_OF_COMPARE if name in args}
+    if 'minutes' in own and 'epochs' in args:
+        raise ValueError('minutes: got minutes and epochs; give one.')
+    cfg = FinetuneCfg(**{name: value for name, value in given.items() if name not in OWN})
+    comparison = compare(cfg, **own)
+    print('', *table_lines(comparison.figures), '', comparison.sentence, sep='\n')
+    print(f'{comparison.folder} holds README.md, comparison.png, results.csv with a row for every run, and the runs.')
     return 0
 
 
@@ -76,4 +158,5 @@ def run_recipes(args: argparse.Namespace) -> int:
 def add_commands(subparsers) -> None:
     """Add the commands of this module to a parser."""
     add_finetune(subparsers)
+    add_compare(subparsers)
     add_recipes(subparsers)

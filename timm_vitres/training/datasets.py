@@ -69,7 +69,7 @@ def _load_folder(cfg: FinetuneCfg, mode: str) -> Data:
         check_fraction(cfg.val_frac, cfg.seed)
     else:
         val = ImageFolder(splits.validation, train.reader.class_to_idx, any_name=True, **shared)
-        _check_apart(train, val)
+        check_apart(train, val)
     folders = [train] if train is val else [val, train]
     count = sum(map(len, folders))
     is_checked_now = not cfg.no_check and (cfg.skip_bad or count <= MANY)
@@ -101,13 +101,14 @@ def _folder_data(
     check: Optional[BackgroundCheck],
 ) -> Data:
     train = sets[0].dataset
-    lists = {split: _files(root, images) for split, images in zip(SETS, sets)}
+    lists = {split: listed(root, images) for split, images in zip(SETS, sets)}
     targets = train.targets
     counts = class_counts([targets[index] for index in sets[0].indices], len(train.classes))
     return Data(*sets, train.classes, counts, description, left_out, lists, check)
 
 
-def _files(root: Path, images: Subset) -> List[List[Any]]:
+def listed(root: Path, images: Subset) -> List[List[Any]]:
+    """Return a record's entry of images in a folder: [path in it, class name, bytes] of each."""
     reader, names = images.dataset.reader, images.dataset.classes
     chosen = [reader.samples[index] for index in images.indices]
     places = below(root, (path for path, _ in chosen))
@@ -134,8 +135,9 @@ def _say_empty(train: 'LabelledImages') -> None:
         )
 
 
-def _check_apart(train: 'LabelledImages', val: 'LabelledImages') -> None:
-    """Raise ValueError if the validation set shares files with the training set, or is a copy of it."""
+def check_apart(train: 'LabelledImages', val: 'LabelledImages', role: str = 'validation') -> None:
+    """Raise ValueError if the images of another role share files with the training set, or are a copy of it."""
+    argument = 'val_split' if role == 'validation' else f'{role}_split'
 
     def identities(images: LabelledImages) -> Dict[Any, str]:
         files = images.reader.files
@@ -146,7 +148,7 @@ def _check_apart(train: 'LabelledImages', val: 'LabelledImages') -> None:
     both = [(ours[key], path) for key, path in theirs.items() if key in ours]
     if both:
         raise ValueError(
-            f'val_split: {len(both)} of {len(val)} validation images are training images, such as {shown(both[0][1])}, '
+            f'{argument}: {len(both)} of {len(val)} {role} images are training images, such as {shown(both[0][1])}, '
             f'which is {shown(both[0][0])}.'
         )
 
@@ -157,8 +159,8 @@ def _check_apart(train: 'LabelledImages', val: 'LabelledImages') -> None:
 
     if len(train) == len(val) and contents(train) == contents(val):
         raise ValueError(
-            f'val_split: {shown(val.reader.root)} is a copy of {shown(train.reader.root)} (all names and sizes are the '
-            'same); validate on other images.'
+            f'{argument}: {shown(val.reader.root)} is a copy of {shown(train.reader.root)} (all names and sizes are '
+            'the same); take other images.'
         )
 
 

@@ -45,7 +45,9 @@ class Diverged(ValueError):
     is_told = False  # whether another process says it
 
 
-def finetune(cfg: FinetuneCfg, given: Optional[Collection[str]] = None) -> Path:
+def finetune(
+    cfg: FinetuneCfg, given: Optional[Collection[str]] = None, images: Optional[Dict[str, Any]] = None
+) -> Path:
     """Fine-tune a model and return the folder of its best epoch, which `timm.create_model('local-dir:...')` loads.
 
     The folder records what the run was started with before its first step. With `cfg.resume` the run that is recorded
@@ -58,6 +60,7 @@ def finetune(cfg: FinetuneCfg, given: Optional[Collection[str]] = None) -> Path:
         given: Names of the settings that must agree with the record of a run that goes on; all others are taken from
             it. By default those that are not at their default: the settings that started a run also resume it, and a
             default that contradicts the record gives way to it.
+        images: Those of a new run, as the record of another says them (`Data.record`); by default the settings choose.
 
     Raises:
         ValueError, TypeError, FileNotFoundError: for impossible settings or data, an output folder with anything in
@@ -71,7 +74,7 @@ def finetune(cfg: FinetuneCfg, given: Optional[Collection[str]] = None) -> Path:
         if not draws_curves():
             _logger.warning('%s is left out: it needs matplotlib, pip install "timm-vitres[plot]".', CURVES_NAME)
         setup = Setup(processes)
-        start = processes.of_first(lambda: setup.begin(cfg, given, stack))
+        start = processes.of_first(lambda: setup.begin(cfg, given, stack, images))
         if start.is_finished:
             return start.folder
         if not processes.is_first:

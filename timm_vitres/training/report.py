@@ -90,13 +90,18 @@ def write_summary(history: List[Dict[str, float]], folder: Path) -> None:
         writer.writerows(history)
 
 
-def count_epochs(folder: Path) -> int:
-    """Return how many epochs the table in a folder has; 0 where none is."""
+def read_summary(folder: Path) -> List[Dict[str, float]]:
+    """Return the epochs in the table of a folder; none where it can't be read."""
     try:
         with (folder / SUMMARY_NAME).open(newline='') as file:
-            return sum(1 for _ in csv.DictReader(file))
-    except (OSError, ValueError, csv.Error):
-        return 0
+            return [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
+    except (OSError, ValueError, TypeError, csv.Error):
+        return []
+
+
+def count_epochs(folder: Path) -> int:
+    """Return how many epochs the table in a folder has; 0 where none is."""
+    return len(read_summary(folder))
 
 
 def run_card(record: Record, best: Best, model: nn.Module, name: str) -> str:

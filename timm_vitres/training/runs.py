@@ -51,12 +51,12 @@ def run_folder(cfg: FinetuneCfg, given: Collection[str]) -> Iterator[Path]:
             yield folder
         return
     folder = Path(cfg.output)
-    _check_place(cfg, folder)
+    check_place(cfg, folder)
     is_new = not folder.exists()
     try:
         with locked(folder):
             _check_empty(cfg, folder)
-            _check_writable(folder)
+            check_writable(folder)
             yield folder
     finally:
         if is_new and folder.is_dir() and not any(folder.iterdir()):
@@ -76,7 +76,8 @@ def _resumed_folder(cfg: FinetuneCfg, given: Collection[str]) -> Path:
     return folder
 
 
-def _check_place(cfg: FinetuneCfg, folder: Path) -> None:
+def check_place(cfg: FinetuneCfg, folder: Path) -> None:
+    """Raise ValueError for a folder that would lie among the images, or holds the model that a run starts from."""
     if os.path.lexists(folder) and not folder.is_dir():
         raise ValueError(f'output: {folder} is no folder; name a new one.')
     source = cfg.model.partition('local-dir:')[2]
@@ -99,7 +100,8 @@ def _check_empty(cfg: FinetuneCfg, folder: Path) -> None:
         raise ValueError(f'output: {folder} is not empty (it holds {shown}); name a new folder.')
 
 
-def _check_writable(folder: Path) -> None:
+def check_writable(folder: Path) -> None:
+    """Raise OSError unless files can be written into a folder."""
     try:
         with tempfile.TemporaryFile(dir=folder) as file:
             file.write(bytes(4096))

@@ -51,13 +51,19 @@ class Setup:
     def __init__(self, processes: Processes):
         self.processes = processes
 
-    def begin(self, cfg: FinetuneCfg, given: Collection[str], stack: ExitStack) -> Start:
-        """Hold the run's folder until the stack ends, and return what the run is; the first process does this."""
+    def begin(
+        self, cfg: FinetuneCfg, given: Collection[str], stack: ExitStack, images: Optional[Dict[str, Any]] = None
+    ) -> Start:
+        """Hold the run's folder until the stack ends, and return what the run is; the first process does this.
+
+        Args:
+            images: Those of a new run, as `Data.record` says them, where the settings shall not choose.
+        """
         if was_restarted() and not cfg.resume and (Path(cfg.output) / RECORD_NAME).is_file():
             cfg = dataclasses.replace(cfg, resume=True)
         folder = stack.enter_context(run_folder(cfg, given))
         if not cfg.resume:
-            return Start(folder, self.build(cfg))
+            return Start(folder, self.build(cfg, images=images))
         record = Record.read(folder).resumed(cfg, given)
         state = read_state(folder, record, has_model=(folder / WEIGHTS_NAME).exists())
         if state is not None and is_over(record.cfg, state['history']) and is_whole(folder, state['history'], True):
@@ -69,7 +75,11 @@ class Setup:
         return Start(folder, self.build(record.cfg, record, state), state)
 
     def build(
-        self, cfg: FinetuneCfg, record: Optional[Record] = None, state: Optional[Dict[str, Any]] = None
+        self,
+        cfg: FinetuneCfg,
+        record: Optional[Record] = None,
+        state: Optional[Dict[str, Any]] = None,
+        images: Optional[Dict[str, Any]] = None,
     ) -> Record:
         """Make what the run needs, and return its record, which is new unless one is given."""
         self.device = _check_device(self.processes.device(cfg.device))
@@ -77,7 +87,7 @@ class Setup:
         check_optimizer(cfg)
         check_trackers(cfg)
         mode = _check_images(cfg)
-        self.data = _load(cfg, mode, record, self.processes)
+        self.data = _load(cfg, mode, images if record is None else record.data, self.processes)
         random_seed(cfg.seed)
         if state is not None:
             cfg = without_weights(cfg)
@@ -100,10 +110,10 @@ class Setup:
         return Record(cfg, self.data.record(), config, autotuned, processes=self.processes.count)
 
 
-def _load(cfg: FinetuneCfg, mode: str, record: Optional[Record], processes: Processes) -> Data:
+def _load(cfg: FinetuneCfg, mode: str, recorded: Optional[Dict[str, Any]], processes: Processes) -> Data:
     if not processes.is_first:  # the first process has looked at the images
         cfg = dataclasses.replace(cfg, no_check=True)
-    data = load_data(cfg, mode, recorded=None if record is None else record.data)
+    data = load_data(cfg, mode, recorded)
     for text in data.skipped:
         _logger.warning('left out: %s', text)
     return data

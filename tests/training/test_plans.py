@@ -1,0 +1,158 @@
+import dataclasses
+
+import pytest
+import timm
+
+from timm_vitres.models.arms import ARMS
+from timm_vitres.training import plans
+from timm_vitres.training.plans import ArmPlan, asked_for, make_plan, measure_arms_, parse_arm, single
+from timm_vitres.training.settings import FinetuneCfg
+
+TINY = ('test_vitresnet:depth=1', 'test_vitresnet_mix')
+
+
+def asked(cfg, models=TINY, seeds=(0,), lrs=(1e-3,), minutes=None):
+    return asked_for(cfg, models, seeds, lrs, minutes, 'test', 0.25)
+
+
+@pytest.fixture
+def cfg(image_folder):
+    return FinetuneCfg(data_dir=str(image_folder), img_size=32, batch_size=4, workers=0, device='cpu', epochs=5)
+
+
+@pytest.fixture
+def times(monkeypatch):
+    """Let the arms have times that no machine has a say in."""
+
+    def measure_(cfg, arms, num_classes):
+        for index, arm in enumerate(arms.values()):
+            arm.parameters, arm.step_seconds, arm.latency_seconds = 1000, 1.0 + index, 0.01
+
+    monkeypatch.setattr(plans, 'measure_arms_', measure_)
+
+
+@pytest.mark.parametrize(
+    'text, model, kwargs',
+    [
+        ('resnet18', 'resnet18', {}),
+        ('resnet18.a1_in1k', 'resnet18.a1_in1k', {}),
+        ('serial', 'vitresnet_nano', ARMS['serial'].kwargs),
+        ('resnet', 'vitresnet_mix_nano', ARMS['resnet'].model_kwargs),
+        ('vitresnet_nano:depth=3,embed_dim=96', 'vitresnet_nano', dict(depth=3, embed_dim=96)),
+        ("vitresnet:layers=(1, 2),backbone='resnet18'", 'vitresnet', dict(layers=(1, 2), backbone='resnet18')),
+        (
+            'test_vitresnet:global_pool=avg,class_token=False',
+            'test_vitresnet',
+            dict(global_pool='avg', class_token=False),
+        ),
+        ('local-dir:a/b', 'local-dir:a/b', {}),
+    ],
+)
+def test_arms_and_models(text, model, kwargs):
+    assert parse_arm(text) == ArmPlan(model, kwargs)
+
+
+@pytest.mark.parametrize(
+    'text',
+    [
+        'resnett',
+        '',
+        'resnet18:3',
+        'resnet18:a',
+        'resnet18:a=',
+        'resnet18:a=f(1)',
+        'resnet18:**a',
+        'test_vitresnet:a=1)(',
+        'resnet18:a=1,a=2',
+    ],
+)
+def test_what_is_no_model_is_named(text):
+    with pytest.raises(ValueError, match=r'^models: got .*, expected '):
+        parse_arm(text)
+
+
+def test_names_of_files():
+    assert single('a:b=(1, 2)/c') == 'a_b=_1_2_c' and single('resnet18.a1_in1k') == 'resnet18.a1_in1k'
+
+
+@pytest.mark.parametrize(
+    'changes, own, message',
+    [
+        ({}, dict(models=('vit',)), "models: got 'vit' alone, expected two or more"),
+        ({}, dict(models=('vit', 'vit')), 'models: got vit twice'),
+        ({}, dict(models=('a:b=1', 'a/b=1')), 'models: got a_b=1 twice'),
+        ({}, dict(seeds=(1, 2, 1)), 'seeds: got 1 twice'),
+        ({}, dict(lrs=(1e-3, 0.001)), 'lrs: got 0.001 twice'),
+        (dict(min_lr=4e-4), dict(lrs=(1e-3, 3e-4)), 'min_lr: got 0.0004, expected at most the least of lrs'),
+        (dict(model='resnet18'), {}, "model: got 'resnet18', but in a comparison"),
+        (dict(lr=0.1), {}, 'lr: got 0.1, but in a comparison'),
+        (dict(resume=True), {}, 'resume: got True, but in a comparison'),
+    ],
+)
+def test_what_makes_no_comparison_is_named(changes, own, message, cfg):
+    with pytest.raises(ValueError, match=f'^{message}'):
+        asked(dataclasses.replace(cfg, **changes), **own)
+
+
+def test_epochs_are_equal_or_those_that_fit(cfg, times, tmp_path):
+    for name, minutes, epochs, short in (('equal', None, [5, 5], 2), ('timed', 0.7, [14, 7], 5)):
+        (tmp_path / name).mkdir()
+        plan = make_plan(cfg, asked(cfg, minutes=minutes), tmp_path / name)  # 14 images are 3 steps of 1 and 2 seconds
+        assert [arm.epochs for arm in plan.arms.values()] == epochs
+        assert plan.arms[TINY[0]].search_epochs == short
+        assert make_plan(cfg, asked(cfg, minutes=minutes), tmp_path / name) == plan  # as it is read back
+    with pytest.raises(ValueError, match=r'^minutes: got 0.07, but an epoch of test_vitresnet_mix takes 0.1 here'):
+        make_plan(cfg, asked(cfg, minutes=0.07), tmp_path)
+
+
+def test_a_plan_is_kept_but_for_seeds_that_are_added(cfg, times, tmp_path):
+    plan = make_plan(cfg, asked(cfg), tmp_path)
+    other = dataclasses.replace(cfg, workers=2, output='elsewhere')
+    assert make_plan(other, asked(other), tmp_path) == plan
+    assert make_plan(cfg, asked(cfg, seeds=(0, 3)), tmp_path).seeds == [0, 3]
+    for changes, own, message in (
+        ({}, dict(seeds=(0,)), r'seeds: got \[0\], not \[0, 3\]'),
+        ({}, dict(seeds=(3, 0, 1)), 'seeds: got'),
+        ({}, dict(seeds=(0, 3), lrs=(1e-2,)), r'lrs: got \[0.01\], not \[0.001\]'),
+        ({}, dict(seeds=(0, 3), models=TINY[::-1]), 'models: got'),
+        ({}, dict(seeds=(0, 3), minutes=2.0), 'minutes: got 2.0, not None; epochs: got None, not 5'),
+        (dict(hflip=0.0), dict(seeds=(0, 3)), 'hflip: got 0.0, not 0.5'),
+    ):
+        changed = dataclasses.replace(cfg, **changes)
+        with pytest.raises(ValueError, match=f'^{message}.*The comparison in .* was begun otherwise'):
+            make_plan(changed, asked(changed, **own), tmp_path)
+    assert make_plan(cfg, asked(cfg, seeds=(0, 3)), tmp_path).images == plan.images
+
+
+@pytest.mark.parametrize('text', ['', '[]', '{"arms": {}}', '{"arms": 3}'])
+def test_what_is_no_plan_is_named(text, cfg, tmp_path):
+    (tmp_path / 'compare.json').write_text(text)
+    with pytest.raises(ValueError, match=r'^output: .*compare\.json is not the plan of a comparison'):
+        make_plan(cfg, asked(cfg), tmp_path)
+
+
+def test_arms_are_measured_by_steps_of_training(cfg, monkeypatch):
+    monkeypatch.setattr(plans, 'SECONDS', 0.01)
+    seen = {}
+
+    def measure(functions, x, rounds, seconds):
+        for function in functions.values():
+            function(x)
+        seen[len(seen)] = rounds
+        return dict.fromkeys(functions, 1.0 + len(seen))
+
+    monkeypatch.setattr(plans, 'measure', measure)
+    arms = {name: parse_arm(name) for name in (*TINY, 'vit')}
+    cfg = dataclasses.replace(cfg, balance_classes=True, clip_grad=1.0, channels_last=True)
+    measure_arms_(cfg, arms, 2)
+    for arm in arms.values():
+        model = timm.create_model(arm.model, num_classes=2, img_size=32, device='meta', **arm.model_kwargs)
+        assert arm.parameters == sum(parameter.numel() for parameter in model.parameters())
+        assert (arm.step_seconds, arm.latency_seconds) == (2.0, 3.0)
+    facts = dict(parameters=str(arms['vit'].parameters), step_ms='2000', latency_ms='3000')
+    assert arms['vit'].facts() == facts
+
+
+def test_an_arm_that_can_not_be_trained_is_named(cfg):
+    with pytest.raises(ValueError, match=r'^models: vitresnet_nano:depth=0 can not be trained here: .'):
+        measure_arms_(cfg, {'vitresnet_nano:depth=0': parse_arm('vitresnet_nano:depth=-1')}, 2)

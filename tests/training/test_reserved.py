@@ -1,0 +1,106 @@
+"""No image of the verdict is trained on or chosen by."""
+
+import json
+import os
+
+import pytest
+from conftest import write_folder
+from test_named_datasets import fashion  # noqa: F401  (a fixture)
+
+from timm_vitres.training.datasets import load_data
+from timm_vitres.training.reserved import for_verdict, images_of, num_training, reserve
+from timm_vitres.training.settings import FinetuneCfg
+
+
+def cfg(root, **kwargs):
+    return FinetuneCfg(data_dir=str(root), **kwargs)
+
+
+def names(rows):
+    return {row[0] for row in rows}
+
+
+def by_class(rows):
+    return {label: sum(row[1] == label for row in rows) for label in ('across', 'down')}
+
+
+def test_a_part_of_each_class_is_held_out_for_all_seeds_alike(image_folder):
+    images = reserve(cfg(image_folder), 'RGB')
+    assert json.loads(json.dumps(images)) == images and images['validation'] is None
+    assert by_class(images['test']) == dict(across=3, down=3) and by_class(images['train']) == dict(across=9, down=9)
+    assert images == reserve(cfg(image_folder, seed=7, val_frac=0.5), 'RGB')
+    assert by_class(reserve(cfg(image_folder), 'RGB', test_frac=0.5)['test']) == dict(across=6, down=6)
+    runs = [images_of(images, 0.2, seed) for seed in (0, 1)]
+    for run in runs:
+        assert by_class(run['validation']) == dict(across=2, down=2)
+        assert len(names(run['train']) | names(run['validation']) | names(images['test'])) == 24
+        assert len(run['train']) + 4 + 6 == 24 and num_training(images, 0.2, 0) == 14
+    assert names(runs[0]['validation']) != names(runs[1]['validation'])
+    assert names(for_verdict(images)['validation']) == names(images['test'])
+
+
+def test_a_run_opens_what_was_reserved(image_folder):
+    images = reserve(cfg(image_folder), 'RGB')
+    data = load_data(cfg(image_folder), 'RGB', images_of(images, 0.2, 0))
+    assert len(data.train) == 14 and len(data.val) == 4 and data.label_names == ['across', 'down']
+    seen = load_data(cfg(image_folder), 'RGB', for_verdict(images)).lists['validation']
+    assert names(seen) == names(images['test'])
+
+
+@pytest.mark.parametrize('folder', ['test', 'Test', 'holdout'])
+def test_a_folder_of_test_images_is_taken(folder, tmp_path):
+    write_folder(tmp_path / 'train', per_class=6)
+    write_folder(tmp_path / folder, per_class=2)
+    images = reserve(cfg(tmp_path), 'RGB')
+    assert names(images['test']) == {f'{folder}/{name}/{index}.png' for name in ('across', 'down') for index in (0, 1)}
+    assert all(name.startswith('train/') for name in names(images['train'])) and len(images['train']) == 12
+    held = reserve(cfg(tmp_path), 'RGB', '')
+    assert all(name.startswith('train/') for name in names(held['test'])) and len(held['test']) == 4
+
+
+def test_a_folder_of_validation_images_stays_that(tmp_path):
+    for name, count in (('train', 8), ('val', 3)):
+        write_folder(tmp_path / name, per_class=count)
+    images = reserve(cfg(tmp_path), 'RGB')
+    assert len(images['test']) == 4 and all(name.startswith('train/') for name in names(images['test']))
+    first, second = (images_of(images, 0.2, seed) for seed in (0, 1))
+    assert first == second and {name.split('/')[0] for name in names(first['validation'])} == {'val'}
+    assert not names(first['train']) & names(images['test']) and len(first['train']) == 12
+
+
+def test_test_images_that_are_trained_on_are_refused(tmp_path):
+    write_folder(tmp_path / 'train', per_class=4)
+    write_folder(tmp_path / 'test', per_class=2)
+    os.remove(tmp_path / 'test/down/0.png')
+    os.link(tmp_path / 'train/down/3.png', tmp_path / 'test/down/0.png')
+    with pytest.raises(ValueError, match=r'^test_split: 1 of 4 test images are training images, such as '):
+        reserve(cfg(tmp_path), 'RGB')
+
+
+@pytest.mark.parametrize('count, least', [(1, 2), (2, 3)])
+def test_classes_of_too_few_images_are_named(count, least, tmp_path):
+    write_folder(tmp_path / 'images', per_class=count)
+    with pytest.raises(ValueError, match=f"class .*'across' has {count} image"):
+        reserve(cfg(tmp_path / 'images'), 'RGB')
+
+
+def test_a_test_image_that_can_not_be_read_is_named(tmp_path):
+    write_folder(tmp_path / 'train', per_class=4)
+    write_folder(tmp_path / 'test', per_class=2)
+    (tmp_path / 'test/down/1.png').write_text('no picture')
+    with pytest.raises(ValueError, match=r'test/down/1\.png'):
+        reserve(cfg(tmp_path), 'RGB')
+    assert len(reserve(cfg(tmp_path, skip_bad=True), 'RGB')['test']) == 3
+
+
+def test_of_a_dataset_by_name_the_test_split_is_taken(fashion):  # noqa: F811
+    named = cfg(fashion, dataset='torch/fashion_mnist')
+    images = reserve(named, 'L')
+    assert images['test']['split'] == 'validation' and images['train']['split'] == 'train'
+    assert images_of(images, 0.2, 0) is None and num_training(images, 0.2, 0) == 24
+    assert len(load_data(named, 'L', for_verdict(images)).val) == 30
+    with pytest.raises(ValueError, match=r"^val_split: got 'test', but a comparison splits"):
+        reserve(cfg(fashion, dataset='torch/fashion_mnist', val_split='test'), 'L')
+    for split, message in (('train', "^test_split: 'train' has images of"), ('', "^test_split: got ''")):
+        with pytest.raises(ValueError, match=message):
+            reserve(named, 'L', split)

@@ -1,0 +1,152 @@
+"""The files of a comparison: a row for every run, the answers to the test images, and at the end a table and a picture.
+
+rows, answers, verdict -> folder/{results.csv, runs/*/test.csv, README.md, comparison.png}.
+"""
+
+import csv
+import statistics
+from pathlib import Path
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
+
+import numpy as np
+
+from ..measure import as_ms
+from ..pictures import draws_curves, plot_comparison
+from ..writing import replacing
+from .held_out import Answers
+from .plans import OWN, SHORT, Plan
+from .settings import FinetuneCfg
+from .verdict import Verdict
+
+RESULTS_NAME, ANSWERS_NAME = 'results.csv', 'test.csv'
+REPORT_NAME, PICTURE_NAME = 'README.md', 'comparison.png'
+COLUMNS = (
+    *('part', 'arm', 'lr', 'seed', 'epochs', 'state', 'best_epoch', 'val_top1', 'val_balanced', 'val_macro_f1'),
+    *('val_loss', 'accuracy', 'balanced', 'seconds', 'parameters', 'step_ms', 'latency_ms'),
+)
+Row = Dict[str, str]
+
+
+def read_rows(folder: Path) -> List[Row]:
+    """Return the rows of the runs that are done; none where there is no file."""
+    path = folder / RESULTS_NAME
+    if not path.is_file():
+        return []
+    with path.open(newline='', encoding='utf-8') as file:
+        rows = [dict(row) for row in csv.DictReader(file)]
+    if any(set(row) != set(COLUMNS) or None in row.values() for row in rows):
+        raise ValueError(f'output: {path} has other columns than a comparison writes; put it back as it was.')
+    return rows
+
+
+def write_rows(folder: Path, rows: Sequence[Mapping[str, str]]) -> None:
+    """Write the rows of all runs that are done."""
+    with replacing(folder / RESULTS_NAME) as path, path.open('w', newline='', encoding='utf-8') as file:
+        writer = csv.DictWriter(file, COLUMNS, restval='', lineterminator='\n')
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def write_answers(folder: Path, answers: Answers, label_names: Sequence[str], names: Sequence[str]) -> None:
+    """Write a run's answers to the test images: image, true class, predicted class, whether they are the same."""
+    with replacing(folder / ANSWERS_NAME) as path, path.open('w', newline='', encoding='utf-8') as file:
+        writer = csv.writer(file, lineterminator='\n')
+        writer.writerow(['image', 'class', 'predicted', 'right'])
+        for index, true, found in zip(answers.indices, answers.labels, answers.predicted):
+            name = names[index] if names else str(index)
+            writer.writerow([name, label_names[true], label_names[found], int(true == found)])
+
+
+def read_answers(folder: Path) -> Tuple[np.ndarray, np.ndarray]:
+    """Return a run's answers to the test images: whether each is right, 1 or 0, and its true class, (N,) each."""
+    with (folder / ANSWERS_NAME).open(newline='', encoding='utf-8') as file:
+        rows = list(csv.DictReader(file))
+    return np.array([int(row['right']) for row in rows]), np.array([row['class'] for row in rows])
+
+
+def arm_figures(plan: Plan, rows: Mapping[str, Sequence[Any]], verdict: Optional[Verdict]) -> List[Dict[str, str]]:
+    """Return the table of the arms: a dict for each, by the names of its columns."""
+    figures = []
+    for name, arm in plan.arms.items():
+        own = [row for row in rows.get(name, ()) if row and not row['state']]
+        told = dict(arm=name, parameters=f'{arm.parameters:,}', epochs=str(arm.epochs))
+        told['lr'] = own[0]['lr'] if own else ''
+        for column, title in (('accuracy', 'accuracy (%)'), ('balanced', 'balanced (%)')):
+            told[title] = _spread([float(row[column]) for row in own]) if own else 'diverged'
+        told['behind the best'] = ''
+        if verdict is not None and name in verdict.means:
+            told['behind the best'] = str(verdict.behind.get(name, ''))
+        told['training'] = f'{statistics.mean(float(row["seconds"]) for row in own):.0f} s' if own else ''
+        told['a step'], told['an image'] = as_ms(arm.step_seconds), as_ms(arm.latency_seconds)
+        figures.append(told)
+    return figures
+
+
+def _spread(values: Sequence[float]) -> str:
+    spread = f' ± {statistics.stdev(values):.2f}' if len(values) > 1 else ''
+    return f'{statistics.mean(values):.2f}{spread}'
+
+
+def table_lines(figures: Sequence[Mapping[str, str]]) -> List[str]:
+    """Return a table as lines of Markdown, its columns as wide as they need."""
+    names = list(figures[0])
+    cells = [names, *([row[name] for name in names] for row in figures)]
+    widths = [max(len(line[column]) for line in cells) for column in range(len(names))]
+    lines = [f'| {" | ".join(cell.ljust(width) for cell, width in zip(line, widths))} |' for line in cells]
+    return [lines[0], f'|{"|".join("-" * (width + 2) for width in widths)}|', *lines[1:]]
+
+
+def write_comparison(
+    folder: Path,
+    cfg: FinetuneCfg,
+    plan: Plan,
+    rows: Mapping[str, Sequence[Any]],
+    figures: Sequence[Mapping[str, str]],
+    sentence: str,
+) -> None:
+    """Write the picture, where matplotlib is installed, and the report, the last thing."""
+    column = 'balanced' if cfg.eval_metric == 'balanced' else 'accuracy'
+    scores = {name: [float(row[column]) for row in own if row and not row['state']] for name, own in rows.items()}
+    draws = draws_curves() and any(scores.values())
+    if draws:
+        notes = {
+            name: f'{arm.parameters / 1e6:.3g}M, {as_ms(arm.step_seconds)} a step' for name, arm in plan.arms.items()
+        }
+        title = f'{column} on the test images (%)'
+        plot_comparison({name: own for name, own in scores.items() if own}, notes, title, folder / PICTURE_NAME)
+    else:
+        (folder / PICTURE_NAME).unlink(missing_ok=True)
+    lines = ['# A comparison', '', sentence, '', *table_lines(figures), '']
+    lines += [f'![{column} of every run]({PICTURE_NAME})', ''] if draws else []
+    lines += [_how(cfg, plan), '']
+    with replacing(folder / REPORT_NAME) as path:
+        path.write_text('\n'.join(lines), encoding='utf-8')
+
+
+def _how(cfg: FinetuneCfg, plan: Plan) -> str:
+    """Return how the figures came about, in a few sentences."""
+    minutes = plan.asked['minutes']
+    cost = 'Every arm was trained for as many epochs.'
+    if minutes is not None:
+        cost = f'Every arm was trained for the epochs whose training steps were measured to take {minutes:g} minutes.'
+    default = type(cfg)(data_dir='.')
+    given = [
+        f'{name}={value}'
+        for name, value in vars(cfg).items()
+        if value != getattr(default, name) and name not in (*OWN, 'data_dir', 'output', 'epochs')
+    ]
+    lrs = ', '.join(f'{lr:g}' for lr in plan.lrs)
+    search = f'The learning rate is {lrs} for all.'
+    if len(plan.lrs) > 1:
+        search = (
+            f'The learning rate of each arm is that of {lrs} which was best on validation images, with seed '
+            f'{plan.seeds[0]} and a {"third" if SHORT == 3 else f"{SHORT}th"} of the epochs.'
+        )
+    versions = ', '.join(f'{name} {version}' for name, version in plan.versions.items())
+    return (
+        f'{plan.images["description"]}. {cost} {search} No model was trained on test images, and nothing was chosen by '
+        f'them. Seeds: {", ".join(map(str, plan.seeds))}; mean ± sample standard deviation. Times were measured on '
+        f'{plan.machine}, in rounds in which the arms took turns: a training step of {cfg.batch_size} images, and one '
+        f'image in evaluation. One recipe for all: {", ".join(given) or "the defaults"}. With {versions}. Every run is '
+        f'in runs/, and a row of {RESULTS_NAME}.'
+    )

@@ -1,0 +1,288 @@
+"""What a comparison is: its arms, images, epochs and measured times, recorded before its first run.
+
+what is asked for -> `make_plan` -> folder/compare.json -> `make_plan` of the next start -> the same plan.
+"""
+
+import ast
+import dataclasses
+import json
+import logging
+import os
+import re
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Sequence, Tuple
+
+import timm
+import torch
+
+from .. import __version__
+from ..checks import on_one_line, plain
+from ..data import data_config, image_mode
+from ..measure import as_ms, measure
+from ..models.arms import ARMS
+from ..writing import replacing
+from .creation import create_finetune_model, image_size
+from .optimisation import Stepper, check_optimizer, create_optimizer
+from .processes import Processes
+from .reserved import num_training, reserve
+from .settings import FinetuneCfg
+from .tasks import create_task
+
+_logger = logging.getLogger(__name__)
+PLAN_NAME = 'compare.json'
+# settings that an arm or a run has of its own, or that would let arms differ in cost or in what they learn from
+OWN = (
+    *('model', 'model_kwargs', 'pretrained_path', 'initial_checkpoint', 'lr', 'lr_base', 'lr_base_size'),
+    *('lr_base_scale', 'seed', 'resume', 'freeze', 'freeze_epochs', 'lora', 'head_loss', 'torchcompile'),
+    *('torchcompile_mode', 'kd_model_name', 'kd_distill_type', 'kd_token_distill_type', 'kd_temperature'),
+    *('distill_loss_weight', 'task_loss_weight', 'early_stopping', 'checkpoint_hist', 'log_wandb', 'log_tensorboard'),
+    *('fsdp', 'sync_bn', 'autotune'),
+)
+ELSEWHERE = ('output', 'workers', 'no_check')  # these change no result, and may change when a comparison goes on
+SHORT = 3  # the search for a learning rate takes the epochs divided by this
+ROUNDS, SECONDS = 5, 0.1  # of a measurement, for each arm
+
+
+@dataclasses.dataclass
+class ArmPlan:
+    """An arm, and what it was measured to cost."""
+
+    model: str
+    model_kwargs: Dict[str, Any]
+    parameters: int = 0
+    step_seconds: float = 0.0  # a training step of a batch
+    latency_seconds: float = 0.0  # one image, in evaluation
+    epochs: int = 0
+    search_epochs: int = 0
+
+    def cfg(self, recipe: FinetuneCfg) -> FinetuneCfg:
+        """Return the recipe with this arm's model."""
+        return dataclasses.replace(recipe, model=self.model, model_kwargs=self.model_kwargs)
+
+    def facts(self) -> Dict[str, str]:
+        """Return what was measured of the arm, as a row has it."""
+        times = dict(step_ms=self.step_seconds, latency_ms=self.latency_seconds)
+        return dict(parameters=str(self.parameters), **{name: f'{1000 * value:.4g}' for name, value in times.items()})
+
+
+@dataclasses.dataclass
+class Plan:
+    """A comparison before its first run."""
+
+    asked: Dict[str, Any]  # the result of `asked_for`
+    images: Dict[str, Any]  # the result of `reserve`
+    arms: Dict[str, ArmPlan]
+    versions: Dict[str, str]
+    machine: str
+
+    @property
+    def seeds(self) -> List[int]:
+        """The seeds of training."""
+        return self.asked['seeds']
+
+    @property
+    def lrs(self) -> List[float]:
+        """The learning rates to choose from."""
+        return self.asked['lrs']
+
+
+def asked_for(
+    cfg: FinetuneCfg,
+    models: Sequence[str],
+    seeds: Sequence[int],
+    lrs: Sequence[float],
+    minutes: Optional[float],
+    test_split: str,
+    test_frac: float,
+) -> Dict[str, Any]:
+    """Return what a comparison is asked for, as plain values; ValueError for what makes none."""
+    for name in OWN:
+        if getattr(cfg, name) != getattr(type(cfg), name):
+            raise ValueError(
+                f'{name}: got {getattr(cfg, name)!r}, but in a comparison an arm or a run has its own; leave it out.'
+            )
+    for name, values in (('models', [single(model) for model in models]), ('seeds', seeds), ('lrs', lrs)):
+        twice = [value for value in values if list(values).count(value) > 1]
+        if twice:
+            raise ValueError(f'{name}: got {twice[0]} twice, expected each once.')
+    if len(models) < 2:
+        raise ValueError(f'models: got {models[0]!r} alone, expected two or more to compare.')
+    for lr in lrs:
+        if cfg.min_lr > lr:
+            raise ValueError(f'min_lr: got {cfg.min_lr:g}, expected at most the least of lrs, which is {lr:g}.')
+    recipe = {name: value for name, value in dataclasses.asdict(cfg).items() if name not in (*OWN, *ELSEWHERE)}
+    if minutes is not None:
+        del recipe['epochs']
+    if cfg.data_dir:
+        recipe['data_dir'] = os.path.abspath(cfg.data_dir)
+    asked = dict(models=list(models), seeds=list(seeds), lrs=list(lrs), minutes=minutes)
+    asked.update(test_split=test_split, test_frac=test_frac, recipe=plain('recipe', recipe))
+    return json.loads(json.dumps(asked))
+
+
+def single(name: str) -> str:
+    """Return an arm's name as a part of a file's name."""
+    return re.sub(r'[^\w.=-]+', '_', name)
+
+
+def parse_arm(text: str) -> ArmPlan:
+    """Return the model that the name of an arm, or of a timm model with arguments, means; ValueError for no name."""
+    if text in ARMS:
+        return ArmPlan(ARMS[text].model, ARMS[text].model_kwargs)
+    if text.startswith(('local-dir:', 'hf-hub:', 'hf_hub:')):
+        return ArmPlan(text, {})
+    name, _, arguments = text.partition(':')
+    if not timm.is_model(name.partition('.')[0]):
+        raise ValueError(f'models: got {text!r}, expected an arm ({", ".join(ARMS)}) or the name of a timm model.')
+    try:
+        call = ast.parse(f'f({arguments})', mode='eval').body
+        if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name) or call.args:
+            raise ValueError
+        kwargs = {str(word.arg): _value(word.value) for word in call.keywords}
+        if len(kwargs) < len(call.keywords) or not all(map(str.isidentifier, kwargs)) or 'None' in kwargs:
+            raise ValueError
+        return ArmPlan(name, kwargs)
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        raise ValueError(f'models: got {text!r}, expected arguments as in {name}:name=value,name=value.') from None
+
+
+def _value(node: ast.expr) -> Any:
+    return node.id if isinstance(node, ast.Name) else plain('models', ast.literal_eval(node))
+
+
+def make_plan(cfg: FinetuneCfg, asked: Dict[str, Any], folder: Path) -> Plan:
+    """Return the plan in a folder, or make one, and write it down.
+
+    Raises:
+        ValueError: where the folder has the plan of another comparison; seeds alone may be added.
+    """
+    path = folder / PLAN_NAME
+    if path.is_file():
+        plan = _read(path)
+        _check_same(plan.asked, asked, folder)
+        if plan.asked != asked:
+            plan.asked = asked
+            _write(plan, path)
+        _logger.info('The comparison in %s goes on.', folder)
+        return plan
+    check_optimizer(cfg)
+    arms = {name: parse_arm(name) for name in asked['models']}
+    mode = image_mode(cfg.in_chans or 3)
+    images = reserve(cfg, mode, asked['test_split'], asked['test_frac'])
+    _logger.info('%s.', images['description'])
+    measure_arms_(cfg, arms, len(images['label_names']))
+    batches = max(num_training(images, cfg.val_frac, asked['seeds'][0]) // cfg.batch_size, 1)
+    for name, arm in arms.items():
+        arm.epochs = cfg.epochs
+        if asked['minutes'] is not None:
+            epoch = batches * arm.step_seconds
+            arm.epochs = int(60 * asked['minutes'] / epoch)
+            if not arm.epochs:
+                raise ValueError(
+                    f'minutes: got {asked["minutes"]:g}, but an epoch of {name} takes {epoch / 60:.2g} here; give more.'
+                )
+        arm.search_epochs = max(round(arm.epochs / SHORT), 1)
+    versions = {'timm-vitres': __version__, 'torch': torch.__version__, 'timm': timm.__version__}
+    device = Processes().device(cfg.device)
+    threads = torch.get_num_threads()
+    machine = f'{threads} thread{"s" * (threads > 1)} of the CPU' if device == 'cpu' else device
+    plan = Plan(asked, images, arms, versions, machine)
+    searches = len(plan.lrs) if len(plan.lrs) > 1 else 0
+    seconds = sum(
+        batches * arm.step_seconds * (len(plan.seeds) * arm.epochs + searches * arm.search_epochs)
+        for arm in arms.values()
+    )
+    _logger.info(
+        '%d runs, and %d short ones that choose learning rates: about %.2g minutes of training steps here.',
+        *(len(plan.seeds) * len(arms), searches * len(arms), seconds / 60),
+    )
+    _write(plan, path)
+    return plan
+
+
+def measure_arms_(cfg: FinetuneCfg, arms: Dict[str, ArmPlan], num_classes: int) -> None:
+    """Count the parameters of all arms, and measure their times on this machine; they take turns.
+
+    A training step is that of a run: forward, loss, backward, optimizer, for `cfg.batch_size` images.
+    """
+    device = torch.device(Processes().device(cfg.device))
+    steps, views = {}, {}
+    for name, arm in arms.items():
+        own = dataclasses.replace(arm.cfg(cfg), balance_classes=False)
+        try:
+            model = create_finetune_model(own, num_classes)
+            size = image_size(cfg.img_size) if cfg.img_size is not None else None
+            shape = data_config(model, img_size=size)['input_size']
+            arm.parameters = sum(parameter.numel() for parameter in model.parameters())
+            steps[name], views[name] = _functions(own, model, shape, num_classes, device)
+            steps[name](None)
+        except (ValueError, TypeError, RuntimeError, OSError) as error:
+            raise ValueError(f'models: {name} can not be trained here: {on_one_line(error)}') from error
+    nothing = torch.zeros(1)  # each arm has images of its own size
+    for name, seconds in measure(steps, nothing, ROUNDS, SECONDS).items():
+        arms[name].step_seconds = seconds
+    for name, seconds in measure(views, nothing, ROUNDS, SECONDS).items():
+        arms[name].latency_seconds = seconds
+    for name, arm in arms.items():
+        times = as_ms(arm.step_seconds), as_ms(arm.latency_seconds)
+        _logger.info('%s: %.3gM parameters, a training step %s, an image %s', name, arm.parameters / 1e6, *times)
+
+
+def _functions(
+    cfg: FinetuneCfg, model: torch.nn.Module, shape: Tuple[int, ...], num_classes: int, device: torch.device
+) -> Tuple[Any, Any]:
+    """Return functions for a training step and for an image in evaluation; both ignore what they are called with."""
+    layout = torch.channels_last if cfg.channels_last else torch.contiguous_format
+    model = model.to(device, memory_format=layout)
+    x = torch.randn(cfg.batch_size, *shape, device=device).contiguous(memory_format=layout)
+    target = torch.randint(num_classes, (cfg.batch_size,), device=device)
+    plain_loss = dataclasses.replace(cfg, mixup=0.0, cutmix=0.0, cutmix_minmax=None, model_kwargs=None)
+    task = create_task(plain_loss, model, [str(i) for i in range(num_classes)], None, {}, device)
+    optimizer = create_optimizer(cfg, task.get_trainable_module(), 1e-6)
+    stepper = Stepper(cfg, task, optimizer, device)
+
+    def step(_: Any) -> None:
+        task.train()
+        stepper.backward(stepper.loss(x, target), 1, True)
+
+    def view(_: Any) -> None:
+        model.eval()
+        with torch.inference_mode():
+            model(x[:1])
+
+    return step, view
+
+
+def _check_same(before: Dict[str, Any], now: Dict[str, Any], folder: Path) -> None:
+    """Raise ValueError, naming what differs, where a comparison was begun with other arguments."""
+    old, new = ({**asked, **asked['recipe']} for asked in (before, now))
+    for asked in (old, new):
+        del asked['recipe']
+    if old['seeds'] != new['seeds'] and new['seeds'][: len(old['seeds'])] == old['seeds']:
+        old['seeds'] = new['seeds']
+    changed = [name for name in {**old, **new} if old.get(name) != new.get(name)]
+    if changed:
+        told = '; '.join(f'{name}: got {new.get(name)!r}, not {old.get(name)!r}' for name in changed[:3])
+        more = f' and {len(changed) - 3} more' if len(changed) > 3 else ''
+        raise ValueError(
+            f'{told}{more}. The comparison in {folder} was begun otherwise; only seeds may be added at their end. Name '
+            'another output for another comparison.'
+        )
+
+
+def _write(plan: Plan, path: Path) -> None:
+    with replacing(path) as beside:
+        lines = [f'{json.dumps(name)}: {json.dumps(value)}' for name, value in dataclasses.asdict(plan).items()]
+        beside.write_text('{\n' + ',\n'.join(lines) + '\n}\n', encoding='utf-8')
+
+
+def _read(path: Path) -> Plan:
+    try:
+        content = json.loads(path.read_text(encoding='utf-8'))
+        arms = {
+            name: ArmPlan(**{**arm, 'model_kwargs': plain('arms', arm['model_kwargs'])})
+            for name, arm in content.pop('arms').items()
+        }
+        return Plan(arms=arms, **content)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f'output: {path} is not the plan of a comparison ({on_one_line(error)}).') from error

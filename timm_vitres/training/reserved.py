@@ -1,0 +1,131 @@
+"""Images of a comparison: those that nothing is trained on or chosen by, and, for every seed, a split of the others.
+
+settings -> `reserve` -> a dict for JSON -> `images_of` (what a run of a seed takes), `for_verdict` (what is left for
+the verdict), each as `Data.record` says the images of a run.
+"""
+
+import dataclasses
+from collections import Counter
+from pathlib import Path
+from typing import Any, Dict, List, Optional
+
+from torch.utils.data import IterableDataset
+
+from ..folders import find_splits, folders_in, shown, split_folder
+from .datasets import FOLDER_NAMES, ImageFolder, check_apart, listed, load_data
+from .settings import FinetuneCfg
+from .splits import Data, Subset, stratified_split
+
+TEST_SEED = 0  # the test images are the same for all arms and all seeds of training
+TEST = 'test'
+
+
+def reserve(cfg: FinetuneCfg, mode: str, test_split: str = TEST, test_frac: float = 0.25) -> Dict[str, Any]:
+    """Choose the test images: those of a split, or a part of each class, drawn with a fixed seed.
+
+    Args:
+        cfg: Where the images are.
+        mode: PIL's mode of the images.
+        test_split: Its name. A part is held out with '', and where an image folder has none of that or a similar name.
+        test_frac: That part.
+
+    Returns:
+        A dict of label_names, description, train, validation (None where each seed splits it off) and test; a set is
+        what `Data.record` says of it.
+
+    Raises:
+        ValueError, OSError: where `load_data` raises them, for a class of too few images, for test images that are
+            trained on, and for a stream, of which nothing can be held out.
+    """
+    if (cfg.dataset or '').lower() not in FOLDER_NAMES:
+        return _of_dataset(cfg, mode, test_split)
+    root = Path(str(cfg.data_dir))
+    splits = find_splits(root, cfg.train_split, cfg.val_split)
+    name = None
+    if splits.train != root and test_split:
+        name = split_folder(root, folders_in(root), test_split, 'test_split', TEST)
+    data = load_data(cfg, mode)
+    rows = {'train': data.lists['train'], 'validation': data.lists['validation']}
+    if splits.validation is None:
+        rows = {'train': sorted(rows['train'] + rows['validation']), 'validation': None}
+    _check_counts(rows['train'], 1 + (splits.validation is None) + (name is None))
+    if name is not None:
+        rows['test'] = _of_folder(cfg, mode, root, name, data)
+        how = f'test images are the {len(rows["test"])} of {name}/'
+    else:
+        kept, held = stratified_split(_targets(rows['train'], data.label_names), test_frac, TEST_SEED)
+        rows['train'], rows['test'] = ([rows['train'][index] for index in part] for part in (kept, held))
+        how = f'test images are {len(held)} of them, held out class by class ({test_frac:g}, seed {TEST_SEED})'
+    count = sum(len(part) for part in rows.values() if part)
+    description = f'{count} images of {len(data.label_names)} classes in {root.resolve().name}; {how}'
+    return {'label_names': data.label_names, 'description': description, **rows}
+
+
+def _of_dataset(cfg: FinetuneCfg, mode: str, test_split: str) -> Dict[str, Any]:
+    if not test_split:
+        raise ValueError(f"test_split: got '', expected the name of a split of {cfg.dataset!r}.")
+    if cfg.val_split not in ('', type(cfg).val_split):
+        raise ValueError(
+            f'val_split: got {cfg.val_split!r}, but a comparison splits the validation images of a dataset off its '
+            'training split; leave it out.'
+        )
+    try:
+        data = load_data(dataclasses.replace(cfg, val_split=test_split), mode)
+    except ValueError as error:
+        raise ValueError(str(error).replace('val_split', 'test_split')) from error
+    if isinstance(data.train, IterableDataset):
+        raise ValueError(f'dataset: {cfg.dataset!r} is a stream, of which no validation images can be held out.')
+    sets = {'train': data.lists['train'], 'validation': None, 'test': data.lists['validation']}
+    return {'label_names': data.label_names, 'description': data.description.replace('validation', TEST), **sets}
+
+
+def _of_folder(cfg: FinetuneCfg, mode: str, root: Path, name: str, data: Data) -> List[List[Any]]:
+    """Return what a record says of the images in a folder of test images."""
+    class_map = data.train.dataset.reader.class_to_idx
+    test = ImageFolder(root / name, class_map, mode, check=False, any_name=True)
+    check_apart(data.train.dataset, test, TEST)
+    if data.val.dataset is not data.train.dataset:
+        check_apart(data.val.dataset, test, TEST)
+    if not cfg.no_check:
+        test.check_images(cfg.skip_bad)
+    return listed(root, Subset(test, range(len(test)), mode))
+
+
+def _check_counts(rows: List[List[Any]], least: int) -> None:
+    for label, count in sorted(Counter(label for _, label, _ in rows).items()):
+        if count < least:
+            raise ValueError(
+                f'data_dir: class {shown(label)!r} has {count} image{"s" * (count != 1)}, but {least} or more are '
+                'needed, some to train on, and others to choose by and to test on; add some.'
+            )
+
+
+def _targets(rows: List[List[Any]], label_names: List[str]) -> List[int]:
+    return [label_names.index(label) for _, label, _ in rows]
+
+
+def images_of(images: Dict[str, Any], val_frac: float, seed: int) -> Optional[Dict[str, Any]]:
+    """Return the training and validation images of a seed; None of a named dataset, which a run splits by its seed."""
+    if isinstance(images['train'], dict):
+        return None
+    train, val = images['train'], images['validation']
+    if val is None:
+        kept, held = stratified_split(_targets(train, images['label_names']), val_frac, seed, images['label_names'])
+        train, val = ([images['train'][index] for index in part] for part in (kept, held))
+    return _record(images, train, val)
+
+
+def for_verdict(images: Dict[str, Any]) -> Dict[str, Any]:
+    """Return the test images, in the place of validation images."""
+    return _record(images, images['train'], images['test'])
+
+
+def _record(images: Dict[str, Any], train: Any, validation: Any) -> Dict[str, Any]:
+    names = {name: images[name] for name in ('label_names', 'description')}
+    return {**names, 'train': train, 'validation': validation}
+
+
+def num_training(images: Dict[str, Any], val_frac: float, seed: int) -> int:
+    """Return how many images a run of a seed is trained on; of a named dataset, about so many."""
+    chosen = images_of(images, val_frac, seed)
+    return round(images['train']['count'] * (1 - val_frac)) if chosen is None else len(chosen['train'])
