@@ -212,7 +212,7 @@ def measure_arms_(cfg: FinetuneCfg, arms: Dict[str, ArmPlan], num_classes: int) 
         try:
             model = create_finetune_model(own, num_classes)
             size = image_size(cfg.img_size) if cfg.img_size is not None else None
-            shape = data_config(model, img_size=size)['input_size']
+            shape = data_config(model, img_size=size, mean=cfg.mean, std=cfg.std)['input_size']
             arm.parameters = sum(parameter.numel() for parameter in model.parameters())
             steps[name], views[name] = _functions(own, model, shape, num_classes, device)
             steps[name](None)

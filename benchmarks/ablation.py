@@ -1,0 +1,88 @@
+"""Hybrids against their parents, at equal parameters and equal measured training time, on the sets of `image_sets.py`.
+
+    python benchmarks/ablation.py elpv --minutes 10 [--seeds 0 1 2] [--models resnet interleaved] [--record]
+
+This is `timm-vitres compare` on one set, by the recipe `compare` with what a set needs beside it (`SETTINGS`). A
+comparison that was killed goes on when it is started again, and seeds can be added. --record appends a row per run to
+benchmarks/results/ablation.csv, and one per arm that is behind the best, with the interval of the difference, to
+ablation_verdict.csv; rows that are there are not written again.
+"""
+
+import argparse
+import csv
+import logging
+from pathlib import Path
+
+from common import write_row
+from image_sets import SETS, write
+
+from timm_vitres import FinetuneCfg, compare, recipe
+from timm_vitres.models.arms import ARMS
+
+RESULTS = Path(__file__).parent / 'results'
+GREY = dict(in_chans=1)
+SETTINGS = {
+    'fmnist': dict(**GREY, img_size=28, crop_padding=2, reprob=0.5, batch_size=128, val_frac=0.05),
+    'fmnist10': dict(**GREY, img_size=28, crop_padding=2, reprob=0.5, batch_size=64, val_frac=0.1),
+    # a cell fills its image, and has no up; two thirds of the cells are of one class
+    'elpv': dict(
+        **GREY, img_size=112, scale=(0.8, 1.0), ratio=(0.9, 1.1), vflip=0.5, batch_size=32, val_frac=0.15,
+        balance_classes=True, eval_metric='balanced',
+    ),
+    'openclipart': dict(img_size=64, batch_size=64, val_frac=0.15, balance_classes=True, eval_metric='balanced'),
+    # what a crop cuts off may be what tells the classes apart
+    'pairs': dict(**GREY, img_size=64, crop_padding=4, batch_size=64, val_frac=0.1),
+}  # fmt: skip
+COLUMNS = ('arm', 'seed', 'lr', 'epochs', 'state', 'best_epoch', 'val_top1', 'val_balanced', 'accuracy', 'balanced')
+COLUMNS += ('parameters', 'step_ms', 'latency_ms', 'seconds')
+
+
+def record_once(name: str, row: dict, record: bool) -> None:
+    """Write a row, unless the file has it already, whatever its conditions were."""
+    path = RESULTS / f'{name}.csv'
+    there = []
+    if path.is_file():
+        with path.open(newline='') as file:
+            there = [{key: line.get(key) for key in row} for line in csv.DictReader(file)]
+    row = {key: str(value) for key, value in row.items()}
+    if row not in there:
+        write_row(name, row, record)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('set', choices=list(SETS))
+    parser.add_argument('--root', type=Path, default=Path('image_sets'), help='folder that the sets are written into')
+    parser.add_argument('--source', type=Path, help="the original data, where they are not in their package's place")
+    parser.add_argument('--output', type=Path, help='folder of the comparison; else ablation/SET')
+    parser.add_argument('--models', nargs='+', default=list(ARMS))
+    parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2])
+    parser.add_argument('--lrs', type=float, nargs='+', default=[3e-4, 1e-3, 3e-3])
+    cost = parser.add_mutually_exclusive_group(required=True)
+    cost.add_argument('--minutes', type=float, help='of training steps, for each run')
+    cost.add_argument('--epochs', type=int)
+    parser.add_argument('-j', '--workers', type=int, default=0)
+    parser.add_argument('--device', default='')
+    parser.add_argument('--record', action='store_true', help='append rows to benchmarks/results')
+    args = parser.parse_args()
+    logging.basicConfig(format='%(message)s')
+    logging.getLogger('timm_vitres').setLevel(logging.INFO)
+    settings = {**recipe('compare'), **SETTINGS[args.set], 'workers': args.workers, 'device': args.device}
+    settings.update(dict(epochs=args.epochs) if args.epochs else {})
+    output = args.output or Path('ablation') / args.set
+    cfg = FinetuneCfg(**settings, data_dir=str(write(args.set, args.root, args.source)), output=str(output))
+    told = compare(cfg, args.models, args.seeds, args.lrs, args.minutes)
+    asked = dict(set=args.set, minutes=args.minutes or '', device=args.device or 'default')
+    for row in told.rows:
+        if row['part'] == 'run':
+            record_once('ablation', {**asked, **{name: row[name] for name in COLUMNS}}, args.record)
+    if told.verdict is not None:
+        shared = dict(**asked, seeds=' '.join(map(str, args.seeds)), measured=cfg.eval_metric, best=told.verdict.best)
+        for name, found in told.verdict.behind.items():
+            figures = {key: f'{value:.2f}' for key, value in found._asdict().items()}
+            record_once('ablation_verdict', {**shared, 'arm': name, **figures, 'is_told': found.is_told}, args.record)
+    print(told.sentence)
+
+
+if __name__ == '__main__':
+    main()
