@@ -83,6 +83,7 @@ def test_names_of_files():
         ({}, dict(models=('a:b=1', 'a/b=1')), 'models: got a_b=1 twice'),
         ({}, dict(seeds=(1, 2, 1)), 'seeds: got 1 twice'),
         ({}, dict(lrs=(1e-3, 0.001)), 'lrs: got 0.001 twice'),
+        ({}, dict(lrs=(0.001, 0.00100000001)), 'lrs: got 0.001 twice'),
         (dict(min_lr=4e-4), dict(lrs=(1e-3, 3e-4)), 'min_lr: got 0.0004, expected at most the least of lrs'),
         (dict(model='resnet18'), {}, "model: got 'resnet18', but in a comparison"),
         (dict(lr=0.1), {}, 'lr: got 0.1, but in a comparison'),

@@ -101,7 +101,8 @@ def asked_for(
             raise ValueError(
                 f'{name}: got {getattr(cfg, name)!r}, but in a comparison an arm or a run has its own; leave it out.'
             )
-    for name, values in (('models', [single(model) for model in models]), ('seeds', seeds), ('lrs', lrs)):
+    names = dict(models=[single(model) for model in models], seeds=seeds, lrs=[f'{lr:g}' for lr in lrs])
+    for name, values in names.items():  # runs have these in the names of their folders
         twice = [value for value in values if list(values).count(value) > 1]
         if twice:
             raise ValueError(f'{name}: got {twice[0]} twice, expected each once.')
