@@ -9,9 +9,11 @@ from test_loop import rows, settings
 from test_runs import assert_same_run, contents, interrupted
 
 from timm_vitres.training import loop as module
+from timm_vitres.training.datasets import load_data
 from timm_vitres.training.loop import finetune
 from timm_vitres.training.processes import Processes
 from timm_vitres.training.report import write_summary
+from timm_vitres.training.runs import Record
 from timm_vitres.training.settings import FinetuneCfg
 from timm_vitres.training.starting import Setup, is_over, is_whole
 
@@ -119,3 +121,14 @@ def test_a_run_is_recorded_with_what_it_is_made_of(image_folder, tmp_path):
     assert start.record.label_names == ['across', 'down'] and start.record.processes == 1
     assert setup.device == torch.device(Processes().device('')) and setup.model.num_classes == 2
     assert setup.data.val[0][0].mode == 'L'
+
+
+def test_a_run_takes_the_images_that_it_is_given(image_folder, tmp_path, no_pictures):
+    """Where another run's record says them, whatever the settings say; and it goes on with these."""
+    cfg = settings(image_folder, tmp_path / 'run', epochs=1, seed=3, val_frac=0.5)
+    images = load_data(dataclasses.replace(cfg, seed=0, val_frac=0.25), 'RGB').record()
+    images['train'] = images['train'][2:]
+    finetune(cfg, None, images)
+    for epochs in (1, 2):
+        finetune(dataclasses.replace(cfg, epochs=epochs, resume=True))
+        assert Record.read(tmp_path / 'run').data == images and len(rows(tmp_path / 'run')) == epochs
