@@ -124,7 +124,7 @@ def test_the_sentence_of_two_arms():
 
 @pytest.mark.parametrize('shapes', [[(2, 5)], [(2, 5), (3, 5)], [(2, 5), (2, 6)], [(2, 1), (2, 1)], []], ids=str)
 def test_what_can_not_be_compared_is_named(shapes):
-    with pytest.raises(ValueError, match='^correct: got .* expected two or more arms'):
+    with pytest.raises(ValueError, match=r'^correct: got .* expected two or more arms'):
         judge({str(index): np.ones(shape) for index, shape in enumerate(shapes)})
 
 

@@ -97,8 +97,8 @@ def _is_strided(module: nn.Module) -> bool:
 def find_levels(cfg: VitResNetMixCfg, stem: nn.Module, num_features: int) -> Tuple[List[Dict[str, Any]], List[int]]:
     """Return all maps that a model makes, as `feature_info` describes them, and which of them are the pyramid.
 
-    Of maps with one stride it is the last, but for strides that dilation replaces; none has the image's own stride of 1,
-    for which programs such as smp take the image itself.
+    Of maps with one stride it is the last, but for strides that dilation replaces. None has a stride of 1, for which
+    programs such as smp take the image itself.
     """
     stride = cfg.stem_stride or cfg.own_stem_stride
     levels: List[Dict[str, Any]] = [dict(num_chs=cfg.stem_chs, reduction=stride, module='stem', stage=0)]

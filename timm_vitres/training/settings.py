@@ -304,9 +304,7 @@ class FinetuneCfg:
                 raise ValueError(f'{name}: got {(low, high)}, expected the smaller number first.')
         for name in ('no_aug', 'train_crop_mode', 'scale', 'ratio') if self.crop_padding is not None else ():
             if getattr(self, name) != getattr(type(self), name):
-                raise ValueError(
-                    f'{name}: got {getattr(self, name)!r}, which crop_padding replaces; give one.'
-                )
+                raise ValueError(f'{name}: got {getattr(self, name)!r}, which crop_padding replaces; give one.')
         if list(self.decay_milestones) != sorted(set(self.decay_milestones)):
             raise ValueError(f'decay_milestones: got {self.decay_milestones}, expected epochs that rise.')
         if self.cutmix_minmax is not None and self.cutmix_minmax[0] > self.cutmix_minmax[1]:
