@@ -108,6 +108,7 @@ def main() -> None:
     parser.add_argument('--arms', nargs='+', choices=ARMS, default=list(ARMS))
     parser.add_argument('--seeds', type=int, nargs='+', default=[0])
     parser.add_argument('--set', nargs='*', default=[], metavar='NAME=VALUE', help="settings in place of the recipe's")
+    parser.add_argument('--note', default='', help='what the rows shall tell beside')
     parser.add_argument('--threads', type=int, default=2)
     parser.add_argument('--record', action='store_true', help='append a row per run to benchmarks/results/fmnist.csv')
     args = parser.parse_args()
@@ -116,7 +117,7 @@ def main() -> None:
     root = unpack(args.data_dir, args.output / 'data')
     for seed in args.seeds:
         for arm in args.arms:
-            write_row('fmnist', run(arm, seed, root, args.output, changes), args.record)
+            write_row('fmnist', {**run(arm, seed, root, args.output, changes), 'note': args.note}, args.record)
 
 
 if __name__ == '__main__':
