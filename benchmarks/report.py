@@ -312,48 +312,70 @@ def columns_of(found: list) -> list:
     return [spread([float(row[column]) for row in found], 2) for column in ('val_top1', 'test_top1')]
 
 
-def evidence() -> str:
-    """What timm publishes of hybrids and their parents, and the hybrids' time on a CPU by their first parent's."""
+def with_parents() -> list:
+    """Return the published rows of each hybrid, its own first, and the cost that was measured, if it was, by parent."""
     groups: dict = defaultdict(list)
     for row in read('evidence_published'):
         groups[row['hybrid']].append(row)
-    costs = newest('evidence_cost', 'hybrid', 'path') if (RESULTS / 'evidence_cost.csv').is_file() else {}
+    found = (RESULTS / 'evidence_cost.csv').is_file()
+    costs = newest('evidence_cost', 'hybrid', 'parent', 'path') if found else {}
+
+    def times(hybrid: str, parent: str) -> str:
+        eager, folded = (costs.get((hybrid, parent, path)) for path in ('eager', 'folded'))
+        return f'{float(eager["ratio"]):.2f} ({float(folded["ratio"]):.2f})' if eager and folded else '-'
+
+    return [
+        (rows[0], rows[1:], {row['model']: times(hybrid, row['model']) for row in rows[1:]})
+        for hybrid, rows in groups.items()
+    ]
+
+
+def figure(row: dict, column: str) -> str:
+    return f'{float(row[column]):.1f}' if row[column] else '-'
+
+
+def against(own: dict, parent: dict, column: str, form: str) -> str:
+    """Return how much more a hybrid has than a parent, or (without a sign in the form) how many times as much."""
+    if not (own[column] and parent[column]):
+        return '-'
+    one, other = float(own[column]), float(parent[column])
+    return format(one - other if '+' in form else one / other, form)
+
+
+def evidence() -> str:
+    """What timm publishes of hybrids and their parents, and the hybrids' time on a CPU by their parents'."""
     lines = []
-    for hybrid, rows in groups.items():
-        first = next(row for row in rows if row['role'] != 'hybrid')
-        for row in rows:
-            figures = [f'{float(row[name]):.1f}' if row[name] else '-' for name in ROBUSTNESS]
-            name, time = f'{row["role"]} `{row["model"].partition(".")[0]}`', '1' if row is first else ''
-            if row['role'] == 'hybrid':
-                ratios = [costs[hybrid, path]['ratio'] for path in ('eager', 'folded') if (hybrid, path) in costs]
-                name, time = f'**`{hybrid}`**', ', '.join(ratios) or '-'
-                figures = [
-                    f'**{figure}**' if all(float(row[key]) > float(other[key]) for other in rows[1:]) else figure
-                    for key, figure in zip(ROBUSTNESS, figures)
-                ]
-            lines.append([name, f'{float(row["params"]):.1f}M', row['img_size'], *figures, time])
-    return table(['', 'parameters', 'pixels', *ROBUSTNESS.values(), 'time on a CPU (folded)'], lines)
+    for own, parents, times in with_parents():
+        for row in (own, *parents):
+            figures = {name: figure(row, name) for name in ROBUSTNESS}
+            name, time = f'{row["role"]} `{row["model"]}`', times.get(row['model'], '')
+            if row is own:
+                name = f'**`{own["hybrid"]}`**'
+                for key in figures:
+                    if all(own[key] and other[key] and float(own[key]) > float(other[key]) for other in parents):
+                        figures[key] = f'**{figures[key]}**'
+            costs = (row['gmacs'] or '-', figure(row, 'cpu_ms'))
+            lines.append([name, f'{float(row["params"]):.1f}M', row['img_size'], *figures.values(), *costs, time])
+    costs = ('GMACs', 'ms, published', "the hybrid's time by it (folded), ours")
+    return table(['', 'parameters', 'pixels', *ROBUSTNESS.values(), *costs], lines)
 
 
 def differences() -> str:
-    """How much better the published hybrids are than the first of their parents, in points of top-1."""
-    groups: dict = defaultdict(list)
-    for row in read('evidence_published'):
-        groups[row['hybrid']].append(row)
-    costs = newest('evidence_cost', 'hybrid', 'path') if (RESULTS / 'evidence_cost.csv').is_file() else {}
-    lines = []
-    for hybrid, (own, parent, *_) in groups.items():
-        ratios = [costs[hybrid, path]['ratio'] for path in ('eager', 'folded') if (hybrid, path) in costs]
-        lines.append(
-            [
-                f'`{hybrid}`',
-                f'`{parent["model"].partition(".")[0]}`' + (' *' if parent['same_recipe'] == 'False' else ''),
-                *(f'{float(own[name]) - float(parent[name]):+.1f}' for name in ROBUSTNESS),
-                f'{float(own["params"]) / float(parent["params"]):.2f}',
-                ', '.join(ratios) or '-',
-            ]
-        )
-    return table(['hybrid', 'parent', *ROBUSTNESS.values(), 'parameters', 'time (folded)'], lines)
+    """How much better the published hybrids are than their parents, in points of top-1, and at which cost."""
+    names = {key: title for key, title in ROBUSTNESS.items() if key != 'real'}
+    lines = [
+        [
+            f'`{own["hybrid"]}`' if parent is parents[0] else '',
+            f'`{parent["model"].partition(".")[0]}`' + (' *' if own['recipe'] == 'other' else ''),
+            *(against(own, parent, name, '+.1f') for name in names),
+            *(against(own, parent, name, '.2f') for name in ('params', 'gmacs', 'cpu_ms')),
+            times[parent['model']],
+        ]
+        for own, parents, times in with_parents()
+        for parent in parents
+    ]
+    costs = ('parameters', 'multiply-adds', 'time, published', 'time, ours (folded)')
+    return table(['hybrid', 'against', *names.values(), *costs], lines)
 
 
 def fmnist() -> str:

@@ -56,8 +56,25 @@ def test_published_figures_are_those_of_the_rows():
                 for line in text.splitlines()
                 if line.startswith('| ') and f'`{row["model"].partition(".")[0]}`' in line
             ]
-            figures = [f'{float(row[column]):.1f}' for column in published.COLUMNS]
+            figures = [row['gmacs'], *(f'{float(row[column]):.1f}' for column in published.COLUMNS)]
             assert line.endswith(f' | {" | ".join(figures)} |')
+
+
+def test_what_was_measured_of_the_cost_is_told_apart(monkeypatch, tmp_path):
+    name, file = 'vitresnet_tiny.augreg_in21k_ft_in1k', 'evidence_published.csv'
+    shutil.copy(published.RESULTS / file, tmp_path / file)
+    monkeypatch.setattr(published, 'RESULTS', tmp_path)
+    without = published.beside_parents(name)
+    place = dict(img_size='224', threads='2', machine='A machine', torch='2.14.1', date='2026-11-26')
+    ratios = [('p.t', 'eager', '3'), ('p.t', 'eager', '0.577'), ('p.t', 'folded', '0.561')]
+    ratios += [('q.t', 'eager', '2'), ('q.t', 'folded', '1.5')]
+    rows = [dict(hybrid=name, parent=parent, path=path, ratio=ratio, **place) for parent, path, ratio in ratios]
+    write_rows(tmp_path / 'evidence_cost.csv', *rows)
+    assert published.beside_parents(name) == (
+        without + '\n\nMeasured by this project, one image of 224 pixels on a CPU, random weights: 0.58 (folded 0.56) '
+        'of the time of `p`, 2.00 (folded 1.50) of the time of `q` (A machine, threads: 2; torch 2.14.1, 2026-11-26).'
+    )
+    assert published.beside_parents('vitresnet_small.augreg_in21k_ft_in1k').count('Measured') == 0
 
 
 @pytest.mark.parametrize('name', NAMES)
