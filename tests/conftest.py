@@ -1,5 +1,6 @@
 """What tests share: small pictures that can be told apart, weights that nothing is hidden by, models to save."""
 
+import logging
 from pathlib import Path
 from typing import Iterator
 
@@ -12,6 +13,13 @@ from PIL import Image
 import timm_vitres  # noqa: F401
 from timm_vitres.publishing.cards import render_card
 from timm_vitres.publishing.saving import save
+
+
+@pytest.fixture(autouse=True)
+def usual_log_level():
+    """Let warnings be seen as in a fresh process; some packages raise the level for all when they are imported."""
+    logging.getLogger().setLevel(logging.WARNING)
+
 
 FACTS = dict(model_name='x', description='A.', recipe='B.', source='local-dir:.')  # of a card
 DUAL = 'test_vitresnet_dual'  # it has BatchNorm, and so counts of batches
