@@ -26,6 +26,7 @@ from torch import nn
 from ..checks import Device, FloatType, NumClasses, Rate, Size, WeightInit, Width, checked
 from ..timm_private import init_byob_weights
 from ..weights.layouts import StateDict
+from ..weights.shipped import shipped
 from .attention import MergingConvNormAct
 from .base import ExplainedParts, Hybrid
 from .config import MapGlobalPool, VitResNetMixCfg, check_pooling
@@ -321,7 +322,22 @@ default_cfgs = generate_default_cfgs(
         ),
         'vitresnet_mix_bot50ts.untrained': _cfg(),
         'vitresnet_mix_alter50ts.untrained': _cfg(),
-        'vitresnet_mix_nano.untrained': _cfg(input_size=(3, 64, 64), crop_pct=1.0),
+        # the name without a tag stays one for colours and any classes
+        'vitresnet_mix_nano.untrained*': _cfg(input_size=(3, 64, 64), crop_pct=1.0),
+        'vitresnet_mix_nano.fmnist': _cfg(
+            file=shipped('vitresnet_mix_nano.fmnist'),
+            num_classes=10,
+            input_size=(1, 28, 28),
+            mean=(0.286,),
+            std=(0.353,),
+            interpolation='bilinear',
+            crop_pct=1.0,
+            crop_mode='center',
+            label_names=(
+                *('T-shirt/top', 'Trouser', 'Pullover', 'Dress', 'Coat'),
+                *('Sandal', 'Shirt', 'Sneaker', 'Bag', 'Ankle boot'),
+            ),
+        ),
         'vitresnet_mix.untrained': _cfg(),
         'test_vitresnet_mix.untrained': _cfg(input_size=(3, 96, 96)),
     }
