@@ -219,7 +219,8 @@ def test_tables_of_no_one_size_are_named():
 
 
 def test_published_weights_are_named_with_their_checksum():
-    assert timm.list_models('*vitresnet_mix*', pretrained=True) == sorted(PUBLISHED)
+    ours = ['vitresnet_mix_nano.fmnist']  # part of the package
+    assert timm.list_models('*vitresnet_mix*', pretrained=True) == sorted([*PUBLISHED, *ours])
     for name in PUBLISHED:
         theirs = timm.get_pretrained_cfg(BOTNETS[name.split('.')[0]])
         cfg = timm.get_pretrained_cfg(name)
@@ -228,6 +229,13 @@ def test_published_weights_are_named_with_their_checksum():
         for fact in ('crop_pct', 'interpolation', 'mean', 'std', 'input_size', 'first_conv', 'classifier', 'license'):
             assert getattr(cfg, fact) == getattr(theirs, fact), fact
         assert not cfg.fixed_input_size
+
+
+def test_nano_without_a_tag_is_for_colours():
+    assert timm.get_pretrained_cfg('vitresnet_mix_nano').input_size == (3, 64, 64)
+    assert timm.create_model('vitresnet_mix_nano', device='meta').stem.conv.in_channels == 3
+    with pytest.raises(RuntimeError, match=r'vitresnet_mix_nano\.fmnist'):
+        timm.create_model('vitresnet_mix_nano', pretrained=True)
 
 
 def test_a_new_model_is_initialised_as_timms():

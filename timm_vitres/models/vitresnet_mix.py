@@ -322,8 +322,6 @@ default_cfgs = generate_default_cfgs(
         ),
         'vitresnet_mix_bot50ts.untrained': _cfg(),
         'vitresnet_mix_alter50ts.untrained': _cfg(),
-        # the name without a tag stays one for colours and any classes
-        'vitresnet_mix_nano.untrained*': _cfg(input_size=(3, 64, 64), crop_pct=1.0),
         'vitresnet_mix_nano.fmnist': _cfg(
             file=shipped('vitresnet_mix_nano.fmnist'),
             num_classes=10,
@@ -338,6 +336,8 @@ default_cfgs = generate_default_cfgs(
                 *('Sandal', 'Shirt', 'Sneaker', 'Bag', 'Ankle boot'),
             ),
         ),
+        # the name without a tag is one for colours and any classes; timm takes the last of those that could be it
+        'vitresnet_mix_nano.untrained*': _cfg(input_size=(3, 64, 64), crop_pct=1.0),
         'vitresnet_mix.untrained': _cfg(),
         'test_vitresnet_mix.untrained': _cfg(input_size=(3, 96, 96)),
     }
