@@ -17,7 +17,8 @@ from timm_vitres.publishing.saving import save
 
 @pytest.fixture(autouse=True)
 def usual_log_level():
-    """Let warnings be seen as in a fresh process; some packages raise the level for all when they are imported."""
+    """Let warnings be seen as in a fresh process; some packages raise the level for all, or disable those below one."""
+    logging.disable(logging.NOTSET)
     logging.getLogger().setLevel(logging.WARNING)
 
 
