@@ -9,17 +9,14 @@ ablation_verdict.csv; rows that are there are not written again.
 """
 
 import argparse
-import csv
-import logging
 from pathlib import Path
 
-from common import write_row
+from common import is_recorded, show_logs, write_row
 from image_sets import SETS, write
 
 from timm_vitres import FinetuneCfg, compare, recipe
 from timm_vitres.models.arms import ARMS
 
-RESULTS = Path(__file__).parent / 'results'
 GREY = dict(in_chans=1)
 SETTINGS = {
     'fmnist': dict(**GREY, img_size=28, crop_padding=2, reprob=0.5, batch_size=128, val_frac=0.05),
@@ -39,13 +36,7 @@ COLUMNS += ('parameters', 'step_ms', 'latency_ms', 'seconds')
 
 def record_once(name: str, row: dict, record: bool) -> None:
     """Write a row, unless the file has it already, whatever its conditions were."""
-    path = RESULTS / f'{name}.csv'
-    there = []
-    if path.is_file():
-        with path.open(newline='') as file:
-            there = [{key: line.get(key) for key in row} for line in csv.DictReader(file)]
-    row = {key: str(value) for key, value in row.items()}
-    if row not in there:
+    if not is_recorded(name, row):
         write_row(name, row, record)
 
 
@@ -65,8 +56,7 @@ def main() -> None:
     parser.add_argument('--device', default='')
     parser.add_argument('--record', action='store_true', help='append rows to benchmarks/results')
     args = parser.parse_args()
-    logging.basicConfig(format='%(message)s')
-    logging.getLogger('timm_vitres').setLevel(logging.INFO)
+    show_logs()
     settings = {**recipe('compare'), **SETTINGS[args.set], 'workers': args.workers, 'device': args.device}
     settings.update(dict(epochs=args.epochs) if args.epochs else {})
     output = args.output or Path('ablation') / args.set

@@ -1,4 +1,4 @@
-"""What every benchmark writes beside its figures: when, where, with what, and by which command."""
+"""What benchmarks share: rows with when, where, with what and by which command; runs; models on test images; times."""
 
 import csv
 import dataclasses
@@ -10,13 +10,19 @@ import shlex
 import sys
 import time
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any, Callable, Dict, List, NamedTuple, Sequence
 
 import timm
 import torch
+import yaml
+from torch import nn
 
 import timm_vitres
+from timm_vitres.prediction import Prediction, predict
+from timm_vitres.training.datasets import ImageFolder
 from timm_vitres.training.settings import FinetuneCfg
+
+RESULTS = Path(__file__).parent / 'results'
 
 
 def conditions() -> dict:
@@ -52,15 +58,69 @@ def append_row(path: Path, row: dict) -> None:
 def write_row(name: str, row: dict, record: bool) -> None:
     """Append a row to benchmarks/results/NAME.csv where it shall be recorded, else print it."""
     if record:
-        append_row(Path(__file__).parent / 'results' / f'{name}.csv', row)
+        append_row(RESULTS / f'{name}.csv', row)
     else:
         print(', '.join(f'{key}={value}' for key, value in row.items()), flush=True)
 
 
-def train(cfg: FinetuneCfg) -> Path:
-    """Fine-tune and return the folder; a run that was interrupted there goes on. Its epochs are printed."""
+def is_recorded(name: str, row: dict) -> bool:
+    """Return whether benchmarks/results/NAME.csv has a row with these values, whatever its other columns say."""
+    path = RESULTS / f'{name}.csv'
+    if not path.is_file():
+        return False
+    with path.open(newline='') as file:
+        return any(all(old.get(key) == str(value) for key, value in row.items()) for old in csv.DictReader(file))
+
+
+def parse_changes(items: Sequence[str]) -> Dict[str, Any]:
+    """Return settings that a command was given as name=value, each value as YAML reads it."""
+    return {name: yaml.safe_load(value) for name, _, value in (item.partition('=') for item in items)}
+
+
+def told(changes: Dict[str, Any]) -> str:
+    """Return settings as a column of a row: 'name=value name=value'."""
+    return ' '.join(f'{name}={value}' for name, value in changes.items())
+
+
+class Tested(NamedTuple):
+    """What a model says of the images in a folder, which holds a folder for each class."""
+
+    paths: Sequence[str]
+    truth: List[str]
+    predictions: List[Prediction]
+    top1: float  # in percent
+    recalls: Dict[str, float]  # of every class, in percent
+
+    @property
+    def balanced(self) -> float:
+        """The mean of the classes' recalls, in percent."""
+        return sum(self.recalls.values()) / len(self.recalls)
+
+
+def tested(model: nn.Module, test: Path, tta: str = '') -> Tested:
+    """Classify the images in a folder, by the model's own data config; SystemExit for one that can't be read."""
+    images = ImageFolder(test, check=False)
+    paths, targets = zip(*images.reader.samples)
+    predictions, unreadable = predict(model, paths, topk=1, tta=tta)
+    if unreadable:
+        raise SystemExit(unreadable[0])
+    truth = [images.classes[target] for target in targets]
+    right: Dict[str, list] = {name: [] for name in images.classes}
+    for prediction, name in zip(predictions, truth):
+        right[name].append(prediction.labels[0] == name)
+    recalls = {name: 100 * sum(found) / len(found) for name, found in right.items()}
+    return Tested(paths, truth, predictions, 100 * sum(map(sum, right.values())) / len(paths), recalls)
+
+
+def show_logs() -> None:
+    """Print what the library says of its course."""
     logging.basicConfig(format='%(message)s')
     logging.getLogger('timm_vitres').setLevel(logging.INFO)
+
+
+def train(cfg: FinetuneCfg) -> Path:
+    """Fine-tune and return the folder; a run that was interrupted there goes on. Its epochs are printed."""
+    show_logs()
     from timm_vitres.training.loop import finetune
 
     return finetune(dataclasses.replace(cfg, resume=(Path(cfg.output) / 'run.json').is_file()))

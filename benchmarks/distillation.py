@@ -11,17 +11,17 @@ Data: the Debian package dataset-fashion-mnist, or --data-dir with its four .gz 
 """
 
 import argparse
-import csv
 from pathlib import Path
 
 import timm
 import torch
 from common import train, write_row
-from precision import unpack
+from image_sets import FASHION, unpack
 from torchvision.datasets import FashionMNIST
 from tqdm import tqdm
 
 import timm_vitres
+from timm_vitres.training.report import read_summary
 from timm_vitres.training.settings import FinetuneCfg
 
 TEACHER = dict(
@@ -84,7 +84,7 @@ def main() -> None:
     """Train teacher and students, and record with --record."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--output', type=Path, default=Path('distillation'), help='folder for data and models')
-    parser.add_argument('--data-dir', type=Path, default=Path('/usr/share/datasets/fashion-mnist'))
+    parser.add_argument('--data-dir', type=Path, default=FASHION)
     parser.add_argument('--per-class', type=int, default=300, help='training images of each class')
     parser.add_argument('--teacher-per-class', type=int, help="the teacher's; else the same")
     parser.add_argument('--teacher-epochs', type=int, help="the teacher's; else the same")
@@ -111,13 +111,10 @@ def main() -> None:
 
     def run(name: str, seed: int, per_class: int = args.per_class, **settings) -> Path:
         folder = train(FinetuneCfg(**{**shared, **settings}, seed=seed, output=str(args.output / f'{name} {seed}')))
-        with (folder / 'summary.csv').open() as file:
-            rows = list(csv.DictReader(file))
+        rows = read_summary(folder)
         row = dict(arm=name, seed=seed, train_images=10 * per_class, teacher_images=10 * of_teacher, epochs=len(rows))
-        row.update(
-            val_top1=round(max(float(one['eval_top1']) for one in rows), 2), test_top1=test_top1(folder, root / 'test')
-        )
-        row.update(train_seconds=round(sum(float(one['seconds']) for one in rows)))
+        row.update(val_top1=round(max(one['eval_top1'] for one in rows), 2), test_top1=test_top1(folder, root / 'test'))
+        row.update(train_seconds=round(sum(one['seconds'] for one in rows)))
         write_row('distillation', row, args.record)
         return folder
 

@@ -9,13 +9,13 @@ benchmarks/results/dual_elpv.csv.
 """
 
 import argparse
-import csv
 from pathlib import Path
 
 from common import train, write_row
 from elpv import RECIPE, evaluate
 from image_sets import write
 
+from timm_vitres.training.report import read_summary
 from timm_vitres.training.settings import FinetuneCfg
 
 LOSSES = ('sum', 'both', 'resnet', 'vit')
@@ -37,11 +37,10 @@ def main() -> None:
             output = args.output / f'{loss}-seed{seed}'
             cfg = FinetuneCfg(data_dir=str(root / 'train'), output=str(output), seed=seed, head_loss=loss, **settings)
             train(cfg)
-            with (output / 'summary.csv').open() as file:
-                (epoch,) = csv.DictReader(file)
+            (epoch,) = read_summary(output)
             figures = evaluate(output, root / 'test', output / 'predictions.png')
-            row = dict(model=cfg.model, head_loss=loss, seed=seed, train_loss=round(float(epoch['train_loss']), 4))
-            row.update(figures, train_seconds=round(float(epoch['seconds'])))
+            row = dict(model=cfg.model, head_loss=loss, seed=seed, train_loss=round(epoch['train_loss'], 4))
+            row.update(figures, train_seconds=round(epoch['seconds']))
             row['recipe'] = ' '.join(f'{key}={value}' for key, value in settings.items() if key != 'model')
             write_row('dual_elpv', row, args.record)
 

@@ -10,7 +10,6 @@ seed to benchmarks/results/elpv.csv.
 """
 
 import argparse
-import csv
 import json
 import subprocess
 import sys
@@ -18,11 +17,14 @@ import time
 from pathlib import Path
 
 import numpy as np
-from common import append_row, train
+import timm
+from common import append_row, tested, train
 from image_sets import write
 
 import timm_vitres
+from timm_vitres.pictures import plot_predictions
 from timm_vitres.training.datasets import ImageFolder
+from timm_vitres.training.report import read_summary
 from timm_vitres.training.settings import FinetuneCfg
 
 # What the demo trains with; a photograph has no up and no left
@@ -54,28 +56,15 @@ RECIPE = dict(
 
 def evaluate(model_folder: Path, test: Path, picture: Path) -> dict:
     """Load a model with timm, predict on the held-out cells, draw a few of them, and return the figures."""
-    import timm
-    import torch
-
-    from timm_vitres.pictures import plot_predictions
-    from timm_vitres.prediction import predict
-
-    model = timm.create_model(f'local-dir:{model_folder}', pretrained=True).eval()
-    folder = ImageFolder(test, check=False)
-    paths, targets = zip(*folder.reader.samples)
-    predictions, _ = predict(model, paths, tta=RECIPE['tta'])
-    right = torch.tensor([p.labels[0] == folder.classes[target] for p, target in zip(predictions, targets)])
-    truth = torch.tensor(targets)
-    recalls = {name: right[truth == index].double().mean().item() for index, name in enumerate(folder.classes)}
-    shown = np.random.default_rng(0).permutation(len(paths))[:8]
-    plot_predictions(
-        [predictions[i] for i in shown], picture, titles=[f'in truth {folder.classes[targets[i]]}' for i in shown]
-    )
+    found = tested(timm.create_model(f'local-dir:{model_folder}', pretrained=True).eval(), test, RECIPE['tta'])
+    shown = np.random.default_rng(0).permutation(len(found.paths))[:8]
+    titles = [f'in truth {found.truth[i]}' for i in shown]
+    plot_predictions([found.predictions[i] for i in shown], picture, titles=titles)
     return dict(
-        images=len(paths),
-        balanced=round(100 * sum(recalls.values()) / len(recalls), 2),
-        top1=round(100 * right.double().mean().item(), 2),
-        **{f'recall_{name}': round(100 * recall, 2) for name, recall in recalls.items()},
+        images=len(found.paths),
+        balanced=round(found.balanced, 2),
+        top1=round(found.top1, 2),
+        **{f'recall_{name}': round(recall, 2) for name, recall in found.recalls.items()},
     )
 
 
@@ -102,8 +91,7 @@ def main() -> None:
     for seed in args.seeds:
         output = args.output / f'model-seed{seed}'
         train(FinetuneCfg(data_dir=str(root / 'train'), output=str(output), seed=seed, **RECIPE))
-        with (output / 'summary.csv').open() as file:
-            seconds = sum(float(row['seconds']) for row in csv.DictReader(file))
+        seconds = sum(row['seconds'] for row in read_summary(output))
         picture = args.output / f'predictions-seed{seed}.png'
         figures = evaluate_in_new_process(output, test, picture)
         again = evaluate(output, test, picture)

@@ -10,21 +10,19 @@ the recipe may be given anew, as --set name=value; the row has it. Data: the Deb
 """
 
 import argparse
-import csv
-import gzip
-import shutil
 from pathlib import Path
 from typing import Any, Dict
 
 import timm
 import torch
-import yaml
-from common import train, write_row
-from timm.data import create_dataset, create_transform, resolve_model_data_config
+from common import parse_changes, told, train, write_row
+from image_sets import FASHION, unpack
+from ship import images_of
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import timm_vitres
+from timm_vitres.training.report import best_epoch, read_summary
 from timm_vitres.training.settings import FinetuneCfg
 from timm_vitres.views import averaged
 
@@ -38,32 +36,12 @@ ARMS: Dict[str, Dict[str, Any]] = {
         model_kwargs=dict(layers=(1, 2, 2, 2), channels=(24, 48, 96, 168), attn_blocks=(0, 0, 0, 0)),
     ),
 }
-FILES = ('train-images-idx3-ubyte', 'train-labels-idx1-ubyte', 't10k-images-idx3-ubyte', 't10k-labels-idx1-ubyte')
-
-
-def unpack(source: Path, root: Path) -> Path:
-    """Write the four files where torchvision looks for them, and return root."""
-    raw = root / 'FashionMNIST' / 'raw'
-    raw.mkdir(parents=True, exist_ok=True)
-    for name in FILES:
-        if (raw / name).is_file():
-            continue
-        packed = source / f'{name}.gz'
-        if not packed.is_file():
-            raise SystemExit(f'There is no {packed}: apt-get install dataset-fashion-mnist, or give --data-dir.')
-        beside = raw / f'{name}.tmp'
-        with gzip.open(packed) as read, beside.open('wb') as write:
-            shutil.copyfileobj(read, write)
-        beside.rename(raw / name)
-    return root
 
 
 def test(folder: Path, root: Path) -> Dict[str, float]:
     """Return the top-1 accuracy of a finished run's model on the test images, in percent, with and without views."""
     model = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
-    transform = create_transform(**resolve_model_data_config(model))
-    images = create_dataset('torch/fashion_mnist', str(root), split='validation', transform=transform)
-    images.transform = transform
+    images = images_of(model, DATA['dataset'], str(root), 'validation')
     right = dict.fromkeys(('', 'shift'), 0)
     with torch.inference_mode():
         for x, target in tqdm(DataLoader(images, batch_size=250), desc='test', leave=False):
@@ -78,25 +56,19 @@ def test(folder: Path, root: Path) -> Dict[str, float]:
 def run(arm: str, seed: int, root: Path, output: Path, changes: Dict[str, Any]) -> Dict[str, Any]:
     """Train an arm, or go on, and return its row."""
     settings = {**timm_vitres.recipe('fmnist'), **DATA, **ARMS[arm], **changes}
-    folder = output / '-'.join(
-        [arm, *(f'{key}={value}'.replace('/', '_') for key, value in changes.items()), f'{seed}']
-    )
+    folder = output / '-'.join([arm, *told(changes).replace('/', '_').split(), f'{seed}'])
     cfg = FinetuneCfg(**settings, data_dir=str(root), output=str(folder), seed=seed)
     train(cfg)
-    with (folder / 'summary.csv').open() as file:
-        rows = list(csv.DictReader(file))
-    seconds = sum(float(row['seconds']) for row in rows)
+    rows = read_summary(folder)
     return dict(
         arm=arm,
         model=cfg.model,
         seed=seed,
-        changes=' '.join(f'{key}={value}' for key, value in changes.items()),
+        changes=told(changes),
         epochs=len(rows),
-        val_top1=round(
-            max(float(row[f'{kind}_top1']) for row in rows for kind in ('eval', 'ema') if f'{kind}_top1' in row), 2
-        ),
+        val_top1=round(best_epoch(rows, 'top1').metric('top1'), 2),
         **test(folder, root),
-        train_seconds=round(seconds),
+        train_seconds=round(sum(row['seconds'] for row in rows)),
         threads=torch.get_num_threads(),
     )
 
@@ -104,7 +76,7 @@ def run(arm: str, seed: int, root: Path, output: Path, changes: Dict[str, Any]) 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--output', type=Path, required=True, help='folder for data and runs')
-    parser.add_argument('--data-dir', type=Path, default=Path('/usr/share/datasets/fashion-mnist'))
+    parser.add_argument('--data-dir', type=Path, default=FASHION)
     parser.add_argument('--arms', nargs='+', choices=ARMS, default=list(ARMS))
     parser.add_argument('--seeds', type=int, nargs='+', default=[0])
     parser.add_argument('--set', nargs='*', default=[], metavar='NAME=VALUE', help="settings in place of the recipe's")
@@ -113,7 +85,7 @@ def main() -> None:
     parser.add_argument('--record', action='store_true', help='append a row per run to benchmarks/results/fmnist.csv')
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    changes = {name: yaml.safe_load(value) for name, _, value in (item.partition('=') for item in args.set)}
+    changes = parse_changes(args.set)
     root = unpack(args.data_dir, args.output / 'data')
     for seed in args.seeds:
         for arm in args.arms:

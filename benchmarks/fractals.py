@@ -13,7 +13,6 @@ of the recipe may be given anew, as --set name=value; the row has it.
 """
 
 import argparse
-import csv
 import itertools
 import shutil
 from pathlib import Path
@@ -21,18 +20,15 @@ from typing import Any, Dict
 
 import timm
 import torch
-import yaml
-from common import train, write_row
+from common import is_recorded, parse_changes, tested, told, train, write_row
 from formulas import images_of
 from image_sets import write
 from PIL import Image
 from tqdm import tqdm
 
-from timm_vitres.prediction import predict
-from timm_vitres.training.datasets import ImageFolder
+from timm_vitres.training.report import best_epoch, read_summary
 from timm_vitres.training.settings import FinetuneCfg
 
-RESULTS = Path(__file__).parent / 'results' / 'fractals.csv'
 ARMS = ('fractal', 'random')
 SHARED: Dict[str, Any] = dict(in_chans=3, lr=1e-3, warmup_epochs=1.0, weight_decay=0.05, workers=1, no_check=True)
 SHARED.update(mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25), crop_pct=1.0)
@@ -75,34 +71,8 @@ def write_images(folder: Path, classes: int, images: int, val_images: int, seed:
 
 def figures(folder: Path, test: Path) -> Dict[str, Any]:
     """Return what a finished run's model gets right of a folder of test images: of all, and the mean of the classes."""
-    model = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
-    images = ImageFolder(test, check=False)
-    paths, targets = zip(*images.reader.samples)
-    predictions, failed = predict(model, paths, topk=1)
-    if failed:
-        raise SystemExit(failed[0])
-    right = torch.tensor([p.labels[0] == images.classes[target] for p, target in zip(predictions, targets)]).double()
-    truth = torch.tensor(targets)
-    balanced = torch.stack([right[truth == index].mean() for index in range(len(images.classes))]).mean()
-    return dict(
-        test_images=len(paths),
-        test_top1=round(100 * right.mean().item(), 2),
-        test_balanced=round(100 * balanced.item(), 2),
-    )
-
-
-def epochs_of(folder: Path) -> list:
-    """Return the rows of a run's summary."""
-    with (folder / 'summary.csv').open(newline='') as file:
-        return list(csv.DictReader(file))
-
-
-def is_recorded(row: Dict[str, Any]) -> bool:
-    """Return whether a run has a row already."""
-    if not RESULTS.is_file():
-        return False
-    with RESULTS.open(newline='') as file:
-        return any(all(old[key] == str(value) for key, value in row.items()) for old in csv.DictReader(file))
+    found = tested(timm.create_model(f'local-dir:{folder}', pretrained=True).eval(), test)
+    return dict(test_images=len(found.paths), test_top1=round(found.top1, 2), test_balanced=round(found.balanced, 2))
 
 
 def pretrain(args: argparse.Namespace, changes: Dict[str, Any]) -> None:
@@ -110,9 +80,9 @@ def pretrain(args: argparse.Namespace, changes: Dict[str, Any]) -> None:
     images = write_images(args.output / 'images', args.classes, args.images, args.val_images)
     folder = args.output / args.model
     train(FinetuneCfg(**{**PRETRAIN, **changes}, model=args.model, data_dir=str(images), output=str(folder)))
-    rows = epochs_of(folder)
-    best = max(float(row['eval_top1']) for row in rows)
-    hours = sum(float(row['seconds']) for row in rows) / 3600
+    rows = read_summary(folder)
+    best = best_epoch(rows, 'top1').metric('top1')
+    hours = sum(row['seconds'] for row in rows) / 3600
     print(f'{folder}: {best:.2f}% of the validation fractals after {len(rows)} epochs, {hours:.2f} h.')
 
 
@@ -123,22 +93,21 @@ def transfer(args: argparse.Namespace, changes: Dict[str, Any]) -> None:
         raise SystemExit(f'{weights} is missing: run `pretrain` with this --output and --model first.')
     pretraining = (args.output / 'images' / 'README.txt').read_text().strip() if weights.is_file() else ''
     if pretraining:
-        pretraining += f', {len(epochs_of(weights.parent))} epochs'
-    told = ' '.join(f'{key}={value}' for key, value in changes.items())
+        pretraining += f', {len(read_summary(weights.parent))} epochs'
     for seed, name, arm in itertools.product(args.seeds, args.sets, args.arms):
         start = dict(pretrained_path=str(weights)) if arm == 'fractal' else {}
-        row = dict(set=name, arm=arm, seed=seed, model=args.model, changes=told)
+        row = dict(set=name, arm=arm, seed=seed, model=args.model, changes=told(changes))
         row['pretraining'] = pretraining if start else ''
-        if args.record and is_recorded(row):
+        if args.record and is_recorded('fractals', row):
             continue
         data = write(name, args.output / 'data')
-        parts = (args.model, name, arm, *told.replace('/', '_').split(), str(seed))
+        parts = (args.model, name, arm, *told(changes).replace('/', '_').split(), str(seed))
         folder = args.output / 'transfer' / '-'.join(parts)
         settings = {**TRANSFER, **SETS[name], **start, **changes, 'model': args.model, 'seed': seed}
         train(FinetuneCfg(**settings, data_dir=str(data / 'train'), output=str(folder)))
-        rows = epochs_of(folder)
+        rows = read_summary(folder)
         row.update(figures(folder, data / 'test'), epochs=len(rows), threads=torch.get_num_threads())
-        row['train_seconds'] = round(sum(float(one['seconds']) for one in rows))
+        row['train_seconds'] = round(sum(one['seconds'] for one in rows))
         write_row('fractals', row, args.record)
 
 
@@ -159,7 +128,7 @@ def main() -> None:
     parser.add_argument('--record', action='store_true', help='append a row per run to benchmarks/results/fractals.csv')
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    changes = {name: yaml.safe_load(value) for name, _, value in (item.partition('=') for item in args.set)}
+    changes = parse_changes(args.set)
     if args.what == 'images':
         print(write_images(args.output / 'images', args.classes, args.images, args.val_images))
     elif args.what == 'pretrain':

@@ -9,7 +9,6 @@ writes benchmarks/results/explain.png and a row in benchmarks/results/gallery.cs
 """
 
 import argparse
-import csv
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +19,7 @@ from skimage import data
 
 from timm_vitres.explanation import explain
 from timm_vitres.pictures import plot_explanation
+from timm_vitres.training.report import read_summary
 from timm_vitres.training.settings import FinetuneCfg
 
 RESULTS = Path(__file__).parent / 'results'
@@ -55,8 +55,7 @@ def main() -> None:
     args = parser.parse_args()
     crops = write_crops(args.output / 'crops')
     folder = train(FinetuneCfg(data_dir=str(crops), output=str(args.output / 'model'), **RECIPE))
-    with (folder / 'summary.csv').open() as file:
-        best = max(float(row['eval_top1']) for row in csv.DictReader(file))
+    best = max(row['eval_top1'] for row in read_summary(folder))
     model = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
     explanation = explain(model, getattr(data, args.photograph)(), size=256)
     picture = RESULTS / 'explain.png' if args.record else args.output / 'explain.png'

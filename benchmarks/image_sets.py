@@ -43,6 +43,7 @@ CLASSES_OF_FASHION = (
 CLASSES_OF_ELPV = ('functional', 'defective')
 CANVAS, CANVASES = 64, {'train': 20_000, 'test': 5_000}
 PARTS = {'train': 'train', 'test': 't10k'}
+KINDS = {'images-idx3': 16, 'labels-idx1': 8}  # of files, and the bytes of their heads
 
 
 class Entry(NamedTuple):
@@ -57,7 +58,7 @@ class Entry(NamedTuple):
 def photographs(source: Optional[Path], part: str) -> Tuple[np.ndarray, np.ndarray]:
     """Return the images (N, 28, 28) and the class numbers (N) of a part of Fashion-MNIST."""
     found = []
-    for kind, offset in (('images-idx3', 16), ('labels-idx1', 8)):
+    for kind, offset in KINDS.items():
         path = (source or FASHION) / f'{PARTS[part]}-{kind}-ubyte.gz'
         try:
             with gzip.open(path) as file:
@@ -65,6 +66,23 @@ def photographs(source: Optional[Path], part: str) -> Tuple[np.ndarray, np.ndarr
         except FileNotFoundError:
             raise SystemExit(f'{path} is missing: apt-get install dataset-fashion-mnist, or give --source.') from None
     return found[0].reshape(-1, 28, 28), found[1]
+
+
+def unpack(source: Path, root: Path) -> Path:
+    """Write the four files of Fashion-MNIST where torchvision looks for them, and return root."""
+    raw = root / 'FashionMNIST' / 'raw'
+    raw.mkdir(parents=True, exist_ok=True)
+    for name in (f'{part}-{kind}-ubyte' for part in PARTS.values() for kind in KINDS):
+        if (raw / name).is_file():
+            continue
+        packed = source / f'{name}.gz'
+        if not packed.is_file():
+            raise SystemExit(f'There is no {packed}: apt-get install dataset-fashion-mnist, or give --data-dir.')
+        beside = raw / f'{name}.tmp'
+        with gzip.open(packed) as read, beside.open('wb') as write:
+            shutil.copyfileobj(read, write)
+        beside.rename(raw / name)
+    return root
 
 
 def fmnist(source: Optional[Path], fraction: Optional[float] = None) -> Iterator[Entry]:

@@ -10,7 +10,6 @@ Data: the Debian package dataset-fashion-mnist, or --data-dir with its four .gz 
 """
 
 import argparse
-import gzip
 import statistics
 import time
 from pathlib import Path
@@ -20,6 +19,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from common import append_row
+from image_sets import FASHION, photographs
 from timm.optim import create_optimizer_v2
 from tqdm import tqdm
 
@@ -74,14 +74,8 @@ def create(name: str) -> torch.nn.Module:
 
 def load_data(folder: Path) -> tuple:
     """Return the 60,000 training images (N, 1, 28, 28), standardised, and their labels."""
-    try:
-        with gzip.open(folder / 'train-images-idx3-ubyte.gz') as file:
-            images = np.frombuffer(file.read(), np.uint8, offset=16).reshape(-1, 1, 28, 28)
-        with gzip.open(folder / 'train-labels-idx1-ubyte.gz') as file:
-            labels = np.frombuffer(file.read(), np.uint8, offset=8)
-    except FileNotFoundError as error:
-        raise SystemExit(f'{error}: apt-get install dataset-fashion-mnist, or give --data-dir.') from None
-    images = torch.from_numpy(images.copy()).float().div(255)
+    images, labels = photographs(folder, 'train')
+    images = torch.from_numpy(images[:, None].copy()).float().div(255)
     return (images - images.mean()) / images.std(), torch.from_numpy(labels.astype(np.int64))
 
 
@@ -163,7 +157,7 @@ def time_steps(rounds: int, images: torch.Tensor, labels: torch.Tensor) -> list:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('what', choices=('time', 'train'))
-    parser.add_argument('--data-dir', type=Path, default=Path('/usr/share/datasets/fashion-mnist'))
+    parser.add_argument('--data-dir', type=Path, default=FASHION)
     parser.add_argument('--seeds', type=int, nargs='+', default=[0])
     parser.add_argument('--only', nargs='+', choices=CANDIDATES, default=list(CANDIDATES))
     parser.add_argument('--threads', type=int, default=2)

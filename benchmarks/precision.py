@@ -11,9 +11,6 @@ Data: the Debian package dataset-fashion-mnist, or --data-dir with its four .gz 
 """
 
 import argparse
-import csv
-import gzip
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Callable
@@ -21,6 +18,7 @@ from typing import Callable
 import timm
 import torch
 from common import train, write_row
+from image_sets import FASHION, unpack
 from timm.data import create_loader
 from tqdm import tqdm
 
@@ -28,23 +26,11 @@ import timm_vitres
 from timm_vitres.data import data_config
 from timm_vitres.inference.exports import export, load
 from timm_vitres.training.datasets import load_data
+from timm_vitres.training.report import read_summary
 from timm_vitres.training.settings import FinetuneCfg
 
 SETTINGS = {'fp32': {}, 'bf16': dict(amp=True)}
 PATHS = ('fp32', 'bf16', 'int8', 'onnxruntime int8', 'openvino', 'openvino bf16', 'openvino int8')
-
-
-def unpack(source: Path, root: Path) -> Path:
-    """Unpack the four files to where torchvision looks for them, and return its root."""
-    raw = root / 'FashionMNIST' / 'raw'
-    raw.mkdir(parents=True, exist_ok=True)
-    for part in ('train-images-idx3', 'train-labels-idx1', 't10k-images-idx3', 't10k-labels-idx1'):
-        try:
-            with gzip.open(source / f'{part}-ubyte.gz') as packed, (raw / f'{part}-ubyte').open('wb') as file:
-                shutil.copyfileobj(packed, file)
-        except FileNotFoundError as error:
-            raise SystemExit(f'{error}: apt-get install dataset-fashion-mnist, or give --data-dir.') from None
-    return root
 
 
 def classify(function: Callable, loader, device: str, title: str) -> torch.Tensor:
@@ -64,7 +50,7 @@ def main() -> None:
     """Train, prepare, classify, and record with --record."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--output', type=Path, default=Path('precision'), help='folder for data and models')
-    parser.add_argument('--data-dir', type=Path, default=Path('/usr/share/datasets/fashion-mnist'))
+    parser.add_argument('--data-dir', type=Path, default=FASHION)
     parser.add_argument('--model', default='vitresnet_small')
     parser.add_argument('--img-size', type=int, default=64)
     parser.add_argument('--epochs', type=int, default=2)
@@ -107,8 +93,7 @@ def main() -> None:
                 num_workers=args.workers,
                 **{name: config[name] for name in ('interpolation', 'mean', 'std', 'crop_pct')},
             )
-            with (folder / 'summary.csv').open() as file:
-                seconds = sum(float(row['seconds']) for row in csv.DictReader(file))
+            seconds = sum(row['seconds'] for row in read_summary(folder))
             row = dict(model=args.model, setting=setting, seed=seed, epochs=args.epochs, img_size=args.img_size)
             row.update(top1=top1(classify(model, loader, args.device, f'{setting}, seed {seed}')), images=len(data.val))
             row.update(train_seconds=round(seconds), device=args.device)

@@ -9,7 +9,6 @@ processes that of the larger one. A row for each variant in benchmarks/results/s
 """
 
 import argparse
-import csv
 import json
 import os
 import resource
@@ -23,6 +22,7 @@ import numpy as np
 from common import write_row
 from PIL import Image
 
+from timm_vitres.training.report import read_summary
 from timm_vitres.training.settings import FinetuneCfg
 
 VARIANTS = {
@@ -83,8 +83,7 @@ def measure(args: argparse.Namespace, images: Path, processes: int, settings: di
         command = [sys.executable, *launch, __file__, '--child', json.dumps(cfg), str(memory)]
         env = dict(os.environ, OMP_NUM_THREADS=str(os.cpu_count() // processes))
         subprocess.run(command, check=True, env=env, stderr=subprocess.DEVNULL)
-        with (output / 'summary.csv').open() as file:
-            seconds = [float(row['seconds']) for row in csv.DictReader(file)][1:]
+        seconds = [row['seconds'] for row in read_summary(output)][1:]
         trained = len(seconds) * (2 * args.images // args.batch_size * args.batch_size)
         return trained / sum(seconds), max(float(path.read_text()) for path in memory.iterdir())
 

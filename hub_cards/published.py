@@ -3,10 +3,9 @@
 What this project measured of their cost, if it did, is a paragraph of its own.
 """
 
-import csv
 from typing import Dict, List
 
-from measured import RESULTS
+import measured
 
 COLUMNS = dict(top1='ImageNet', real='ReaL', v2='V2', r='R', a='A', sketch='Sketch')
 RECIPES = {
@@ -21,11 +20,7 @@ RECIPES = {
 
 def rows_of(name: str, table: str = 'evidence_published') -> List[Dict[str, str]]:
     """Return the rows of a hybrid, its own first, then those of its parents; none where nothing is compared."""
-    path = RESULTS / f'{table}.csv'
-    if not path.is_file():
-        return []
-    with path.open(encoding='utf-8', newline='') as file:
-        return [row for row in csv.DictReader(file) if row['hybrid'] == name]
+    return measured.rows_of(table, 'hybrid', name)
 
 
 def cost(name: str) -> str:

@@ -1,8 +1,10 @@
 """What tests share: small pictures that can be told apart, weights that nothing is hidden by, models to save."""
 
+import importlib
 import logging
 from pathlib import Path
-from typing import Iterator
+from types import ModuleType
+from typing import Callable, Iterator
 
 import numpy as np
 import pytest
@@ -20,6 +22,13 @@ def usual_log_level():
     """Let warnings be seen as in a fresh process; some packages raise the level for all, or disable those below one."""
     logging.disable(logging.NOTSET)
     logging.getLogger().setLevel(logging.WARNING)
+
+
+@pytest.fixture
+def script(monkeypatch) -> Callable[[str], ModuleType]:
+    """What imports a script of benchmarks/ by its name; they import each other as when they are run."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / 'benchmarks'))
+    return importlib.import_module
 
 
 FACTS = dict(model_name='x', description='A.', recipe='B.', source='local-dir:.')  # of a card

@@ -12,11 +12,8 @@ pytestmark = pytest.mark.recent
 
 
 @pytest.fixture
-def dense(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    import dense
-
-    return dense
+def dense(script):
+    return script('dense')
 
 
 def test_a_mask_fits_its_image(dense):

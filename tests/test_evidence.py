@@ -15,19 +15,13 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
-def evidence(monkeypatch):
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / 'benchmarks'))
-    import evidence
-
-    return evidence
+def evidence(script):
+    return script('evidence')
 
 
 @pytest.fixture
-def report(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / 'benchmarks'))
-    import report
-
-    return report
+def report(script):
+    return script('report')
 
 
 def without_tags(names):

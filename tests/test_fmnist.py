@@ -1,7 +1,6 @@
 """benchmarks/fmnist.py: a run by the recipe, its row, and going on, on a few stand-in photographs."""
 
 import gzip
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,11 +8,8 @@ import timm
 
 
 @pytest.fixture
-def fmnist(monkeypatch):
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / 'benchmarks'))
-    import fmnist
-
-    return fmnist
+def fmnist(script):
+    return script('fmnist')
 
 
 @pytest.fixture

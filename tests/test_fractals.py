@@ -14,18 +14,13 @@ BENCHMARKS = Path(__file__).parent.parent / 'benchmarks'
 
 
 @pytest.fixture
-def fractals(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    import fractals
-
-    return fractals
+def fractals(script):
+    return script('fractals')
 
 
 @pytest.fixture
-def formulas(fractals):
-    import formulas
-
-    return formulas
+def formulas(script):
+    return script('formulas')
 
 
 def system(formulas, *maps):
@@ -139,7 +134,7 @@ def test_transfer_needs_pretraining(fractals, tmp_path, monkeypatch):
         fractals.main()
 
 
-def test_pretraining_and_transfer(fractals, tmp_path, monkeypatch):
+def test_pretraining_and_transfer(fractals, script, tmp_path, monkeypatch):
     """The fractal arm begins with the pretrained weights; rows say so, and runs that have one are not repeated."""
     generator = np.random.default_rng(0)
     for part, count in (('train', 8), ('test', 2)):
@@ -148,13 +143,14 @@ def test_pretraining_and_transfer(fractals, tmp_path, monkeypatch):
             for index in range(count):
                 pixels = generator.integers(0, 256, (32, 32, 3)).astype(np.uint8)
                 Image.fromarray(pixels).save(tmp_path / 'data/elpv' / part / name / f'{index}.png')
-    monkeypatch.setattr(fractals, 'RESULTS', tmp_path / 'fractals.csv')
+    results = tmp_path / 'fractals.csv'
+    monkeypatch.setattr(script('common'), 'RESULTS', tmp_path)
     rows, begun = [], []
 
     def keep(name, row, record):
         rows.append(row)
-        new = not fractals.RESULTS.exists()
-        with fractals.RESULTS.open('a', newline='') as file:
+        new = not results.exists()
+        with results.open('a', newline='') as file:
             writer = csv.DictWriter(file, row)
             if new:
                 writer.writeheader()
@@ -178,12 +174,12 @@ def test_pretraining_and_transfer(fractals, tmp_path, monkeypatch):
     assert all(row['test_images'] == 4 and 0 <= row['test_balanced'] <= 100 for row in rows)
 
 
-def test_figures_weigh_classes_alike(fractals, tmp_path, monkeypatch):
+def test_figures_weigh_classes_alike(fractals, script, tmp_path, monkeypatch):
     for name, count in (('a', 3), ('b', 1)):
         (tmp_path / name).mkdir()
         for index in range(count):
             Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / name / f'{index}.png')
     always_a = argparse.Namespace(labels=['a'])
-    monkeypatch.setattr(fractals, 'predict', lambda model, paths, topk: ([always_a] * len(paths), []))
+    monkeypatch.setattr(script('common'), 'predict', lambda model, paths, topk, tta: ([always_a] * len(paths), []))
     monkeypatch.setattr(fractals.timm, 'create_model', lambda *args, **kwargs: fractals.torch.nn.Identity())
     assert fractals.figures(tmp_path, tmp_path) == dict(test_images=4, test_top1=75.0, test_balanced=50.0)

@@ -13,11 +13,8 @@ BENCHMARKS = Path(__file__).parent.parent / 'benchmarks'
 
 
 @pytest.fixture
-def image_sets(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    import image_sets
-
-    return image_sets
+def image_sets(script):
+    return script('image_sets')
 
 
 @pytest.fixture

@@ -30,11 +30,9 @@ ENTRIES = {
 
 
 @pytest.fixture
-def ship(monkeypatch, tmp_path):
+def ship(script, monkeypatch, tmp_path):
     """Return the script, which writes into a package elsewhere."""
-    monkeypatch.syspath_prepend(str(ROOT / 'benchmarks'))
-    import ship
-
+    ship = script('ship')
     monkeypatch.setattr(shipped, 'FOLDER', tmp_path / 'shipped')
     monkeypatch.setattr(checksums.constants, 'HF_HOME', str(tmp_path / 'home'))
     return ship
@@ -153,11 +151,9 @@ def test_there_is_a_limit(ship, call, tmp_path, monkeypatch):
     assert shipped.read_sums() == {one.name: checksums.sha256(one)}
 
 
-def test_what_is_shipped(monkeypatch):
+def test_what_is_shipped(script):
     """Entries say what their files say of themselves, and rows what was measured of these very files; all are small."""
-    monkeypatch.syspath_prepend(str(ROOT / 'benchmarks'))
-    import ship
-
+    ship = script('ship')
     assert sum(path.stat().st_size for path in shipped.FOLDER.glob('*')) <= ship.LIMIT == 6_000_000
     results = ROOT / 'benchmarks' / 'results' / 'shipped.csv'
     rows = list(csv.DictReader(results.open())) if ENTRIES else []

@@ -62,8 +62,8 @@ def test_published_figures_are_those_of_the_rows():
 
 def test_what_was_measured_of_the_cost_is_told_apart(monkeypatch, tmp_path):
     name, file = 'vitresnet_tiny.augreg_in21k_ft_in1k', 'evidence_published.csv'
-    shutil.copy(published.RESULTS / file, tmp_path / file)
-    monkeypatch.setattr(published, 'RESULTS', tmp_path)
+    shutil.copy(measured.RESULTS / file, tmp_path / file)
+    monkeypatch.setattr(measured, 'RESULTS', tmp_path)
     without = published.beside_parents(name)
     place = dict(img_size='224', threads='2', machine='A machine', torch='2.14.1', date='2026-11-26')
     ratios = [('p.t', 'eager', '3'), ('p.t', 'eager', '0.577'), ('p.t', 'folded', '0.561')]
