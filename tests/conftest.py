@@ -19,9 +19,11 @@ from timm_vitres.publishing.saving import save
 
 @pytest.fixture(autouse=True)
 def usual_log_level():
-    """Let warnings be seen as in a fresh process; some packages raise the level for all, or disable those below one."""
-    logging.disable(logging.NOTSET)
-    logging.getLogger().setLevel(logging.WARNING)
+    """Let warnings be seen as in a fresh process: some package raises the level of the root and of all its handlers."""
+    root = logging.getLogger()
+    root.setLevel(logging.WARNING)
+    for handler in root.handlers:  # pytest's caplog among them
+        handler.setLevel(logging.NOTSET)
 
 
 @pytest.fixture

@@ -61,7 +61,6 @@ def with_eps(model, eps):
 @pytest.mark.recent
 @pytest.mark.parametrize('form', [SMALL, WHOLE])
 def test_maps_are_those_of_transformers(form, tmp_path, caplog):
-    caplog.set_level('WARNING')
     name, kwargs, size, blocks = form
     theirs = write_dpt(*form, tmp_path)
     overlay = dict(file=str(tmp_path / 'model.safetensors'))

@@ -44,7 +44,6 @@ def written(tmp_path_factory):
 
 
 def test_a_file_is_loaded_in_one_call(written, caplog):
-    caplog.set_level('WARNING')
     own, path = written
     overlay = dict(file=str(path))
     loaded = timm.create_model('vitresnet_ocr', pretrained=True, pretrained_cfg_overlay=overlay).eval()

@@ -70,7 +70,6 @@ def test_a_background_check_of_good_images_says_nothing(images):
 
 
 def test_a_background_check_ends_when_it_is_stopped_or_killed(images, caplog):
-    caplog.set_level('WARNING')
     for end, warnings in ((lambda check: check.stop(), 0), (lambda check: os.kill(check.process.pid, 9), 1)):
         check = BackgroundCheck(images[:1] * 10**6, 'RGB', 'Advice.')
         check.start()

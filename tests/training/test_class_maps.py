@@ -98,7 +98,6 @@ def labels_of(part) -> dict:
 
 
 def test_a_class_map_orders_the_classes_of_a_folder(image_folder, tmp_path, caplog):
-    caplog.set_level('WARNING')
     path = write_map(tmp_path / 'map.txt', 'down', 'up', 'across')
     data = load(image_folder, path)
     assert data.label_names == ['down', 'up', 'across'] and data.counts == [9, 0, 9]

@@ -176,7 +176,6 @@ def test_where_all_diverges_nothing_is_compared(images, tmp_path, monkeypatch):
 
 
 def test_a_warning_of_the_runs_is_given_once(images, tmp_path, caplog):
-    caplog.set_level('WARNING')
     compare(recipe(images, tmp_path / 'out', epochs=1, batch_size=64), models=MODELS, seeds=(0,), lrs=(0.01,))
     texts = [record.getMessage() for record in caplog.records]
     assert sum(text.startswith('batch_size: ') for text in texts) == 1

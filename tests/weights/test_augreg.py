@@ -107,7 +107,6 @@ def test_a_file_is_what_its_name_says(name, theirs, num_classes, size, preproces
 
 def test_a_head_of_zeros_is_left_out(tmp_path, caplog):
     """As in imagenet21k/R50+ViT-B_16.npz, whose head reads a layer that no model uses."""
-    caplog.set_level('WARNING')
     path, reference = write(tmp_path, TINY, 'vit_tiny_r_s16_p8_224')
     arrays = dict(np.load(path))
     arrays.update(

@@ -13,7 +13,6 @@ from timm_vitres.weights.layouts import LAYOUTS, TIMM, convert_layout, find_layo
 
 @pytest.mark.parametrize('name', [layout.name for layout in LAYOUTS])
 def test_every_layout_is_read_back(name, caplog):
-    caplog.set_level('WARNING')
     assert name in EXAMPLES, f'the layout {name!r} has no checkpoint: write one in tests/layouts.py, and name it there.'
     architecture, write = EXAMPLES[name]
     model = randomise_(timm.create_model(architecture, num_classes=5))
