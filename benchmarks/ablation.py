@@ -23,12 +23,12 @@ SETTINGS = {
     'fmnist10': dict(**GREY, img_size=28, crop_padding=2, reprob=0.5, batch_size=64, val_frac=0.1),
     # a cell fills its image, and has no up; two thirds of the cells are of one class
     'elpv': dict(
-        **GREY, img_size=112, scale=(0.8, 1.0), ratio=(0.9, 1.1), vflip=0.5, batch_size=32, val_frac=0.15,
+        **GREY, img_size=64, scale=(0.8, 1.0), ratio=(0.9, 1.1), vflip=0.5, batch_size=32, val_frac=0.15,
         balance_classes=True, eval_metric='balanced',
     ),
     'openclipart': dict(img_size=64, batch_size=64, val_frac=0.15, balance_classes=True, eval_metric='balanced'),
-    # what a crop cuts off may be what tells the classes apart
-    'pairs': dict(**GREY, img_size=64, crop_padding=4, batch_size=64, val_frac=0.1),
+    # what a crop cuts off may be what tells the classes apart; an epoch is long
+    'pairs': dict(**GREY, img_size=64, crop_padding=4, batch_size=64, val_frac=0.1, warmup_epochs=0.25),
 }  # fmt: skip
 COLUMNS = ('arm', 'seed', 'lr', 'epochs', 'state', 'best_epoch', 'val_top1', 'val_balanced', 'accuracy', 'balanced')
 COLUMNS += ('parameters', 'step_ms', 'latency_ms', 'seconds')
@@ -43,7 +43,7 @@ def record_once(name: str, row: dict, record: bool) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('set', choices=list(SETS))
-    parser.add_argument('--root', type=Path, default=Path('image_sets'), help='folder that the sets are written into')
+    parser.add_argument('--root', type=Path, default=Path('sets'), help='folder that the sets are written into')
     parser.add_argument('--source', type=Path, help="the original data, where they are not in their package's place")
     parser.add_argument('--output', type=Path, help='folder of the comparison; else ablation/SET')
     parser.add_argument('--models', nargs='+', default=list(ARMS))

@@ -32,7 +32,7 @@ def test_a_run_and_its_row(fmnist, packed, tmp_path):
     changes = dict(
         epochs=4, workers=0, model='test_vitresnet_mix', batch_size=8, val_frac=0.2, warmup_epochs=0, lr=0.01
     )
-    changes.update(crop_padding=0, reprob=0.0, amp=False)
+    changes.update(crop_padding=0, reprob=0.0, autotune=False)
     row = fmnist.run('interleaved', 0, root, tmp_path / 'runs', changes)
     assert (row['model'], row['epochs'], row['test_images']) == ('test_vitresnet_mix', 4, 40)
     assert row['test_top1'] == row['test_top1_tta'] == row['val_top1'] == 100.0

@@ -47,13 +47,30 @@ def test_the_median_of_the_rounds_counts(monkeypatch):
     assert measure({'a': None}, torch.ones(1)) == {'a': 3.0}
 
 
+def test_a_hopeless_function_is_called_once(monkeypatch):
+    calls = []
+
+    class Timer:
+        def __init__(self, statement, globals, **kwargs):
+            self.function = globals['function']
+
+        def timeit(self, number):
+            calls.append(self.function)
+            return SimpleNamespace(mean={'slow': 5.5, 'fair': 4.5, 'fast': 1.0}[self.function])
+
+    monkeypatch.setattr('torch.utils.benchmark.Timer', Timer)
+    names = {name: name for name in ('slow', 'fair', 'fast')}
+    assert measure(names, torch.ones(1), hopeless=5) == {'slow': 5.5, 'fair': 4.5, 'fast': 1.0}
+    assert calls == ['slow', 'fair', 'fast'] + 3 * ['fair', 'fast']
+
+
 STEPS = [(False, 'channels-last'), (True, 'channels-last'), (False, 'contiguous'), (True, 'contiguous')]
 
 
 @pytest.mark.parametrize('fastest', STEPS)
 def test_the_fastest_settings_are_returned(fastest, monkeypatch):
     times = {step: 0.25 if step == fastest else 0.5 for step in STEPS}
-    monkeypatch.setattr(module, 'measure', lambda steps, images: {step: times[step] for step in steps})
+    monkeypatch.setattr(module, 'measure', lambda steps, images, hopeless: {step: times[step] for step in steps})
     found, text = fastest_training(torch.nn.Linear(1, 1), 1, (2, 3, 8, 8), 'float16')
     assert found == dict(amp=fastest[0], channels_last=fastest[1] == 'channels-last')
     name = f'{"float16" if fastest[0] else "float32"} {fastest[1]}'
@@ -82,7 +99,7 @@ class Witness(torch.nn.Module):
 def test_each_step_is_what_its_name_says(monkeypatch):
     monkeypatch.setattr(Witness, 'told', [])
 
-    def run_twice(steps, images):
+    def run_twice(steps, images, hopeless):
         for step in (*steps.values(), *steps.values()):
             step(images)
         return dict.fromkeys(steps, 1.0)

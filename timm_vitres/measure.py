@@ -8,6 +8,7 @@ from typing import Any, Callable, Dict, List, Tuple
 import torch
 from torch import nn
 
+HOPELESS = 5  # times the fastest one's first call: bfloat16 on a CPU that has no instructions for it takes twenty
 MEMORY_FORMATS = {'channels-last': torch.channels_last, 'contiguous': torch.contiguous_format}
 
 
@@ -38,14 +39,23 @@ def fastest_training(
         copied = copy.deepcopy(model).to(memory_format=memory_format).train()
         for amp in (False, True):
             steps[amp, name] = partial(step, copied, amp, memory_format)
-    times = measure(steps, images)
+    times = measure(steps, images, hopeless=HOPELESS)
     amp, name = min(times, key=lambda key: times[key])
     text = ', '.join(f'{amp_dtype if amp else "float32"} {name} {as_ms(value)}' for (amp, name), value in times.items())
     return dict(amp=amp, channels_last=name == 'channels-last'), text
 
 
-def measure(functions: Dict[Any, Callable], x: torch.Tensor, rounds: int = 3, seconds: float = 0.2) -> Dict[Any, float]:
-    """Return the median time of each function of x, in seconds; they take turns, `rounds` times."""
+def measure(
+    functions: Dict[Any, Callable],
+    x: torch.Tensor,
+    rounds: int = 3,
+    seconds: float = 0.2,
+    hopeless: float = float('inf'),
+) -> Dict[Any, float]:
+    """Return the median time of each function of x, in seconds; they take turns, `rounds` times.
+
+    One whose first call takes more than `hopeless` times as long as the fastest one's is not called again.
+    """
     from torch.utils.benchmark import Timer  # it is imported late, since importing this package does not need it
 
     timers = {
@@ -53,11 +63,12 @@ def measure(functions: Dict[Any, Callable], x: torch.Tensor, rounds: int = 3, se
         for name, function in functions.items()
     }
     once = {name: timer.timeit(1).mean for name, timer in timers.items()}  # this also warms up
-    repeats = {name: max(1, round(seconds / value)) for name, value in once.items()}
-    times: Dict[Any, List[float]] = {name: [] for name in functions}
+    limit = hopeless * min(once.values())
+    repeats = {name: max(1, round(seconds / value)) for name, value in once.items() if value <= limit}
+    times: Dict[Any, List[float]] = {name: [] if name in repeats else [value] for name, value in once.items()}
     for _ in range(rounds):
-        for name, timer in timers.items():
-            times[name].append(timer.timeit(repeats[name]).mean)
+        for name, count in repeats.items():
+            times[name].append(timers[name].timeit(count).mean)
     return {name: statistics.median(values) for name, values in times.items()}
 
 

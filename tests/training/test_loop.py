@@ -330,6 +330,19 @@ def test_autotune_trains_with_what_is_fastest_and_goes_on_with_it(
         finetune(dataclasses.replace(named, epochs=2, resume=True, autotune=True))
 
 
+def test_a_cpu_without_bfloat16_is_told_of(image_folder, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(torch.backends.cpu, 'get_cpu_capability', lambda: 'AVX2')
+    finetune(settings(image_folder, tmp_path / 'plain', epochs=1))
+    assert 'bfloat16' not in caplog.text
+    finetune(settings(image_folder, tmp_path / 'run', epochs=1, amp=True, opt='nmuon'))
+    told = [record.getMessage() for record in caplog.records if 'bfloat16' in record.getMessage()]
+    assert [text.partition(' computes')[0] for text in told] == ['amp: mixed precision', 'opt: nmuon']
+    caplog.clear()
+    monkeypatch.setattr(torch.backends.cpu, 'get_cpu_capability', lambda: 'AVX512')
+    finetune(settings(image_folder, tmp_path / 'other', epochs=1, amp=True))
+    assert 'bfloat16' not in caplog.text
+
+
 class Averages:
     """The weights of a run at each update, and what their average comes to by hand."""
 

@@ -36,8 +36,8 @@ def times(monkeypatch):
     [
         ('resnet18', 'resnet18', {}),
         ('resnet18.a1_in1k', 'resnet18.a1_in1k', {}),
-        ('serial', 'vitresnet_nano', ARMS['serial'].kwargs),
-        ('resnet', 'vitresnet_mix_nano', ARMS['resnet'].model_kwargs),
+        ('serial', 'vitresnet_nano', ARMS['serial'].model_kwargs(32)),
+        ('resnet', 'vitresnet_mix_nano', ARMS['resnet'].model_kwargs(32)),
         ('vitresnet_nano:depth=3,embed_dim=96', 'vitresnet_nano', dict(depth=3, embed_dim=96)),
         ("vitresnet:layers=(1, 2),backbone='resnet18'", 'vitresnet', dict(layers=(1, 2), backbone='resnet18')),
         (
@@ -49,7 +49,7 @@ def times(monkeypatch):
     ],
 )
 def test_arms_and_models(text, model, kwargs):
-    assert parse_arm(text) == ArmPlan(model, kwargs)
+    assert parse_arm(text, 32) == ArmPlan(model, kwargs)
 
 
 @pytest.mark.parametrize(
@@ -68,7 +68,7 @@ def test_arms_and_models(text, model, kwargs):
 )
 def test_what_is_no_model_is_named(text):
     with pytest.raises(ValueError, match=r'^models: got .*, expected '):
-        parse_arm(text)
+        parse_arm(text, 32)
 
 
 def test_names_of_files():
@@ -143,7 +143,7 @@ def test_arms_are_measured_by_steps_of_training(cfg, monkeypatch):
         return dict.fromkeys(functions, 1.0 + len(seen))
 
     monkeypatch.setattr(plans, 'measure', measure)
-    arms = {name: parse_arm(name) for name in (*TINY, 'vit')}
+    arms = {name: parse_arm(name, 32) for name in (*TINY, 'vit')}
     cfg = dataclasses.replace(cfg, balance_classes=True, clip_grad=1.0, channels_last=True)
     measure_arms_(cfg, arms, 2)
     for arm in arms.values():
@@ -156,4 +156,4 @@ def test_arms_are_measured_by_steps_of_training(cfg, monkeypatch):
 
 def test_an_arm_that_can_not_be_trained_is_named(cfg):
     with pytest.raises(ValueError, match=r'^models: vitresnet_nano:depth=0 can not be trained here: .'):
-        measure_arms_(cfg, {'vitresnet_nano:depth=0': parse_arm('vitresnet_nano:depth=-1')}, 2)
+        measure_arms_(cfg, {'vitresnet_nano:depth=0': parse_arm('vitresnet_nano:depth=-1', 32)}, 2)

@@ -40,6 +40,7 @@ OWN = (
 )
 ELSEWHERE = ('output', 'workers', 'no_check')  # these change no result, and may change when a comparison goes on
 SHORT = 3  # the search for a learning rate takes the epochs divided by this
+IMG_SIZE = 64  # what arms are made for where the recipe names no size: that of the smaller models
 ROUNDS, SECONDS = 5, 0.1  # of a measurement, for each arm
 
 
@@ -126,10 +127,14 @@ def single(name: str) -> str:
     return re.sub(r'[^\w.=-]+', '_', name)
 
 
-def parse_arm(text: str) -> ArmPlan:
-    """Return the model that the name of an arm, or of a timm model with arguments, means; ValueError for no name."""
+def parse_arm(text: str, img_size: int) -> ArmPlan:
+    """Return the model that the name of an arm, or of a timm model with arguments, means; ValueError for no name.
+
+    Args:
+        img_size: Pixels a side of the images, which arms are made for.
+    """
     if text in ARMS:
-        return ArmPlan(ARMS[text].model, ARMS[text].model_kwargs)
+        return ArmPlan(ARMS[text].model, ARMS[text].model_kwargs(img_size))
     if text.startswith(('local-dir:', 'hf-hub:', 'hf_hub:')):
         return ArmPlan(text, {})
     name, _, arguments = text.partition(':')
@@ -167,7 +172,8 @@ def make_plan(cfg: FinetuneCfg, asked: Dict[str, Any], folder: Path) -> Plan:
         _logger.info('The comparison in %s goes on.', folder)
         return plan
     check_optimizer(cfg)
-    arms = {name: parse_arm(name) for name in asked['models']}
+    side = min(image_size(cfg.img_size or IMG_SIZE))
+    arms = {name: parse_arm(name, side) for name in asked['models']}
     mode = image_mode(cfg.in_chans or 3)
     images = reserve(cfg, mode, asked['test_split'], asked['test_frac'])
     _logger.info('%s.', images['description'])
@@ -177,8 +183,8 @@ def make_plan(cfg: FinetuneCfg, asked: Dict[str, Any], folder: Path) -> Plan:
         arm.epochs = cfg.epochs
         if asked['minutes'] is not None:
             epoch = batches * arm.step_seconds
-            arm.epochs = int(60 * asked['minutes'] / epoch)
-            if not arm.epochs:
+            arm.epochs = round(60 * asked['minutes'] / epoch)  # down alone would be against the slower arms
+            if 60 * asked['minutes'] < epoch:
                 raise ValueError(
                     f'minutes: got {asked["minutes"]:g}, but an epoch of {name} takes {epoch / 60:.2g} here; give more.'
                 )

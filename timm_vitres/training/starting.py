@@ -85,6 +85,7 @@ class Setup:
         self.device = _check_device(self.processes.device(cfg.device))
         check_processes(cfg, self.device, self.processes)
         check_optimizer(cfg)
+        _tell_of_bfloat16(cfg, self.device)
         check_trackers(cfg)
         mode = _check_images(cfg)
         self.data = _load(cfg, mode, images if record is None else record.data, self.processes)
@@ -134,6 +135,19 @@ def _check_images(cfg: FinetuneCfg) -> str:
         if values is not None and len(values) not in (1, in_chans):
             raise ValueError(f'{name}: got {values}, expected one number, or one for each of {in_chans} channels.')
     return mode
+
+
+def _tell_of_bfloat16(cfg: FinetuneCfg, device: torch.device) -> None:
+    """Warn of what computes in bfloat16 on a CPU that has no instructions for it."""
+    if device.type != 'cpu' or torch.backends.cpu.get_cpu_capability() != 'AVX2':
+        return
+    uses = {'amp': cfg.amp and cfg.amp_dtype == 'bfloat16', 'opt': 'muon' in cfg.opt}
+    for name in (name for name, is_used in uses.items() if is_used):
+        _logger.warning(
+            '%s: %s computes in bfloat16, which this CPU has no instructions for; that is several times slower here '
+            'than float32.',
+            *(name, 'mixed precision' if name == 'amp' else cfg.opt),
+        )
 
 
 def _check_device(name: str) -> torch.device:

@@ -1,0 +1,74 @@
+"""Our small models from random weights on the folders of `image_sets.py`: what is shipped, and what few images give.
+
+    python benchmarks/scratch.py openclipart [--seeds 0 1 2] [--record] [--set epochs=40]
+
+One recipe for a set (`SETTINGS`); any setting of it may be given anew, as --set name=value, and the row has it. A part
+of the training images chooses the epoch; the test images are looked at once, when a run is over, by a model that was
+loaded from its folder: as it is, and mirrored, too (`--tta flip`). A run that was killed goes on, one that has its row
+is not made again. --record appends a row per run to benchmarks/results/scratch.csv.
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any, Dict
+
+import timm
+import torch
+from common import is_recorded, parse_changes, tested, told, train, write_row
+from image_sets import write
+
+from timm_vitres.training.report import best_epoch, read_summary
+from timm_vitres.training.settings import FinetuneCfg
+
+SHARED: Dict[str, Any] = dict(crop_pct=1.0, lr=2e-3, weight_decay=0.05, warmup_epochs=2.0, smoothing=0.1, val_frac=0.15)
+SHARED.update(model_ema=True, model_ema_decay=0.99, model_ema_warmup=True, channels_last=True, no_check=True)
+SHARED.update(balance_classes=True, eval_metric='balanced')
+SETTINGS: Dict[str, Dict[str, Any]] = {
+    'openclipart': dict(model='vitresnet_nano', img_size=64, epochs=40, batch_size=64, scale=(0.5, 1.0), reprob=0.25),
+}
+
+
+def run(name: str, seed: int, root: Path, output: Path, changes: Dict[str, Any]) -> Dict[str, Any]:
+    """Train on a set, or go on, and return what the row has beside what it is of."""
+    settings = {**SHARED, **SETTINGS[name], **changes, 'seed': seed}
+    folder = output / '-'.join([name, *told(changes).replace('/', '_').split(), f'{seed}'])
+    data = write(name, root)
+    train(FinetuneCfg(**settings, data_dir=str(data / 'train'), output=str(folder)))
+    rows = read_summary(folder)
+    model = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
+    found, flipped = (tested(model, data / 'test', tta) for tta in ('', 'flip'))
+    return dict(
+        model=settings['model'],
+        epochs=len(rows),
+        val_balanced=round(best_epoch(rows, 'balanced').metric('balanced'), 2),
+        test_top1=round(found.top1, 2),
+        test_balanced=round(found.balanced, 2),
+        test_top1_tta=round(flipped.top1, 2),
+        test_balanced_tta=round(flipped.balanced, 2),
+        test_images=len(found.paths),
+        params=sum(parameter.numel() for parameter in model.parameters()),
+        train_seconds=round(sum(row['seconds'] for row in rows)),
+        threads=torch.get_num_threads(),
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('name', choices=SETTINGS)
+    parser.add_argument('--output', type=Path, default=Path('scratch'), help='folder for runs')
+    parser.add_argument('--root', type=Path, default=Path('sets'), help='folder that the sets are written into')
+    parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2])
+    parser.add_argument('--set', nargs='*', default=[], metavar='NAME=VALUE', help="settings in place of the recipe's")
+    parser.add_argument('--threads', type=int, default=2)
+    parser.add_argument('--record', action='store_true', help='append a row per run to benchmarks/results/scratch.csv')
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    changes = parse_changes(args.set)
+    for seed in args.seeds:
+        row = dict(set=args.name, seed=seed, changes=told(changes))
+        if not (args.record and is_recorded('scratch', row)):
+            write_row('scratch', {**row, **run(args.name, seed, args.root, args.output, changes)}, args.record)
+
+
+if __name__ == '__main__':
+    main()
