@@ -6,40 +6,16 @@ A table stands between `<!-- table: NAME -->` and `<!-- end -->`.
 """
 
 import argparse
-import csv
 import re
 import statistics
 import sys
 from collections import defaultdict
 from pathlib import Path
 
+import claim
+from rows import newest, read, spread, table
+
 ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / 'benchmarks' / 'results'
-
-ROBUSTNESS = dict(top1='ImageNet', real='ReaL', v2='V2', r='R', a='A', sketch='Sketch')  # timm's results files
-
-
-def read(name: str) -> list:
-    """Return the rows of benchmarks/results/NAME.csv."""
-    with (RESULTS / f'{name}.csv').open() as file:
-        return list(csv.DictReader(file))
-
-
-def newest(name: str, *columns: str) -> dict:
-    """Return the last row for each combination of values of columns."""
-    return {tuple(row[column] for column in columns): row for row in read(name)}
-
-
-def spread(values: list, digits: int = 1) -> str:
-    """Return mean and standard deviation, the latter where there is more than one value."""
-    mean = f'{statistics.mean(values):.{digits}f}'
-    return f'{mean} ± {statistics.stdev(values):.{digits}f} ({len(values)} seeds)' if len(values) > 1 else f'{mean} (1)'
-
-
-def table(header: list, rows: list) -> str:
-    """Return a Markdown table."""
-    lines = [header, ['---'] * len(header), *rows]
-    return '\n'.join('| ' + ' | '.join(str(cell) for cell in line) + ' |' for line in lines)
 
 
 def elpv() -> str:
@@ -312,95 +288,6 @@ def columns_of(found: list) -> list:
     return [spread([float(row[column]) for row in found], 2) for column in ('val_top1', 'test_top1')]
 
 
-def with_parents() -> list:
-    """Return the published rows of each hybrid, its own first, and the cost that was measured, if it was, by parent."""
-    groups: dict = defaultdict(list)
-    for row in read('evidence_published'):
-        groups[row['hybrid']].append(row)
-    found = (RESULTS / 'evidence_cost.csv').is_file()
-    costs = newest('evidence_cost', 'hybrid', 'parent', 'path') if found else {}
-
-    def times(hybrid: str, parent: str) -> str:
-        eager, folded = (costs.get((hybrid, parent, path)) for path in ('eager', 'folded'))
-        return f'{float(eager["ratio"]):.2f} ({float(folded["ratio"]):.2f})' if eager and folded else '-'
-
-    return [
-        (rows[0], rows[1:], {row['model']: times(hybrid, row['model']) for row in rows[1:]})
-        for hybrid, rows in groups.items()
-    ]
-
-
-def figure(row: dict, column: str) -> str:
-    return f'{float(row[column]):.1f}' if row[column] else '-'
-
-
-def against(own: dict, parent: dict, column: str, form: str) -> str:
-    """Return how much more a hybrid has than a parent, or (without a sign in the form) how many times as much."""
-    if not (own[column] and parent[column]):
-        return '-'
-    one, other = float(own[column]), float(parent[column])
-    return format(one - other if '+' in form else one / other, form)
-
-
-def evidence() -> str:
-    """What timm publishes of hybrids and their parents, and the hybrids' time on a CPU by their parents'."""
-    lines = []
-    for own, parents, times in with_parents():
-        for row in (own, *parents):
-            figures = {name: figure(row, name) for name in ROBUSTNESS}
-            name, time = f'{row["role"]} `{row["model"]}`', times.get(row['model'], '')
-            if row is own:
-                name = f'**`{own["hybrid"]}`**'
-                for key in figures:
-                    if all(own[key] and other[key] and float(own[key]) > float(other[key]) for other in parents):
-                        figures[key] = f'**{figures[key]}**'
-            costs = (row['gmacs'] or '-', figure(row, 'cpu_ms'))
-            lines.append([name, f'{float(row["params"]):.1f}M', row['img_size'], *figures.values(), *costs, time])
-    costs = ('GMACs', 'ms, published', "the hybrid's time by it (folded), ours")
-    return table(['', 'parameters', 'pixels', *ROBUSTNESS.values(), *costs], lines)
-
-
-def differences() -> str:
-    """How much better the published hybrids are than their parents, in points of top-1, and at which cost."""
-    names = {key: title for key, title in ROBUSTNESS.items() if key != 'real'}
-    lines = [
-        [
-            f'`{own["hybrid"]}`' if parent is parents[0] else '',
-            f'`{parent["model"].partition(".")[0]}`' + (' *' if own['recipe'] == 'other' else ''),
-            *(against(own, parent, name, '+.1f') for name in names),
-            *(against(own, parent, name, '.2f') for name in ('params', 'gmacs', 'cpu_ms')),
-            times[parent['model']],
-        ]
-        for own, parents, times in with_parents()
-        for parent in parents
-    ]
-    costs = ('parameters', 'multiply-adds', 'time, published', 'time, ours (folded)')
-    return table(['hybrid', 'against', *names.values(), *costs], lines)
-
-
-def fmnist() -> str:
-    """Fashion-MNIST by one recipe: hybrids and their parents, on the test images."""
-    runs = defaultdict(list)
-    for row in read('fmnist'):
-        runs[row['arm'], row['changes'], row['epochs']].append(row)
-    lines = []
-    for (arm, changes, epochs), rows in runs.items():
-        others = ' '.join(part for part in changes.split() if not part.startswith('workers='))
-        columns = (spread([float(row[column]) for row in rows], 2) for column in ('test_top1', 'test_top1_tta'))
-        hours = statistics.mean(float(row['train_seconds']) for row in rows) / 3600
-        threads = rows[0]['threads']
-        lines.append(
-            [
-                f'{arm}, `{rows[0]["model"]}`' + (f', {others}' if others else ''),
-                f'{int(rows[0]["params"]) / 1e6:.2f}M',
-                epochs,
-                *columns,
-                f'{hours:.1f} h, {threads} thread{"s" * (threads != "1")}',
-            ]
-        )
-    return table(['arm', 'parameters', 'epochs', 'test top-1 (%)', 'with six views of an image', 'training'], lines)
-
-
 def downstream() -> str:
     """Programs that build on timm, on a model of each family and on timm's nearest classes."""
     rows = newest('downstream', 'program', 'model')
@@ -422,6 +309,11 @@ def downstream() -> str:
     )
 
 
+def written(name: str) -> str:
+    """Return a table by its name; those about the claim that hybrids are better have a module of their own."""
+    return (globals().get(name) or getattr(claim, name))()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--check', action='store_true')
@@ -430,7 +322,7 @@ def main() -> None:
         text = path.read_text()
         new = re.sub(
             r'(<!-- table: (\w+) -->\n).*?(<!-- end -->)',
-            lambda match: f'{match[1]}{globals()[match[2]]()}\n{match[3]}',
+            lambda match: f'{match[1]}{written(match[2])}\n{match[3]}',
             text,
             flags=re.DOTALL,
         )

@@ -12,7 +12,8 @@ from typing import Sequence
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, LogLocator, NullLocator
-from report import RESULTS, fastest, newest, of_one_machine, published, timings
+from report import fastest, of_one_machine, published, timings
+from rows import RESULTS, newest
 
 OURS, TIMM = '#c8102e', '#707070'
 REACH = 0.32  # smallest distance of two labels, in % of accuracy

@@ -20,8 +20,8 @@ def evidence(script):
 
 
 @pytest.fixture
-def report(script):
-    return script('report')
+def claim(script):
+    return script('claim')
 
 
 def without_tags(names):
@@ -160,8 +160,8 @@ def test_cost_is_of_the_hybrid_by_each_parent(evidence, monkeypatch):
     assert timed['eager'].shape == timed['test_vit.x'].shape == timed['test_resnet.x'].shape
 
 
-def test_tables_with_and_without_what_was_measured(report, monkeypatch, tmp_path):
-    monkeypatch.setattr(report, 'RESULTS', tmp_path)
+def test_tables_with_and_without_what_was_measured(claim, monkeypatch, tmp_path):
+    monkeypatch.setattr('rows.RESULTS', tmp_path)
     figures = dict(top1='80', real='85', v2='70', r='50', a='20.04', sketch='30')
     common = dict(hybrid='h.t', recipe='other', img_size='224')
     rows = [
@@ -177,7 +177,7 @@ def test_tables_with_and_without_what_was_measured(report, monkeypatch, tmp_path
             writer.writerows(rows)
 
     def bodies():
-        return [text.splitlines()[2:] for text in (report.differences(), report.evidence())]
+        return [text.splitlines()[2:] for text in (claim.differences(), claim.evidence())]
 
     write('evidence_published', rows)
     differences, evidence = bodies()

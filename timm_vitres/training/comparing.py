@@ -22,7 +22,6 @@ import torch
 from ..checks import between, checked
 from ..data import image_mode
 from ..models.arms import ARMS
-from ..publishing.model_folder import locked
 from ..weights.files import WEIGHTS_NAME
 from .comparison_report import (
     COLUMNS,
@@ -42,7 +41,7 @@ from .plans import PLAN_NAME, Plan, asked_for, make_plan, single
 from .processes import Processes
 from .report import Best, best_epoch, evaluate, read_summary
 from .reserved import for_verdict, images_of
-from .runs import CHECKPOINT_NAME, RECORD_NAME, Record, check_place, check_writable
+from .runs import CHECKPOINT_NAME, RECORD_NAME, Record, check_place, check_writable, held
 from .settings import MAX_COUNT, FinetuneCfg
 from .verdict import Verdict, judge, listed
 
@@ -98,15 +97,9 @@ def compare(
     folder = Path(cfg.output)
     check_place(cfg, folder)
     _check_own(folder)
-    is_new = not folder.exists()
-    try:
-        with locked(folder):
-            check_writable(folder)
-            plan = make_plan(cfg, asked, folder)
-            return _Comparing(cfg, plan, folder).run()
-    finally:
-        if is_new and folder.is_dir() and not any(folder.iterdir()):
-            folder.rmdir()
+    with held(folder):
+        check_writable(folder)
+        return _Comparing(cfg, make_plan(cfg, asked, folder), folder).run()
 
 
 def _check_own(folder: Path) -> None:

@@ -33,10 +33,20 @@ _PLACES = ('output', 'resume')  # these settings say where a run lies, and are n
 
 
 @contextmanager
-def run_folder(cfg: FinetuneCfg, given: Collection[str]) -> Iterator[Path]:
-    """Hold the folder of a run exclusively: a new or empty one, or that of the run to resume.
+def held(folder: Path) -> Iterator[None]:
+    """Hold a folder exclusively; one that is made here, and stays empty, is removed again."""
+    is_new = not folder.exists()
+    try:
+        with locked(folder):
+            yield
+    finally:
+        if is_new and folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
 
-    A folder that is made here, and stays empty, is removed again.
+
+@contextmanager
+def run_folder(cfg: FinetuneCfg, given: Collection[str]) -> Iterator[Path]:
+    """Hold the folder of a run, as `held` does: a new or empty one, or that of the run to resume.
 
     Args:
         given: Names of the settings that were given, rather than left at their default.
@@ -52,15 +62,10 @@ def run_folder(cfg: FinetuneCfg, given: Collection[str]) -> Iterator[Path]:
         return
     folder = Path(cfg.output)
     check_place(cfg, folder)
-    is_new = not folder.exists()
-    try:
-        with locked(folder):
-            _check_empty(cfg, folder)
-            check_writable(folder)
-            yield folder
-    finally:
-        if is_new and folder.is_dir() and not any(folder.iterdir()):
-            folder.rmdir()
+    with held(folder):
+        _check_empty(cfg, folder)
+        check_writable(folder)
+        yield folder
 
 
 def _resumed_folder(cfg: FinetuneCfg, given: Collection[str]) -> Path:

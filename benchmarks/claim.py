@@ -1,0 +1,143 @@
+"""Tables about the claim that hybrids are better than their parents: published, and measured by this project."""
+
+import statistics
+from collections import defaultdict
+
+from rows import is_there, newest, read, spread, table
+
+ROBUSTNESS = dict(top1='ImageNet', real='ReaL', v2='V2', r='R', a='A', sketch='Sketch')  # timm's results files
+
+
+def with_parents() -> list:
+    """Return the published rows of each hybrid, its own first, and the cost that was measured, if it was, by parent."""
+    groups: dict = defaultdict(list)
+    for row in read('evidence_published'):
+        groups[row['hybrid']].append(row)
+    costs = newest('evidence_cost', 'hybrid', 'parent', 'path') if is_there('evidence_cost') else {}
+
+    def times(hybrid: str, parent: str) -> str:
+        eager, folded = (costs.get((hybrid, parent, path)) for path in ('eager', 'folded'))
+        return f'{float(eager["ratio"]):.2f} ({float(folded["ratio"]):.2f})' if eager and folded else '-'
+
+    return [
+        (rows[0], rows[1:], {row['model']: times(hybrid, row['model']) for row in rows[1:]})
+        for hybrid, rows in groups.items()
+    ]
+
+
+def figure(row: dict, column: str) -> str:
+    return f'{float(row[column]):.1f}' if row[column] else '-'
+
+
+def against(own: dict, parent: dict, column: str, form: str) -> str:
+    """Return how much more a hybrid has than a parent, or (without a sign in the form) how many times as much."""
+    if not (own[column] and parent[column]):
+        return '-'
+    one, other = float(own[column]), float(parent[column])
+    return format(one - other if '+' in form else one / other, form)
+
+
+def evidence() -> str:
+    """What timm publishes of hybrids and their parents, and the hybrids' time on a CPU by their parents'."""
+    lines = []
+    for own, parents, times in with_parents():
+        for row in (own, *parents):
+            figures = {name: figure(row, name) for name in ROBUSTNESS}
+            name, time = f'{row["role"]} `{row["model"]}`', times.get(row['model'], '')
+            if row is own:
+                name = f'**`{own["hybrid"]}`**'
+                for key in figures:
+                    if all(own[key] and other[key] and float(own[key]) > float(other[key]) for other in parents):
+                        figures[key] = f'**{figures[key]}**'
+            costs = (row['gmacs'] or '-', figure(row, 'cpu_ms'))
+            lines.append([name, f'{float(row["params"]):.1f}M', row['img_size'], *figures.values(), *costs, time])
+    costs = ('GMACs', 'ms, published', "the hybrid's time by it (folded), ours")
+    return table(['', 'parameters', 'pixels', *ROBUSTNESS.values(), *costs], lines)
+
+
+def differences() -> str:
+    """How much better the published hybrids are than their parents, in points of top-1, and at which cost."""
+    names = {key: title for key, title in ROBUSTNESS.items() if key != 'real'}
+    lines = [
+        [
+            f'`{own["hybrid"]}`' if parent is parents[0] else '',
+            f'`{parent["model"].partition(".")[0]}`' + (' *' if own['recipe'] == 'other' else ''),
+            *(against(own, parent, name, '+.1f') for name in names),
+            *(against(own, parent, name, '.2f') for name in ('params', 'gmacs', 'cpu_ms')),
+            times[parent['model']],
+        ]
+        for own, parents, times in with_parents()
+        for parent in parents
+    ]
+    costs = ('parameters', 'multiply-adds', 'time, published', 'time, ours (folded)')
+    return table(['hybrid', 'against', *names.values(), *costs], lines)
+
+
+def fmnist() -> str:
+    """Fashion-MNIST by one recipe: hybrids and their parents, on the test images."""
+    runs = defaultdict(list)
+    for row in read('fmnist'):
+        runs[row['arm'], row['changes'], row['epochs']].append(row)
+    lines = []
+    for (arm, changes, epochs), rows in runs.items():
+        others = ' '.join(part for part in changes.split() if not part.startswith('workers='))
+        columns = (spread([float(row[column]) for row in rows], 2) for column in ('test_top1', 'test_top1_tta'))
+        hours = statistics.mean(float(row['train_seconds']) for row in rows) / 3600
+        threads = rows[0]['threads']
+        lines.append(
+            [
+                f'{arm}, `{rows[0]["model"]}`' + (f', {others}' if others else ''),
+                f'{int(rows[0]["params"]) / 1e6:.2f}M',
+                epochs,
+                *columns,
+                f'{hours:.1f} h, {threads} thread{"s" * (threads != "1")}',
+            ]
+        )
+    return table(['arm', 'parameters', 'epochs', 'test top-1 (%)', 'with six views of an image', 'training'], lines)
+
+
+def ablation() -> str:
+    """Hybrids and their parents on the image sets, of equal parameters and equal time or epochs, the best first."""
+    groups: dict = defaultdict(lambda: defaultdict(list))
+    for row in read('ablation'):
+        groups[row['set'], row['minutes'], row['device']][row['arm']].append(row)
+    behind = newest('ablation_verdict', 'set', 'minutes', 'device', 'arm')
+    lines = []
+    for key, arms in groups.items():
+        measured = next(row['measured'] for found, row in behind.items() if found[:3] == key)
+        column = 'balanced' if measured == 'balanced' else 'accuracy'
+        means = {arm: statistics.mean(float(row[column]) for row in rows) for arm, rows in arms.items()}
+        for arm in sorted(means, key=lambda arm: -means[arm]):
+            rows, found = arms[arm], behind.get((*key, arm))
+            name = f'`{key[0]}`' + (', balanced accuracy' if column == 'balanced' else ', accuracy')
+            lines.append(
+                [
+                    name if arm == max(means, key=lambda arm: means[arm]) else '',
+                    arm,
+                    spread([float(row[column]) for row in rows], 2),
+                    f'-{found["points"]} ({found["low"]} to {found["high"]})' if found else 'best',
+                    ('yes' if found['is_told'] == 'True' else 'no') if found else '',
+                    f'{int(rows[0]["parameters"]) / 1e6:.2f}M',
+                    rows[0]['epochs'],
+                    f'{float(rows[0]["step_ms"]) / min(float(own[0]["step_ms"]) for own in arms.values()):.2f}',
+                ]
+            )
+    costs = ('parameters', 'epochs', 'time of a step, by the fastest')
+    return table(['set', 'arm', 'test images (%)', 'behind the best (interval)', 'told apart', *costs], lines)
+
+
+def scratch() -> str:
+    """Our small models from random weights on the folder sets."""
+    runs = defaultdict(list)
+    for row in read('scratch'):
+        runs[row['set'], row['model'], row['changes'], row['epochs']].append(row)
+    columns = ('test_top1', 'test_balanced', 'test_top1_tta', 'test_balanced_tta')
+    lines = []
+    for (name, model, changes, epochs), rows in runs.items():
+        figures = (spread([float(row[column]) for row in rows], 1) for column in columns)
+        hours = statistics.mean(float(row['train_seconds']) for row in rows) / 3600
+        lines.append(
+            [f'`{name}`', f'`{model}`' + (f', {changes}' if changes else ''), epochs, *figures, f'{hours:.1f} h']
+        )
+    views = ('accuracy (%)', 'balanced (%)', 'mirrored too: accuracy', 'balanced')
+    return table(['set', 'model', 'epochs', *views, 'training'], lines)
