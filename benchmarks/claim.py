@@ -115,7 +115,7 @@ def ablation() -> str:
                     name if arm == max(means, key=lambda arm: means[arm]) else '',
                     arm,
                     spread([float(row[column]) for row in rows], 2),
-                    f'-{found["points"]} ({found["low"]} to {found["high"]})' if found else 'best',
+                    f'{found["points"]} ({found["low"]} to {found["high"]})' if found else 'best',
                     ('yes' if found['is_told'] == 'True' else 'no') if found else '',
                     f'{int(rows[0]["parameters"]) / 1e6:.2f}M',
                     rows[0]['epochs'],

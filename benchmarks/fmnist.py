@@ -22,12 +22,14 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import timm_vitres
+from timm_vitres.models.arms import ARMS as COMPARED
 from timm_vitres.training.report import best_epoch, read_summary
 from timm_vitres.training.settings import FinetuneCfg
 from timm_vitres.views import averaged
 
+VIT = COMPARED['vit']
 DATA = dict(dataset='torch/fashion_mnist', val_split='')
-# What an arm is, beside the recipe: the hybrids, and the interleaved one without its attention, wider by as much
+# What an arm is, beside the recipe: the hybrids; the interleaved one without its attention, wider by as much; a ViT
 ARMS: Dict[str, Dict[str, Any]] = {
     'interleaved': dict(model='vitresnet_mix_nano'),
     'serial': dict(model='vitresnet_nano'),
@@ -35,6 +37,7 @@ ARMS: Dict[str, Dict[str, Any]] = {
         model='vitresnet_mix_nano',
         model_kwargs=dict(layers=(1, 2, 2, 2), channels=(24, 48, 96, 168), attn_blocks=(0, 0, 0, 0)),
     ),
+    'vit': dict(model=VIT.model, model_kwargs=VIT.model_kwargs(28)),
 }
 
 

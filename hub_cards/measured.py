@@ -66,7 +66,9 @@ def measured(name: str, facts: Mapping[str, Any]) -> Measured:
     images = f'{int(file["images"]):,} test images of {facts["dataset_name"]}'
     result = f'Measured by this project: {float(file["top1"]):.2f}% top-1 on the {images}, one view of each'
     if run.get('test_top1_tta'):
-        result += f'; {float(run["test_top1_tta"]):.2f}% by the run, averaged over shifted views (`--tta shift`)'
+        result += f'; {float(run["test_top1_tta"]):.2f}% by the run, averaged over views (`--tta {facts["tta"]}`)'
+    if run.get('test_balanced'):
+        result += f'; balanced accuracy, the mean over the classes, {float(run["test_balanced"]):.2f}%'
     result += (
         f'. The file is what was measured; of its answers {file["changed"]} differ from those of the run, which has '
         f'{float(run["test_top1"]):.2f}%.'

@@ -1,0 +1,92 @@
+"""The claim's scripts: rows of comparisons are recorded once (ablation.py), runs are made once (scratch.py), and tables
+are of the rows (claim.py)."""
+
+import csv
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from timm_vitres.training.verdict import Difference
+
+VERDICT = SimpleNamespace(best='b', behind={'a': Difference(2.5, 0.25, 4.75), 'c': Difference(1.0, -1.0, 3.0)})
+ACCURACY = {'a': (80.0, 81.0), 'b': (83.0, 83.0), 'c': (82.0, 82.0)}
+
+
+@pytest.fixture
+def results(script, tmp_path, monkeypatch):
+    """A folder that rows are written to and read from in place of benchmarks/results."""
+    monkeypatch.setattr(script('common'), 'RESULTS', tmp_path / 'results')
+    monkeypatch.setattr(script('rows'), 'RESULTS', tmp_path / 'results')
+    return tmp_path / 'results'
+
+
+def rows(path):
+    with path.open(newline='') as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_comparison_is_recorded_once_and_told_in_a_table(script, results, tmp_path, monkeypatch, capsys):
+    ablation, claim = script('ablation'), script('claim')
+    asked = []
+
+    def compare(cfg, models, seeds, lrs, minutes):
+        asked.append((cfg, models, seeds, minutes))
+        shared = dict.fromkeys(ablation.COLUMNS, '1') | dict(part='run', parameters='1290000', epochs='7')
+        runs = [
+            dict(
+                shared, arm=arm, seed=str(seed), accuracy=str(ACCURACY[arm][seed]), step_ms='10' if arm == 'a' else '25'
+            )
+            for arm in models
+            for seed in seeds
+        ]
+        return SimpleNamespace(
+            rows=[dict(shared, part='search', arm='a'), *runs], verdict=VERDICT, sentence='It is so.'
+        )
+
+    monkeypatch.setattr(ablation, 'compare', compare)
+    monkeypatch.setattr(ablation, 'write', lambda name, root, source: tmp_path / name)
+    command = ['ablation.py', 'pairs', '--minutes', '2', '--models', 'a', 'b', 'c', '--seeds', '0', '1', '--record']
+    monkeypatch.setattr(sys, 'argv', command)
+    ablation.main()
+    ablation.main()  # of a comparison that is over
+    [(cfg, models, seeds, minutes), _] = asked
+    assert (models, seeds, minutes) == (['a', 'b', 'c'], [0, 1], 2.0)
+    assert (cfg.img_size, cfg.in_chans, cfg.data_dir) == (64, 1, str(tmp_path / 'pairs'))
+    assert [(row['set'], row['arm'], row['seed']) for row in rows(results / 'ablation.csv')] == [
+        ('pairs', arm, seed) for arm in 'abc' for seed in '01'
+    ]
+    assert 'It is so.' in capsys.readouterr().out
+    assert claim.ablation().splitlines()[2:] == [
+        '| `pairs`, accuracy | b | 83.00 ± 0.00 (2 seeds) | best |  | 1.29M | 7 | 2.50 |',
+        '|  | c | 82.00 ± 0.00 (2 seeds) | 1.00 (-1.00 to 3.00) | no | 1.29M | 7 | 2.50 |',
+        '|  | a | 80.50 ± 0.71 (2 seeds) | 2.50 (0.25 to 4.75) | yes | 1.29M | 7 | 1.00 |',
+    ]
+
+
+def test_a_model_from_random_weights_is_trained_once(script, results, tmp_path, monkeypatch):
+    scratch, claim = script('scratch'), script('claim')
+    generator = np.random.default_rng(0)
+    for part, count in (('train', 8), ('test', 2)):
+        for name in ('a', 'b'):
+            (tmp_path / 'sets/openclipart' / part / name).mkdir(parents=True)
+            for index in range(count):
+                pixels = generator.integers(0, 256, (32, 32, 3)).astype(np.uint8)
+                Image.fromarray(pixels).save(tmp_path / 'sets/openclipart' / part / name / f'{index}.png')
+    begun, train = [], scratch.train
+    monkeypatch.setattr(scratch, 'train', lambda cfg: (begun.append(cfg.seed), train(cfg))[1])
+    command = ['scratch.py', 'openclipart', '--output', str(tmp_path / 'runs'), '--root', str(tmp_path / 'sets')]
+    command += ['--seeds', '0', '3', '--record', '--threads', str(torch.get_num_threads())]
+    command += ['--set', 'epochs=1', 'img_size=32', 'batch_size=4', 'workers=0']
+    monkeypatch.setattr(sys, 'argv', command)
+    scratch.main()
+    scratch.main()
+    found = rows(results / 'scratch.csv')
+    assert begun == [0, 3] and [row['seed'] for row in found] == ['0', '3']
+    assert all(float(row['test_top1']) in (0, 25, 50, 75, 100) and row['test_images'] == '4' for row in found)
+    [line] = claim.scratch().splitlines()[2:]
+    assert line.startswith('| `openclipart` | `vitresnet_nano`, epochs=1 img_size=32 batch_size=4 workers=0 | 1 | ')
+    assert line.count('(2 seeds)') == 4
