@@ -3,19 +3,20 @@
     python benchmarks/ablation.py elpv --minutes 10 [--seeds 0 1 2] [--models resnet interleaved] [--record]
 
 This is `timm-vitres compare` on one set, by the recipe `compare` with what a set needs beside it (`SETTINGS`). A
-comparison that was killed goes on when it is started again, and seeds can be added. --record appends a row per run to
-benchmarks/results/ablation.csv, and one per arm that is behind the best, with the interval of the difference, to
-ablation_verdict.csv; rows that are there are not written again.
+comparison that was killed goes on when it is started again, and seeds can be added. --peers adds timm's models of the
+nearest size (`peers`). --record appends a row per run to benchmarks/results/ablation.csv, and one per arm that is
+behind the best, with the interval of the difference, to ablation_verdict.csv; rows that are there are not written again.
 """
 
 import argparse
 from pathlib import Path
+from typing import Tuple
 
 from common import is_recorded, show_logs, write_row
 from image_sets import SETS, write
 
 from timm_vitres import FinetuneCfg, compare, recipe
-from timm_vitres.models.arms import ARMS
+from timm_vitres.models.arms import ARMS, MANY_PIXELS
 
 GREY = dict(in_chans=1)
 SETTINGS = {
@@ -30,8 +31,23 @@ SETTINGS = {
     # what a crop cuts off may be what tells the classes apart; an epoch is long
     'pairs': dict(**GREY, img_size=64, crop_padding=4, batch_size=64, val_frac=0.1, warmup_epochs=0.25),
 }  # fmt: skip
+
 COLUMNS = ('arm', 'seed', 'lr', 'epochs', 'state', 'best_epoch', 'val_top1', 'val_balanced', 'accuracy', 'balanced')
 COLUMNS += ('parameters', 'step_ms', 'latency_ms', 'seconds')
+
+
+def peers(img_size: int) -> Tuple[str, ...]:
+    """Return models of timm's, of about as many parameters as the arms, for images of so many pixels a side."""
+    side = 8 if img_size >= MANY_PIXELS else 4
+    any_size = ('resnet18:channels=(32,64,96,152)', f'vit_tiny_patch16_224:patch_size={side},embed_dim=132,depth=6')
+    any_size += ('mobilevitv2_050',)
+    if img_size % 32:  # the others take no such size
+        return any_size
+    return (
+        *any_size,
+        'levit_128s:embed_dim=(80,112,144),num_heads=(2,3,4),depth=(2,3,4)',
+        'coatnet_nano_rw_224:embed_dim=(32,64,128,160),depths=(1,2,4,1)',
+    )
 
 
 def record_once(name: str, row: dict, record: bool) -> None:
@@ -47,6 +63,7 @@ def main() -> None:
     parser.add_argument('--source', type=Path, help="the original data, where they are not in their package's place")
     parser.add_argument('--output', type=Path, help='folder of the comparison; else ablation/SET')
     parser.add_argument('--models', nargs='+', default=list(ARMS))
+    parser.add_argument('--peers', action='store_true', help="compare timm's models of the nearest size, too")
     parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2])
     parser.add_argument('--lrs', type=float, nargs='+', default=[3e-4, 1e-3, 3e-3])
     cost = parser.add_mutually_exclusive_group(required=True)
@@ -61,8 +78,9 @@ def main() -> None:
     settings.update(dict(epochs=args.epochs) if args.epochs else {})
     output = args.output or Path('ablation') / args.set
     cfg = FinetuneCfg(**settings, data_dir=str(write(args.set, args.root, args.source)), output=str(output))
-    told = compare(cfg, args.models, args.seeds, args.lrs, args.minutes)
-    asked = dict(set=args.set, minutes=args.minutes or '', device=args.device or 'default')
+    models = [*args.models, *(peers(settings['img_size']) if args.peers else ())]
+    told = compare(cfg, models, args.seeds, args.lrs, args.minutes)
+    asked = dict(set=args.set, models=' '.join(models), minutes=args.minutes or '', device=args.device or 'default')
     for row in told.rows:
         if row['part'] == 'run':
             record_once('ablation', {**asked, **{name: row[name] for name in COLUMNS}}, args.record)

@@ -99,12 +99,13 @@ def fmnist() -> str:
 def ablation() -> str:
     """Hybrids and their parents on the image sets, of equal parameters and equal time or epochs, the best first."""
     groups: dict = defaultdict(lambda: defaultdict(list))
+    asked = ('set', 'models', 'minutes', 'device')
     for row in read('ablation'):
-        groups[row['set'], row['minutes'], row['device']][row['arm']].append(row)
-    behind = newest('ablation_verdict', 'set', 'minutes', 'device', 'arm')
+        groups[tuple(row[column] for column in asked)][row['arm']].append(row)
+    behind = newest('ablation_verdict', *asked, 'arm')
     lines = []
     for key, arms in groups.items():
-        measured = next(row['measured'] for found, row in behind.items() if found[:3] == key)
+        measured = next(row['measured'] for found, row in behind.items() if found[:-1] == key)
         column = 'balanced' if measured == 'balanced' else 'accuracy'
         means = {arm: statistics.mean(float(row[column]) for row in rows) for arm, rows in arms.items()}
         for arm in sorted(means, key=lambda arm: -means[arm]):

@@ -10,6 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
+from timm_vitres.training.creation import create_finetune_model
+from timm_vitres.training.plans import parse_arm
+from timm_vitres.training.settings import FinetuneCfg
 from timm_vitres.training.verdict import Difference
 
 VERDICT = SimpleNamespace(best='b', behind={'a': Difference(2.5, 0.25, 4.75), 'c': Difference(1.0, -1.0, 3.0)})
@@ -65,6 +68,17 @@ def test_a_comparison_is_recorded_once_and_told_in_a_table(script, results, tmp_
         '|  | c | 82.00 ± 0.00 (2 seeds) | 1.00 (-1.00 to 3.00) | no | 1.29M | 7 | 2.50 |',
         '|  | a | 80.50 ± 0.71 (2 seeds) | 2.50 (0.25 to 4.75) | yes | 1.29M | 7 | 1.00 |',
     ]
+
+
+@pytest.mark.parametrize('img_size, count', [(28, 3), (64, 5)])
+def test_peers_are_of_the_size_of_the_arms(img_size, count, script):
+    peers = script('ablation').peers(img_size)
+    assert len(peers) == count
+    for name in ('interleaved', *peers):
+        arm = parse_arm(name, img_size)
+        model = create_finetune_model(arm.cfg(FinetuneCfg('x', in_chans=1, img_size=img_size)), 10).eval()
+        assert model(torch.randn(2, 1, img_size, img_size)).shape == (2, 10)
+        assert 1.1e6 < sum(parameter.numel() for parameter in model.parameters()) < 1.35e6, name
 
 
 def test_a_model_from_random_weights_is_trained_once(script, results, tmp_path, monkeypatch):

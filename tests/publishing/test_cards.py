@@ -166,7 +166,9 @@ def test_the_card_of_a_shipped_weight(rows):
 def test_the_card_tells_balanced_accuracy_where_it_was_measured(rows):
     folder, _, cfg = rows
     write_rows(folder / 'fmnist.csv', {**RUN, 'test_balanced': '61.5'})
-    assert '(`--tta shift`); balanced accuracy, the mean over the classes, 61.50%. The file' in render.render(SHIPPED, cfg)
+    assert '(`--tta shift`); balanced accuracy, the mean over the classes, 61.50%. The file' in render.render(
+        SHIPPED, cfg
+    )
 
 
 @pytest.mark.parametrize(

@@ -74,7 +74,7 @@ def _weights(cfg: FinetuneCfg) -> Dict[str, Any]:
     for name in given:
         if not Path(getattr(cfg, name)).is_file():
             raise FileNotFoundError(f'{name}: there is no file {getattr(cfg, name)}.')
-    size = _size(cfg) if given else {}
+    size = _size(cfg)
     if len(given) == 2 or (cfg.initial_checkpoint and cfg.pretrained):
         raise ValueError('initial_checkpoint: give only one of initial_checkpoint, pretrained_path and pretrained.')
     if cfg.pretrained_path:  # timm compares the classes of a file by its cfg, and -1 are no model's
@@ -86,7 +86,8 @@ def _weights(cfg: FinetuneCfg) -> Dict[str, Any]:
 def _size(cfg: FinetuneCfg) -> Dict[str, Any]:
     """Return the run's image size as an argument, where the model takes one.
 
-    Made for it from the start, the model has its position table resampled once at most: from the file's size.
+    Made for it from the start, the model has its position table resampled once at most: from the file's size. And some
+    of timm's (LeViT, CoAtNet) know no other way to have a size.
     """
     if cfg.img_size is None or 'img_size' in (cfg.model_kwargs or {}):
         return {}
