@@ -251,3 +251,17 @@ def test_a_run_with_adapters_saves_a_model_without(ema, image_folder, tmp_path, 
     x = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         torch.testing.assert_close(model(x), again.eval()(x), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    'name, kwargs',
+    [
+        ('levit_128s', dict(embed_dim=(16, 32, 48), num_heads=(1, 2, 3), depth=(1, 1, 1))),
+        ('coatnet_nano_rw_224', dict(embed_dim=(32, 32, 32, 32), depths=(1, 1, 1, 1))),
+    ],
+)
+def test_models_that_are_made_for_one_size(name, kwargs, image_folder, tmp_path):
+    """They are made for that of the run, and keep it in its folder."""
+    cfg = settings(image_folder, tmp_path / 'run', model=name, model_kwargs=kwargs, img_size=64, epochs=1)
+    model = timm.create_model(f'local-dir:{finetune(cfg)}', pretrained=True).eval()
+    assert model.pretrained_cfg['input_size'] == (3, 64, 64) and model(torch.randn(1, 3, 64, 64)).isfinite().all()
