@@ -60,7 +60,7 @@ def test_the_table_has_means_and_spreads():
     assert len({len(line) for line in lines}) == 1 and lines[1].strip('|-') == '' and lines[2].startswith('| a ')
 
 
-@pytest.mark.parametrize('minutes, says', [(None, 'for as many epochs'), (2.5, 'measured to take 2.5 minutes')])
+@pytest.mark.parametrize('minutes, says', [(None, 'for as many epochs'), (2.5, 'for 2.5 minutes of steps')])
 def test_the_report_says_how_the_figures_came_about(minutes, says, tmp_path):
     cfg = FinetuneCfg(data_dir='images', img_size=48, seed=42)
     told = plan(minutes)

@@ -128,7 +128,7 @@ def _how(cfg: FinetuneCfg, plan: Plan) -> str:
     minutes = plan.asked['minutes']
     cost = 'Every arm was trained for as many epochs.'
     if minutes is not None:
-        cost = f'Every arm was trained for the epochs whose training steps were measured to take {minutes:g} minutes.'
+        cost = f'Every arm was trained for {minutes:g} minutes of steps, by their measured time, in whole epochs.'
     default = type(cfg)(data_dir='.')
     given = [
         f'{name}={value}'
