@@ -33,6 +33,17 @@ def script(monkeypatch) -> Callable[[str], ModuleType]:
     return importlib.import_module
 
 
+def write_noise(folder: Path, **counts: int) -> None:
+    """Write folder/<part>/{a,b}/*.png, images of noise, so many of each class of a part."""
+    generator = np.random.default_rng(0)
+    for part, count in counts.items():
+        for name in ('a', 'b'):
+            (folder / part / name).mkdir(parents=True)
+            for index in range(count):
+                pixels = generator.integers(0, 256, (32, 32, 3)).astype(np.uint8)
+                Image.fromarray(pixels).save(folder / part / name / f'{index}.png')
+
+
 FACTS = dict(model_name='x', description='A.', recipe='B.', source='local-dir:.')  # of a card
 DUAL = 'test_vitresnet_dual'  # it has BatchNorm, and so counts of batches
 

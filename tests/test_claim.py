@@ -5,10 +5,9 @@ import csv
 import sys
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
+from conftest import write_noise
 
 from timm_vitres.training.creation import create_finetune_model
 from timm_vitres.training.plans import parse_arm
@@ -83,13 +82,7 @@ def test_peers_are_of_the_size_of_the_arms(img_size, count, script):
 
 def test_a_model_from_random_weights_is_trained_once(script, results, tmp_path, monkeypatch):
     scratch, claim = script('scratch'), script('claim')
-    generator = np.random.default_rng(0)
-    for part, count in (('train', 8), ('test', 2)):
-        for name in ('a', 'b'):
-            (tmp_path / 'sets/openclipart' / part / name).mkdir(parents=True)
-            for index in range(count):
-                pixels = generator.integers(0, 256, (32, 32, 3)).astype(np.uint8)
-                Image.fromarray(pixels).save(tmp_path / 'sets/openclipart' / part / name / f'{index}.png')
+    write_noise(tmp_path / 'sets/openclipart', train=8, test=2)
     begun, train = [], scratch.train
     monkeypatch.setattr(scratch, 'train', lambda cfg: (begun.append(cfg.seed), train(cfg))[1])
     command = ['scratch.py', 'openclipart', '--output', str(tmp_path / 'runs'), '--root', str(tmp_path / 'sets')]

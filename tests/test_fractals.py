@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import write_noise
 from PIL import Image
 
 BENCHMARKS = Path(__file__).parent.parent / 'benchmarks'
@@ -136,13 +137,7 @@ def test_transfer_needs_pretraining(fractals, tmp_path, monkeypatch):
 
 def test_pretraining_and_transfer(fractals, script, tmp_path, monkeypatch):
     """The fractal arm begins with the pretrained weights; rows say so, and runs that have one are not repeated."""
-    generator = np.random.default_rng(0)
-    for part, count in (('train', 8), ('test', 2)):
-        for name in ('a', 'b'):
-            (tmp_path / 'data/elpv' / part / name).mkdir(parents=True)
-            for index in range(count):
-                pixels = generator.integers(0, 256, (32, 32, 3)).astype(np.uint8)
-                Image.fromarray(pixels).save(tmp_path / 'data/elpv' / part / name / f'{index}.png')
+    write_noise(tmp_path / 'data/elpv', train=8, test=2)
     results = tmp_path / 'fractals.csv'
     monkeypatch.setattr(script('common'), 'RESULTS', tmp_path)
     rows, begun = [], []
