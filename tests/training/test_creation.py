@@ -265,3 +265,6 @@ def test_models_that_are_made_for_one_size(name, kwargs, image_folder, tmp_path)
     cfg = settings(image_folder, tmp_path / 'run', model=name, model_kwargs=kwargs, img_size=64, epochs=1)
     model = timm.create_model(f'local-dir:{finetune(cfg)}', pretrained=True).eval()
     assert model.pretrained_cfg['input_size'] == (3, 64, 64) and model(torch.randn(1, 3, 64, 64)).isfinite().all()
+    with pytest.raises(ValueError, match=rf'img_size: {name} takes no images of 60 x 60 pixels \(.* size '):
+        finetune(dataclasses.replace(cfg, output=str(tmp_path / 'other'), img_size=60))
+    assert not (tmp_path / 'other').exists()

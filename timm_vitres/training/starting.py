@@ -4,7 +4,7 @@ import dataclasses
 import logging
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Collection, Dict, List, Optional
+from typing import Any, Collection, Dict, List, Optional, Tuple
 
 import torch
 from timm.models import resolve_model_input_args
@@ -102,6 +102,7 @@ class Setup:
         config = plain('data_config', data_config(self.model, **asked))
         # the model's own data config must keep to the limits of settings, or validation would fail after an epoch
         dataclasses.replace(cfg, **{name: config[name] for name in ('mean', 'std', 'interpolation', 'crop_pct')})
+        _check_size(self.model, cfg.model, config['input_size'], self.device)
         autotuned = None
         if cfg.autotune:
             shape = (cfg.batch_size, *config['input_size'])
@@ -135,6 +136,21 @@ def _check_images(cfg: FinetuneCfg) -> str:
         if values is not None and len(values) not in (1, in_chans):
             raise ValueError(f'{name}: got {values}, expected one number, or one for each of {in_chans} channels.')
     return mode
+
+
+def _check_size(model: nn.Module, name: str, input_size: Tuple[int, ...], device: torch.device) -> None:
+    """Raise ValueError for a model that takes no images of the run's size: timm has some, which find it in an image."""
+    was_training = model.training
+    try:
+        with torch.no_grad():  # not inference_mode: what a model keeps of it may be used in training
+            model.eval()(torch.zeros(1, *input_size, device=device))
+    except (RuntimeError, ValueError, AssertionError) as error:
+        height, width = input_size[-2:]
+        raise ValueError(
+            f'img_size: {name} takes no images of {height} x {width} pixels ({on_one_line(error)}).'
+        ) from error
+    finally:
+        model.train(was_training)
 
 
 def _tell_of_bfloat16(cfg: FinetuneCfg, device: torch.device) -> None:
