@@ -22,6 +22,7 @@ from torch import nn
 
 from ..checks import Device, FloatType, NumClasses, Rate, Size, WeightInit, Width, checked
 from ..weights.layouts import StateDict
+from ..weights.shipped import shipped
 from .base import ExplainedParts, Hybrid, ImageSizes
 from .composition import check_overrides, compose_backbone, output_stride_with, resolve_vit
 from .config import MLP_LAYERS, NO_CLASS_TOKEN, GlobalPool, PatchSize, VitResNetCfg
@@ -317,6 +318,9 @@ def _cfg_384(**kwargs) -> Dict[str, Any]:
 
 
 _IMAGENET = dict(mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD)
+_NANO = dict(input_size=(3, 64, 64), crop_pct=1.0, **_IMAGENET)
+_DRAWINGS = ('animals', 'computer', 'food', 'geography', 'office', 'people', 'plants', 'recreation')
+_DRAWINGS += ('shapes', 'signs_and_symbols', 'tools', 'transportation')
 # the mean and deviation of pix2tex's grey images, which have 32x32 to 192x672 pixels and no classes
 _FORMULAS = dict(input_size=(1, 192, 672), mean=(0.7931,), std=(0.1738,), crop_pct=1.0, num_classes=0)
 # A name without a tag means its first tag that has weights
@@ -341,7 +345,10 @@ default_cfgs = generate_default_cfgs(
             hf_hub_id='timm/vit_large_r50_s32_384.augreg_in21k_ft_in1k'
         ),
         'vitresnet_large.augreg_in21k': _cfg(hf_hub_id='timm/vit_large_r50_s32_224.augreg_in21k', num_classes=21843),
-        'vitresnet_nano.untrained': _cfg(input_size=(3, 64, 64), crop_pct=1.0, **_IMAGENET),
+        'vitresnet_nano.openclipart': _cfg(
+            file=shipped('vitresnet_nano.openclipart'), num_classes=12, label_names=_DRAWINGS, **_NANO
+        ),
+        'vitresnet_nano.untrained': _cfg(**_NANO),
         'vitresnet_ocr.untrained': _cfg(**_FORMULAS),
         'vitresnet.untrained': _cfg(**_IMAGENET),
         'test_vitresnet.untrained': _cfg(input_size=(3, 96, 96), **_IMAGENET),
