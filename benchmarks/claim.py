@@ -6,6 +6,7 @@ from collections import defaultdict
 from rows import is_there, newest, read, spread, table
 
 ROBUSTNESS = dict(top1='ImageNet', real='ReaL', v2='V2', r='R', a='A', sketch='Sketch')  # timm's results files
+NAMES = dict(balanced='balanced accuracy', accuracy='accuracy')
 
 
 def with_parents() -> list:
@@ -105,12 +106,12 @@ def ablation() -> str:
     behind = newest('ablation_verdict', *asked, 'arm')
     lines = []
     for key, arms in groups.items():
-        measured = next(row['measured'] for found, row in behind.items() if found[:-1] == key)
-        column = 'balanced' if measured == 'balanced' else 'accuracy'
+        column = next(row['measured'] for found, row in behind.items() if found[:-1] == key)
+        column = 'balanced' if column == 'balanced' else 'accuracy'
         means = {arm: statistics.mean(float(row[column]) for row in rows) for arm, rows in arms.items()}
         for arm in sorted(means, key=lambda arm: -means[arm]):
             rows, found = arms[arm], behind.get((*key, arm))
-            name = f'`{key[0]}`' + (', balanced accuracy' if column == 'balanced' else ', accuracy')
+            name = f'`{key[0]}`' + (f', {float(key[2]):g} min' if key[2] else '') + f', {NAMES[column]}'
             lines.append(
                 [
                     name if arm == max(means, key=lambda arm: means[arm]) else '',

@@ -28,18 +28,13 @@ SETTINGS: Dict[str, Dict[str, Any]] = {
 }
 
 
-def run(name: str, seed: int, root: Path, output: Path, changes: Dict[str, Any]) -> Dict[str, Any]:
+def run(data: Path, folder: Path, settings: Dict[str, Any]) -> Dict[str, Any]:
     """Train on a set, or go on, and return what the row has beside what it is of."""
-    settings = {**SHARED, **SETTINGS[name], **changes, 'seed': seed}
-    folder = output / '-'.join([name, *told(changes).replace('/', '_').split(), f'{seed}'])
-    data = write(name, root)
     train(FinetuneCfg(**settings, data_dir=str(data / 'train'), output=str(folder)))
     rows = read_summary(folder)
     model = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
     found, flipped = (tested(model, data / 'test', tta) for tta in ('', 'flip'))
     return dict(
-        model=settings['model'],
-        epochs=len(rows),
         val_balanced=round(best_epoch(rows, 'balanced').metric('balanced'), 2),
         test_top1=round(found.top1, 2),
         test_balanced=round(found.balanced, 2),
@@ -64,10 +59,14 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     changes = parse_changes(args.set)
+    data = write(args.name, args.root)
     for seed in args.seeds:
-        row = dict(set=args.name, seed=seed, changes=told(changes))
-        if not (args.record and is_recorded('scratch', row)):
-            write_row('scratch', {**row, **run(args.name, seed, args.root, args.output, changes)}, args.record)
+        settings = {**SHARED, **SETTINGS[args.name], **changes, 'seed': seed}
+        row = dict(set=args.name, seed=seed, changes=told(changes), model=settings['model'], epochs=settings['epochs'])
+        if args.record and is_recorded('scratch', row):
+            continue
+        folder = args.output / '-'.join([args.name, *row['changes'].replace('/', '_').split(), f'{seed}'])
+        write_row('scratch', {**row, **run(data, folder, settings)}, args.record)
 
 
 if __name__ == '__main__':

@@ -63,7 +63,7 @@ def test_a_comparison_is_recorded_once_and_told_in_a_table(script, results, tmp_
     ]
     assert 'It is so.' in capsys.readouterr().out
     assert claim.ablation().splitlines()[2:] == [
-        '| `pairs`, accuracy | b | 83.00 ± 0.00 (2 seeds) | best |  | 1.29M | 7 | 2.50 |',
+        '| `pairs`, 2 min, accuracy | b | 83.00 ± 0.00 (2 seeds) | best |  | 1.29M | 7 | 2.50 |',
         '|  | c | 82.00 ± 0.00 (2 seeds) | 1.00 (-1.00 to 3.00) | no | 1.29M | 7 | 2.50 |',
         '|  | a | 80.50 ± 0.71 (2 seeds) | 2.50 (0.25 to 4.75) | yes | 1.29M | 7 | 1.00 |',
     ]
