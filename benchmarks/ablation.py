@@ -5,7 +5,7 @@
 This is `timm-vitres compare` on one set, by the recipe `compare` with what a set needs beside it (`SETTINGS`). A
 comparison that was killed goes on when it is started again, and seeds can be added. --peers adds timm's models of the
 nearest size (`peers`). --record appends a row per run to benchmarks/results/ablation.csv, and one per arm that is
-behind the best, with the interval of the difference, to ablation_verdict.csv; rows that are there are not written again.
+behind the best, with the interval of the difference, to ablation_verdict.csv; what is there is not written again.
 """
 
 import argparse
