@@ -12,6 +12,7 @@ import argparse
 from pathlib import Path
 from typing import Tuple
 
+import torch
 from common import is_recorded, show_logs, write_row
 from image_sets import SETS, write
 
@@ -81,6 +82,7 @@ def main() -> None:
     models = [*args.models, *(peers(settings['img_size']) if args.peers else ())]
     told = compare(cfg, models, args.seeds, args.lrs, args.minutes)
     asked = dict(set=args.set, models=' '.join(models), minutes=args.minutes or '', device=args.device or 'default')
+    asked['threads'] = torch.get_num_threads()
     for row in told.rows:
         if row['part'] == 'run':
             record_once('ablation', {**asked, **{name: row[name] for name in COLUMNS}}, args.record)
