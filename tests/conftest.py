@@ -33,6 +33,15 @@ def script(monkeypatch) -> Callable[[str], ModuleType]:
     return importlib.import_module
 
 
+def differs(runtime: str, precision: str) -> bool:
+    """Return whether a precision is another than fp32: OpenVINO computes in fp32 where the CPU has no bfloat16."""
+    if runtime == 'openvino' and precision == 'bf16':
+        import openvino
+
+        return 'BF16' in openvino.Core().get_property('CPU', 'OPTIMIZATION_CAPABILITIES')
+    return precision != 'fp32'
+
+
 def write_noise(folder: Path, **counts: int) -> None:
     """Write folder/<part>/{a,b}/*.png, images of noise, so many of each class of a part."""
     generator = np.random.default_rng(0)

@@ -10,7 +10,7 @@ import openvino
 import pytest
 import timm
 import torch
-from conftest import randomise_, relative_difference, write_folder
+from conftest import differs, randomise_, relative_difference, write_folder
 from torch.export import Dim
 
 from timm_vitres import cli
@@ -191,8 +191,7 @@ def test_files_for_runtimes(format, precision, tmp_path):
         x = torch.randn(shape)
         assert run(x).dtype == torch.float32
         assert relative_difference(run(x), model(x)) < TOLERANCE[precision]
-    if precision != 'fp32':
-        assert exported.difference > 1e-5
+    assert (exported.difference > 1e-5) == differs(format, precision)
     config = json.loads(config_of(path, format))
     assert config['input_size'] == [3, 224, 224] and len(config['mean']) == 3 and config['label_names'][6] == 'class 6'
 

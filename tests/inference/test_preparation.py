@@ -9,7 +9,7 @@ import sys
 import pytest
 import timm
 import torch
-from conftest import randomise_, relative_difference
+from conftest import differs, randomise_, relative_difference
 from torch import nn
 
 import timm_vitres
@@ -78,7 +78,7 @@ def test_engines_keep_the_contract(name, engine, precision):
     assert fast.difference == pytest.approx(relative_difference(fast(example), model(example)), rel=0.1, abs=1e-7)
     assert f'{precision}, run by {ENGINES[engine].runtime}' in fast.report and 'of 4 images' in fast.report
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
-    assert (fast.difference > 1e-4) == (precision != 'fp32')
+    assert (fast.difference > 1e-4) == differs(engine, precision)
     with pytest.raises(TypeError, match='neither saved nor copied'):
         copy.deepcopy(fast)
     with pytest.raises(ValueError, match='folded for inference'):
