@@ -6,7 +6,6 @@ from collections import defaultdict
 from rows import is_there, newest, read, spread, table
 
 ROBUSTNESS = dict(top1='ImageNet', real='ReaL', v2='V2', r='R', a='A', sketch='Sketch')  # timm's results files
-NAMES = dict(balanced='balanced accuracy', accuracy='accuracy')
 
 
 def with_parents() -> list:
@@ -100,28 +99,29 @@ def fmnist() -> str:
 def ablation() -> str:
     """Hybrids and their parents on the image sets, of equal parameters and equal time or epochs, the best first."""
     groups: dict = defaultdict(lambda: defaultdict(list))
-    asked = ('set', 'models', 'minutes', 'device')
+    asked = ('set', 'models', 'minutes', 'device', 'threads')
     for row in read('ablation'):
         groups[tuple(row[column] for column in asked)][row['arm']].append(row)
     behind = newest('ablation_verdict', *asked, 'arm')
     lines = []
     for key, arms in groups.items():
-        column = next(row['measured'] for found, row in behind.items() if found[:-1] == key)
-        column = 'balanced' if column == 'balanced' else 'accuracy'
+        measured = next(row['measured'] for found, row in behind.items() if found[:-1] == key)
+        column, title = ('balanced', 'balanced accuracy') if measured == 'balanced' else ('accuracy', 'accuracy')
+        name = f'`{key[0]}`' + (f', {float(key[2]):g} min' if key[2] else '') + f', {title}'
+        fastest = min(float(rows[0]['step_ms']) for rows in arms.values())
         means = {arm: statistics.mean(float(row[column]) for row in rows) for arm, rows in arms.items()}
-        for arm in sorted(means, key=lambda arm: -means[arm]):
+        for place, arm in enumerate(sorted(means, key=lambda arm: -means[arm])):
             rows, found = arms[arm], behind.get((*key, arm))
-            name = f'`{key[0]}`' + (f', {float(key[2]):g} min' if key[2] else '') + f', {NAMES[column]}'
             lines.append(
                 [
-                    name if arm == max(means, key=lambda arm: means[arm]) else '',
+                    '' if place else name,
                     arm,
                     spread([float(row[column]) for row in rows], 2),
                     f'{found["points"]} ({found["low"]} to {found["high"]})' if found else 'best',
                     ('yes' if found['is_told'] == 'True' else 'no') if found else '',
                     f'{int(rows[0]["parameters"]) / 1e6:.2f}M',
                     rows[0]['epochs'],
-                    f'{float(rows[0]["step_ms"]) / min(float(own[0]["step_ms"]) for own in arms.values()):.2f}',
+                    f'{float(rows[0]["step_ms"]) / fastest:.2f}',
                 ]
             )
     costs = ('parameters', 'epochs', 'time of a step, by the fastest')

@@ -82,6 +82,11 @@ def told(changes: Dict[str, Any]) -> str:
     return ' '.join(f'{name}={value}' for name, value in changes.items())
 
 
+def run_name(*parts: str, changes: Dict[str, Any], seed: int) -> str:
+    """Return the name of a run's folder."""
+    return '-'.join([*parts, *told(changes).replace('/', '_').split(), str(seed)])
+
+
 class Tested(NamedTuple):
     """What a model says of the images in a folder, which holds a folder for each class."""
 

@@ -15,7 +15,7 @@ from typing import Any, Dict
 
 import timm
 import torch
-from common import parse_changes, told, train, write_row
+from common import parse_changes, run_name, told, train, write_row
 from image_sets import FASHION, unpack
 from ship import images_of
 from torch.utils.data import DataLoader
@@ -59,7 +59,7 @@ def test(folder: Path, root: Path) -> Dict[str, float]:
 def run(arm: str, seed: int, root: Path, output: Path, changes: Dict[str, Any]) -> Dict[str, Any]:
     """Train an arm, or go on, and return its row."""
     settings = {**timm_vitres.recipe('fmnist'), **DATA, **ARMS[arm], **changes}
-    folder = output / '-'.join([arm, *told(changes).replace('/', '_').split(), f'{seed}'])
+    folder = output / run_name(arm, changes=changes, seed=seed)
     cfg = FinetuneCfg(**settings, data_dir=str(root), output=str(folder), seed=seed)
     train(cfg)
     rows = read_summary(folder)

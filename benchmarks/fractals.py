@@ -20,7 +20,7 @@ from typing import Any, Dict
 
 import timm
 import torch
-from common import is_recorded, parse_changes, tested, told, train, write_row
+from common import is_recorded, parse_changes, run_name, tested, told, train, write_row
 from formulas import images_of
 from image_sets import write
 from PIL import Image
@@ -101,8 +101,7 @@ def transfer(args: argparse.Namespace, changes: Dict[str, Any]) -> None:
         if args.record and is_recorded('fractals', row):
             continue
         data = write(name, args.output / 'data')
-        parts = (args.model, name, arm, *told(changes).replace('/', '_').split(), str(seed))
-        folder = args.output / 'transfer' / '-'.join(parts)
+        folder = args.output / 'transfer' / run_name(args.model, name, arm, changes=changes, seed=seed)
         settings = {**TRANSFER, **SETS[name], **start, **changes, 'model': args.model, 'seed': seed}
         train(FinetuneCfg(**settings, data_dir=str(data / 'train'), output=str(folder)))
         rows = read_summary(folder)

@@ -14,7 +14,7 @@ from typing import Any, Dict
 
 import timm
 import torch
-from common import is_recorded, parse_changes, tested, told, train, write_row
+from common import is_recorded, parse_changes, run_name, tested, told, train, write_row
 from image_sets import write
 
 from timm_vitres.training.report import best_epoch, read_summary
@@ -65,7 +65,7 @@ def main() -> None:
         row = dict(set=args.name, seed=seed, changes=told(changes), model=settings['model'], epochs=settings['epochs'])
         if args.record and is_recorded('scratch', row):
             continue
-        folder = args.output / '-'.join([args.name, *row['changes'].replace('/', '_').split(), f'{seed}'])
+        folder = args.output / run_name(args.name, changes=changes, seed=seed)
         write_row('scratch', {**row, **run(data, folder, settings)}, args.record)
 
 

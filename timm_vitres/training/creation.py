@@ -36,7 +36,7 @@ def create_finetune_model(cfg: FinetuneCfg, num_classes: int) -> nn.Module:
     for name, value in (('in_chans', cfg.in_chans), ('drop_rate', cfg.drop), ('drop_path_rate', cfg.drop_path)):
         if value is not None:
             kwargs[name] = value
-    source = _weights(cfg)
+    source = {**_weights(cfg), **_size(cfg)}
     try:
         model = timm.create_model(cfg.model, num_classes=num_classes, **source, **kwargs)
     except (TypeError, AttributeError, LookupError, AssertionError, ArithmeticError) as error:
@@ -74,13 +74,12 @@ def _weights(cfg: FinetuneCfg) -> Dict[str, Any]:
     for name in given:
         if not Path(getattr(cfg, name)).is_file():
             raise FileNotFoundError(f'{name}: there is no file {getattr(cfg, name)}.')
-    size = _size(cfg)
     if len(given) == 2 or (cfg.initial_checkpoint and cfg.pretrained):
         raise ValueError('initial_checkpoint: give only one of initial_checkpoint, pretrained_path and pretrained.')
     if cfg.pretrained_path:  # timm compares the classes of a file by its cfg, and -1 are no model's
         overlay = dict(file=cfg.pretrained_path, num_classes=-1)
-        return dict(pretrained=True, pretrained_cfg_overlay=overlay, **size)
-    return dict(pretrained=cfg.pretrained, checkpoint_path=cfg.initial_checkpoint, **size)
+        return dict(pretrained=True, pretrained_cfg_overlay=overlay)
+    return dict(pretrained=cfg.pretrained, checkpoint_path=cfg.initial_checkpoint)
 
 
 def _size(cfg: FinetuneCfg) -> Dict[str, Any]:
