@@ -67,9 +67,9 @@ def main() -> None:
     parser.add_argument('--peers', action='store_true', help="compare timm's models of the nearest size, too")
     parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2])
     parser.add_argument('--lrs', type=float, nargs='+', default=[3e-4, 1e-3, 3e-3])
-    cost = parser.add_mutually_exclusive_group(required=True)
-    cost.add_argument('--minutes', type=float, help='of training steps, for each run')
-    cost.add_argument('--epochs', type=int)
+    budget = parser.add_mutually_exclusive_group(required=True)
+    budget.add_argument('--minutes', type=float, help='of training steps, for each run')
+    budget.add_argument('--epochs', type=int)
     parser.add_argument('-j', '--workers', type=int, default=0)
     parser.add_argument('--device', default='')
     parser.add_argument('--record', action='store_true', help='append rows to benchmarks/results')
@@ -81,7 +81,8 @@ def main() -> None:
     cfg = FinetuneCfg(**settings, data_dir=str(write(args.set, args.root, args.source)), output=str(output))
     models = [*args.models, *(peers(settings['img_size']) if args.peers else ())]
     told = compare(cfg, models, args.seeds, args.lrs, args.minutes)
-    asked = dict(set=args.set, models=' '.join(models), minutes=args.minutes or '', device=args.device or 'default')
+    cost = f'{args.minutes:g} min' if args.minutes else f'{args.epochs} epochs'
+    asked = dict(set=args.set, models=' '.join(models), cost=cost, device=args.device or 'default')
     asked['threads'] = torch.get_num_threads()
     for row in told.rows:
         if row['part'] == 'run':

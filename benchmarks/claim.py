@@ -99,7 +99,7 @@ def fmnist() -> str:
 def ablation() -> str:
     """Hybrids and their parents on the image sets, of equal parameters and equal time or epochs, the best first."""
     groups: dict = defaultdict(lambda: defaultdict(list))
-    asked = ('set', 'models', 'minutes', 'device', 'threads')
+    asked = ('set', 'models', 'cost', 'device', 'threads')
     for row in read('ablation'):
         groups[tuple(row[column] for column in asked)][row['arm']].append(row)
     behind = newest('ablation_verdict', *asked, 'arm')
@@ -107,7 +107,7 @@ def ablation() -> str:
     for key, arms in groups.items():
         measured = next(row['measured'] for found, row in behind.items() if found[:-1] == key)
         column, title = ('balanced', 'balanced accuracy') if measured == 'balanced' else ('accuracy', 'accuracy')
-        name = f'`{key[0]}`' + (f', {float(key[2]):g} min' if key[2] else '') + f', {title}'
+        name = f'`{key[0]}`, {key[2]}, {title}'
         fastest = min(float(rows[0]['step_ms']) for rows in arms.values())
         means = {arm: statistics.mean(float(row[column]) for row in rows) for arm, rows in arms.items()}
         for place, arm in enumerate(sorted(means, key=lambda arm: -means[arm])):

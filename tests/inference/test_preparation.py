@@ -79,6 +79,9 @@ def test_engines_keep_the_contract(name, engine, precision):
     assert f'{precision}, run by {ENGINES[engine].runtime}' in fast.report and 'of 4 images' in fast.report
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert (fast.difference > 1e-4) == differs(engine, precision)
+    assert ('in fp32, since this CPU has no bfloat16' in fast.report) == (
+        precision != 'fp32' and not differs(engine, precision)
+    )
     with pytest.raises(TypeError, match='neither saved nor copied'):
         copy.deepcopy(fast)
     with pytest.raises(ValueError, match='folded for inference'):

@@ -17,6 +17,7 @@ OWN_GRAPHS = 2  # sizes that get one: those of full batches, and of the last one
 INFO = 'timm_vitres'  # where in a file's rt_info config and precision stand
 # OpenVINO computes in bfloat16 wherever the machine can, unless it is told otherwise; what is not int8 stays float32
 HINTS = {'fp32': 'f32', 'bf16': 'bf16', 'int8': 'f32'}
+CAPABILITIES = ('CPU', 'OPTIMIZATION_CAPABILITIES')
 
 CUT_OFF = '<!-- <net > was being replaced when its writer was killed: export the model again -->'
 
@@ -86,8 +87,15 @@ def _quantised(model: Any, images: torch.Tensor) -> Any:
     nncf.set_log_level(logging.ERROR)
     dataset = nncf.Dataset([image.numpy() for image in images.split(1)])
     with redirect_stdout(sys.stderr):  # where progress belongs
-        # the type of model smooths the activations' outliers before they are rounded
-        return nncf.quantize(model, dataset, model_type=nncf.ModelType.TRANSFORMER, subset_size=len(images))
+        return nncf.quantize(
+            model,
+            dataset,
+            subset_size=len(images),
+            # smooths the activations' outliers before they are rounded
+            model_type=nncf.ModelType.TRANSFORMER,
+            # weights of 7 bits: the sums of 8-bit ones saturate on CPUs without VNNI
+            advanced_parameters=nncf.AdvancedQuantizationParameters(overflow_fix=nncf.OverflowFix.ENABLE),
+        )
 
 
 def is_export(path: Path) -> bool:
@@ -111,11 +119,18 @@ class Runner:
         self.core.set_property({'ENABLE_MMAP': os.name != 'nt'})  # a file that is mapped can't be removed there
         self.model = self.core.read_model(path)
         told = [INFO, 'precision']
-        precision = self.model.get_rt_info(told).astype(str) if self.model.has_rt_info(told) else 'fp32'
-        self.settings = {'INFERENCE_PRECISION_HINT': HINTS[precision], 'INFERENCE_NUM_THREADS': torch.get_num_threads()}
+        self.precision = self.model.get_rt_info(told).astype(str) if self.model.has_rt_info(told) else 'fp32'
+        hint = HINTS[self.precision]
+        self.settings = {'INFERENCE_PRECISION_HINT': hint, 'INFERENCE_NUM_THREADS': torch.get_num_threads()}
         tops = [self.model.input(0).partial_shape[axis].get_max_length() for axis in (2, 3)]
         self.largest = [top if top > 0 else sys.maxsize for top in tops]  # -1 of a file without bounds
         self.graphs: Dict[Optional[Tuple[int, ...]], Any] = {}
+
+    @property
+    def note(self) -> str:
+        """What is to be said of how it runs on this machine."""
+        asked_in_vain = self.precision == 'bf16' and 'BF16' not in self.core.get_property(*CAPABILITIES)
+        return 'in fp32, since this CPU has no bfloat16' if asked_in_vain else ''
 
     def __call__(self, x: torch.Tensor) -> Any:
         """x: (B, C, H, W), float32 -> a tensor, or a list of them."""

@@ -123,7 +123,8 @@ def prepare(
     else:
         del folded
         lowered = _EngineModule(_run_by_engine(model, engine, precision, images, example is not None))
-        done.chosen = f'{precision}, run by {ENGINES[engine].runtime}'
+        note = getattr(lowered.run, 'note', '')
+        done.chosen = f'{precision}, run by {ENGINES[engine].runtime}' + (f', {note}' if note else '')
     prepared = Prepared(lowered, model, precision, engine)
     if compile:
         steps.update()
