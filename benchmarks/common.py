@@ -102,15 +102,29 @@ class Tested(NamedTuple):
         return sum(self.recalls.values()) / len(self.recalls)
 
 
-def tested(model: nn.Module, test: Path, tta: str = '') -> Tested:
-    """Classify the images in a folder, by the model's own data config; SystemExit for one that can't be read."""
+def merged(prediction: Prediction, merge: Callable[[str], str]) -> Prediction:
+    """Return what a prediction says of wider classes: each is as likely as those that `merge` puts there, together."""
+    sums: Dict[str, float] = {}
+    for label, probability in zip(prediction.labels, prediction.probabilities):
+        sums[merge(label)] = sums.get(merge(label), 0.0) + probability
+    labels = sorted(sums, key=lambda label: -sums[label])
+    return prediction._replace(labels=labels, probabilities=[sums[label] for label in labels])
+
+
+def tested(model: nn.Module, test: Path, tta: str = '', merge: Callable[[str], str] = str) -> Tested:
+    """Classify the images in a folder, by the model's own data config; SystemExit for one that can't be read.
+
+    Args:
+        merge: Returns the wider class of a class, where a model learns finer ones than it is asked for.
+    """
     images = ImageFolder(test, check=False)
     paths, targets = zip(*images.reader.samples)
-    predictions, unreadable = predict(model, paths, topk=1, tta=tta)
+    predictions, unreadable = predict(model, paths, topk=len(images.classes), tta=tta)
     if unreadable:
         raise SystemExit(unreadable[0])
-    truth = [images.classes[target] for target in targets]
-    right: Dict[str, list] = {name: [] for name in images.classes}
+    predictions = [merged(prediction, merge) for prediction in predictions]
+    truth = [merge(images.classes[target]) for target in targets]
+    right: Dict[str, list] = {name: [] for name in sorted(set(truth))}
     for prediction, name in zip(predictions, truth):
         right[name].append(prediction.labels[0] == name)
     recalls = {name: 100 * sum(found) / len(found) for name, found in right.items()}

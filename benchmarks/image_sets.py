@@ -10,11 +10,14 @@ is drawn with seed 0, so that the same data make the same folder; a folder that 
 | fmnist | Fashion-MNIST (Xiao et al. 2017, arXiv:1708.07747), 28 x 28, grey | 60,000 + 10,000 | 10 | 10% |
 | fmnist10 | a tenth of each class of its training images, all of its test images | 6,000 + 10,000 | 10 | 10% |
 | elpv | ELPV, solar cells, 300 x 300, grey (Deitsch et al. 2019, Solar Energy 185) | 1,970 + 654 | 2 | 68.8% |
+| elpv_grades | the same cells, in a class for each probability and cell type | 1,970 + 654 | 8 | 35.2% |
 | openclipart | Openclipart 0.18, drawings, 96 x 96, colour | 3,420 + 848 | 12 | 38.7% (a twelfth: 8.3%) |
 | pairs | two photographs of Fashion-MNIST on a canvas of 64 x 64, grey | 20,000 + 5,000 | 2 | 50% |
 
 elpv: a cell is defective where its probability of a defect is above 0.5; a quarter of the cells, drawn evenly from
 every probability and cell type, is the test set.
+elpv_grades: the classes are '0 mono' to '100 poly', so that a model learns how sure the experts were, and what kind of
+cell it is; `class_of_grade` says which class of elpv that is.
 openclipart: `drawings.py` says how it is made.
 pairs: "same" is one photograph twice, "different" are two of the same class. No photograph is on two canvases, and
 those of the test canvases are test photographs. What tells the classes apart is a relation between two places.
@@ -96,8 +99,13 @@ def fmnist(source: Optional[Path], fraction: Optional[float] = None) -> Iterator
             yield Entry(part, CLASSES_OF_FASHION[labels[index]], f'{index:05d}.png', images[index])
 
 
-def elpv(source: Optional[Path]) -> Iterator[Entry]:
-    """Yield the photographs of solar cells."""
+def class_of_grade(name: str) -> str:
+    """Return the class of elpv that a class of elpv_grades belongs to: of '67 mono' and '100 poly' it is defective."""
+    return CLASSES_OF_ELPV[int(name.split()[0]) > 50]
+
+
+def elpv(source: Optional[Path], grades: bool = False) -> Iterator[Entry]:
+    """Yield the photographs of solar cells, with their classes, or with their grades."""
     if source is None:
         try:
             source = Path(str(files('elpv_dataset'))) / 'data'
@@ -111,7 +119,8 @@ def elpv(source: Optional[Path]) -> Iterator[Entry]:
     for index, row in enumerate(table):
         path = source / row['path'].decode()
         part = 'test' if index in held_out else 'train'
-        yield Entry(part, CLASSES_OF_ELPV[int(row['probability'] > 0.5)], path.name, path)
+        grade = f'{100 * row["probability"]:.0f} {row["type"].decode()}'
+        yield Entry(part, grade if grades else class_of_grade(grade), path.name, path)
 
 
 def canvas(first: np.ndarray, second: np.ndarray, generator: np.random.Generator) -> np.ndarray:
@@ -164,6 +173,7 @@ SETS: Dict[str, Callable[[Optional[Path], Dict[str, str]], Iterator[Entry]]] = {
     'fmnist': lambda source, left_out: fmnist(source),
     'fmnist10': lambda source, left_out: fmnist(source, 0.1),
     'elpv': lambda source, left_out: elpv(source),
+    'elpv_grades': lambda source, left_out: elpv(source, grades=True),
     'openclipart': lambda source, left_out: (Entry(*entry) for entry in openclipart(source, left_out)),
     'pairs': lambda source, left_out: pairs(source),
 }

@@ -106,3 +106,12 @@ def test_a_model_from_random_weights_is_trained_once(script, results, tmp_path, 
     [line] = claim.scratch().splitlines()[2:]
     assert line.startswith('| `openclipart` | `vitresnet_nano`, epochs=1 img_size=32 batch_size=4 workers=0 | 1 | ')
     assert line.count('(2 seeds)') == 4
+
+
+def test_finer_classes_are_merged_before_they_are_compared(script):
+    common = script('common')
+    finer = common.Prediction('a.png', ['67 poly', '0 mono', '33 poly', '100 mono'], [0.35, 0.3, 0.25, 0.1])
+    wider = common.merged(finer, script('image_sets').class_of_grade)
+    assert wider.image == 'a.png' and wider.labels == ['functional', 'defective']
+    assert wider.probabilities == pytest.approx([0.55, 0.45])
+    assert common.merged(finer, str) == finer

@@ -164,6 +164,12 @@ def test_solar_cells_are_split_as_published(image_sets, tmp_path):
     assert len(groups) == 8
     assert all(abs(parts.count('test') - len(parts) / 4) <= 0.5 for parts in groups.values())
     assert Counter(part for parts in groups.values() for part in parts) == {'train': 1970, 'test': 654}
+    graded = image_sets.write('elpv_grades', tmp_path)
+    grades = {path.name: path.relative_to(graded).parts[:2] for path in graded.rglob('*.png')}
+    assert {name: (part, image_sets.class_of_grade(grade)) for name, (part, grade) in grades.items()} == found
+    for path, probability, kind in table:
+        percent, cell = grades[Path(path).name][1].split()
+        assert abs(int(percent) - 100 * float(probability)) < 1 and cell == kind
 
 
 def drawing(seed):
