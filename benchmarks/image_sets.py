@@ -17,7 +17,8 @@ is drawn with seed 0, so that the same data make the same folder; a folder that 
 elpv: a cell is defective where its probability of a defect is above 0.5; a quarter of the cells, drawn evenly from
 every probability and cell type, is the test set.
 elpv_grades: the classes are '0 mono' to '100 poly', so that a model learns how sure the experts were, and what kind of
-cell it is; `class_of_grade` says which class of elpv that is.
+cell it is; `class_of_grade` says which class of elpv that is. Here a tenth of the training images is in val/, for every
+seed, and for a teacher, alike.
 openclipart: `drawings.py` says how it is made.
 pairs: "same" is one photograph twice, "different" are two of the same class. No photograph is on two canvases, and
 those of the test canvases are test photographs. What tells the classes apart is a relation between two places.
@@ -115,10 +116,14 @@ def elpv(source: Optional[Path], grades: bool = False) -> Iterator[Entry]:
     groups = [f'{row["probability"]:.2f} {row["type"].decode()}' for row in table]
     numbers = {group: index for index, group in enumerate(sorted(set(groups)))}
     _, test = stratified_split([numbers[group] for group in groups], 0.25, seed=0)
-    held_out = set(test)
+    parts = dict.fromkeys(test, 'test')
+    if grades:
+        others = [index for index in range(len(table)) if index not in parts]
+        _, val = stratified_split([numbers[groups[index]] for index in others], 0.1, seed=0)
+        parts.update((others[index], 'val') for index in val)
     for index, row in enumerate(table):
         path = source / row['path'].decode()
-        part = 'test' if index in held_out else 'train'
+        part = parts.get(index, 'train')
         grade = f'{100 * row["probability"]:.0f} {row["type"].decode()}'
         yield Entry(part, grade if grades else class_of_grade(grade), path.name, path)
 

@@ -32,7 +32,7 @@ SETTINGS: Dict[str, Dict[str, Any]] = {
     'elpv_grades': dict(
         model=ARMS['interleaved'].model, model_kwargs=ARMS['interleaved'].model_kwargs(112), in_chans=1, img_size=112,
         epochs=60, batch_size=32, scale=(0.8, 1.0), ratio=(0.9, 1.1), vflip=0.5, mean=(0.5,), std=(0.25,),
-        smoothing=0.0, eval_metric='loss', workers=1,
+        smoothing=0.0, eval_metric='loss', workers=0,
     ),
 }  # fmt: skip
 MERGE: Dict[str, Callable[[str], str]] = {'elpv_grades': class_of_grade}  # what a set's test images are asked for
@@ -40,7 +40,8 @@ MERGE: Dict[str, Callable[[str], str]] = {'elpv_grades': class_of_grade}  # what
 
 def run(data: Path, folder: Path, settings: Dict[str, Any]) -> Dict[str, Any]:
     """Train on a set, or go on, and return what the row has beside what it is of."""
-    train(FinetuneCfg(**settings, data_dir=str(data / 'train'), output=str(folder)))
+    images = data if (data / 'val').is_dir() else data / 'train'
+    train(FinetuneCfg(**settings, data_dir=str(images), output=str(folder)))
     rows, measured = read_summary(folder), settings['eval_metric']
     model = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
     merge = MERGE.get(data.name, str)

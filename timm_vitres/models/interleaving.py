@@ -90,6 +90,15 @@ def set_stem_stride_(stem: nn.Module, stride: int) -> None:
             stem.last_feat_idx = -1  # there is no map of another stride inside it any more; a script wants a number
 
 
+def fit_stem(state_dict: StateDict, stem: nn.Module) -> StateDict:
+    """Rename a stem of one convolution, which timm calls otherwise with a pooling behind it than without."""
+    with_pool, without = 'stem.conv1.', 'stem.'
+    own, other = (with_pool, without) if isinstance(stem, Stem) else (without, with_pool)
+    if 'stem.conv2.conv.weight' in state_dict or f'{other}conv.weight' not in state_dict:
+        return state_dict
+    return {own + key.removeprefix(other) if key.startswith(other) else key: value for key, value in state_dict.items()}
+
+
 def _is_strided(module: nn.Module) -> bool:
     return isinstance(module, (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d)) and to_2tuple(module.stride) == (2, 2)
 

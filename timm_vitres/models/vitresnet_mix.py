@@ -38,6 +38,7 @@ from .interleaving import (
     byob_cfg,
     find_levels,
     fit_rel_tables,
+    fit_stem,
     input_stride,
     rel_table_size,
     set_stem_stride_,
@@ -154,6 +155,11 @@ class VitResNetMix(Hybrid, ByobNet):
         return fit_rel_tables(state_dict, self.state_dict())
 
     @torch.jit.ignore
+    def filter_state_dict(self, state_dict: StateDict, img_size: Optional[Sequence[int]] = None) -> StateDict:
+        """See `Hybrid.filter_state_dict`; a stem of one convolution may have gained or lost its pooling."""
+        return super().filter_state_dict(fit_stem(state_dict, self.stem), img_size)
+
+    @torch.jit.ignore
     def table_size(self, state_dict: StateDict, candidates: Sequence[Any] = ()) -> Any:
         """See `Hybrid.table_size`."""
         return rel_table_size(state_dict, self.cfg, candidates)
@@ -255,9 +261,7 @@ class VitResNetMix(Hybrid, ByobNet):
         check_output_fmt(output_fmt)
         take_indices, max_index = feature_take_indices(len(self.level_indices), indices)
         levels = self._run(x, self.level_indices[max_index] if stop_early else self.num_levels)
-        maps: List[torch.Tensor] = []
-        for i in take_indices:
-            maps.append(as_format(levels[self.level_indices[i]], output_fmt))
+        maps = [as_format(levels[self.level_indices[i]], output_fmt) for i in take_indices]
         if intermediates_only:
             return maps
         return levels[-1], maps
