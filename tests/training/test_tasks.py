@@ -77,6 +77,16 @@ def test_a_teacher_answers_in_the_order_of_the_students_classes(tmp_path):
     torch.testing.assert_close(found(x), teacher(x)[:, [1, 2, 0]])
 
 
+def test_a_teachers_memory_format_is_the_students(tmp_path):
+    name, teacher = saved_teacher(tmp_path / 'teacher')
+    config, x = dict(data_config(model()), input_size=(3, 32, 32)), torch.randn(2, 3, 48, 64)
+    for channels_last in (False, True):
+        found = create_teacher(cfg(kd_model_name=name, channels_last=channels_last), NAMES, config)
+        kernel = next(value for value in found.state_dict().values() if value.ndim == 4 and min(value.shape) > 1)
+        assert kernel.is_contiguous(memory_format=torch.channels_last) == channels_last
+        torch.testing.assert_close(found(x), teacher(x))
+
+
 def test_a_student_of_one_channel_has_a_teacher_of_three(tmp_path):
     name, teacher = saved_teacher(tmp_path / 'teacher')
     student = model(in_chans=1)

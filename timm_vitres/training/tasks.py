@@ -99,6 +99,8 @@ def create_teacher(cfg: FinetuneCfg, label_names: List[str], config: Dict[str, A
                 unknown = sorted(set(label_names) - set(names))[0]
                 raise ValueError(f'kd_model_name: {cfg.kd_model_name!r} has no class {unknown!r}, as the images have.')
             order = [list(names).index(name) for name in label_names]
+    if cfg.channels_last:
+        model.to(memory_format=torch.channels_last)
     return Teacher(model, config, data_config(model), order)
 
 
