@@ -36,7 +36,7 @@ SHARED.update(mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25), crop_pct=1.0)
 PRETRAIN = dict(SHARED, img_size=64, epochs=20, batch_size=128, lr=2e-3, scale=(0.5, 1.0), vflip=0.5, smoothing=0.1)
 TRANSFER = dict(SHARED, batch_size=32, val_frac=0.15, scale=(0.8, 1.0), ratio=(0.9, 1.1), eval_metric='balanced')
 TRANSFER.update(model_ema=True, model_ema_decay=0.99, model_ema_warmup=True)
-# What a set needs beside that; ELPV is trained on as in the demo
+# What a set needs beside that
 SETS: Dict[str, Dict[str, Any]] = {
     'elpv': dict(img_size=112, epochs=16, vflip=0.5, balance_classes=True),
     'openclipart': dict(img_size=64, epochs=30, balance_classes=True, scale=(0.5, 1.0)),
