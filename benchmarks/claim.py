@@ -129,7 +129,7 @@ def ablation() -> str:
 
 
 def scratch() -> str:
-    """Our small models from random weights on the folder sets."""
+    """Our small models on the folder sets."""
     runs = defaultdict(list)
     for row in read('scratch'):
         runs[row['set'], row['model'], row['changes'], row['epochs']].append(row)

@@ -1,11 +1,12 @@
-"""Our small models from random weights on the folders of `image_sets.py`: what is shipped, and what few images give.
+"""Our small models on the folders of `image_sets.py`: what is shipped, and what few images give.
 
     python benchmarks/scratch.py openclipart [--seeds 0 1 2] [--record] [--set epochs=40]
 
-One recipe for a set (`SETTINGS`); any setting of it may be given anew, as --set name=value, and the row has it. A part
-of the training images chooses the epoch; the test images are looked at once, when a run is over, by a model that was
-loaded from its folder: as it is, and mirrored, too (`--tta flip`). A run that was killed goes on, one that has its row
-is not made again. --record appends a row per run to benchmarks/results/scratch.csv.
+One recipe for a set (`SETTINGS`); any setting of it may be given anew, as --set name=value, and the row has it. Another
+model begins with random weights, unless it is given some. A part of the training images chooses the epoch; the test
+images are looked at once, when a run is over, by a model that was loaded from its folder: as it is, and mirrored, too
+(`--tta flip`). A run that was killed goes on, one that has its row is not made again. --record appends a row per run to
+benchmarks/results/scratch.csv.
 """
 
 import argparse
