@@ -19,19 +19,22 @@ ROOT = Path(__file__).parent.parent
 
 
 def elpv() -> str:
-    """The demo's figures, by recipe: the one of today first."""
-    runs = defaultdict(list)
+    """The demo's figures, by recipe: the one of today first; then those of longer runs on its images."""
+    runs, longer = defaultdict(list), defaultdict(list)
     for row in read('elpv'):
         runs[row['recipe']].append(row)
-    columns = ('balanced', 'top1', 'recall_functional', 'recall_defective')
-    names = ['today', *(f'before, {row[-1]["date"]}' for row in list(runs.values())[-2::-1])]
-    rows = [
-        [name, *(spread([float(row[column]) for row in found]) for column in columns)]
-        for name, found in zip(names, reversed(runs.values()))
-    ]
-    return table(
-        ['recipe', 'balanced accuracy (%)', 'accuracy (%)', 'functional found (%)', 'defective found (%)'], rows
-    )
+    for row in read('scratch'):
+        if row['set'] == 'elpv_grades':
+            row.update(top1=row['test_top1_tta'], balanced=row['test_balanced_tta'])
+            longer[f'`{row["model"]}`, {row["epochs"]} epochs', row['changes']].append(row)
+    names = ['the demo', *(f'the demo before, {row[-1]["date"]}' for row in list(runs.values())[-2::-1])]
+    found = [*zip(names, reversed(runs.values())), *((name, rows) for (name, _), rows in longer.items())]
+    lines = []
+    for name, rows in found:
+        minutes = statistics.mean(float(row['train_seconds']) for row in rows) / 60
+        figures = (spread([float(row[column]) for row in rows]) for column in ('top1', 'balanced'))
+        lines.append([name, *figures, f'{minutes:.0f} min'])
+    return table(['training', 'accuracy (%)', 'balanced accuracy (%)', 'took'], lines)
 
 
 def dense() -> str:
