@@ -14,7 +14,7 @@ from typing import Tuple
 
 import torch
 from common import is_recorded, show_logs, write_row
-from image_sets import SETS, write
+from image_sets import write
 
 from timm_vitres import FinetuneCfg, compare, recipe
 from timm_vitres.models.arms import ARMS, MANY_PIXELS
@@ -59,7 +59,7 @@ def record_once(name: str, row: dict, record: bool) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('set', choices=list(SETS))
+    parser.add_argument('set', choices=list(SETTINGS))
     parser.add_argument('--root', type=Path, default=Path('sets'), help='folder that the sets are written into')
     parser.add_argument('--source', type=Path, help="the original data, where they are not in their package's place")
     parser.add_argument('--output', type=Path, help='folder of the comparison; else ablation/SET')

@@ -119,7 +119,7 @@ def tested(model: nn.Module, test: Path, tta: str = '', merge: Callable[[str], s
     """
     images = ImageFolder(test, check=False)
     paths, targets = zip(*images.reader.samples)
-    predictions, unreadable = predict(model, paths, topk=len(images.classes), tta=tta)
+    predictions, unreadable = predict(model, paths, topk=model.num_classes, tta=tta)
     if unreadable:
         raise SystemExit(unreadable[0])
     predictions = [merged(prediction, merge) for prediction in predictions]

@@ -10,15 +10,15 @@ is drawn with seed 0, so that the same data make the same folder; a folder that 
 | fmnist | Fashion-MNIST (Xiao et al. 2017, arXiv:1708.07747), 28 x 28, grey | 60,000 + 10,000 | 10 | 10% |
 | fmnist10 | a tenth of each class of its training images, all of its test images | 6,000 + 10,000 | 10 | 10% |
 | elpv | ELPV, solar cells, 300 x 300, grey (Deitsch et al. 2019, Solar Energy 185) | 1,970 + 654 | 2 | 68.8% |
-| elpv_grades | the same cells, in a class for each probability and cell type | 1,970 + 654 | 8 | 35.2% |
+| elpv_grades | the same cells, in a class for each probability and cell type | 1,773 + 654 | 8 | 35.2% |
 | openclipart | Openclipart 0.18, drawings, 96 x 96, colour | 3,420 + 848 | 12 | 38.7% (a twelfth: 8.3%) |
 | pairs | two photographs of Fashion-MNIST on a canvas of 64 x 64, grey | 20,000 + 5,000 | 2 | 50% |
 
 elpv: a cell is defective where its probability of a defect is above 0.5; a quarter of the cells, drawn evenly from
 every probability and cell type, is the test set.
 elpv_grades: the classes are '0 mono' to '100 poly', so that a model learns how sure the experts were, and what kind of
-cell it is; `class_of_grade` says which class of elpv that is. Here a tenth of the training images is in val/, for every
-seed, and for a teacher, alike.
+cell it is; `class_of_grade` says which class of elpv that is. A tenth of elpv's training images, 197, is in val/, for
+every seed, and for a teacher, alike.
 openclipart: `drawings.py` says how it is made.
 pairs: "same" is one photograph twice, "different" are two of the same class. No photograph is on two canvases, and
 those of the test canvases are test photographs. What tells the classes apart is a relation between two places.
@@ -218,7 +218,7 @@ def write(name: str, root: Path, source: Optional[Path] = None) -> Path:
 def summary(folder: Path) -> List[str]:
     """Return a line for each part of a set, and one for each reason why something was left out."""
     lines = []
-    for part in PARTS:
+    for part in (part for part in ('train', 'val', 'test') if (folder / part).is_dir()):
         counts = {path.name: len(list(path.iterdir())) for path in sorted((folder / part).iterdir())}
         total, most = sum(counts.values()), max(counts, key=lambda label: counts[label])
         each = ', '.join(f'{label} {count:,}' for label, count in counts.items())
