@@ -19,7 +19,7 @@ demo-dense: .venv/installed  ## train a U-Net and a DPT on vitresnet_base to fin
 	$(BIN)/python benchmarks/dense.py --output demo-dense
 
 test: .venv/installed lint  ## lint, types and the default suite (about 15 minutes on 2 cores)
-	$(BIN)/python -m pytest -m 'not slow' -n auto --dist worksteal --durations 30  # a process of one thread on each core
+	$(BIN)/python -m pytest -m 'not slow' --durations 30
 
 test-one: .venv/installed  ## one file or test of the suite: make test-one T=tests/models/test_backbone.py::test_levels
 	$(BIN)/python -m pytest $(or $(T),$(error T: not given, expected a file of tests or one of its tests))

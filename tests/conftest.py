@@ -2,7 +2,6 @@
 
 import importlib
 import logging
-import os
 from pathlib import Path
 from types import ModuleType
 from typing import Callable, Iterator
@@ -17,15 +16,6 @@ import timm_vitres  # noqa: F401
 from timm_vitres.inference.openvino_ir import CAPABILITIES
 from timm_vitres.publishing.cards import render_card
 from timm_vitres.publishing.saving import save
-
-
-def pytest_configure() -> None:
-    """Share the cores between the processes of pytest-xdist, and with the programs that they start."""
-    processes = int(os.environ.get('PYTEST_XDIST_WORKER_COUNT', 1))
-    if processes > 1:
-        threads = max(1, (os.cpu_count() or 1) // processes)
-        os.environ['OMP_NUM_THREADS'] = str(threads)
-        torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)

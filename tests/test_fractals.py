@@ -1,6 +1,5 @@
 """Pretraining without photographs, benchmarks/fractals.py and formulas.py: what a fractal is, and how runs go on."""
 
-import argparse
 import csv
 import sys
 from pathlib import Path
@@ -174,7 +173,9 @@ def test_figures_weigh_classes_alike(fractals, script, tmp_path, monkeypatch):
         (tmp_path / name).mkdir()
         for index in range(count):
             Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / name / f'{index}.png')
-    always_a = argparse.Namespace(labels=['a'])
+    always_a = script('common').Prediction('0.png', ['a', 'b'], [0.9, 0.1])
     monkeypatch.setattr(script('common'), 'predict', lambda model, paths, topk, tta: ([always_a] * len(paths), []))
-    monkeypatch.setattr(fractals.timm, 'create_model', lambda *args, **kwargs: fractals.torch.nn.Identity())
+    model = fractals.torch.nn.Identity()
+    model.num_classes = 2
+    monkeypatch.setattr(fractals.timm, 'create_model', lambda *args, **kwargs: model)
     assert fractals.figures(tmp_path, tmp_path) == dict(test_images=4, test_top1=75.0, test_balanced=50.0)
