@@ -18,7 +18,7 @@ demo: .venv/installed  ## fine-tune vitresnet_mix_nano on photographs of solar c
 demo-dense: .venv/installed  ## train a U-Net and a DPT on vitresnet_base to find handwriting on photographs, minutes on 2 cores
 	$(BIN)/python benchmarks/dense.py --output demo-dense
 
-test: .venv/installed lint  ## lint, types and the default suite (about 15 minutes on 2 cores)
+test: .venv/installed lint  ## lint, types and the default suite (15 to 45 minutes on 2 cores, as they are)
 	$(BIN)/python -m pytest -m 'not slow' --durations 30
 
 test-one: .venv/installed  ## one file or test of the suite: make test-one T=tests/models/test_backbone.py::test_levels
