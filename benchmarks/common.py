@@ -101,6 +101,12 @@ class Tested(NamedTuple):
         """The mean of the classes' recalls, in percent."""
         return sum(self.recalls.values()) / len(self.recalls)
 
+    @property
+    def figures(self) -> Dict[str, Any]:
+        """What a row says of them."""
+        recalls = {f'recall_{name}': round(recall, 2) for name, recall in self.recalls.items()}
+        return dict(images=len(self.paths), balanced=round(self.balanced, 2), top1=round(self.top1, 2), **recalls)
+
 
 def merged(prediction: Prediction, merge: Callable[[str], str]) -> Prediction:
     """Return what a prediction says of wider classes: each is as likely as those that `merge` puts there, together."""

@@ -59,9 +59,7 @@ def main() -> None:
             (epoch,) = read_summary(output)
             found = tested(timm.create_model(f'local-dir:{output}', pretrained=True).eval(), root / 'test')
             row = dict(model=cfg.model, head_loss=loss, seed=seed, train_loss=round(epoch['train_loss'], 4))
-            row.update(images=len(found.paths), balanced=round(found.balanced, 2), top1=round(found.top1, 2))
-            row.update({f'recall_{name}': round(recall, 2) for name, recall in found.recalls.items()})
-            row['train_seconds'] = round(epoch['seconds'])
+            row.update(found.figures, train_seconds=round(epoch['seconds']))
             row['recipe'] = ' '.join(f'{key}={value}' for key, value in RECIPE.items() if key != 'model')
             write_row('dual_elpv', row, args.record)
 

@@ -41,12 +41,7 @@ def evaluate(model_folder: Path, test: Path, picture: Path) -> dict:
     shown = np.random.default_rng(0).permutation(len(found.paths))[:8]
     titles = [f'in truth {found.truth[i]}' for i in shown]
     plot_predictions([found.predictions[i] for i in shown], picture, titles=titles)
-    return dict(
-        images=len(found.paths),
-        balanced=round(found.balanced, 2),
-        top1=round(found.top1, 2),
-        **{f'recall_{name}': round(recall, 2) for name, recall in found.recalls.items()},
-    )
+    return found.figures
 
 
 def evaluate_in_new_process(*arguments: Path) -> dict:

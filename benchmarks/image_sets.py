@@ -113,19 +113,18 @@ def elpv(source: Optional[Path], grades: bool = False) -> Iterator[Entry]:
         except ModuleNotFoundError:
             raise SystemExit('The photographs of solar cells are missing: pip install elpv-dataset') from None
     table = np.genfromtxt(source / 'labels.csv', dtype=['|S19', '<f8', '|S4'], names=['path', 'probability', 'type'])
-    groups = [f'{row["probability"]:.2f} {row["type"].decode()}' for row in table]
-    numbers = {group: index for index, group in enumerate(sorted(set(groups)))}
-    _, test = stratified_split([numbers[group] for group in groups], 0.25, seed=0)
+    labels = [f'{100 * row["probability"]:.0f} {row["type"].decode()}' for row in table]
+    ordered = sorted(set(labels), key=lambda label: (int(label.split()[0]), label))
+    numbers = [ordered.index(label) for label in labels]
+    _, test = stratified_split(numbers, 0.25, seed=0)
     parts = dict.fromkeys(test, 'test')
     if grades:
         others = [index for index in range(len(table)) if index not in parts]
-        _, val = stratified_split([numbers[groups[index]] for index in others], 0.1, seed=0)
+        _, val = stratified_split([numbers[index] for index in others], 0.1, seed=0)
         parts.update((others[index], 'val') for index in val)
-    for index, row in enumerate(table):
+    for index, (row, label) in enumerate(zip(table, labels)):
         path = source / row['path'].decode()
-        part = parts.get(index, 'train')
-        grade = f'{100 * row["probability"]:.0f} {row["type"].decode()}'
-        yield Entry(part, grade if grades else class_of_grade(grade), path.name, path)
+        yield Entry(parts.get(index, 'train'), label if grades else class_of_grade(label), path.name, path)
 
 
 def canvas(first: np.ndarray, second: np.ndarray, generator: np.random.Generator) -> np.ndarray:
@@ -218,7 +217,8 @@ def write(name: str, root: Path, source: Optional[Path] = None) -> Path:
 def summary(folder: Path) -> List[str]:
     """Return a line for each part of a set, and one for each reason why something was left out."""
     lines = []
-    for part in (part for part in ('train', 'val', 'test') if (folder / part).is_dir()):
+    parts = [part for part in ('train', 'val', 'test') if (folder / part).is_dir()]
+    for part in parts:
         counts = {path.name: len(list(path.iterdir())) for path in sorted((folder / part).iterdir())}
         total, most = sum(counts.values()), max(counts, key=lambda label: counts[label])
         each = ', '.join(f'{label} {count:,}' for label, count in counts.items())

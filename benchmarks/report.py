@@ -32,9 +32,13 @@ def elpv() -> str:
     lines = []
     for name, rows in found:
         minutes = statistics.mean(float(row['train_seconds']) for row in rows) / 60
-        figures = (spread([float(row[column]) for row in rows]) for column in ('top1', 'balanced'))
+        columns = ('top1', 'balanced', 'recall_functional', 'recall_defective')  # longer runs have no recalls
+        figures = [spread([float(row[column]) for row in rows]) if column in rows[0] else '' for column in columns]
         lines.append([name, *figures, f'{minutes:.0f} min'])
-    return table(['training', 'accuracy (%)', 'balanced accuracy (%)', 'took'], lines)
+    return table(
+        ['training', 'accuracy (%)', 'balanced accuracy (%)', 'functional found (%)', 'defective found (%)', 'took'],
+        lines,
+    )
 
 
 def dense() -> str:

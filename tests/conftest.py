@@ -4,7 +4,7 @@ import importlib
 import logging
 from pathlib import Path
 from types import ModuleType
-from typing import Callable, Iterator
+from typing import Callable, Iterator, Sequence
 
 import numpy as np
 import pytest
@@ -43,11 +43,11 @@ def differs(runtime: str, precision: str) -> bool:
     return precision != 'fp32'
 
 
-def write_noise(folder: Path, **counts: int) -> None:
-    """Write folder/<part>/{a,b}/*.png, images of noise, so many of each class of a part."""
+def write_noise(folder: Path, classes: Sequence[str] = ('a', 'b'), **counts: int) -> None:
+    """Write folder/<part>/<class>/*.png, images of noise, so many of each class of a part."""
     generator = np.random.default_rng(0)
     for part, count in counts.items():
-        for name in ('a', 'b'):
+        for name in classes:
             (folder / part / name).mkdir(parents=True)
             for index in range(count):
                 pixels = generator.integers(0, 256, (32, 32, 3)).astype(np.uint8)

@@ -3,28 +3,15 @@
 import json
 import sys
 
-import numpy as np
 import pytest
-from PIL import Image
+from conftest import write_noise
 
 GRADES = [f'{percent} {cell}' for percent in (0, 33, 67, 100) for cell in ('mono', 'poly')]
 
 
-def write_cells(folder):
-    """Write grey squares, the darker the likelier a defect is."""
-    generator = np.random.default_rng(0)
-    for part, count in (('train', 3), ('val', 1), ('test', 2)):
-        for grade in GRADES:
-            path = folder / part / grade
-            path.mkdir(parents=True)
-            for index in range(count):
-                pixels = 200 - int(grade.split()[0]) + generator.integers(0, 20, (40, 40))
-                Image.fromarray(pixels.astype(np.uint8)).save(path / f'{index}.png')
-
-
 def test_the_demo_in_small(script, tmp_path, monkeypatch, capsys):
     elpv = script('elpv')
-    write_cells(tmp_path / 'demo/elpv_grades')
+    write_noise(tmp_path / 'demo/elpv_grades', GRADES, train=3, val=1, test=2)
     for name, value in dict(epochs=1, img_size=32, batch_size=8).items():
         monkeypatch.setitem(elpv.RECIPE, name, value)
     monkeypatch.setattr(sys, 'argv', ['elpv.py', '--output', str(tmp_path / 'demo')])
