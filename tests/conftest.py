@@ -27,6 +27,14 @@ def usual_log_level():
         handler.setLevel(logging.NOTSET)
 
 
+@pytest.fixture(autouse=True)
+def usual_threads():
+    """Give a process its number of threads back: scripts of benchmarks/ set it, and it changes the last bits."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture
 def script(monkeypatch) -> Callable[[str], ModuleType]:
     """What imports a script of benchmarks/ by its name; they import each other as when they are run."""
