@@ -1,5 +1,7 @@
 # Everything sets itself up: `.venv` is made, and filled from PyPI, where it is missing or older than pyproject.toml.
 PYTHON ?= python3
+# processes of the suite
+JOBS ?= 2
 BIN := .venv/bin
 
 .PHONY: help demo demo-dense test test-one test-slow test-vithybrid test-lowest lint format clean
@@ -19,7 +21,8 @@ demo-dense: .venv/installed  ## train a U-Net and a DPT on vitresnet_base to fin
 	$(BIN)/python benchmarks/dense.py --output demo-dense
 
 test: .venv/installed lint  ## lint, types and the default suite (15 to 45 minutes on 2 cores, as they are)
-	$(BIN)/python -m pytest -m 'not slow' --durations 30
+	# a thread for each process, set before it starts: with another number of threads the last bits are others
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not slow' -n $(JOBS) --dist worksteal --durations 30
 
 test-one: .venv/installed  ## one file or test of the suite: make test-one T=tests/models/test_backbone.py::test_levels
 	$(BIN)/python -m pytest $(or $(T),$(error T: not given, expected a file of tests or one of its tests))
