@@ -96,27 +96,35 @@ def fmnist() -> str:
     return table(['arm', 'parameters', 'epochs', 'test top-1 (%)', 'with six views of an image', 'training'], lines)
 
 
-def ablation() -> str:
-    """Hybrids and their parents on the image sets, of equal parameters and equal time or epochs, the best first."""
+def comparisons() -> list:
+    """Return each comparison of arms on a set: its cost, what is measured, the runs of each arm, and who is behind."""
     groups: dict = defaultdict(lambda: defaultdict(list))
     asked = ('set', 'models', 'cost', 'device', 'threads')
     for row in read('ablation'):
         groups[tuple(row[column] for column in asked)][row['arm']].append(row)
-    behind = newest('ablation_verdict', *asked, 'arm')
-    lines = []
+    newest_behind = newest('ablation_verdict', *asked, 'arm')
+    found = []
     for key, arms in groups.items():
-        measured = next(row['measured'] for found, row in behind.items() if found[:-1] == key)
-        column, title = ('balanced', 'balanced accuracy') if measured == 'balanced' else ('accuracy', 'accuracy')
-        name = f'`{key[0]}`, {key[2]}, {title}'
+        behind = {of[-1]: row for of, row in newest_behind.items() if of[:-1] == key}
+        column = 'balanced' if next(iter(behind.values()))['measured'] == 'balanced' else 'accuracy'
+        figures = {arm: [float(row[column]) for row in rows] for arm, rows in arms.items()}
+        name = f'`{key[0]}`, {key[2]}, {"balanced accuracy" if column == "balanced" else "accuracy"}'
+        found.append((name, arms, figures, behind))
+    return found
+
+
+def ablation() -> str:
+    """Hybrids and their parents on the image sets, of equal parameters and equal time or epochs, the best first."""
+    lines = []
+    for name, arms, figures, behind in comparisons():
         fastest = min(float(rows[0]['step_ms']) for rows in arms.values())
-        means = {arm: statistics.mean(float(row[column]) for row in rows) for arm, rows in arms.items()}
-        for place, arm in enumerate(sorted(means, key=lambda arm: -means[arm])):
-            rows, found = arms[arm], behind.get((*key, arm))
+        for place, arm in enumerate(sorted(arms, key=lambda arm: -statistics.mean(figures[arm]))):
+            rows, found = arms[arm], behind.get(arm)
             lines.append(
                 [
                     '' if place else name,
                     arm,
-                    spread([float(row[column]) for row in rows], 2),
+                    spread(figures[arm], 2),
                     f'{found["points"]} ({found["low"]} to {found["high"]})' if found else 'best',
                     ('yes' if found['is_told'] == 'True' else 'no') if found else '',
                     f'{int(rows[0]["parameters"]) / 1e6:.2f}M',
@@ -126,6 +134,19 @@ def ablation() -> str:
             )
     costs = ('parameters', 'epochs', 'time of a step, by the fastest')
     return table(['set', 'arm', 'test images (%)', 'behind the best (interval)', 'told apart', *costs], lines)
+
+
+def arms() -> str:
+    """Each comparison in a line: the best arm, and those that can not be told apart from it, in bold."""
+    found = comparisons()
+    names = list(dict.fromkeys(arm for _, arms, _, _ in found for arm in arms))
+    lines = []
+    for name, runs, figures, behind in found:
+        told = {arm for arm, row in behind.items() if row['is_told'] == 'True'}
+        cells = {arm: spread(values) if arm in told else f'**{spread(values)}**' for arm, values in figures.items()}
+        epochs = ', '.join(runs[arm][0]['epochs'] if arm in runs else '-' for arm in names)
+        lines.append([name, *(cells.get(arm, '-') for arm in names), epochs])
+    return table(['set', *names, 'epochs of each'], lines)
 
 
 def scratch() -> str:

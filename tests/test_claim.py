@@ -67,6 +67,10 @@ def test_a_comparison_is_recorded_once_and_told_in_a_table(script, results, tmp_
         '|  | c | 82.00 ± 0.00 (2 seeds) | 1.00 (-1.00 to 3.00) | no | 1.29M | 7 | 2.50 |',
         '|  | a | 80.50 ± 0.71 (2 seeds) | 2.50 (0.25 to 4.75) | yes | 1.29M | 7 | 1.00 |',
     ]
+    header, _, line = claim.arms().splitlines()
+    assert header == '| set | a | b | c | epochs of each |'
+    cells = ('`pairs`, 2 min, accuracy', '80.5 ± 0.7 (2 seeds)', '**83.0 ± 0.0 (2 seeds)**', '**82.0 ± 0.0 (2 seeds)**')
+    assert line == f'| {" | ".join(cells)} | 7, 7, 7 |'
     for epochs in ('7', '9'):  # comparisons of one set that cost other than that one
         monkeypatch.setattr(sys, 'argv', [*command[:2], '--epochs', epochs, *command[4:]])
         ablation.main()
