@@ -20,7 +20,7 @@ demo: .venv/installed  ## fine-tune vitresnet_mix_nano on photographs of solar c
 demo-dense: .venv/installed  ## train a U-Net and a DPT on vitresnet_base to find handwriting on photographs, minutes on 2 cores
 	$(BIN)/python benchmarks/dense.py --output demo-dense
 
-test: .venv/installed lint  ## lint, types and the default suite (15 to 45 minutes on 2 cores, as they are)
+test: .venv/installed lint  ## lint, types and the default suite (half an hour on 2 slow cores)
 	# a thread for each process, set before it starts: with another number of threads the last bits are others
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not slow' -n $(JOBS) --dist worksteal --durations 30
 
