@@ -97,7 +97,7 @@ def fmnist() -> str:
 
 
 def comparisons() -> list:
-    """Return each comparison of arms on a set: its cost, what is measured, the runs of each arm, and who is behind."""
+    """Return of each comparison: set, cost and measure; by arm its rows and its figures; and by arm how far it is behind."""
     groups: dict = defaultdict(lambda: defaultdict(list))
     asked = ('set', 'models', 'cost', 'device', 'threads')
     for row in read('ablation'):
@@ -106,10 +106,10 @@ def comparisons() -> list:
     found = []
     for key, arms in groups.items():
         behind = {of[-1]: row for of, row in newest_behind.items() if of[:-1] == key}
-        column = 'balanced' if next(iter(behind.values()))['measured'] == 'balanced' else 'accuracy'
+        measured = next(iter(behind.values()))['measured']
+        column, title = ('balanced', 'balanced accuracy') if measured == 'balanced' else ('accuracy', 'accuracy')
         figures = {arm: [float(row[column]) for row in rows] for arm, rows in arms.items()}
-        name = f'`{key[0]}`, {key[2]}, {"balanced accuracy" if column == "balanced" else "accuracy"}'
-        found.append((name, arms, figures, behind))
+        found.append((f'`{key[0]}`, {key[2]}, {title}', arms, figures, behind))
     return found
 
 
@@ -139,7 +139,7 @@ def ablation() -> str:
 def arms() -> str:
     """Each comparison in a line: the best arm, and those that can not be told apart from it, in bold."""
     found = comparisons()
-    names = list(dict.fromkeys(arm for _, arms, _, _ in found for arm in arms))
+    names = list(dict.fromkeys(arm for _, runs, _, _ in found for arm in runs))
     lines = []
     for name, runs, figures, behind in found:
         told = {arm for arm, row in behind.items() if row['is_told'] == 'True'}
