@@ -97,7 +97,7 @@ def fmnist() -> str:
 
 
 def comparisons() -> list:
-    """Return of each comparison: set, cost and measure; by arm its rows and its figures; and by arm how far it is behind."""
+    """Return of each comparison: its name; by arm the rows and their figures; and by arm how far it is behind."""
     groups: dict = defaultdict(lambda: defaultdict(list))
     asked = ('set', 'models', 'cost', 'device', 'threads')
     for row in read('ablation'):
