@@ -4,6 +4,7 @@ import pytest
 import timm
 import torch
 from test_loop import settings, weights
+from timm.optim import muon
 from torch.nn import functional as F
 
 from timm_vitres.training.loop import finetune
@@ -173,3 +174,20 @@ def test_what_is_not_finite_is_found():
     for bad in (float('nan'), float('inf'), -float('inf')):
         assert not are_finite([*fine, torch.tensor([0.0, bad])])
         assert not are_finite([torch.tensor(bad, dtype=torch.bfloat16), *fine])
+
+
+@pytest.mark.parametrize('capability, dtypes', [('AVX2', {torch.float32}), ('AVX512', {None})])
+@pytest.mark.parametrize('opt', ['nmuon', 'nadamuon'])
+def test_a_cpu_without_bfloat16_runs_muon_in_float32(image_folder, tmp_path, monkeypatch, opt, capability, dtypes):
+    seen = set()
+    orthogonalise = muon.zeropower_via_newtonschulz
+
+    def watched(*args, **kwargs):
+        seen.add(kwargs.get('dtype'))
+        return orthogonalise(*args, **kwargs)
+
+    monkeypatch.setattr(muon, 'zeropower_via_newtonschulz', watched)
+    monkeypatch.setattr(torch.backends.cpu, 'get_cpu_capability', lambda: capability)
+    finetune(settings(image_folder, tmp_path / 'run', epochs=1, opt=opt))
+    assert seen == dtypes
+    assert muon.zeropower_via_newtonschulz is watched  # others' Muon is left as it was

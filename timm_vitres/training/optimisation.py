@@ -1,11 +1,12 @@
 """Optimizer, schedule and steps of a run, on timm.optim and timm.scheduler."""
 
 import math
-from contextlib import nullcontext
-from typing import Any, List, Tuple
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from typing import Any, Iterator, List, Tuple
 
 import torch
-from timm.optim import create_optimizer_v2, get_optimizer_info
+from timm.optim import create_optimizer_v2, get_optimizer_info, muon
 from timm.scheduler import create_scheduler_v2
 from timm.task.task import TrainingTask
 from timm.utils import NativeScaler, dispatch_clip_grad
@@ -81,6 +82,22 @@ def create_scheduler(cfg: FinetuneCfg, optimizer: torch.optim.Optimizer, num_upd
     return scheduler
 
 
+def lacks_bfloat16(device: torch.device) -> bool:
+    """Return whether a device is a CPU without instructions for bfloat16, which computes in it many times slower."""
+    return device.type == 'cpu' and torch.backends.cpu.get_cpu_capability() == 'AVX2'
+
+
+@contextmanager
+def _muon_in_float32() -> Iterator[None]:
+    """Let timm's Muon orthogonalise in float32; it has no argument for it, and takes bfloat16."""
+    orthogonalise = muon.zeropower_via_newtonschulz
+    muon.zeropower_via_newtonschulz = partial(orthogonalise, dtype=torch.float32)
+    try:
+        yield
+    finally:
+        muon.zeropower_via_newtonschulz = orthogonalise
+
+
 class Stepper:
     """Gradients of batches, added up, clipped, and taken as steps."""
 
@@ -91,6 +108,7 @@ class Stepper:
         dtype = torch.bfloat16 if cfg.amp_dtype == 'bfloat16' else torch.float16
         self.autocast = (lambda: torch.autocast(device.type, dtype)) if cfg.amp else nullcontext
         self.scaler = NativeScaler(device.type) if cfg.amp and cfg.amp_dtype == 'float16' else None
+        self.stepping = _muon_in_float32 if 'muon' in cfg.opt and lacks_bfloat16(device) else nullcontext
 
     def updates(self, num_batches: int) -> int:
         """Return how many steps so many batches make; the last one may be of fewer."""
@@ -117,20 +135,22 @@ class Stepper:
             parameters = list(self.task.get_clip_parameters(exclude_head=self.cfg.clip_mode == 'agc'))
             parameters = [parameter for parameter in parameters if parameter.requires_grad]
         if self.scaler is not None:
-            self.scaler(
-                loss,
-                self.optimizer,
-                clip_grad=clip,
-                clip_mode=self.cfg.clip_mode,
-                parameters=parameters,
-                need_update=is_last,
-            )
+            with self.stepping():
+                self.scaler(
+                    loss,
+                    self.optimizer,
+                    clip_grad=clip,
+                    clip_mode=self.cfg.clip_mode,
+                    parameters=parameters,
+                    need_update=is_last,
+                )
         else:
             loss.backward()
             if is_last:
                 if clip is not None:
                     dispatch_clip_grad(parameters, value=clip, mode=self.cfg.clip_mode)
-                self.optimizer.step()
+                with self.stepping():
+                    self.optimizer.step()
         if is_last:
             self.optimizer.zero_grad()
 

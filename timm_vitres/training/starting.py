@@ -19,7 +19,7 @@ from .creation import create_finetune_model, image_size, without_weights
 from .datasets import Data, load_data
 from .held_out import TABLE_NAME
 from .loaders import check_policy
-from .optimisation import check_optimizer
+from .optimisation import check_optimizer, lacks_bfloat16
 from .processes import Processes, was_restarted
 from .report import best_epoch, count_epochs
 from .runs import RECORD_NAME, Record, run_folder
@@ -154,15 +154,11 @@ def _check_size(model: nn.Module, name: str, input_size: Tuple[int, ...], device
 
 
 def _tell_of_bfloat16(cfg: FinetuneCfg, device: torch.device) -> None:
-    """Warn of what computes in bfloat16 on a CPU that has no instructions for it."""
-    if device.type != 'cpu' or torch.backends.cpu.get_cpu_capability() != 'AVX2':
-        return
-    uses = {'amp': cfg.amp and cfg.amp_dtype == 'bfloat16', 'opt': 'muon' in cfg.opt}
-    for name in (name for name, is_used in uses.items() if is_used):
+    """Warn of mixed precision in bfloat16 on a CPU that has no instructions for it."""
+    if cfg.amp and cfg.amp_dtype == 'bfloat16' and lacks_bfloat16(device):
         _logger.warning(
-            '%s: %s computes in bfloat16, which this CPU has no instructions for; that is several times slower here '
-            'than float32.',
-            *(name, 'mixed precision' if name == 'amp' else cfg.opt),
+            'amp: mixed precision computes in bfloat16, which this CPU has no instructions for; that is several times '
+            'slower here than float32.'
         )
 
 
