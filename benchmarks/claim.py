@@ -145,8 +145,10 @@ def arms() -> str:
         told = {arm for arm, row in behind.items() if row['is_told'] == 'True'}
         cells = {arm: spread(values) if arm in told else f'**{spread(values)}**' for arm, values in figures.items()}
         epochs = ', '.join(runs[arm][0]['epochs'] if arm in runs else '-' for arm in names)
-        lines.append([name, *(cells.get(arm, '-') for arm in names), epochs])
-    return table(['set', *names, 'epochs of each'], lines)
+        seconds = {arm: statistics.mean(float(row['seconds']) for row in rows) for arm, rows in runs.items()}
+        minutes = ', '.join(f'{seconds[arm] / 60:.1f}' if arm in seconds else '-' for arm in names)
+        lines.append([name, *(cells.get(arm, '-') for arm in names), epochs, minutes])
+    return table(['set', *names, 'epochs of each', 'minutes of a run'], lines)
 
 
 def scratch() -> str:

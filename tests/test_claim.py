@@ -37,7 +37,7 @@ def test_a_comparison_is_recorded_once_and_told_in_a_table(script, results, tmp_
 
     def compare(cfg, models, seeds, lrs, minutes):
         asked.append((cfg, models, seeds, minutes))
-        shared = dict.fromkeys(ablation.COLUMNS, '1') | dict(part='run', parameters='1290000', epochs='7')
+        shared = dict.fromkeys(ablation.COLUMNS, '1') | dict(part='run', parameters='1290000', epochs='7', seconds='90')
         runs = [
             dict(
                 shared, arm=arm, seed=str(seed), accuracy=str(ACCURACY[arm][seed]), step_ms='10' if arm == 'a' else '25'
@@ -68,9 +68,9 @@ def test_a_comparison_is_recorded_once_and_told_in_a_table(script, results, tmp_
         '|  | a | 80.50 ± 0.71 (2 seeds) | 2.50 (0.25 to 4.75) | yes | 1.29M | 7 | 1.00 |',
     ]
     header, _, line = claim.arms().splitlines()
-    assert header == '| set | a | b | c | epochs of each |'
+    assert header == '| set | a | b | c | epochs of each | minutes of a run |'
     cells = ('`pairs`, 2 min, accuracy', '80.5 ± 0.7 (2 seeds)', '**83.0 ± 0.0 (2 seeds)**', '**82.0 ± 0.0 (2 seeds)**')
-    assert line == f'| {" | ".join(cells)} | 7, 7, 7 |'
+    assert line == f'| {" | ".join(cells)} | 7, 7, 7 | 1.5, 1.5, 1.5 |'
     for epochs in ('7', '9'):  # comparisons of one set that cost other than that one
         monkeypatch.setattr(sys, 'argv', [*command[:2], '--epochs', epochs, *command[4:]])
         ablation.main()

@@ -50,23 +50,28 @@ def test_answers_are_read_as_they_were_written(names, tmp_path):
 
 
 def test_the_table_has_means_and_spreads():
-    verdict = judge({'a': np.array([[1, 1, 0], [1, 0, 1]]), 'b': np.array([[0, 1, 0], [1, 0, 0]])})
+    verdict = judge({'a': np.array([[1, 1, 0], [1, 0, 1]]), 'b': np.array([[0, 1, 0], [1, 0, 0]])})  # c diverged
     first, second, third = arm_figures(plan(), ROWS, verdict)
     assert first['accuracy (%)'] == '70.00 ± 14.14' and first['parameters'] == '1,234,567' and first['lr'] == '0.01'
-    assert first['behind the best'] == '' and second['behind the best'] == str(verdict.behind['b'])
+    assert first['behind the best'] == 'best' and second['behind the best'] == str(verdict.behind['b'])
     assert (first['training'], first['a step'], first['an image']) == ('12 s', '12.3 ms', '4 ms')
     assert third['accuracy (%)'] == 'diverged' and third['training'] == third['lr'] == ''
+    assert third['behind the best'] == 'left out'
+    some = arm_figures(plan(), {**ROWS, 'c': [row('70.00'), row('', 'diverged')]}, verdict)[2]
+    assert some['accuracy (%)'] == '70.00; 1 of 2 seeds diverged' and some['behind the best'] == 'left out'
     lines = table_lines([first, second, third])
     assert len({len(line) for line in lines}) == 1 and lines[1].strip('|-') == '' and lines[2].startswith('| a ')
 
 
-@pytest.mark.parametrize('minutes, says', [(None, 'for as many epochs'), (2.5, 'for 2.5 minutes of steps')])
+@pytest.mark.parametrize('minutes, says', [(None, 'for as many epochs'), (2.5, 'for about 2.5 minutes of steps')])
 def test_the_report_says_how_the_figures_came_about(minutes, says, tmp_path):
     cfg = FinetuneCfg(data_dir='images', img_size=48, seed=42)
     told = plan(minutes)
+    told.batches = 1500
     write_comparison(tmp_path, cfg, told, ROWS, arm_figures(told, ROWS, None), 'A sentence.')
     text = (tmp_path / 'README.md').read_text()
     assert says in text and 'A sentence.' in text and 'img_size=48' in text and 'a third of the epochs' in text
+    assert ('in whole epochs (a 2.2, b 2.2 and c 2.2).' in text) == (minutes is not None)
     assert (tmp_path / 'comparison.png').read_bytes()[:4] == b'\x89PNG'
 
 

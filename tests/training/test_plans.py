@@ -125,6 +125,30 @@ def test_a_plan_is_kept_but_for_seeds_that_are_added(cfg, times, tmp_path):
     assert make_plan(cfg, asked(cfg, seeds=(0, 3)), tmp_path).images == plan.images
 
 
+def test_seeds_that_are_added_after_a_verdict_and_other_versions_are_noted(cfg, times, tmp_path, monkeypatch, caplog):
+    make_plan(cfg, asked(cfg, seeds=(0,)), tmp_path)
+    assert make_plan(cfg, asked(cfg, seeds=(0, 3)), tmp_path).looks == 0
+    (tmp_path / 'README.md').write_text('a verdict')
+    assert make_plan(cfg, asked(cfg, seeds=(0, 3)), tmp_path).looks == 0
+    assert make_plan(cfg, asked(cfg, seeds=(0, 3, 4)), tmp_path).looks == 1
+    assert 'begun with' not in caplog.text
+    before = plans.__version__
+    monkeypatch.setattr(plans, '__version__', '9.9.9')
+    for _ in range(2):
+        plan = make_plan(cfg, asked(cfg, seeds=(0, 3, 4)), tmp_path)
+        assert plan.versions['timm-vitres'] == f'{before} and 9.9.9' and plan.looks == 1
+    assert caplog.text.count(f'The comparison was begun with timm-vitres {before}, and goes on with 9.9.9.') == 1
+
+
+def test_times_that_whole_epochs_make_unequal_are_told_of(cfg, times, tmp_path, caplog):
+    (tmp_path / 'even').mkdir()
+    assert make_plan(cfg, asked(cfg, minutes=0.2), tmp_path / 'even').batches == 3  # epochs of 3 and 6 seconds: 4 and 2
+    assert 'minutes: ' not in caplog.text
+    make_plan(cfg, asked(cfg, minutes=0.14), tmp_path)  # 3 and 1
+    told = [record.getMessage() for record in caplog.records if 'minutes: ' in record.getMessage()]
+    assert told == [f'minutes: {TINY[1]} gets 0.1, since epochs are whole; give more for equal times.']
+
+
 @pytest.mark.parametrize('text', ['', '[]', '{"arms": {}}', '{"arms": 3}'])
 def test_what_is_no_plan_is_named(text, cfg, tmp_path):
     (tmp_path / 'compare.json').write_text(text)

@@ -104,3 +104,15 @@ def test_of_a_dataset_by_name_the_test_split_is_taken(fashion):  # noqa: F811
     for split, message in (('train', "^test_split: 'train' has images of"), ('', "^test_split: got ''")):
         with pytest.raises(ValueError, match=message):
             reserve(named, 'L', split)
+
+
+def test_test_images_that_carry_no_verdict_are_told_of_at_once(tmp_path):
+    write_folder(tmp_path / 'train', per_class=6)
+    write_folder(tmp_path / 'test', per_class=2)
+    for path in (tmp_path / 'test' / 'down').iterdir():
+        path.unlink()
+    (tmp_path / 'test' / 'down').rmdir()
+    assert reserve(cfg(tmp_path), 'RGB')['description'].endswith('test images are the 2 of test/, with none of down')
+    (tmp_path / 'test' / 'across' / '1.png').unlink()
+    with pytest.raises(ValueError, match=r'^test_split: .* has 1 test image, expected two or more\.'):
+        reserve(cfg(tmp_path), 'RGB')

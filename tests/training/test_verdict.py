@@ -40,7 +40,7 @@ def test_two_arms_alike_on_all_images_have_the_interval_of_the_paired_t_test():
 
 def test_what_the_images_make_of_an_interval_is_the_formula_of_agresti_and_min():
     first, second = np.array([[1, 1, 1, 1, 0, 1, 0, 1, 1, 1]]), np.array([[1, 0, 1, 1, 0, 0, 1, 0, 1, 1]])
-    found = judge({'a': first, 'b': second}).behind['b']
+    found = judge({'a': np.tile(first, (3, 1)), 'b': np.tile(second, (3, 1))}).behind['b']  # seeds make no difference
     only_first, only_second, number = 3 + 0.5, 1 + 0.5, 10 + 2  # half an image is added to each of the four cells
     p, q = only_first / number, only_second / number
     half = student(0.975, number - 1) * math.sqrt((p + q - (p - q) ** 2) / number)
@@ -58,8 +58,30 @@ def test_figures_are_means_and_spreads_over_the_seeds():
 
 def test_where_each_class_counts_the_same_the_mean_is_that_of_the_recalls():
     right = np.array([[1, 1, 0, 1, 0, 1]])
-    weights = np.array([0.75] * 4 + [1.5] * 2)  # four images of a class, two of another
-    assert judge({'a': right, 'b': right}, weights, 'x').means['a'] == pytest.approx(100 * (0.75 + 0.5) / 2)
+    assert judge({'a': right, 'b': right}, np.array(list('aaaabb')), 'x').means['a'] == pytest.approx(62.5)
+
+
+@pytest.mark.parametrize('rare', [1, 3, 10])
+def test_balanced_accuracy_knows_how_few_images_a_class_has(rare):
+    """Both arms get 85% of the classes' images right, 90% of one class and 80% of the other, each another one."""
+    rng, runs = np.random.default_rng(5), 200
+    classes = np.array(['often'] * 300 + ['rare'] * rare)
+    truth = {name: np.where(classes == 'often', p, q) for name, p, q in (('a', 0.9, 0.8), ('b', 0.8, 0.9))}
+    wrong = 0
+    for _ in range(runs):
+        verdict = judge({name: np.tile(rng.random(len(p)) < p, (3, 1)) for name, p in truth.items()}, classes, 'x')
+        wrong += any(found.is_told for found in verdict.behind.values())
+    assert wrong <= 0.05 * runs + 2 * math.sqrt(0.05 * 0.95 * runs)
+
+
+def test_an_arm_that_varies_more_borrows_no_certainty_of_the_others():
+    rng = np.random.default_rng(6)
+    steady = {f'arm {index}': rng.random((3, 4000)) < 0.7 for index in range(4)}
+    scores = np.array([0.76, 0.9, 0.98])  # their spread is eleven points, that of the others one
+    restless = rng.random((3, 4000)) < scores[:, None]
+    found = judge({**steady, 'restless': restless}).behind['arm 0']
+    own = (restless.mean(1) - steady['arm 0'].mean(1)).var(ddof=1)
+    assert found.high - found.points >= 100 * student(1 - 0.025 / 10, 8) * math.sqrt(own / 3)
 
 
 @pytest.mark.parametrize('images', [2, 50, 5000])
@@ -82,7 +104,7 @@ def test_a_clear_difference_is_told():
 
 
 @pytest.mark.parametrize(
-    'seeds, images, by_image, by_seed', [(2, 50, 1, 1), (3, 300, 0, 0.3), (3, 300, 2, 0), (5, 40, 1, 0.1)]
+    'seeds, images, by_image, by_seed', [(4, 50, 1, 1), (3, 300, 0, 0.3), (3, 300, 2, 0), (5, 40, 1, 0.1)]
 )
 @pytest.mark.parametrize('arms', [2, 5])
 def test_arms_that_are_equally_good_are_seldom_told_apart(arms, seeds, images, by_image, by_seed):
@@ -106,10 +128,22 @@ def test_the_interval_holds_the_true_difference():
 def test_of_one_seed_nothing_is_concluded():
     right, wrong = np.ones((1, 300)), np.zeros((1, 300))
     verdict = judge({'a': wrong, 'b': right, 'c': right})
-    assert verdict.behind['a'].is_told and verdict.spreads['a'] is None  # as far as the images go
+    assert verdict.behind['a'] == (100, -math.inf, math.inf) and verdict.spreads['a'] is None
+    assert str(verdict.behind['a']) == '100.0 points' and not verdict.behind['a'].is_told
     assert verdict.sentence == (
         'By accuracy on these 300 test images b (100.0%) and c (100.0%) are ahead, before a (0.0%); but one seed says '
         'nothing about the chance of training, so that none is called better: give more seeds.'
+    )
+
+
+def test_of_two_seeds_that_agree_by_chance_nothing_is_concluded():
+    """Two models that answer one class alone, each the same twice."""
+    first = np.repeat([1, 0], [70, 30])
+    verdict = judge({'a': np.tile(first, (2, 1)), 'b': np.tile(1 - first, (2, 1))})
+    assert not verdict.behind['b'].is_told
+    assert verdict.sentence == (
+        'By accuracy on these 100 test images a (70.0%) is ahead, before b (30.0%); but 2 seeds say too little about '
+        'the chance of training, so that none is called better: give more seeds.'
     )
 
 

@@ -13,7 +13,7 @@ import os
 import shutil
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Annotated, Dict, Iterator, List, NamedTuple, Optional, Tuple
 
 import numpy as np
 import timm
@@ -82,10 +82,11 @@ def compare(
         models: Names of arms (`models.arms.ARMS`), or of timm models, with arguments after a colon:
             'vitresnet_nano:depth=3,embed_dim=96'.
         seeds: Each trains every model once, with a validation split of its own. The first also chooses learning rates;
-            others may be added later.
+            others may be added later (how many there shall be is better settled before the first verdict is read).
         lrs: The learning rates to choose from.
         minutes: Let every model train for the epochs whose training steps take so long here, by a measurement in which
-            the models take turns, in place of equal epochs.
+            the models take turns, in place of equal epochs. Epochs are whole, so that arms may get a third more or
+            less; the report says what each got.
         test_split, test_frac: See `reserved.reserve`.
 
     Raises:
@@ -248,10 +249,16 @@ class _Comparing:
         measured = 'balanced accuracy' if is_balanced else 'accuracy'
         sentence = 'Fewer than two arms could be trained, so that nothing is compared.'
         if len(whole) > 1:
-            verdict = judge(correct, _weights(labels) if is_balanced else None, measured)
+            verdict = judge(correct, labels if is_balanced else None, measured)
             sentence = verdict.sentence
         if lost:
             sentence += f' Left out, since training diverged: {listed(lost)}.'
+        if self.plan.looks:
+            times = 'once' if self.plan.looks == 1 else f'{self.plan.looks} times'
+            sentence += (
+                f' Seeds were added {times} when such a sentence had been read: whoever stops at a welcome one finds '
+                'differences by chance more often than the intervals say.'
+            )
         figures = arm_figures(self.plan, rows, verdict)
         write_comparison(self.folder, self.cfg, self.plan, rows, figures, sentence)
         return Comparison(self.folder, self.rows, figures, verdict, sentence)
@@ -271,9 +278,3 @@ class _Collected(logging.Handler):
 
 def _validated(best: Best) -> Dict[str, str]:
     return {f'val_{metric}': f'{best.metric(metric):.4g}' for metric in ('top1', 'balanced', 'macro_f1', 'loss')}
-
-
-def _weights(labels: Sequence[str]) -> np.ndarray:
-    """Return what each image counts where every class counts the same: 1 in the mean."""
-    _, inverse, counts = np.unique(labels, return_inverse=True, return_counts=True)
-    return len(labels) / (len(counts) * counts[inverse])

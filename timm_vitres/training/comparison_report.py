@@ -14,12 +14,12 @@ from ..measure import as_ms
 from ..pictures import draws_curves, plot_comparison
 from ..writing import replacing
 from .held_out import Answers
-from .plans import OWN, SHORT, Plan
+from .plans import OWN, REPORT_NAME, SHORT, Plan
 from .settings import FinetuneCfg
-from .verdict import Verdict
+from .verdict import Verdict, listed
 
 RESULTS_NAME, ANSWERS_NAME = 'results.csv', 'test.csv'
-REPORT_NAME, PICTURE_NAME = 'README.md', 'comparison.png'
+PICTURE_NAME = 'comparison.png'
 COLUMNS = (
     *('part', 'arm', 'lr', 'seed', 'epochs', 'state', 'best_epoch', 'val_top1', 'val_balanced', 'val_macro_f1'),
     *('val_loss', 'accuracy', 'balanced', 'seconds', 'parameters', 'step_ms', 'latency_ms'),
@@ -68,18 +68,29 @@ def arm_figures(plan: Plan, rows: Mapping[str, Sequence[Any]], verdict: Optional
     """Return the table of the arms: a dict for each, by the names of its columns."""
     figures = []
     for name, arm in plan.arms.items():
-        own = [row for row in rows.get(name, ()) if row and not row['state']]
+        own, lost = _ended_well(rows.get(name, ())), _lost(rows.get(name, ()))
         told = dict(arm=name, parameters=f'{arm.parameters:,}', epochs=str(arm.epochs))
         told['lr'] = own[0]['lr'] if own else ''
         for column, title in (('accuracy', 'accuracy (%)'), ('balanced', 'balanced (%)')):
-            told[title] = _spread([float(row[column]) for row in own]) if own else 'diverged'
+            spread = _spread([float(row[column]) for row in own]) if own else 'diverged'
+            told[title] = f'{spread}; {lost}' if own and lost else spread
         told['behind the best'] = ''
-        if verdict is not None and name in verdict.means:
-            told['behind the best'] = str(verdict.behind.get(name, ''))
+        if verdict is not None:
+            told['behind the best'] = str(verdict.behind.get(name, 'best' if name == verdict.best else 'left out'))
         told['training'] = f'{statistics.mean(float(row["seconds"]) for row in own):.0f} s' if own else ''
         told['a step'], told['an image'] = as_ms(arm.step_seconds), as_ms(arm.latency_seconds)
         figures.append(told)
     return figures
+
+
+def _ended_well(rows: Sequence[Any]) -> List[Any]:
+    return [row for row in rows if row and not row['state']]
+
+
+def _lost(rows: Sequence[Any]) -> str:
+    """Return how many of an arm's runs diverged, '' where none did."""
+    count = sum(bool(row and row['state']) for row in rows)
+    return f'{count} of {len(rows)} seeds diverged' if count else ''
 
 
 def _spread(values: Sequence[float]) -> str:
@@ -106,12 +117,13 @@ def write_comparison(
 ) -> None:
     """Write the picture, where matplotlib is installed, and the report, the last thing."""
     column = 'balanced' if cfg.eval_metric == 'balanced' else 'accuracy'
-    scores = {name: [float(row[column]) for row in own if row and not row['state']] for name, own in rows.items()}
+    scores = {name: [float(row[column]) for row in _ended_well(own)] for name, own in rows.items()}
     draws = draws_curves() and any(scores.values())
     if draws:
-        notes = {
-            name: f'{arm.parameters / 1e6:.3g}M, {as_ms(arm.step_seconds)} a step' for name, arm in plan.arms.items()
-        }
+        notes = {}
+        for name, arm in plan.arms.items():
+            facts = [f'{arm.parameters / 1e6:.3g}M', f'{as_ms(arm.step_seconds)} a step', _lost(rows.get(name, ()))]
+            notes[name] = ', '.join(fact for fact in facts if fact)
         title = f'{column} on the test images (%)'
         plot_comparison({name: own for name, own in scores.items() if own}, notes, title, folder / PICTURE_NAME)
     else:
@@ -128,7 +140,9 @@ def _how(cfg: FinetuneCfg, plan: Plan) -> str:
     minutes = plan.asked['minutes']
     cost = 'Every arm was trained for as many epochs.'
     if minutes is not None:
-        cost = f'Every arm was trained for {minutes:g} minutes of steps, by their measured time, in whole epochs.'
+        cost = f'Every arm was trained for about {minutes:g} minutes of steps, by their measured time, in whole epochs'
+        got = {name: arm.epochs * plan.batches * arm.step_seconds / 60 for name, arm in plan.arms.items()}
+        cost += f' ({listed([f"{name} {value:.2g}" for name, value in got.items()])}).' if plan.batches else '.'
     default = type(cfg)(data_dir='.')
     given = [
         f'{name}={value}'
@@ -140,7 +154,7 @@ def _how(cfg: FinetuneCfg, plan: Plan) -> str:
     if len(plan.lrs) > 1:
         search = (
             f'The learning rate of each arm is that of {lrs} which was best on validation images, with seed '
-            f'{plan.seeds[0]} and a {"third" if SHORT == 3 else f"{SHORT}th"} of the epochs.'
+            f'{plan.seeds[0]} and a {"third" if SHORT == 3 else f"{SHORT}th"} of the epochs, or one.'
         )
     versions = ', '.join(f'{name} {version}' for name, version in plan.versions.items())
     return (

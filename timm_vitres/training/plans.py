@@ -29,7 +29,7 @@ from .settings import FinetuneCfg
 from .tasks import create_task
 
 _logger = logging.getLogger(__name__)
-PLAN_NAME = 'compare.json'
+PLAN_NAME, REPORT_NAME = 'compare.json', 'README.md'
 # settings that an arm or a run has of its own, or that would let arms differ in cost or in what they learn from
 OWN = (
     *('model', 'model_kwargs', 'pretrained_path', 'initial_checkpoint', 'lr', 'lr_base', 'lr_base_size'),
@@ -41,6 +41,7 @@ OWN = (
 ELSEWHERE = ('output', 'workers', 'no_check')  # these change no result, and may change when a comparison goes on
 SHORT = 3  # the search for a learning rate takes the epochs divided by this
 IMG_SIZE = 64  # what arms are made for where the recipe names no size: that of the smaller models
+UNEQUAL = 0.1  # part by which an arm's training time may miss what was asked for without a word
 ROUNDS, SECONDS = 5, 0.1  # of a measurement, for each arm
 
 
@@ -75,6 +76,8 @@ class Plan:
     arms: Dict[str, ArmPlan]
     versions: Dict[str, str]
     machine: str
+    batches: int = 0  # steps of an epoch; 0 where it was begun before this was noted
+    looks: int = 0  # verdicts that were read before seeds were added
 
     @property
     def seeds(self) -> List[int]:
@@ -166,8 +169,10 @@ def make_plan(cfg: FinetuneCfg, asked: Dict[str, Any], folder: Path) -> Plan:
     if path.is_file():
         plan = _read(path)
         _check_same(plan.asked, asked, folder)
-        if plan.asked != asked:
-            plan.asked = asked
+        versions = _later_versions(plan.versions)
+        if plan.asked != asked or plan.versions != versions:
+            plan.looks += plan.asked['seeds'] != asked['seeds'] and path.with_name(REPORT_NAME).is_file()
+            plan.asked, plan.versions = asked, versions
             _write(plan, path)
         _logger.info('The comparison in %s goes on.', folder)
         return plan
@@ -183,17 +188,19 @@ def make_plan(cfg: FinetuneCfg, asked: Dict[str, Any], folder: Path) -> Plan:
         arm.epochs = cfg.epochs
         if asked['minutes'] is not None:
             epoch = batches * arm.step_seconds
-            arm.epochs = round(60 * asked['minutes'] / epoch)  # down alone would be against the slower arms
             if 60 * asked['minutes'] < epoch:
                 raise ValueError(
                     f'minutes: got {asked["minutes"]:g}, but an epoch of {name} takes {epoch / 60:.2g} here; give more.'
                 )
+            arm.epochs = round(60 * asked['minutes'] / epoch)  # down alone would be against the slower arms
+            got = arm.epochs * epoch / 60
+            if abs(got / asked['minutes'] - 1) > UNEQUAL:
+                _logger.warning('minutes: %s gets %.2g, since epochs are whole; give more for equal times.', name, got)
         arm.search_epochs = max(round(arm.epochs / SHORT), 1)
-    versions = {'timm-vitres': __version__, 'torch': torch.__version__, 'timm': timm.__version__}
     device = Processes().device(cfg.device)
     threads = torch.get_num_threads()
     machine = f'{threads} thread{"s" * (threads > 1)} of the CPU' if device == 'cpu' else device
-    plan = Plan(asked, images, arms, versions, machine)
+    plan = Plan(asked, images, arms, _versions(), machine, batches)
     searches = len(plan.lrs) if len(plan.lrs) > 1 else 0
     seconds = sum(
         batches * arm.step_seconds * (len(plan.seeds) * arm.epochs + searches * arm.search_epochs)
@@ -207,13 +214,27 @@ def make_plan(cfg: FinetuneCfg, asked: Dict[str, Any], folder: Path) -> Plan:
     return plan
 
 
+def _versions() -> Dict[str, str]:
+    return {'timm-vitres': __version__, 'torch': torch.__version__, 'timm': timm.__version__}
+
+
+def _later_versions(noted: Dict[str, str]) -> Dict[str, str]:
+    """Return the versions of a comparison that goes on, with those of now beside the ones before, and tell of them."""
+    versions = dict(noted)
+    for name, version in _versions().items():
+        if noted.get(name, '').split(' and ')[-1] != version:
+            _logger.warning('The comparison was begun with %s %s, and goes on with %s.', name, noted.get(name), version)
+            versions[name] = f'{noted.get(name)} and {version}'
+    return versions
+
+
 def measure_arms_(cfg: FinetuneCfg, arms: Dict[str, ArmPlan], num_classes: int) -> None:
     """Count the parameters of all arms, and measure their times on this machine; they take turns.
 
     A training step is that of a run: forward, loss, backward, optimizer, for `cfg.batch_size` images.
     """
     device = torch.device(Processes().device(cfg.device))
-    steps, views = {}, {}
+    models, steps, views = [], {}, {}
     for name, arm in arms.items():
         own = dataclasses.replace(arm.cfg(cfg), balance_classes=False)
         try:
@@ -223,11 +244,14 @@ def measure_arms_(cfg: FinetuneCfg, arms: Dict[str, ArmPlan], num_classes: int) 
             arm.parameters = sum(parameter.numel() for parameter in model.parameters())
             steps[name], views[name] = _functions(own, model, shape, num_classes, device)
             steps[name](None)
+            models.append(model)
         except (ValueError, TypeError, RuntimeError, OSError) as error:
             raise ValueError(f'models: {name} can not be trained here: {on_one_line(error)}') from error
     nothing = torch.zeros(1)  # each arm has images of its own size
     for name, seconds in measure(steps, nothing, ROUNDS, SECONDS).items():
         arms[name].step_seconds = seconds
+    for model in models:
+        model.eval()
     for name, seconds in measure(views, nothing, ROUNDS, SECONDS).items():
         arms[name].latency_seconds = seconds
     for name, arm in arms.items():
@@ -238,7 +262,9 @@ def measure_arms_(cfg: FinetuneCfg, arms: Dict[str, ArmPlan], num_classes: int) 
 def _functions(
     cfg: FinetuneCfg, model: torch.nn.Module, shape: Tuple[int, ...], num_classes: int, device: torch.device
 ) -> Tuple[Any, Any]:
-    """Return functions for a training step and for an image in evaluation; both ignore what they are called with."""
+    """Return functions for a training step, for which the model is ready, and for an image, for which it must be set to
+    evaluation; both ignore what they are called with.
+    """
     layout = torch.channels_last if cfg.channels_last else torch.contiguous_format
     model = model.to(device, memory_format=layout)
     x = torch.randn(cfg.batch_size, *shape, device=device).contiguous(memory_format=layout)
@@ -248,12 +274,12 @@ def _functions(
     optimizer = create_optimizer(cfg, task.get_trainable_module(), 1e-6)
     stepper = Stepper(cfg, task, optimizer, device)
 
+    task.train()
+
     def step(_: Any) -> None:
-        task.train()
         stepper.backward(stepper.loss(x, target), 1, True)
 
     def view(_: Any) -> None:
-        model.eval()
         with torch.inference_mode():
             model(x[:1])
 

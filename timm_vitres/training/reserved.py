@@ -56,6 +56,10 @@ def reserve(cfg: FinetuneCfg, mode: str, test_split: str = TEST, test_frac: floa
         kept, held = stratified_split(_targets(rows['train'], data.label_names), test_frac, TEST_SEED)
         rows['train'], rows['test'] = ([rows['train'][index] for index in part] for part in (kept, held))
         how = f'test images are {len(held)} of them, held out class by class ({test_frac:g}, seed {TEST_SEED})'
+    _check_number(len(rows['test']), str(cfg.data_dir))
+    found = {label for _, label, _ in rows['test']}
+    missing = [shown(label) for label in data.label_names if label not in found]
+    how += f', with none of {", ".join(missing)}' if missing else ''
     count = sum(len(part) for part in rows.values() if part)
     description = f'{count} images of {len(data.label_names)} classes in {root.resolve().name}; {how}'
     return {'label_names': data.label_names, 'description': description, **rows}
@@ -75,6 +79,7 @@ def _of_dataset(cfg: FinetuneCfg, mode: str, test_split: str) -> Dict[str, Any]:
         raise ValueError(str(error).replace('val_split', 'test_split')) from error
     if isinstance(data.train, IterableDataset):
         raise ValueError(f'dataset: {cfg.dataset!r} is a stream, of which no validation images can be held out.')
+    _check_number(len(data.val), repr(cfg.dataset))
     sets = {'train': data.lists['train'], 'validation': None, 'test': data.lists['validation']}
     return {'label_names': data.label_names, 'description': data.description.replace('validation', TEST), **sets}
 
@@ -98,6 +103,11 @@ def _check_counts(rows: List[List[Any]], least: int) -> None:
                 f'data_dir: class {shown(label)!r} has {count} image{"s" * (count != 1)}, but {least} or more are '
                 'needed, some to train on, and others to choose by and to test on; add some.'
             )
+
+
+def _check_number(count: int, where: str) -> None:
+    if count < 2:
+        raise ValueError(f'test_split: {where} has {count} test image{"s" * (count != 1)}, expected two or more.')
 
 
 def _targets(rows: List[List[Any]], label_names: List[str]) -> List[int]:

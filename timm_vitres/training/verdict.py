@@ -9,10 +9,11 @@ from typing import Dict, List, Mapping, NamedTuple, Optional, Sequence
 import numpy as np
 
 LEVEL = 0.95
+LEAST_SEEDS = 3  # of fewer, that agree by chance, nothing is concluded
 
 
 class Difference(NamedTuple):
-    """How far an arm lies behind another, in points of a hundred, and the interval that holds it."""
+    """How far an arm lies behind another, in points of a hundred, and its interval, infinite if unknown."""
 
     points: float
     low: float
@@ -24,7 +25,8 @@ class Difference(NamedTuple):
         return self.low > 0 or self.high < 0
 
     def __str__(self) -> str:
-        return f'{self.points:.1f} points ({self.low:.1f} to {self.high:.1f})'
+        interval = f' ({self.low:.1f} to {self.high:.1f})' if math.isfinite(self.low) else ''
+        return f'{self.points:.1f} points{interval}'
 
 
 class Verdict(NamedTuple):
@@ -38,7 +40,7 @@ class Verdict(NamedTuple):
 
 
 def judge(
-    correct: Mapping[str, np.ndarray], weights: Optional[np.ndarray] = None, measured: str = 'accuracy'
+    correct: Mapping[str, np.ndarray], classes: Optional[np.ndarray] = None, measured: str = 'accuracy'
 ) -> Verdict:
     """Compare the best arm with every other, and say what seeds and test images allow to say.
 
@@ -48,14 +50,14 @@ def judge(
     interval is rather too wide.
 
     The best arm is chosen by the same figures, so that any pair of arms might have been the one that is told apart:
-    the intervals are Bonferroni's for all pairs, and hold all together with a probability of 95%. With one seed they
-    know the chance of the images alone, and no arm is called better.
+    the intervals are Bonferroni's for all pairs, and hold all together with a probability of 95%. With fewer than
+    `LEAST_SEEDS` seeds there is no interval, and no arm is called better.
 
     Args:
         correct: For every arm an array (seeds, images), 1 where the model of a seed was right on an image, else 0;
             all arms have the same seeds and images, in the same order.
-        weights: What each image counts, (images,), 1 in the mean; by default all count the same.
-        measured: What the mean of the right answers is called, so weighted.
+        classes: The class of every image, (images,), where each class counts the same; by default each image does.
+        measured: What the mean of the right answers is then called.
 
     Raises:
         ValueError: for fewer than two arms or images, or arrays of different shapes.
@@ -68,49 +70,69 @@ def judge(
             'and of the same two or more images.'
         )
     pairs = math.comb(len(correct), 2)
-    weights = np.ones(num_images) if weights is None else weights
-    right = {name: array * weights for name, array in correct.items()}
+    classes = np.zeros(num_images) if classes is None else classes
+    _, inverse, counts = np.unique(classes, return_inverse=True, return_counts=True)
+    groups = [inverse == index for index in range(len(counts))]
+    weights = num_images / (len(counts) * counts[inverse])  # 1 in the mean
+    answers = {name: np.asarray(array, float) for name, array in correct.items()}
+    right = {name: array * weights for name, array in answers.items()}
     means = {name: 100 * float(array.mean()) for name, array in right.items()}
     spreads = {name: 100 * float(array.mean(1).std(ddof=1)) if num_seeds > 1 else None for name, array in right.items()}
     best = max(means, key=lambda name: means[name])
     level = 1 - (1 - LEVEL) / pairs
-    seeds = _seeds_error(np.stack([array.mean(1) for array in right.values()]), level)
+    scores = {name: array.mean(1) for name, array in right.items()}
     behind = {}
     for name in right:
         if name != best:
             mean = float((right[best] - right[name]).mean())
-            half = math.hypot(seeds, _images_error((right[best] - right[name]).mean(0), level))
+            half = math.inf
+            if num_seeds >= LEAST_SEEDS:
+                differences = (answers[best] - answers[name]).mean(0)
+                images = _images_error([differences[group] for group in groups], level)
+                half = math.hypot(_seeds_error(list(scores.values()), scores[best] - scores[name], level), images)
             behind[name] = Difference(*(100 * value for value in (mean, mean - half, mean + half)))
     start = f'By {measured} on these {num_images} test images'
     return Verdict(best, means, spreads, behind, _sentence(start, best, means, behind, *shape))
 
 
-def _seeds_error(scores: np.ndarray, level: float) -> float:
+def _seeds_error(scores: Sequence[np.ndarray], differences: np.ndarray, level: float) -> float:
     """Return half the width of the interval of a difference of two arms, as far as the seeds make it.
 
-    What is left of the scores (arms, seeds) without the arms' and the seeds' means has the variance of a run, taken to
-    be the same for all arms: the analysis of variance of a design in blocks, which are the seeds.
+    What is left of the scores without the arms' and the seeds' means has the variance of a run: the analysis of
+    variance of a design in blocks, which are the seeds. Few seeds know it only where it is pooled over the arms; but an
+    arm that varies more than the others must not borrow their certainty, so that the pair's own is taken where it is
+    larger.
+
+    Args:
+        scores: Of every arm, (seeds,).
+        differences: Those of the pair, (seeds,).
     """
-    arms, seeds = scores.shape
-    if seeds == 1:
-        return 0.0
-    rest = scores - scores.mean(0) - scores.mean(1, keepdims=True) + scores.mean()
+    table = np.stack(scores)
+    arms, seeds = table.shape
+    rest = table - table.mean(0) - table.mean(1, keepdims=True) + table.mean()
     freedom = (arms - 1) * (seeds - 1)
-    variance = float((rest**2).sum()) / freedom
-    return student((1 + level) / 2, freedom) * math.sqrt(2 * variance / seeds)
+    variance = max(2 * float((rest**2).sum()) / freedom, float(differences.var(ddof=1)))
+    return student((1 + level) / 2, freedom) * math.sqrt(variance / seeds)
 
 
-def _images_error(differences: np.ndarray, level: float) -> float:
+def _images_error(groups: Sequence[np.ndarray], level: float) -> float:
     """Return half the width of the interval of a difference of two arms, as far as the test images make it.
 
     Args:
-        differences: (images,), means over the seeds. Two images are added, half of one to each way in which two arms
-            can be right or wrong, so that few images on which all agree are not taken for certainty (Agresti and Min
-            2005, Stat. Med. 24).
+        groups: Differences, means over the seeds, of the images of every class, (images,), if classes count the same;
+            of all, if images do. To each group two images are added, half of one to each way in which two arms can be
+            right or wrong, so that few images on which all agree are not taken for certainty (Agresti and Min 2005,
+            Stat. Med. 24). Degrees of freedom of a sum over groups are Satterthwaite's.
     """
-    number = len(differences) + 2
-    variance = (float((differences**2).sum()) + 1) / number - (float(differences.sum()) / number) ** 2
-    return student((1 + level) / 2, number - 1) * math.sqrt(variance / number)
+    variances, freedoms = [], []
+    for group in groups:
+        number = len(group) + 2
+        variance = (float((group**2).sum()) + 1) / number - (float(group.sum()) / number) ** 2
+        variances.append(variance / (number * len(groups) ** 2))
+        freedoms.append(number - 1)
+    total = sum(variances)
+    freedom = total**2 / sum(variance**2 / own for variance, own in zip(variances, freedoms))
+    return student((1 + level) / 2, freedom) * math.sqrt(total)
 
 
 def student(probability: float, freedom: float) -> float:
@@ -130,14 +152,15 @@ def _sentence(
 ) -> str:
     order = sorted(behind, key=lambda name: -means[name])
     told = {name: f'{name} ({means[name]:.1f}%)' for name in means}
-    if num_seeds == 1:
+    if num_seeds < LEAST_SEEDS:
         first = [told[name] for name in [best, *order] if means[name] == means[best]]
         others = [told[name] for name in order if means[name] < means[best]]
         before = f', before {listed(others)}' if others else ''
         verb = 'are' if len(first) > 1 else 'is'
+        says = 'one seed says nothing' if num_seeds == 1 else f'{num_seeds} seeds say too little'
         return (
-            f'{start} {listed(first)} {verb} ahead{before}; but one seed says nothing about the chance of training, so '
-            'that none is called better: give more seeds.'
+            f'{start} {listed(first)} {verb} ahead{before}; but {says} about the chance of training, so that none is '
+            f'called better: give more seeds.'
         )
     better = [f'{told[name]} by {behind[name]}' for name in order if behind[name].is_told]
     alike = [f'{told[name]}: {behind[name]}' for name in order if not behind[name].is_told]
