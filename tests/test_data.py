@@ -224,3 +224,9 @@ def test_example_images_are_found_as_a_folder_is_read(tmp_path, caplog):
     assert '2 files or folders are left out' in caplog.text
     with pytest.raises(FileNotFoundError, match=r'there is no file .*nowhere'):
         example_images([tmp_path / 'nowhere'], model)
+
+
+def test_a_grey_array_may_have_an_axis_of_one_channel():
+    model = timm.create_model('test_vitresnet', in_chans=1)
+    grey = np.arange(28 * 28, dtype=np.uint8).reshape(28, 28)
+    assert torch.equal(timm_vitres.preprocess(grey[..., None], model), timm_vitres.preprocess(grey, model))

@@ -225,3 +225,10 @@ def test_the_command_draws(photograph, tmp_path, capsys, name, panels):
     assert all((saturation[third * i : third * (i + 1)] > 40).mean() > 0.1 for i in range(1, panels))
     assert cli.main(['explain', str(photograph), '--model', f'local-dir:{folder}', '--target', 'yak']) == 1
     assert "target: got 'yak'" in capsys.readouterr().err
+
+
+def test_a_class_token_that_the_head_does_not_see_is_not_explained():
+    """Pooled over patches, a model is explained by what they attend to."""
+    model = randomise_(timm.create_model('test_vitresnet', global_pool='avg')).eval()
+    assert model.cls_token is not None and not model.explained_parts().class_token
+    assert timm.create_model('test_vitresnet').explained_parts().class_token

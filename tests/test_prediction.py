@@ -95,3 +95,12 @@ def test_names_in_a_dict(model, dictionary):
 @pytest.mark.parametrize('names', [{'0': 'cat', '1': 'dog'}, {'1': 'cat', '2': 'dog', '3': 'owl'}, {'cat': 0}, ['cat']])
 def test_names_that_are_not_of_these_classes(model, names):
     assert label_names(rename_(model, names)) == ['class 0', 'class 1', 'class 2']
+
+
+def test_a_model_in_training_mode_predicts_nothing_and_learns_nothing(model, tmp_path):
+    Image.new('RGB', (32, 32)).save(tmp_path / 'a.png')
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    model.eval().head_drop.train()
+    with pytest.raises(ValueError, match=r'^model: it is in training mode; call model\.eval\(\)'):
+        predict(model, [tmp_path / 'a.png'])
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())

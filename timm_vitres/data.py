@@ -62,9 +62,10 @@ def open_image(image: ImageLike, mode: str = 'RGB') -> Image.Image:
         return _upright_in_mode(image, mode, 'the image that was given')
     if isinstance(image, np.ndarray):
         try:
-            return _upright_in_mode(Image.fromarray(image), mode, 'the array that was given')
+            plane = image[..., 0] if image.ndim == 3 and image.shape[-1] == 1 else image
+            return _upright_in_mode(Image.fromarray(plane), mode, 'the array that was given')
         except TypeError:
-            expected = 'an array (H, W) or (H, W, C) of 8-bit values'
+            expected = 'an array (H, W) or (H, W, C) of 8-bit values, C being 1, 3 or 4'
             raise TypeError(f'image: got {image.shape} of {image.dtype}, expected {expected}.') from None
     if not isinstance(image, (str, Path)):
         raise TypeError(f'image: got {type(image).__name__}, expected a path, a PIL image or a numpy array.')

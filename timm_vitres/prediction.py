@@ -39,7 +39,8 @@ def predict(
         Predictions, and a sentence for each image that could not be read, or whose outputs are not finite.
 
     Raises:
-        ValueError: for a model without classes, or one that takes no images, and an impossible `topk` or `tta`.
+        ValueError: for a model in training mode, without classes, or one that takes no images, and an impossible `topk`
+            or `tta`.
         TypeError: for one path instead of a list, and for anything that is no path.
     """
     if isinstance(images, (str, Path)):
@@ -52,6 +53,8 @@ def predict(
     names = label_names(model)
     config = data_config(model)
     mode = image_mode(config['input_size'][0])
+    if any(module.training for module in model.modules()):  # it would also learn of the images, by its BatchNorms
+        raise ValueError('model: it is in training mode; call model.eval() before it predicts.')
     predictions: List[Prediction] = []
     failed: List[str] = []
     for path in tqdm(images, desc='predicting', leave=False, disable=len(images) < 10):

@@ -120,6 +120,9 @@ def test_it_is_for_inference(name, tmp_path):
     with pytest.raises(ValueError, match='folded for inference'):
         folded.train()
     assert not folded.eval().training
+    for target in (folded, copy.deepcopy(folded), reparameterize_model(model)):  # of one key and shape
+        with pytest.raises((ValueError, RuntimeError), match=r'folded for inference|Missing key'):
+            target.load_state_dict(model.state_dict())
     for call in (timm_vitres.save, timm_vitres.push):
         with pytest.raises(ValueError, match='folded for inference'):
             call(folded, str(tmp_path / 'model'))

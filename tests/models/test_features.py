@@ -263,6 +263,8 @@ def test_pruning_keeps_what_the_maps_need(name):
         assert pruned.prune_intermediate_layers([i - len(maps)], prune_norm=True) == [i]
         (selected,) = pruned.forward_intermediates(x, indices=[i], intermediates_only=True)
         same([selected], [level])
+        left = pruned.forward_intermediates(x, intermediates_only=True)
+        assert left and torch.equal(left[-1], pruned.forward_intermediates(x, indices=1, intermediates_only=True)[0])
         (selected.sum() + pruned(x).sum()).backward()
         assert not [key for key, parameter in pruned.named_parameters() if parameter.grad is None]
     # a shallow level needs no more than the ResNet up to it
@@ -390,3 +392,13 @@ def test_a_pruned_model_takes_another_size():
         model.model.set_input_size(img_size=(96, 128))
         for one, other in zip(model(x), expected, strict=True):
             assert relative_difference(one, other) < 1e-5
+
+
+def test_of_a_pruned_model_all_maps_are_those_that_are_left():
+    model = randomise_(timm.create_model('vitresnet', backbone='resnet10t', layers=(1, 1), channels=(32, 32), depth=4))
+    x = torch.randn(1, 3, 64, 64)
+    maps = model.forward_intermediates(x, intermediates_only=True)
+    model.prune_intermediate_layers([3])  # the tokens of the second block; the last one's are the third map
+    same(model.forward_intermediates(x, intermediates_only=True), [maps[i] for i in (0, 1, 3)])
+    with pytest.raises(ValueError, match=r'^indices: got 2, but the model was pruned, and has \[0, 1, 3\] left'):
+        model.forward_intermediates(x, indices=[1, 2])

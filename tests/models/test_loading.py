@@ -313,3 +313,14 @@ def test_tags_name_whole_hub_ids():
             if cfg.has_weights and not cfg.file:
                 assert cfg.hf_hub_id.count('/') == 1 and not cfg.hf_hub_id.endswith('/'), (name, tag)
             assert not cfg.fixed_input_size
+
+
+def test_weights_that_were_pooled_give_features_without_pooling(tmp_path):
+    """The norm behind the mean is that of all tokens where there is no mean."""
+    model = randomise_(timm.create_model('test_vitresnet', class_token=False, global_pool='avg', num_classes=3)).eval()
+    timm_vitres.save(model, tmp_path / 'model')
+    name = f'local-dir:{tmp_path / "model"}'
+    features = timm.create_model(name, pretrained=True, num_classes=0, global_pool='').eval()
+    x = torch.randn(1, 3, 64, 96)
+    model.reset_classifier(0, '')
+    assert torch.equal(features(x), model(x))

@@ -230,3 +230,42 @@ def test_the_head_and_the_snippet_are_edited():
     assert ModelCard(told).data['model_sha256'] == 'ab' * 32
     assert 'model_sha256' not in cards.set_field(told, 'model_sha256', None)
     assert "create_model('hf-hub:me/x'" in cards.set_source(told, 'hf-hub:me/x')
+
+
+def test_a_mark_that_lost_its_fellow_takes_no_text_with_it():
+    model = timm.create_model('test_vitresnet', num_classes=2)
+    facts = dict(model_name='x', recipe='One epoch.', source='local-dir:.')
+    card = cards.render_card(model, description='First.', **facts)
+    edited = card.replace('<!-- end of timm-vitres -->', '') + '\n## Limitations\n\nBy hand.\n'
+    for description in ('Second.', 'Third.'):
+        edited = cards.merge_cards(edited, cards.render_card(model, description=description, **facts))
+        assert 'By hand.' in edited and description in edited
+
+
+def test_the_users_text_of_a_folder_reaches_the_card():
+    """It is replaced where nobody changed it since it was pushed, and appended where somebody did."""
+
+    def pushed(text):
+        return cards.set_field(text, cards.TEXT_FIELD, cards.text_sha256(text))
+
+    model = timm.create_model('test_vitresnet', num_classes=2)
+    ours = cards.render_card(model, description='A.', model_name='x', recipe='B.', source='local-dir:.')
+    there = pushed(ours)
+    there = cards.merge_cards(there, pushed(f'{ours}\n## Limits\n\nAccuracy 90%.\n'))
+    assert 'Accuracy 90%.' in there
+    there = cards.merge_cards(there, pushed(f'{ours}\n## Limits\n\nAccuracy 95%.\n'))
+    assert 'Accuracy 95%.' in there and 'Accuracy 90%.' not in there
+    there = cards.merge_cards(f'{there}\nOn the Hub.\n', pushed(f'{ours}\n## Limits\n\nAccuracy 96%.\n'))
+    assert 'On the Hub.' in there and 'Accuracy 95%.' in there and 'Accuracy 96%.' in there
+    there = cards.merge_cards(there, pushed(ours))
+    assert 'On the Hub.' in there and there.count('## Use') == 1
+    assert 'Mine.' in cards.merge_cards('---\nlicense: mit\n---\n', f'{ours}\nMine.\n')
+
+
+def test_lines_before_the_head_are_no_text():
+    card = '\n---\nlicense: mit\n---\n# Mine\n'
+    told = cards.set_field(card, 'model_sha256', 'ab' * 32)
+    assert ModelCard(told).data.license == 'mit' and told.count('---') == 2
+    model = timm.create_model('test_vitresnet', num_classes=2)
+    ours = cards.render_card(model, description='A.', model_name='x', recipe='B.', source='local-dir:.')
+    assert ModelCard(cards.merge_cards(card, ours)).data.license == 'mit'

@@ -223,3 +223,32 @@ def test_settings_as_a_dict(tmp_path):
     loaded = timm.create_model(f'local-dir:{convert(tmp_path / "a.pth", tmp_path / "out")}', pretrained=True)
     assert torch.equal(logits(loaded, 64), logits(model, 64))
     assert timm.data.resolve_model_data_config(loaded)['crop_pct'] == 0.6
+
+
+def test_nothing_of_the_users_is_written_over(tmp_path):
+    torch.save(timm.create_model('test_vitresnet').state_dict(), tmp_path / 'weights.pth')
+    for name in ('README.md', 'config.json'):
+        (tmp_path / 'mine').mkdir(exist_ok=True)
+        (tmp_path / 'mine' / name).write_text('mine')
+        with pytest.raises(FileExistsError, match=f'^folder: .*mine holds {name} already'):
+            convert(tmp_path / 'weights.pth', tmp_path / 'mine', 'test_vitresnet')
+        assert (tmp_path / 'mine' / name).read_text() == 'mine'
+        (tmp_path / 'mine' / name).unlink()
+    for _ in range(2):  # its own is replaced
+        convert(tmp_path / 'weights.pth', tmp_path / 'out', 'test_vitresnet')
+
+
+@pytest.mark.parametrize(
+    'dataset, expected',
+    [('', ['1', '2', '10']), ('torch/image_folder', ['1', '10', '2']), ('torch/cifar10', None)],
+)
+def test_class_names_are_in_the_order_of_the_dataset(dataset, expected, tmp_path):
+    for name in ('1', '2', '10'):
+        (tmp_path / 'images' / 'train' / name).mkdir(parents=True)
+    model = timm.create_model('test_vitresnet', num_classes=3)
+    args = argparse.Namespace(
+        model='test_vitresnet', dataset=dataset, data_dir=str(tmp_path / 'images'), train_split='train'
+    )
+    torch.save(dict(state_dict=model.state_dict(), arch='test_vitresnet', args=args), tmp_path / 'last.pth.tar')
+    folder = convert(tmp_path / 'last.pth.tar', tmp_path / 'out')
+    assert json.loads((folder / 'config.json').read_text()).get('label_names') == expected

@@ -547,7 +547,7 @@ assert found.published_by == (sys.argv[3] or None), found
 
 def test_verify(faulty, folder, tmp_path):
     server, name, call = faulty
-    _, folder = folder
+    model, folder = folder
     names = ('config.json', 'model.safetensors')
     server.put(name, {file: folder / file for file in names})
     assert call(VERIFY, f'hf-hub:{name}', '', 'the Hub') is None
@@ -561,6 +561,16 @@ def test_verify(faulty, folder, tmp_path):
     assert 'it is damaged, or another version' in call(VERIFY, other, name, '')
     assert 'there is no such repository' in call(VERIFY, other, 'me/none', '')
     assert 'Invalid pretrained tag' in call(VERIFY, 'vitresnet_small.nonsense', '', '')
+    # every shard is compared, too
+    sharded = shards_of(model, tmp_path / 'sharded')
+    server.put(f'{name}-sharded', {path.name: path for path in sharded.iterdir()})
+    assert call(VERIFY, f'local-dir:{sharded}', f'{name}-sharded', 'the Hub') is None
+    (shard,) = sharded.glob('*-of-*')
+    data = bytearray(shard.read_bytes())
+    data[-100] ^= 1
+    shard.write_bytes(data)
+    error = call(VERIFY, f'local-dir:{sharded}', f'{name}-sharded', '')
+    assert f'{shard}: its checksum is' in error and 'it is damaged, or another version' in error
     # a newer commit does not make the cached version wrong
     server.put(name, {file: other / file for file in names})
     cached = f'hf-hub:{name}@{server.history(name)[1]}'
@@ -570,6 +580,19 @@ def test_verify(faulty, folder, tmp_path):
     data[-100] ^= 1
     blob.write_bytes(data)
     assert 'is damaged' in call(VERIFY, cached, '', '')
+
+
+def shards_of(model, folder):
+    """Save a model as transformers does, in a shard (of one) and an index of it."""
+    timm_vitres.save(model, folder)
+    shard = 'model-00001-of-00001.safetensors'
+    (folder / 'model.safetensors').rename(folder / shard)
+    index = dict(metadata={}, weight_map=dict.fromkeys(model.state_dict(), shard))
+    (folder / 'model.safetensors.index.json').write_text(json.dumps(index))
+    config = json.loads((folder / 'config.json').read_text())
+    del config['model_sha256']
+    (folder / 'config.json').write_text(json.dumps(config))
+    return folder
 
 
 def untold(folder, tmp_path):

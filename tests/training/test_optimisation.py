@@ -191,3 +191,11 @@ def test_a_cpu_without_bfloat16_runs_muon_in_float32(image_folder, tmp_path, mon
     finetune(settings(image_folder, tmp_path / 'run', epochs=1, opt=opt))
     assert seen == dtypes
     assert muon.zeropower_via_newtonschulz is watched  # others' Muon is left as it was
+
+
+def test_layer_decay_holds_without_a_schedule():
+    options = cfg(sched='none', layer_decay=0.5, lr=0.1)
+    optimizer = create_optimizer(options, timm.create_model('test_vitresnet'), 0.1)
+    assert create_scheduler(options, optimizer, 5) is None
+    found = {group['lr'] for group in optimizer.param_groups}
+    assert max(found) == pytest.approx(0.1) and {0.05, 0.025} <= {round(lr, 6) for lr in found}

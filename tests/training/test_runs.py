@@ -12,6 +12,7 @@ import torch
 from conftest import write_folder
 from test_loop import rows, settings
 
+import timm_vitres
 from timm_vitres import cli
 from timm_vitres.publishing import hub
 from timm_vitres.publishing.model_folder import locked
@@ -427,3 +428,32 @@ def test_a_compiled_run_is_the_run_and_goes_on(images, tmp_path, monkeypatch, no
     cfg = dataclasses.replace(cfg, output=str(tmp_path / 'parts'))
     interrupted(cfg, monkeypatch, epoch=2)
     assert_same_run(finetune(dataclasses.replace(cfg, resume=True)), whole)
+
+
+def test_the_report_is_of_the_model_beside_it(images, tmp_path, monkeypatch, no_pictures):
+    """A finished run gets more epochs, and is killed before it reports on its new best model."""
+    cfg = small(images, tmp_path / 'run', epochs=1, eval_metric='loss')
+    folder = finetune(cfg)
+    longer = dataclasses.replace(cfg, epochs=4, resume=True)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill_at(patch, 'write_report', 1)
+        finetune(longer)
+    losses = [float(row['eval_loss']) for row in rows(folder)]
+    assert len(losses) == 4 and min(losses) < losses[0] and not (folder / 'held_out.csv').exists()
+    finetune(longer)
+    best = losses.index(min(losses))
+    assert f'epoch {best}' in (folder / 'held_out.txt').read_text()
+
+
+def test_what_a_run_began_with_is_found_from_any_folder(images, tmp_path, monkeypatch, no_pictures):
+    """Another folder has another teacher of that name."""
+    for place, seed in (('here', 0), ('there', 1)):
+        torch.manual_seed(seed)
+        model = timm.create_model('resnet10t', num_classes=2)
+        timm_vitres.save(model, tmp_path / place / 'teacher', label_names=['across', 'down'])
+    monkeypatch.chdir(tmp_path / 'here')
+    folder = finetune(small(images, 'run', epochs=1, kd_model_name='local-dir:teacher')).resolve()
+    monkeypatch.chdir(tmp_path / 'there')
+    assert Record.read(folder).cfg.kd_model_name == f'local-dir:{tmp_path / "here" / "teacher"}'
+    finetune(FinetuneCfg(output=str(folder), data_dir=str(images), epochs=2, resume=True), {'epochs'})
+    assert len(rows(folder)) == 2

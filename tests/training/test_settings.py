@@ -74,6 +74,9 @@ def test_no_number_is_out_of_its_limits_or_no_number(field, capsys):
         (dict(model_kwargs={'drop': math.nan}), 'model_kwargs: drop: got nan'),
         (dict(model_kwargs={1: 2}), 'model_kwargs'),
         (dict(data_dir=b'images'), 'data_dir: got'),
+        (dict(no_aug=True, aa='rand-m9'), "aa: got 'rand-m9', which no_aug leaves out"),
+        (dict(no_aug=True, reprob=0.5), 'reprob: got 0.5, which no_aug leaves out'),
+        (dict(kd_model_name='resnet18', task_loss_weight=5.0), 'task_loss_weight: got 5 alone, expected at most 1'),
     ],
 )
 def test_what_no_run_can_have_is_named(kwargs, message):

@@ -9,6 +9,7 @@ from test_loop import rows, settings
 from test_runs import assert_same_run, contents, interrupted
 
 from timm_vitres.training import loop as module
+from timm_vitres.training import starting
 from timm_vitres.training.datasets import load_data
 from timm_vitres.training.loop import finetune
 from timm_vitres.training.processes import Processes
@@ -132,3 +133,14 @@ def test_a_run_takes_the_images_that_it_is_given(image_folder, tmp_path, no_pict
     for epochs in (1, 2):
         finetune(dataclasses.replace(cfg, epochs=epochs, resume=True))
         assert Record.read(tmp_path / 'run').data == images and len(rows(tmp_path / 'run')) == epochs
+
+
+def test_the_images_are_dealt_out_by_the_batches_that_a_run_goes_on_with(image_folder, tmp_path, monkeypatch):
+    """A run of two processes goes on in one, which takes twice as many images a step."""
+    cfg = settings(image_folder, tmp_path / 'run', batch_size=4)
+    record = dataclasses.replace(Setup(Processes()).build(cfg), processes=2)
+    seen, load = [], starting.load_data
+    monkeypatch.setattr(starting, 'load_data', lambda cfg, *others: seen.append(cfg.batch_size) or load(cfg, *others))
+    setup = Setup(Processes())
+    setup.build(record.cfg, record)
+    assert seen == [8] and setup.cfg.batch_size == 8

@@ -157,3 +157,21 @@ def test_mean_over_heads():
     both = (F.cross_entropy(one, target) + F.cross_entropy(other, target)) / 2
     torch.testing.assert_close(loss((one, other), target), both)
     torch.testing.assert_close(loss(one, target), F.cross_entropy(one, target))
+
+
+def test_weights_of_classes():
+    """A class without images weighs nothing; where smoothing would call common images rare, it is refused."""
+    config = dict(data_config(model()), input_size=(3, 32, 32))
+
+    def weight(counts, **kwargs):
+        task = create_task(cfg(balance_classes=True, **kwargs), model(), NAMES, counts, config, CPU)
+        return task.criterion.criterion.weight.tolist()
+
+    assert weight([100, 50, 0]) == pytest.approx([0.75, 1.5, 0])
+    # of 0.1, a third goes to each class; 27 times as rare is less than (1 - 0.1 + 0.1 / 3) / (0.1 / 3) = 28
+    assert weight([270, 10, 10])[1] == pytest.approx(290 / 30)
+    with pytest.raises(
+        ValueError, match=r'^smoothing: got 0\.1, but with balance_classes .* counts as 29 of the com.*0\.097'
+    ):
+        weight([290, 10, 10])
+    assert weight([290, 10, 10], smoothing=0.09)

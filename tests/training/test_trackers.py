@@ -70,6 +70,13 @@ def test_a_run_that_fails_says_that_there_is_no_more(image_folder, tmp_path, mon
     assert stand.ended == 1 and not stand.told
 
 
+def test_a_run_that_fails_at_once_leaves_nothing_in_its_own_way(image_folder, tmp_path, no_pictures):
+    for _ in range(2):
+        with pytest.raises(ValueError, match='lr: the'):
+            finetune(settings(image_folder, tmp_path / 'run', opt='sgd', lr=1e30, log_tensorboard=True))
+        assert not (tmp_path / 'run').exists()
+
+
 def test_what_is_not_installed_is_said_before_anything_is_done(image_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(trackers, 'is_installed', lambda package: False)
     for name, package in (('log_wandb', 'wandb'), ('log_tensorboard', 'tensorboard')):

@@ -1,5 +1,6 @@
 """A file is downloaded once, asked for again where that may help, and never left incomplete."""
 
+import hashlib
 import http.server
 import threading
 from types import SimpleNamespace
@@ -209,3 +210,15 @@ def test_what_the_hub_refuses_is_passed_on_and_what_breaks_is_named(hub, clock):
     with pytest.raises(ConnectionError, match=r'^me/name: the Hub does not answer as it should \(gone\); try again'):
         downloads.hub_file('me/name', ('a.bin', 'b.bin'))
     assert len(asked) == 1 + 4 and clock == [1, 2, 4]
+
+
+def test_addresses_that_differ_anywhere_are_other_files(tmp_path):
+    """Files of one name in two folders, and one whose name holds its hash, which may lie anywhere."""
+    for place in 'ab':
+        (tmp_path / place).mkdir()
+        (tmp_path / place / 'model.pth').write_bytes(place.encode())
+    found = [downloads.url_file(f'file://{tmp_path}/{place}/model.pth', tmp_path / 'cache') for place in 'aba']
+    assert [path.read_bytes() for path in found] == [b'a', b'b', b'a'] and found[0] == found[2]
+    name = f'model-{hashlib.sha256(b"a").hexdigest()[:8]}.pth'
+    (tmp_path / 'a' / name).write_bytes(b'a')
+    assert downloads.url_file(f'file://{tmp_path}/a/{name}', tmp_path / 'cache') == tmp_path / 'cache' / name

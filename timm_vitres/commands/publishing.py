@@ -62,7 +62,7 @@ def add_push(subparsers) -> None:
 
 def run_push(args: argparse.Namespace) -> int:
     """Say what would be pushed, or push it."""
-    from ..publishing.hub import check_folder, push, push_files
+    from ..publishing.hub import check_folder, model_name, push, push_files
     from ..weights.checksums import sha256
 
     check_repo_id('repo_id', args.repo_id)
@@ -71,7 +71,8 @@ def run_push(args: argparse.Namespace) -> int:
         raise ValueError(f'message: got {args.message!r}, expected some words.')
     if args.yes:
         address = push(args.folder, args.repo_id, args.revision, args.private, commit_message=args.message)
-        print(f"{address}\ntimm.create_model('hf-hub:{args.repo_id}', pretrained=True) loads it, anywhere.")
+        name = model_name(args.repo_id, args.revision)
+        print(f"{address}\ntimm.create_model('{name}', pretrained=True) loads it, anywhere.")
         return 0
     check_folder(args.folder)
     print(f'Would push to {args.repo_id} (branch {args.revision or "main"}), in one commit:')

@@ -115,8 +115,10 @@ def capture(
     captured = images[[0, -1]]  # a batch of one image would be taken for a constant
     compared = [(images, expected)]
     if dynamic:
-        stride = _image_sizes(model).stride
-        other = F.interpolate(captured, (2 * stride, 3 * stride))
+        stride, largest = _image_sizes(model).stride, _image_sizes(model).largest
+        size = (2 * stride, 3 * stride)
+        size = size if largest is None else tuple(min(side, top) for side, top in zip(size, largest))
+        other = F.interpolate(captured, size)
         compared.append((other, own(other)))
     return Source(
         folded,
@@ -249,8 +251,10 @@ def _image_sizes(model: nn.Module) -> ImageSizes:
 def _dynamic_shapes(model: nn.Module) -> Dict[int, Any]:
     """Every batch, height and width; torch.export takes one token a side for a constant, so from two on."""
     stride, multiple, largest = _image_sizes(model)
-    height, width = largest or (LARGEST, LARGEST)
-    if multiple > 1:
-        rows, columns = Dim('rows', min=2, max=height // stride), Dim('columns', min=2, max=width // stride)
-        return {0: Dim('batch'), 2: stride * rows, 3: stride * columns}
-    return {0: Dim('batch'), 2: Dim('height', min=stride + 1, max=height), 3: Dim('width', min=stride + 1, max=width)}
+    shapes: Dict[int, Any] = {0: Dim('batch')}
+    for axis, names, top in zip((2, 3), (('rows', 'height'), ('columns', 'width')), largest or (LARGEST, LARGEST)):
+        if multiple > 1 and top >= 2 * stride:
+            shapes[axis] = stride * Dim(names[0], min=2, max=top // stride)
+        elif multiple == 1 and top > stride:
+            shapes[axis] = Dim(names[1], min=stride + 1, max=top)
+    return shapes

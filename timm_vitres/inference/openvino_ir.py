@@ -121,7 +121,13 @@ class Runner:
         told = [INFO, 'precision']
         self.precision = self.model.get_rt_info(told).astype(str) if self.model.has_rt_info(told) else 'fp32'
         hint = HINTS[self.precision]
-        self.settings = {'INFERENCE_PRECISION_HINT': hint, 'INFERENCE_NUM_THREADS': torch.get_num_threads()}
+        self.settings = {
+            'INFERENCE_PRECISION_HINT': hint,
+            'INFERENCE_NUM_THREADS': torch.get_num_threads(),
+            # the plugin's own attention kernels answer wrongly where there are as many tokens as heads, and, once they
+            # have seen an image of one token, for all others
+            'SNIPPETS_MODE': 'DISABLE',
+        }
         tops = [self.model.input(0).partial_shape[axis].get_max_length() for axis in (2, 3)]
         self.largest = [top if top > 0 else sys.maxsize for top in tops]  # -1 of a file without bounds
         self.graphs: Dict[Optional[Tuple[int, ...]], Any] = {}

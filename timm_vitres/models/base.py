@@ -150,8 +150,10 @@ class Hybrid(nn.Module):
 
         Raises:
             RuntimeError: for wrong keys and shapes, as torch's, and for weights that are no floating-point numbers.
-            TypeError, ValueError: for what is no dict of names with tensors.
+            TypeError, ValueError: for what is no dict of names with tensors, and for a model that `fold` made.
         """
+        if self.folded:
+            raise ValueError('model: it is folded for inference; load the weights into an original, and fold that.')
         if not isinstance(state_dict, Mapping):
             raise TypeError(f'state_dict: got {type(state_dict).__name__}, expected a dict of names with tensors.')
         converted = convert_layout(dict(state_dict))

@@ -153,7 +153,7 @@ class SerialFeatures(nn.Module):
     def _plan(self, indices: Optional[Union[int, List[int]]], stop_early: bool) -> Plan:
         """Return what the maps at `indices` need; all there is without `stop_early`."""
         num_levels = len(self.level_indices)
-        maps, _ = feature_take_indices(num_levels + len(self.block_indices), indices)
+        maps = self._take(indices)
         last_level, last_block = -1, -1
         kept: List[int] = []
         for i in maps:
@@ -170,6 +170,20 @@ class SerialFeatures(nn.Module):
             last_block if stop_early else len(self.blocks) - 1,
             kept,
         )
+
+    def _take(self, indices: Optional[Union[int, List[int]]]) -> List[int]:
+        """Return which maps are meant; of a pruned model all, and the last so many, are of those that are left."""
+        maps, _ = feature_take_indices(len(self.level_indices) + len(self.block_indices), indices)
+        if not torch.jit.is_scripting():  # a script has its maps by number
+            left = [i for i, level in enumerate(self.level_indices) if level < self.patch_embed.num_levels]
+            blocks = enumerate(self.block_indices, len(self.level_indices))
+            left += [i for i, block in blocks if block < len(self.blocks)]
+            if indices is None or isinstance(indices, int):
+                return [left[place] for place in feature_take_indices(len(left), indices)[0]]
+            for i in maps:
+                if i not in left:
+                    raise ValueError(f'indices: got {i}, but the model was pruned, and has {left} left.')
+        return maps
 
     def _run(
         self, x: torch.Tensor, plan: Plan, norm: bool, attn_mask: Optional[torch.Tensor], is_causal: bool

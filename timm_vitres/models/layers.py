@@ -5,7 +5,7 @@ without its forward pass in the constructor, so that it can be built on any devi
 """
 
 import math
-from typing import List, Optional, Tuple, Union, cast
+from typing import Any, List, Optional, Tuple, Union, cast
 
 import torch
 import torch.nn.functional as F
@@ -127,10 +127,18 @@ class PadSameStdConv2d(StdConv2dSame):
             bias=self.bias is not None,
             device='meta',
         )
+        conv.register_load_state_dict_pre_hook(_refuse_weights)
         conv.weight = nn.Parameter(self.standardized_weight().detach(), requires_grad=self.weight.requires_grad)
         conv.bias = self.bias
         make_channels_last_(conv)
         return conv.train(self.training)
+
+
+def _refuse_weights(module: nn.Module, state_dict: Any, prefix: str, *args: Any) -> None:
+    """Let loading fail: weights that are to be standardised have the same name and shape (torch's hook)."""
+    errors = args[-1]
+    if f'{prefix}weight' in state_dict:
+        errors.append(f'{prefix}weight: the model is folded for inference; load into an original, and fold that.')
 
 
 class PadSameMaxPool2d(nn.MaxPool2d):

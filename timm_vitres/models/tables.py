@@ -5,6 +5,7 @@ from typing import Any, Optional, Sequence
 
 import torch
 from timm.layers import resample_abs_pos_embed, resample_patch_embed, to_2tuple
+from torch import nn
 
 from ..weights.layouts import StateDict
 from .layers import ResNetEmbed, crop_pos_embed
@@ -38,6 +39,18 @@ def fit_tables(
     if weight is not None and weight.ndim == 4 and tuple(weight.shape[-2:]) != patch_size:
         state_dict['patch_embed.proj.weight'] = resample_patch_embed(weight, list(patch_size))
     return state_dict
+
+
+def fit_norm(state_dict: StateDict, model: nn.Module) -> StateDict:
+    """Rename the norm behind the blocks, which is `fc_norm` where a mean comes before it, as a model that does not pool
+    calls it: there the two are the same.
+    """
+    has = {name: not isinstance(getattr(model, name), nn.Identity) for name in ('norm', 'fc_norm')}
+    own, other = ('norm', 'fc_norm') if has['norm'] else ('fc_norm', 'norm')
+    if model.global_pool or all(has.values()) or any(key.startswith(f'{own}.') for key in state_dict):
+        return state_dict
+    start = f'{other}.'
+    return {own + key[len(other) :] if key.startswith(start) else key: value for key, value in state_dict.items()}
 
 
 def _fit_pos_embed(

@@ -30,7 +30,7 @@ from .features import SerialFeatures
 from .layers import ResNetEmbed, crop_pos_embed
 from .loading import build_with_tables
 from .merging import merge_layer_scale_
-from .tables import fit_tables, table_size
+from .tables import fit_norm, fit_tables, table_size
 
 __all__ = ['VitResNet', 'VitResNetCfg']
 
@@ -178,7 +178,7 @@ class VitResNet(SerialFeatures, Hybrid, VisionTransformer):
     @torch.jit.ignore
     def fit_tables(self, state_dict: StateDict, img_size: Optional[Sequence[int]] = None) -> StateDict:
         """Fit position table and patch projection; see `Hybrid.fit_tables`."""
-        return fit_tables(state_dict, self.patch_embed, self._num_table_prefix(), img_size)
+        return fit_tables(fit_norm(state_dict, self), self.patch_embed, self._num_table_prefix(), img_size)
 
     @torch.jit.ignore
     def table_size(self, state_dict: StateDict, candidates: Sequence[Any] = ()) -> Any:
@@ -210,7 +210,7 @@ class VitResNet(SerialFeatures, Hybrid, VisionTransformer):
             resnet_stride=embed.feature_ratio,
             attentions=[block.attn for block in self.blocks],
             num_prefix_tokens=self.num_prefix_tokens,
-            class_token=self.has_class_token,
+            class_token=self.global_pool == 'token',
             token_stride=embed.feat_ratio(as_scalar=False),
         )
 

@@ -314,6 +314,8 @@ class VitResNetDual(Hybrid):
             self.norm = nn.Identity()
         if prune_head:
             self.units = self.units[: self.units_of_level[max_index]]
+            self.feature_info = self.feature_info[: max_index + 1]
+            self.units_of_level = self.units_of_level[: max_index + 1]
             if max_index == 0:
                 self.maxpool = nn.Identity()
             self.reset_classifier(0, '')

@@ -278,14 +278,14 @@ class VitResNetMix(Hybrid, ByobNet):
             The indices, counted from 0.
         """
         take_indices, max_index = feature_take_indices(len(self.feature_info), indices)
-        last = self.feature_info[max_index]
+        *kept, last = self.feature_info[: max_index + 1]
         if prune_head:
             if max_index < len(self.feature_info) - 1:
-                self.stages = self.stages[: last['stage']]
-                self.final_conv = nn.Identity()
+                self.stages, self.final_conv = self.stages[: last['stage']], nn.Identity()
                 self.num_features = self.head_hidden_size = last['num_chs']
                 if last['module'].startswith('stem.'):
                     self.stem.prune_to_tap()
+            self.feature_info, self.level_indices = [*kept, last], self.level_indices[: max_index + 1]
             self.reset_classifier(0, '')
         return take_indices
 

@@ -3,6 +3,7 @@
 The head of a card is YAML that the Hub reads (task, licence, results); its text keeps to what was measured.
 """
 
+import hashlib
 import re
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple
@@ -17,7 +18,9 @@ from ..weights.files import CARD_NAME
 
 TEMPLATE = Path(__file__).with_name('card.md')
 # this package writes its part of a card between these marks, and replaces that part when it writes again
-OURS = re.compile(r'<!-- timm-vitres:.*?<!-- end of timm-vitres -->', re.DOTALL)
+# (a mark that lost its fellow is text of the user's)
+OURS = re.compile(r'<!-- timm-vitres:(?:(?!<!-- timm-vitres:).)*?<!-- end of timm-vitres -->', re.DOTALL)
+TEXT_FIELD = 'card_text_sha256'  # of a pushed card's head: the user's text as it was pushed
 
 
 def render_card(
@@ -93,7 +96,7 @@ def read_card(path: Path) -> Optional[str]:
 def check_card(card: str, name: str = CARD_NAME) -> None:
     """Raise ValueError, naming the card, if it has a head that is not YAML that the Hub understands."""
     head, _ = _split(card)
-    if head is None and re.match(r'---[ \t]*\r?\n\w+: ', card):
+    if head is None and re.match(r'\s*---[ \t]*\r?\n\w+: ', card):
         raise ValueError(f"{name}: the head of the card has no end; close it with a line '---'.")
     try:
         ModelCard(card)
@@ -111,8 +114,9 @@ def merge_cards(old: str, new: str) -> str:
     """Return an older card, brought up to date by a new one.
 
     The old head keeps its own fields, its licence, its tags, and its results on other data or metrics; the lines of
-    fields that stay are not rewritten. The old text stays, letter by letter, except between this package's marks. A
-    new card without such marks is the user's: its text is appended, unless the old text contains it already.
+    fields that stay are not rewritten. Between this package's marks stands what the new card has there. All other text
+    is the user's. Where nobody has changed it since it was pushed (`TEXT_FIELD`), the new card's takes its place; else
+    the old one stays, letter by letter, and what the new card has beside it is appended.
 
     Raises:
         ValueError: where the old card's head is not valid YAML.
@@ -136,13 +140,37 @@ def merge_cards(old: str, new: str) -> str:
     if yaml.safe_load(head) != yaml.safe_load(str(data)):  # YAML that has no line for each field is written anew
         head = f'{data}\n'
 
+    return f'---\n{head}---\n{_merged(text, _split(new)[1], theirs.data.get(TEXT_FIELD))}'
+
+
+def _merged(old: str, new: str, pushed: Optional[str]) -> str:
+    """Return the text of a merged card; `pushed` is the sha256 of the user's part of the old one when it was pushed."""
+    if _users(new) and pushed == _digest(old):
+        return new
     block = OURS.search(new)
-    part = block.group(0) if block else _split(new)[1].strip()
-    if OURS.search(text):
-        text = OURS.sub(lambda _: part, text, count=1)
-    elif part not in text:
-        text = f'{text.rstrip()}\n\n{part}\n' if text.strip() else f'{part}\n'
-    return f'---\n{head}---\n{text}'
+    parts = _users(new)
+    if block and OURS.search(old):
+        old = OURS.sub(lambda _: block.group(0), old, count=1)
+    elif block:
+        parts = [block.group(0), *parts]
+    for part in parts:
+        if part not in old:
+            old = f'{old.rstrip()}\n\n{part}\n' if old.strip() else f'{part}\n'
+    return old
+
+
+def _users(text: str) -> List[str]:
+    """Return the parts of a card's text that are not this package's."""
+    return [part.strip() for part in OURS.split(text) if part.strip()]
+
+
+def text_sha256(card: str) -> str:
+    """Return the sha256 of the user's part of a card's text."""
+    return _digest(_split(card)[1])
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256('\n\n'.join(_users(text)).encode()).hexdigest()
 
 
 def _about(result: EvalResult) -> tuple:
@@ -151,7 +179,7 @@ def _about(result: EvalResult) -> tuple:
 
 def _split(card: str) -> Tuple[Optional[str], str]:
     """Return a card's head without its marks, or None if it has no head, and the card's text."""
-    found = re.match(r'---[ \t]*\r?\n(.*?)(?<=\n)---[ \t]*(?:\r?\n|$)', card, re.DOTALL)
+    found = re.match(r'\s*---[ \t]*\r?\n(.*?)(?<=\n)---[ \t]*(?:\r?\n|$)', card, re.DOTALL)
     return (found.group(1), card[found.end() :]) if found else (None, card)
 
 

@@ -8,14 +8,13 @@ caller says otherwise.
 import argparse
 import dataclasses
 import json
+import os
 import re
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
-from urllib.parse import unquote, urlparse
 
 import timm
-import torch
 from timm.data import resolve_input_data_config
 from timm.layers import to_2tuple
 from timm.models import PretrainedCfg, get_arch_pretrained_cfgs, get_model_input_config, split_model_name_tag
@@ -32,14 +31,16 @@ from ..weights.checkpoints import checkpoint_files, read_checkpoint
 from ..weights.checksums import check_once
 from ..weights.comparison import add_batch_counts, check_dtypes, check_keys
 from ..weights.downloads import hub_file, url_file
-from ..weights.files import CONFIG_NAME
+from ..weights.files import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME
 from ..weights.layouts import StateDict, convert_layout, find_layout
 from ..weights.sources import hub_weights, local_weights
-from .cards import render_card
+from .cards import OURS, read_card, render_card
 from .saving import save
 
 PREPROCESSOR_NAME = 'preprocessor_config.json'  # transformers stores the preprocessing under this name
 PRETRAINED_FIELDS = {field.name for field in dataclasses.fields(PretrainedCfg)}
+# datasets of timm's that are image folders, and how they order the classes: timm by numbers, torchvision by letters
+FOLDERS = {'': natural_key, 'folder': natural_key, 'torch/image_folder': str, 'torch/folder': str}
 RESAMPLING = {0: 'nearest', 1: 'lanczos', 2: 'bilinear', 3: 'bicubic'}  # transformers writes PIL's numbers
 
 
@@ -60,7 +61,7 @@ def convert(
             MiDaS, pix2tex, or Conformer (of its authors or of mmpretrain). A file that has the name under which
             Google published it is what that name says (see `weights.augreg`); of one that is not here, that name,
             or its address (gs://vit_models/...), is enough.
-        folder: The folder to write.
+        folder: The folder to write; what this package has written there before is replaced, anything else is not.
         model: The architecture; by default the one that the checkpoint names, else the hybrid that has these tensors.
         label_names: Names of the classes, by index, or a dict of them by index; by default those that stand beside
             the checkpoint, if any.
@@ -75,10 +76,11 @@ def convert(
         ValueError: where the architecture is unknown, the file is no checkpoint or not what its published name says,
             or label_names are not as many as its classes.
         RuntimeError: for missing or unexpected keys, wrong shapes and dtypes.
-        OSError: for a damaged file, and one that can't be downloaded.
+        OSError: for a damaged file, one that can't be downloaded, and a folder that holds another's model or card.
     """
     if img_size is not None:
         img_size = conform('img_size', img_size, ImageSize)
+    _check_folder(Path(folder))
     path, config, preprocessor = _find(str(source))
     published = read_name(path)
     if published:
@@ -122,14 +124,25 @@ def convert(
     return save(built, folder, label_names, data, card)
 
 
+def _check_folder(folder: Path) -> None:
+    """Raise FileExistsError for a folder with files in the place of the model's that are not this package's."""
+    card = read_card(folder / CARD_NAME)
+    if card is not None and OURS.search(card):
+        return
+    taken = [name for name in (CARD_NAME, CONFIG_NAME, WEIGHTS_NAME) if os.path.lexists(folder / name)]
+    if taken:
+        raise FileExistsError(
+            f'folder: {folder} holds {" and ".join(taken)} already, not of this package; give a new folder.'
+        )
+
+
 def _find(source: str) -> Tuple[Path, Dict[str, Any], Dict[str, Any]]:
     """Return the weights, and what config.json and preprocessor_config.json beside them say."""
     found: List[Dict[str, Any]] = []
     hub_id = source.removeprefix('hf-hub:') if source.startswith('hf-hub:') else None
     url = None if hub_id or Path(source).exists() else url_of(source)
-    if url:  # files of one name lie in several folders
-        folder = Path(unquote(urlparse(url).path)).parent.relative_to('/')
-        return url_file(url, Path(torch.hub.get_dir(), 'checkpoints', folder)), {}, {}
+    if url:
+        return url_file(url), {}, {}
     path = hub_weights(hub_id) if hub_id else local_weights(source.removeprefix('local-dir:'))
     for name in (CONFIG_NAME, PREPROCESSOR_NAME):
         beside = path.with_name(name)
@@ -279,11 +292,12 @@ def _label_names(args: Dict[str, Any], config: Dict[str, Any], num_classes: int)
     names = config.get('label_names') or (config.get('pretrained_cfg') or {}).get('label_names')
     names = names or config.get('id2label')
     folder = args.get('data_dir') or args.get('data')
-    if not names and folder and not args.get('class_map'):
+    kind = args.get('dataset') or ''
+    if not names and folder and not args.get('class_map') and kind in FOLDERS:
         split = Path(folder) / (args.get('train_split') or 'train')
         root = split if split.is_dir() else Path(folder)
-        if root.is_dir():  # timm numbers classes in this order
-            names = sorted((child.name for child in root.iterdir() if child.is_dir()), key=natural_key)
+        if root.is_dir():
+            names = sorted((child.name for child in root.iterdir() if child.is_dir()), key=FOLDERS[kind])
     return normalise_label_names(names, num_classes) if names and len(names) == num_classes else None
 
 

@@ -20,7 +20,7 @@ from ..weights.downloads import is_transient, retrying
 from ..weights.files import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME
 from ..weights.shipped import is_shipped
 from ..weights.sources import find_weights
-from .cards import merge_cards, read_card, render_card, set_field, set_source
+from .cards import TEXT_FIELD, merge_cards, read_card, render_card, set_field, set_source, text_sha256
 from .config_file import read_config
 from .model_folder import locked
 from .saving import save
@@ -115,7 +115,8 @@ def _push_folder(
         ask('create the branch', lambda: api.create_branch(repo_id, branch=branch, exist_ok=True))
     if card is None:
         card = _plain_card(loaded, repo_id)
-    text = set_field(set_source(card, _name(repo_id, revision)), SHA256_FIELD, digest)
+    card = set_field(set_source(card, model_name(repo_id, revision)), SHA256_FIELD, digest)
+    text = set_field(card, TEXT_FIELD, text_sha256(card))
     for attempt in range(3):
         try:
             commit, sent = _commit(api, repo_id, revision, folder, text, message)
@@ -144,7 +145,8 @@ def _commit(
     return _ask('commit', repo_id, commit), sent
 
 
-def _name(repo_id: str, revision: Optional[str]) -> str:
+def model_name(repo_id: str, revision: Optional[str] = None) -> str:
+    """Return the name by which `timm.create_model` loads a repository's model."""
     return f'hf-hub:{repo_id}' + (f'@{revision}' if revision else '')
 
 
@@ -155,7 +157,7 @@ def _plain_card(model: nn.Module, repo_id: str) -> str:
         model_name=repo_id.rpartition('/')[2],
         description=f'A `{architecture}` for timm, pushed with timm-vitres.',
         recipe='The recipe is not known.',
-        source=_name(repo_id, None),
+        source=model_name(repo_id),
         label_names=model.pretrained_cfg.get('label_names') or (),
     )
 
@@ -257,9 +259,8 @@ def verify(
     cfg = _pretrained_cfg(name)
     path = find_weights(cfg, cache_dir)
     in_name = hash_in_name(path.name) if cfg.url and not (cfg.file or cfg.hf_hub_id) else None
-    for shard in checkpoint_files(path):
-        if shard != path:  # `path` is then the index of the shards
-            check(shard)
+    shards = [file for file in checkpoint_files(path) if file != path]  # of which `path` is then the index
+    hashes = {shard: check(shard) for shard in shards}
     actual = check(path, in_name)
     hub_id = repo_id or (cfg.hf_hub_id if cfg.source != 'local-dir' and not cfg.file else None)
     if hub_id and not constants.HF_HUB_OFFLINE:
@@ -267,23 +268,27 @@ def verify(
         if repo_id is None and path.parent.parent.name == 'snapshots':
             revision = path.parent.name  # the folder's name is the commit of the file
         api = HfApi(token=token, library_name='timm-vitres')
+        hashes[path] = actual
+        names = {file: file.relative_to(path.parent).as_posix() for file in hashes}
         try:
             entries = _ask(
                 'ask for its checksums',
                 repository,
-                lambda: api.get_paths_info(repository, [path.name], revision=revision or None),
+                lambda: api.get_paths_info(repository, list(names.values()), revision=revision or None),
             )
         except RuntimeError:
             if repo_id is not None:
                 raise
             entries = None  # the cache tells a checksum, too
         if entries is not None:
-            found, own = _checksums(next((e for e in entries if isinstance(e, RepoFile)), None), path, actual)
-            if found != own:
-                raise OSError(
-                    f'{path}: its checksum is {own}, but that of {path.name} in {hub_id} is {found}: it is damaged, '
-                    f'or another version.'
-                )
+            remote = {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
+            for file, name in names.items():
+                found, own = _checksums(remote.get(name), file, hashes[file])
+                if found != own:
+                    raise OSError(
+                        f'{file}: its checksum is {own}, but that of {name} in {hub_id} is {found}: it is damaged, or '
+                        f'another version.'
+                    )
             return Verification(path, actual, 'the Hub')
     if in_name:
         return Verification(path, actual, f'the name in its address (it begins with {in_name})')

@@ -79,7 +79,7 @@ def _card(folder: Path, card: Optional[str]) -> Optional[bytes]:
     path = folder / CARD_NAME
     if card is None:
         old = path.read_bytes() if path.is_file() else b''
-        return old if f'{SHA256_FIELD}:'.encode() in old.partition(b'\n---')[0] else None
+        return old if f'{SHA256_FIELD}:'.encode() in old.lstrip().partition(b'\n---')[0] else None
     old = read_card(path) if path.is_file() else None
     if old is not None and OURS.search(old) and OURS.search(card):
         card = merge_cards(old, card)

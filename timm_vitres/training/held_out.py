@@ -200,6 +200,12 @@ def write_report(
     return lines
 
 
+def remove_report(folder: Path) -> None:
+    """Remove what `write_report` wrote, if anything."""
+    for name in (TABLE_NAME, TEXT_NAME, CONFUSION_NAME, MISTAKES_NAME):
+        (folder / name).unlink(missing_ok=True)
+
+
 def _rows(held_out: HeldOut) -> Iterator[List[str]]:
     """Yield a row of the table for each class; one without images has no figures."""
     figures = zip(held_out.recall, held_out.precision, held_out.f1)

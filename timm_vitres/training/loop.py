@@ -5,9 +5,9 @@ curves.png, last.pth.tar, held_out.csv, ...}. A run that was killed goes on with
 its last whole epoch. Under torchrun the same is done by many processes, of which the first writes and speaks.
 """
 
-import dataclasses
 import logging
 import math
+import shutil
 import time
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
@@ -23,7 +23,7 @@ from ..checks import on_one_line
 from ..pictures import draws_curves
 from ..publishing.saving import save
 from .creation import Frozen, create_finetune_model, merged, state_of, without_weights
-from .held_out import Answers, write_report
+from .held_out import Answers, remove_report, write_report
 from .loaders import create_loaders, names_of
 from .optimisation import Stepper, are_finite, create_optimizer, create_scheduler, learning_rate
 from .processes import Processes, joined
@@ -34,7 +34,7 @@ from .sharding import shard_, share_images_
 from .starting import Setup, is_over, is_whole
 from .states import keep_best, read_shards, write_shards, write_state
 from .tasks import create_task
-from .trackers import Trackers
+from .trackers import TENSORBOARD_NAME, Trackers
 
 _logger = logging.getLogger(__name__)
 
@@ -92,7 +92,7 @@ class _Run:
 
     def __init__(self, record: Record, folder: Path, setup: Setup, processes: Processes):
         self.record = record
-        self.cfg = cfg = _shared_out(record, processes)
+        self.cfg = cfg = setup.cfg
         self.folder = folder
         self.model, self.data, self.device = setup.model, setup.data, setup.device
         self.processes = processes
@@ -160,6 +160,8 @@ class _Run:
                 except Diverged:
                     if not self.history and self.processes.is_first:  # a record alone would be nothing to go on with
                         (self.folder / RECORD_NAME).unlink()
+                        self.close()
+                        shutil.rmtree(self.folder / TENSORBOARD_NAME, ignore_errors=True)
                     raise
                 first(lambda: check.raise_if_bad() if check is not None else None)
                 row.update(metrics, lr=self.optimizer.param_groups[0]['lr'])
@@ -299,6 +301,7 @@ class _Run:
         if best.row is self.history[-1]:
             model = self._whole_model(best.weights)
             if model is not None:
+                remove_report(self.folder)  # of a model that this one replaces
                 card = run_card(self.record, best, model, self.folder.resolve().name)
                 save(model, self.folder, self.record.label_names, self.record.data_config, card)
         if self.processes.is_first:
@@ -357,16 +360,3 @@ class _Run:
         self.history = state['history']
         if self.scheduler is not None:  # it is not restored, since more epochs make another schedule
             self.scheduler.step_update(num_updates=len(self.history) * self.num_updates)
-
-
-def _shared_out(record: Record, processes: Processes) -> FinetuneCfg:
-    """Return a run's settings, with steps of as many images as it began with, if its processes can share them."""
-    cfg, images = record.trained_cfg, record.trained_cfg.batch_size * record.processes
-    if processes.count == record.processes:
-        return cfg
-    told = f'resume: the run was started with {record.processes} processes, and goes on with {processes.count}'
-    if images % processes.count or (cfg.mixes and images // processes.count % 2):
-        _logger.warning('%s; its steps are of %d images now.', told, cfg.batch_size * processes.count)
-        return cfg
-    _logger.warning('%s, each with %d images a step.', told, images // processes.count)
-    return dataclasses.replace(cfg, batch_size=images // processes.count)

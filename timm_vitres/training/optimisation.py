@@ -62,6 +62,9 @@ def create_optimizer(cfg: FinetuneCfg, module: nn.Module, lr: float) -> torch.op
 
 def create_scheduler(cfg: FinetuneCfg, optimizer: torch.optim.Optimizer, num_updates: int) -> Any:
     """Return the schedule of a run of so many updates an epoch; None for no schedule."""
+    if cfg.sched == 'none':
+        for group in optimizer.param_groups:  # schedules of timm's apply what layer_decay has noted
+            group['lr'] *= group.get('lr_scale', 1.0)
     try:
         scheduler, _ = create_scheduler_v2(
             optimizer,

@@ -29,6 +29,8 @@ _logger = logging.getLogger(__name__)
 RECORD_NAME = 'run.json'
 CHECKPOINT_NAME = 'last.pth.tar'
 CHANGEABLE = ('epochs', 'workers', 'device', 'validation_batch_size', 'data_dir')
+PATHS = ('data_dir', 'model', 'kd_model_name', 'pretrained_path', 'initial_checkpoint', 'class_map')
+LOCAL = 'local-dir:'
 _PLACES = ('output', 'resume')  # these settings say where a run lies, and are not recorded
 
 
@@ -118,6 +120,14 @@ def _versions() -> Dict[str, str]:
     return {'timm-vitres': __version__, 'torch': torch.__version__, 'timm': timm.__version__}
 
 
+def _from_anywhere(name: str, value: Any) -> Any:
+    """Return a setting that names a file or folder so that a run which is resumed from elsewhere finds the same one."""
+    start = LOCAL if name in ('model', 'kd_model_name') else ''
+    if name not in PATHS or not value or not value.startswith(start) or not os.path.exists(value[len(start) :]):
+        return value
+    return start + os.path.abspath(value[len(start) :])
+
+
 @dataclass(frozen=True)
 class Record:
     """The settings and data that a run was started with; its folder holds them, and its card is rendered from them."""
@@ -142,9 +152,7 @@ class Record:
 
     def write(self, folder: Path) -> None:
         """Write the record into the folder of the run."""
-        settings = dataclasses.asdict(self.cfg)
-        if self.cfg.data_dir and os.path.exists(self.cfg.data_dir):  # a run may be resumed from another folder
-            settings['data_dir'] = os.path.abspath(self.cfg.data_dir)
+        settings = {name: _from_anywhere(name, value) for name, value in dataclasses.asdict(self.cfg).items()}
         for name in _PLACES:
             del settings[name]
         content = dict(
@@ -186,8 +194,8 @@ class Record:
         """
         changes, refused = {}, []
         for name in sorted(set(given) - set(_PLACES)):
-            new, old = getattr(cfg, name), getattr(self.cfg, name)
-            if name == 'data_dir' and new and old:
+            new, old = (_from_anywhere(name, getattr(settings, name)) for settings in (cfg, self.cfg))
+            if name == 'data_dir' and new and old:  # the images may have another place now, and none where they were
                 new = os.path.abspath(new)
             if new == old:
                 continue

@@ -176,7 +176,7 @@ class FinetuneCfg:
         'norm', 'clip the norm, every value, or adaptively (agc)', choices=('norm', 'value', 'agc')
     )
     sched: str = _option('cosine', 'learning rate schedule', choices=SCHEDULES)
-    warmup_epochs: float = _option(1.0, 'epochs of warm-up', low=0, high=MAX_COUNT)
+    warmup_epochs: float = _option(1.0, 'epochs of warm-up, at most half of all', low=0, high=MAX_COUNT)
     warmup_lr: float = _option(1e-5, 'learning rate that warm-up begins with', low=0)
     min_lr: float = _option(1e-6, 'learning rate that the schedule ends with', low=0)
     decay_epochs: Optional[float] = _option(
@@ -305,6 +305,14 @@ class FinetuneCfg:
         for name in ('no_aug', 'train_crop_mode', 'scale', 'ratio') if self.crop_padding is not None else ():
             if getattr(self, name) != getattr(type(self), name):
                 raise ValueError(f'{name}: got {getattr(self, name)!r}, which crop_padding replaces; give one.')
+        for name in ('aa', 'reprob', 'vflip', 'grayscale_prob', 'gaussian_blur_prob') if self.no_aug else ():
+            if getattr(self, name):
+                raise ValueError(f'{name}: got {getattr(self, name)!r}, which no_aug leaves out; give one.')
+        if self.distill_loss_weight is None and (self.task_loss_weight or 0) > 1:
+            raise ValueError(
+                f'task_loss_weight: got {self.task_loss_weight:g} alone, expected at most 1, since distill_loss_weight '
+                'is then what is left of 1; give both.'
+            )
         if list(self.decay_milestones) != sorted(set(self.decay_milestones)):
             raise ValueError(f'decay_milestones: got {self.decay_milestones}, expected epochs that rise.')
         if self.cutmix_minmax is not None and self.cutmix_minmax[0] > self.cutmix_minmax[1]:

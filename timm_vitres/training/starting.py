@@ -44,6 +44,7 @@ class Start:
 class Setup:
     """The model, the images and the device of a run; what can be wrong with the settings is found here."""
 
+    cfg: FinetuneCfg  # those of the run, as its processes share them out
     model: nn.Module
     data: Data
     device: torch.device
@@ -88,13 +89,18 @@ class Setup:
         _tell_of_bfloat16(cfg, self.device)
         check_trackers(cfg)
         mode = _check_images(cfg)
+        if record is not None:
+            self.cfg = cfg = _shared_out(record, self.processes)
         self.data = _load(cfg, mode, images if record is None else record.data, self.processes)
         random_seed(cfg.seed)
         if state is not None:
             cfg = without_weights(cfg)
         model = create_finetune_model(cfg, num_classes=len(self.data.label_names))
         self.model = synchronised(model, cfg, self.processes).to(self.device)
-        return self._record(cfg) if record is None else record
+        if record is None:
+            record = self._record(cfg)
+            self.cfg = record.trained_cfg
+        return record
 
     def _record(self, cfg: FinetuneCfg) -> Record:
         size = image_size(cfg.img_size) if cfg.img_size is not None else None
@@ -185,3 +191,16 @@ def is_whole(folder: Path, history: List[Dict[str, float]], is_over: bool = Fals
     """Return whether all that follows the last checkpoint was written; the table of epochs is written last."""
     files = [folder / WEIGHTS_NAME, folder / CONFIG_NAME, *([folder / TABLE_NAME] if is_over else [])]
     return count_epochs(folder) == len(history) and all(path.is_file() for path in files)
+
+
+def _shared_out(record: Record, processes: Processes) -> FinetuneCfg:
+    """Return a run's settings, with steps of as many images as it began with, if its processes can share them."""
+    cfg, images = record.trained_cfg, record.trained_cfg.batch_size * record.processes
+    if processes.count == record.processes:
+        return cfg
+    told = f'resume: the run was started with {record.processes} processes, and goes on with {processes.count}'
+    if images % processes.count or (cfg.mixes and images // processes.count % 2):
+        _logger.warning('%s; its steps are of %d images now.', told, cfg.batch_size * processes.count)
+        return cfg
+    _logger.warning('%s, each with %d images a step.', told, images // processes.count)
+    return dataclasses.replace(cfg, batch_size=images // processes.count)

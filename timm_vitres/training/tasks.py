@@ -148,7 +148,9 @@ def _criterion(cfg: FinetuneCfg, counts: Optional[List[int]]) -> nn.Module:
             raise ValueError(
                 'balance_classes: needs a dataset that knows its labels, and no mixup, cutmix or bce_loss.'
             )
-        weight = torch.tensor([sum(counts) / (len(counts) * max(count, 1)) for count in counts])
+        filled = [count for count in counts if count]
+        weight = torch.tensor([sum(counts) / (len(filled) * count) if count else 0.0 for count in counts])
+        _check_smoothing(cfg.smoothing, len(counts), float(weight[weight > 0].min()), float(weight.max()))
         return nn.CrossEntropyLoss(weight=weight, label_smoothing=cfg.smoothing)
     options: Dict[str, Any] = dict(smoothing=cfg.smoothing, soft_targets=cfg.mixes)
     if cfg.bce_loss:
@@ -159,3 +161,17 @@ def _criterion(cfg: FinetuneCfg, counts: Optional[List[int]]) -> nn.Module:
             pos_weight=cfg.bce_pos_weight,
         )
     return create_classification_loss(**options)
+
+
+def _check_smoothing(smoothing: float, num_classes: int, least: float, most: float) -> None:
+    """Raise ValueError where the rarest class, by its part of the smoothing, outweighs the true one of common images.
+
+    Args:
+        least, most: The smallest and the largest weight of a class.
+    """
+    limit = least / (least + (most - least) / num_classes)
+    if smoothing >= limit:
+        raise ValueError(
+            f'smoothing: got {smoothing:g}, but with balance_classes an image of the rarest class counts as '
+            f'{most / least:.3g} of the commonest, so that these would be called rare; give less than {limit:.2g}.'
+        )

@@ -48,3 +48,4 @@ class Trackers:
             self.writer.close()
         if self.wandb is not None:
             self.wandb.finish()
+        self.writer = self.wandb = None

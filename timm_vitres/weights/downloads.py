@@ -3,7 +3,9 @@
 Hub id -> `hub_file` -> a path in the Hub's cache; URL -> `url_file` -> a path in torch's cache, its hash checked.
 """
 
+import hashlib
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Callable, Dict, Optional, Sequence, TypeVar, Union
 from urllib.error import HTTPError, URLError
@@ -93,15 +95,19 @@ def hub_file(
 def url_file(url: str, cache_dir: Union[None, str, Path] = None) -> Path:
     """Return a file that a URL names, downloaded into torch's cache of checkpoints (or `cache_dir`).
 
+    A file whose name holds a hash lies where torch.hub puts it. Others may have one name and differ: each address has
+    a folder of its own.
+
     Raises:
         OSError: where it can't be downloaded, or a name like 'resnet18-5c106cde.pth' holds the beginning of another
             sha256 than the file's.
     """
     folder = Path(cache_dir or Path(torch.hub.get_dir()) / 'checkpoints')
-    path = folder / Path(urlparse(url).path).name
-    published = hash_in_name(path.name)
+    name = Path(urlparse(url).path).name
+    published = hash_in_name(name)
+    path = folder / name if published else folder / hashlib.sha256(url.encode()).hexdigest()[:16] / name
     if not path.is_file():
-        folder.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         try:
             retrying(lambda: torch.hub.download_url_to_file(url, str(path), published))
         except RuntimeError as error:  # torch compares the hash before the file is in the cache
@@ -111,6 +117,10 @@ def url_file(url: str, cache_dir: Union[None, str, Path] = None) -> Path:
                 f'{url}: could not be downloaded ({error}). Once it is here by other means, '
                 f"pretrained_cfg_overlay=dict(file='...') takes it."
             ) from error
+        finally:
+            if not published:
+                with suppress(OSError):  # it is not empty
+                    path.parent.rmdir()
     if published:
         check_once(path, published)
     return path
