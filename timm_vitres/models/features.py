@@ -174,15 +174,18 @@ class SerialFeatures(nn.Module):
     def _take(self, indices: Optional[Union[int, List[int]]]) -> List[int]:
         """Return which maps are meant; of a pruned model all, and the last so many, are of those that are left."""
         maps, _ = feature_take_indices(len(self.level_indices) + len(self.block_indices), indices)
-        if not torch.jit.is_scripting():  # a script has its maps by number
-            left = [i for i, level in enumerate(self.level_indices) if level < self.patch_embed.num_levels]
-            blocks = enumerate(self.block_indices, len(self.level_indices))
-            left += [i for i, block in blocks if block < len(self.blocks)]
-            if indices is None or isinstance(indices, int):
-                return [left[place] for place in feature_take_indices(len(left), indices)[0]]
-            for i in maps:
-                if i not in left:
-                    raise ValueError(f'indices: got {i}, but the model was pruned, and has {left} left.')
+        return maps if torch.jit.is_scripting() else self._take_left(maps, indices)  # a script has its maps by number
+
+    @torch.jit.unused
+    def _take_left(self, maps: List[int], indices: Optional[Union[int, List[int]]]) -> List[int]:
+        left = [i for i, level in enumerate(self.level_indices) if level < self.patch_embed.num_levels]
+        blocks = enumerate(self.block_indices, len(self.level_indices))
+        left += [i for i, block in blocks if block < len(self.blocks)]
+        if indices is None or isinstance(indices, int):
+            return [left[place] for place in feature_take_indices(len(left), indices)[0]]
+        for i in maps:
+            if i not in left:
+                raise ValueError(f'indices: got {i}, but the model was pruned, and has {left} left.')
         return maps
 
     def _run(
