@@ -28,7 +28,7 @@ from ..models.base import Hybrid
 from ..models.loading import assign_, fill_buffers_
 from ..weights.augreg import PublishedName, read_name, url_of
 from ..weights.checkpoints import checkpoint_files, read_checkpoint
-from ..weights.checksums import check_once
+from ..weights.checksums import SHA256_FIELD, check_once
 from ..weights.comparison import add_batch_counts, check_dtypes, check_keys
 from ..weights.downloads import hub_file, url_file
 from ..weights.files import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME
@@ -125,11 +125,11 @@ def convert(
 
 
 def _check_folder(folder: Path) -> None:
-    """Raise FileExistsError for a folder with files in the place of the model's that are not this package's."""
-    card = read_card(folder / CARD_NAME)
-    if card is not None and OURS.search(card):
-        return
-    taken = [name for name in (CARD_NAME, CONFIG_NAME, WEIGHTS_NAME) if os.path.lexists(folder / name)]
+    """Raise FileExistsError for a folder with files in the place of the model's that this package has not written."""
+    card, config = read_card(folder / CARD_NAME), folder / CONFIG_NAME
+    taken = [CARD_NAME] if card is not None and not OURS.search(card) else []
+    if not config.is_file() or SHA256_FIELD not in config.read_text(encoding='utf-8', errors='replace'):
+        taken += [name for name in (CONFIG_NAME, WEIGHTS_NAME) if os.path.lexists(folder / name)]
     if taken:
         raise FileExistsError(
             f'folder: {folder} holds {" and ".join(taken)} already, not of this package; give a new folder.'
