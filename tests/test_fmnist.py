@@ -30,13 +30,13 @@ def packed(tmp_path):
 def test_a_run_and_its_row(fmnist, packed, tmp_path):
     root = fmnist.unpack(packed, tmp_path / 'data')
     changes = dict(
-        epochs=4, workers=0, model='test_vitresnet_mix', batch_size=8, val_frac=0.2, warmup_epochs=0, lr=0.01
+        epochs=8, workers=0, model='test_vitresnet_mix', batch_size=8, val_frac=0.2, warmup_epochs=0, lr=0.01
     )
     changes.update(crop_padding=0, reprob=0.0, autotune=False)
     row = fmnist.run('interleaved', 0, root, tmp_path / 'runs', changes)
-    assert (row['model'], row['epochs'], row['test_images']) == ('test_vitresnet_mix', 4, 40)
+    assert (row['model'], row['epochs'], row['test_images']) == ('test_vitresnet_mix', 8, 40)
     assert row['test_top1'] == row['test_top1_tta'] == row['val_top1'] == 100.0
-    assert row['changes'].startswith('epochs=4 workers=0 model=test_vitresnet_mix')
+    assert row['changes'].startswith('epochs=8 workers=0 model=test_vitresnet_mix')
     again = fmnist.run('interleaved', 0, root, tmp_path / 'runs', changes)
     assert again == row  # it is over, and is not trained again
 

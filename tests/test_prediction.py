@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import draw, rename_, stripes
+from conftest import draw, randomise_, rename_, stripes
 from PIL import Image
 
 from timm_vitres.data import preprocess
@@ -97,10 +97,12 @@ def test_names_that_are_not_of_these_classes(model, names):
     assert label_names(rename_(model, names)) == ['class 0', 'class 1', 'class 2']
 
 
-def test_a_model_in_training_mode_predicts_nothing_and_learns_nothing(model, tmp_path):
-    Image.new('RGB', (32, 32)).save(tmp_path / 'a.png')
+def test_a_model_in_training_mode_predicts_as_it_does_in_evaluation_and_learns_nothing(tmp_path):
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)).save(tmp_path / 'a.png')
+    model = randomise_(timm.create_model('test_vitresnet_mix', num_classes=3, drop_rate=0.5))
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    model.eval().head_drop.train()
-    with pytest.raises(ValueError, match=r'^model: it is in training mode; call model\.eval\(\)'):
-        predict(model, [tmp_path / 'a.png'])
+    expected = predict(model.eval(), [tmp_path / 'a.png'])
+    model.train().head.eval()
+    assert predict(model, [tmp_path / 'a.png']) == expected
+    assert model.training and model.stages[0].training and not model.head.training
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())

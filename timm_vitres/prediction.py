@@ -3,8 +3,9 @@
 paths -> `predict` -> the likeliest classes of each image, and a sentence for each image that failed.
 """
 
+from contextlib import contextmanager
 from pathlib import Path
-from typing import List, NamedTuple, Sequence, Tuple, Union
+from typing import Iterator, List, NamedTuple, Sequence, Tuple, Union
 
 import torch
 from torch import nn
@@ -24,13 +25,26 @@ class Prediction(NamedTuple):
     probabilities: List[float]
 
 
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Set a model to evaluation mode, and back: in training mode its BatchNorms would learn of the images."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
 def predict(
     model: nn.Module, images: Sequence[Union[str, Path]], topk: int = 5, tta: str = ''
 ) -> Tuple[List[Prediction], List[str]]:
     """Classify image files.
 
     Args:
-        model: A timm model with a head, in evaluation mode.
+        model: A timm model with a head; it predicts as in evaluation mode, and its mode stays what it is.
         images: Paths.
         topk: Number of classes to return; all of them where there are fewer.
         tta: Test-time augmentation: '', 'flip' or 'shift' (`views.averaged`).
@@ -39,8 +53,7 @@ def predict(
         Predictions, and a sentence for each image that could not be read, or whose outputs are not finite.
 
     Raises:
-        ValueError: for a model in training mode, without classes, or one that takes no images, and an impossible `topk`
-            or `tta`.
+        ValueError: for a model without classes, or one that takes no images, and an impossible `topk` or `tta`.
         TypeError: for one path instead of a list, and for anything that is no path.
     """
     if isinstance(images, (str, Path)):
@@ -53,8 +66,6 @@ def predict(
     names = label_names(model)
     config = data_config(model)
     mode = image_mode(config['input_size'][0])
-    if any(module.training for module in model.modules()):  # it would also learn of the images, by its BatchNorms
-        raise ValueError('model: it is in training mode; call model.eval() before it predicts.')
     predictions: List[Prediction] = []
     failed: List[str] = []
     for path in tqdm(images, desc='predicting', leave=False, disable=len(images) < 10):
@@ -63,7 +74,7 @@ def predict(
         except (OSError, ValueError) as error:
             failed.append(str(error))
             continue
-        with torch.inference_mode():
+        with torch.inference_mode(), _evaluating(model):
             probabilities = averaged(model, x, tta)[0].softmax(-1)
         if not torch.isfinite(probabilities).all():
             failed.append(f'image: for {shown(path)} the model gives no finite numbers, so there is no prediction.')
