@@ -372,3 +372,14 @@ def test_the_command(tmp_path, capsys):
     assert json.loads(config_of(tmp_path / 'model.onnx', 'onnx'))['label_names'] == ['across', 'down']
     assert cli.main([*arguments, '--images', str(tmp_path / 'model')]) == 1
     assert 'images: there is none in' in capsys.readouterr().err
+
+
+def test_a_file_of_a_model_that_takes_no_larger_images(tmp_path):
+    """Its other sizes are those that are left below: the table is cropped, and has two tokens a side."""
+    model = randomise_(timm.create_model('test_vitresnet', pos_embed_fit='crop', img_size=64)).eval()
+    export(model, tmp_path / 'm.pt2')
+    run = load(tmp_path / 'm.pt2', 'pt2')
+    for size in ((64, 64), (40, 64), (64, 40)):
+        x = torch.randn(2, 3, *size)
+        with torch.inference_mode():
+            assert relative_difference(run(x), model(x)) < 1e-5
