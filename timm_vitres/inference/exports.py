@@ -112,20 +112,19 @@ def capture(
     if not isinstance(expected, (torch.Tensor, list)):
         raise ValueError(f'model: it returns a {type(expected).__name__}, expected logits, or the list of a pyramid.')
     check_outputs(expected)
+    sizes = _image_sizes(model)
     captured = images[[0, -1]]  # a batch of one image would be taken for a constant
     compared = [(images, expected)]
     if dynamic:
-        stride, largest = _image_sizes(model).stride, _image_sizes(model).largest
-        size = (2 * stride, 3 * stride)
-        size = size if largest is None else tuple(min(side, top) for side, top in zip(size, largest))
-        other = F.interpolate(captured, size)
+        size = (2 * sizes.stride, 3 * sizes.stride)
+        other = F.interpolate(captured, tuple(map(min, size, sizes.largest or size)))
         compared.append((other, own(other)))
     return Source(
         folded,
         is_pyramid=isinstance(expected, list),
         images=captured,
         sizes=_dynamic_shapes(model) if dynamic else {0: Dim('batch')},
-        largest=_image_sizes(model).largest,
+        largest=sizes.largest,
         precision=precision,
         calibration=images if calibrate else None,
         config=_config(model),

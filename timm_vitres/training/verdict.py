@@ -160,7 +160,7 @@ def _sentence(
         says = 'one seed says nothing' if num_seeds == 1 else f'{num_seeds} seeds say too little'
         return (
             f'{start} {listed(first)} {verb} ahead{before}; but {says} about the chance of training, so that none is '
-            f'called better: give more seeds.'
+            'called better: give more seeds.'
         )
     better = [f'{told[name]} by {behind[name]}' for name in order if behind[name].is_told]
     alike = [f'{told[name]}: {behind[name]}' for name in order if not behind[name].is_told]
