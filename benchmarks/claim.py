@@ -102,15 +102,23 @@ def comparisons() -> list:
     asked = ('set', 'models', 'cost', 'device', 'threads')
     for row in read('ablation'):
         groups[tuple(row[column] for column in asked)][row['arm']].append(row)
-    newest_behind = newest('ablation_verdict', *asked, 'arm')
+    verdicts: dict = defaultdict(list)
+    for row in read('ablation_verdict'):
+        verdicts[tuple(row[column] for column in asked)].append(row)
     found = []
     for key, arms in groups.items():
-        behind = {of[-1]: row for of, row in newest_behind.items() if of[:-1] == key}
-        measured = next(iter(behind.values()))['measured']
+        last = verdicts[key][-1]  # with more seeds, another arm may have become the best
+        behind = {row['arm']: row for row in verdicts[key] if row['best'] == last['best']}
+        measured = last['measured']
         column, title = ('balanced', 'balanced accuracy') if measured == 'balanced' else ('accuracy', 'accuracy')
         figures = {arm: [float(row[column]) for row in rows] for arm, rows in arms.items()}
         found.append((f'`{key[0]}`, {key[2]}, {title}', arms, figures, behind))
     return found
+
+
+def _interval(found: dict) -> str:
+    known = f' ({found["low"]} to {found["high"]})' if found['high'] != 'inf' else ''
+    return found['points'] + known
 
 
 def ablation() -> str:
@@ -125,7 +133,7 @@ def ablation() -> str:
                     '' if place else name,
                     arm,
                     spread(figures[arm], 2),
-                    f'{found["points"]} ({found["low"]} to {found["high"]})' if found else 'best',
+                    _interval(found) if found else 'best',
                     ('yes' if found['is_told'] == 'True' else 'no') if found else '',
                     f'{int(rows[0]["parameters"]) / 1e6:.2f}M',
                     rows[0]['epochs'],

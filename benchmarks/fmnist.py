@@ -6,8 +6,8 @@ The recipe, and each run's epoch, are chosen on 5% of the training images; the 1
 when a run is over, by a model that was loaded from its folder: as it is, and with six views of each image (`--tta
 shift`). A run that was killed goes on. --record appends a row per run to benchmarks/results/fmnist.csv. Any setting of
 the recipe may be given anew, as --set name=value; the row has it. The arm `deeper` begins with the weights that the
-wheel has, and with more blocks at 28 and 14 pixels, which begin as the identity (Net2Net, arXiv:1511.05641). Data: the Debian package dataset-fashion-mnist, or
---data-dir with its four .gz files.
+wheel has, and with more blocks at 28 and 14 pixels, which begin as the identity (Net2Net, arXiv:1511.05641). Data: the
+Debian package dataset-fashion-mnist, or --data-dir with its four .gz files.
 """
 
 import argparse

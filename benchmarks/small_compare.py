@@ -2,8 +2,8 @@
 
     python benchmarks/small_compare.py --output small [--record]
 
-The first 100 training images of both classes of elpv are written as a folder, as a user may have one; then its default
-arms and seeds are compared by its recipe, as `timm-vitres compare small/photos --output small/answer --in-chans 1` does.
+The first 100 training images of both classes of elpv are written as a folder, as a user may have one; then the default
+arms and seeds are compared, as by `timm-vitres compare small/photos --output small/answer --in-chans 1`.
 --record appends a row to benchmarks/results/small_compare.csv. Data: see `image_sets.py`.
 """
 

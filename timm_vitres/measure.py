@@ -76,3 +76,9 @@ def as_ms(seconds: float) -> str:
     """Return a time in milliseconds, in three digits or all that stand before the point."""
     milliseconds = 1000 * seconds
     return f'{milliseconds:.0f} ms' if milliseconds >= 100 else f'{milliseconds:.3g} ms'
+
+
+def as_minutes(seconds: float) -> str:
+    """Return a time in minutes, in two digits or all that stand before the point, without the unit."""
+    minutes = seconds / 60
+    return f'{minutes:.0f}' if minutes >= 10 else f'{minutes:.2g}'

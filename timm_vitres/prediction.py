@@ -29,8 +29,7 @@ class Prediction(NamedTuple):
 def _evaluating(model: nn.Module) -> Iterator[None]:
     """Set a model to evaluation mode, and back: in training mode its BatchNorms would learn of the images."""
     training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
+    model.eval()  # some of timm's models drop what they keep for evaluation when their mode changes
     try:
         yield
     finally:

@@ -374,6 +374,19 @@ def test_the_command(tmp_path, capsys):
     assert 'images: there is none in' in capsys.readouterr().err
 
 
+@pytest.mark.parametrize('patch_size, levels', [(16, (0, 1)), (64, (0, 1, 2, 3))])
+def test_tokens_are_as_far_apart_in_a_pyramid_of_shallow_maps(tmp_path, patch_size, levels):
+    options = dict(patch_size=patch_size, features_only=True, out_indices=levels)
+    model = randomise_(timm.create_model('test_vitresnet_dual', **options)).eval()
+    export(model, tmp_path / 'm.pt2', example=torch.randn(1, 3, 128, 128))
+    run = load(tmp_path / 'm.pt2', 'pt2')
+    for size in ((128, 192), (160, 136)):
+        x = torch.randn(2, 3, *size)
+        with torch.inference_mode():
+            for found, expected in zip(run(x), model(x), strict=True):
+                assert relative_difference(found, expected) < 1e-5
+
+
 def test_a_file_of_a_model_that_takes_no_larger_images(tmp_path):
     """Its other sizes are those that are left below: the table is cropped, and has two tokens a side."""
     model = randomise_(timm.create_model('test_vitresnet', pos_embed_fit='crop', img_size=64)).eval()

@@ -137,6 +137,17 @@ def test_it_is_for_inference(name, tmp_path):
         backbone.train()
 
 
+def test_what_a_second_fold_finds_can_be_copied():
+    """BatchNorms behind standardised convolutions are merged once these are plain."""
+    model = create('test_vitresnet', backbone_norm_layer='batchnorm2d')
+    twice, x = fold(fold(model)), torch.randn(2, 3, 64, 64)
+    with torch.inference_mode():
+        for folded in (twice, copy.deepcopy(twice)):
+            assert relative_difference(folded(x), model(x)) < 1e-5
+            with pytest.raises((ValueError, RuntimeError), match=r'folded for inference|Missing key'):
+                folded.load_state_dict(model.state_dict())
+
+
 def test_the_root_is_folded_too():
     """Whatever is given: a layer, an embedding, a model that timm's function would pass over."""
     embed = create('test_vitresnet').patch_embed

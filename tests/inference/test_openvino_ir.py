@@ -141,6 +141,25 @@ def test_a_larger_image_than_the_model_takes_is_refused(tmp_path):
             run(torch.randn(1, 3, *size))
 
 
+@pytest.mark.parametrize('axis', [2, 3])
+def test_a_row_of_tokens_is_no_longer_than_the_model_takes(axis, tmp_path):
+    """One token high, or wide, it has one size there, and more of the other."""
+    size = (128, 32) if axis == 2 else (32, 128)
+    model = randomise_(timm.create_model('test_vitresnet', img_size=size, pos_embed_fit='crop', num_classes=3)).eval()
+    report = export(model, tmp_path / 'model.xml').report
+    assert f'for any {"height" if axis == 2 else "width"} and {"width" if axis == 2 else "height"} 32;' in report
+    run = load(tmp_path / 'model.xml', 'openvino')
+    for side in (64, 96, 128):
+        shape = [1, 3, 32, 32]
+        shape[axis] = side
+        x = torch.randn(*shape)
+        with torch.inference_mode():
+            assert relative_difference(run(x), model(x)) < 1e-5
+    shape[axis] = 192
+    with pytest.raises(ValueError, match='but the file takes at most'):
+        run(torch.randn(*shape))
+
+
 def test_any_number_of_tokens_in_any_order(tmp_path):
     """As many as heads; one, before others (OpenVINO's own attention kernels answer these wrongly)."""
     model = randomise_(timm.create_model('vitresnet_nano', num_classes=5)).eval()

@@ -259,6 +259,11 @@ def test_the_users_text_of_a_folder_reaches_the_card():
     assert 'On the Hub.' in there and 'Accuracy 95%.' in there and 'Accuracy 96%.' in there
     there = cards.merge_cards(there, pushed(ours))
     assert 'On the Hub.' in there and there.count('## Use') == 1
+    # what was changed or taken away on the Hub alone stays so
+    folder = pushed(f'{ours}\n## Limits\n\nOf teh lab.\n')
+    for own in ('## Limits\n\nOf the lab.\n', ''):
+        there = cards.merge_cards(folder.replace('## Limits\n\nOf teh lab.\n', own), folder)
+        assert 'teh' not in there and there.count('## Limits') == own.count('## Limits')
     assert 'Mine.' in cards.merge_cards('---\nlicense: mit\n---\n', f'{ours}\nMine.\n')
 
 

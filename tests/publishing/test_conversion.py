@@ -11,7 +11,9 @@ from layouts import conformer_layout, google_layout, hybrid_layout, mmpretrain_l
 
 import timm_vitres
 from timm_vitres.cli import main
+from timm_vitres.publishing import conversion
 from timm_vitres.publishing.conversion import convert
+from timm_vitres.weights.augreg import read_name
 
 
 def logits(model, size):
@@ -252,3 +254,16 @@ def test_class_names_are_in_the_order_of_the_dataset(dataset, expected, tmp_path
     torch.save(dict(state_dict=model.state_dict(), arch='test_vitresnet', args=args), tmp_path / 'last.pth.tar')
     folder = convert(tmp_path / 'last.pth.tar', tmp_path / 'out')
     assert json.loads((folder / 'config.json').read_text()).get('label_names') == expected
+
+
+def test_a_file_that_was_downloaded_is_known_by_its_address(tmp_path, monkeypatch):
+    """In a cache its folder is another one, by which files of the first paper are known."""
+    monkeypatch.setattr(conversion, 'url_file', lambda url: tmp_path / 'R50%2BViT-B_16.npz')
+
+    def stop(path):
+        raise InterruptedError(read_name(path))
+
+    monkeypatch.setattr(conversion, 'read_name', stop)
+    for source in ('imagenet21k/R50+ViT-B_16', 'gs://vit_models/imagenet21k/R50+ViT-B_16.npz'):
+        with pytest.raises(InterruptedError, match='it was pretrained on imagenet21k'):
+            convert(source, tmp_path / 'out')

@@ -17,7 +17,7 @@ from timm.utils import ModelEmaV3
 from timm_vitres.publishing.cards import render_card
 from timm_vitres.publishing.hub import push
 from timm_vitres.publishing.saving import check_unchanged, render_config, save
-from timm_vitres.weights.checksums import sha256
+from timm_vitres.weights.checksums import sha256, told_sha256
 from timm_vitres.writing import replacing
 
 # every registered name that fits in memory, each with other classes, channels and size
@@ -305,6 +305,14 @@ def test_a_broken_readme_of_the_users_stays_as_it_is(tmp_path):
     save(second, tmp_path)
     digest = sha256(tmp_path / 'model.safetensors').encode()
     assert (tmp_path / 'README.md').read_bytes() == text.replace(b'0' * 64, digest)
+    # before a head there may be empty lines, and a mark of some editors
+    for before in (b'\n', b'\xef\xbb\xbf', b'\xef\xbb\xbf\r\n'):
+        text = before + b'---\r\nmodel_sha256: ' + b'0' * 64 + b'\r\n---\r\n\xff\r\n'
+        (tmp_path / 'README.md').write_bytes(text)
+        save(second, tmp_path)
+        assert (tmp_path / 'README.md').read_bytes() == text.replace(b'0' * 64, digest)
+        (tmp_path / 'config.json').unlink()
+        assert told_sha256(tmp_path) == digest.decode()
 
 
 def test_what_the_user_wrote_around_our_card_stays(tmp_path):
@@ -317,10 +325,14 @@ def test_what_the_user_wrote_around_our_card_stays(tmp_path):
     assert card.text.lstrip().startswith('# Mine\n') and card.text.endswith('By hand.\n')
     assert 'Second.' in card.text and 'First.' not in card.text
     assert card.data['language'] == 'en' and card.data['model_sha256'] == sha256(tmp_path / 'model.safetensors')
-    # a card without our part is replaced by the card that is given
-    path.write_text('# Mine\n')
-    save(first, tmp_path, **of_first)
-    assert '# Mine' not in path.read_text() and 'First.' in path.read_text()
+    # as does what is there without our part, or with half of its marks; only a card of his own is taken as it is
+    for old in ('# Mine\n', path.read_text().replace('<!-- end of timm-vitres -->', '')):
+        path.write_text(old)
+        save(first, tmp_path, **of_first)
+        assert '# Mine' in path.read_text() and 'First.' in path.read_text()
+        assert ModelCard.load(path).data['model_sha256'] == sha256(tmp_path / 'model.safetensors')
+    save(first, tmp_path, card='---\nlicense: mit\n---\n# Other\n')
+    assert '# Mine' not in path.read_text() and '# Other' in path.read_text()
 
 
 def test_a_config_builds_the_model_that_it_was_rendered_from():

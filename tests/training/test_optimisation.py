@@ -108,7 +108,7 @@ def made(options):
     model = timm.create_model('test_vitresnet', num_classes=3, img_size=32)
     task = create_task(options, model, list('abc'), None, {}, CPU)
     optimizer = create_optimizer(options, model, options.lr)
-    return model, optimizer, Stepper(options, task, optimizer, CPU)
+    return model, optimizer, Stepper(options, task, optimizer, CPU, False)
 
 
 @pytest.mark.parametrize('clip', [dict(), dict(clip_grad=0.05)])
@@ -177,7 +177,7 @@ def test_what_is_not_finite_is_found():
 
 
 @pytest.mark.parametrize('capability, dtypes', [('AVX2', {torch.float32}), ('AVX512', {None})])
-@pytest.mark.parametrize('opt', ['nmuon', 'nadamuon'])
+@pytest.mark.parametrize('opt', ['nmuon', 'NAdaMuon'])
 def test_a_cpu_without_bfloat16_runs_muon_in_float32(image_folder, tmp_path, monkeypatch, opt, capability, dtypes):
     seen = set()
     orthogonalise = muon.zeropower_via_newtonschulz

@@ -2,10 +2,20 @@ import dataclasses
 
 import pytest
 import timm
+from conftest import write_folder
 
+import timm_vitres
 from timm_vitres.models.arms import ARMS
-from timm_vitres.training import plans
-from timm_vitres.training.plans import ArmPlan, asked_for, make_plan, measure_arms_, parse_arm, single
+from timm_vitres.training import plans, runs
+from timm_vitres.training.plans import (
+    ArmPlan,
+    asked_for,
+    make_plan,
+    measure_arms_,
+    note_versions,
+    parse_arm,
+    single,
+)
 from timm_vitres.training.settings import FinetuneCfg
 
 TINY = ('test_vitresnet:depth=1', 'test_vitresnet_mix')
@@ -45,7 +55,8 @@ def times(monkeypatch):
             'test_vitresnet',
             dict(global_pool='avg', class_token=False),
         ),
-        ('local-dir:a/b', 'local-dir:a/b', {}),
+        ('local-dir:a/b', 'local-dir:a/b', {}),  # which is not there
+        ('hf-hub:a/b', 'hf-hub:a/b', {}),
     ],
 )
 def test_arms_and_models(text, model, kwargs):
@@ -125,19 +136,50 @@ def test_a_plan_is_kept_but_for_seeds_that_are_added(cfg, times, tmp_path):
     assert make_plan(cfg, asked(cfg, seeds=(0, 3)), tmp_path).images == plan.images
 
 
-def test_seeds_that_are_added_after_a_verdict_and_other_versions_are_noted(cfg, times, tmp_path, monkeypatch, caplog):
+def test_seeds_that_are_added_after_a_verdict_are_noted(cfg, times, tmp_path):
     make_plan(cfg, asked(cfg, seeds=(0,)), tmp_path)
     assert make_plan(cfg, asked(cfg, seeds=(0, 3)), tmp_path).looks == 0
-    (tmp_path / 'README.md').write_text('a verdict')
-    assert make_plan(cfg, asked(cfg, seeds=(0, 3)), tmp_path).looks == 0
-    assert make_plan(cfg, asked(cfg, seeds=(0, 3, 4)), tmp_path).looks == 1
-    assert 'begun with' not in caplog.text
-    before = plans.__version__
-    monkeypatch.setattr(plans, '__version__', '9.9.9')
+    (tmp_path / 'README.md').write_text('of two seeds, which calls nothing better')
+    assert make_plan(cfg, asked(cfg, seeds=(0, 3, 4)), tmp_path).looks == 0
+    assert make_plan(cfg, asked(cfg, seeds=(0, 3, 4)), tmp_path).looks == 0
+    assert make_plan(cfg, asked(cfg, seeds=(0, 3, 4, 5)), tmp_path).looks == 1
+
+
+def test_other_versions_are_noted_where_they_train(cfg, times, tmp_path, monkeypatch, caplog):
+    plan = make_plan(cfg, asked(cfg), tmp_path)
+    before = runs.__version__
+    monkeypatch.setattr(runs, '__version__', '9.9.9')
+    assert make_plan(cfg, asked(cfg), tmp_path) == plan and 'begun with' not in caplog.text
     for _ in range(2):
-        plan = make_plan(cfg, asked(cfg, seeds=(0, 3, 4)), tmp_path)
-        assert plan.versions['timm-vitres'] == f'{before} and 9.9.9' and plan.looks == 1
+        plan = make_plan(cfg, asked(cfg), tmp_path)
+        note_versions(plan, tmp_path)
+        assert plan.versions['timm-vitres'] == f'{before} and 9.9.9'
     assert caplog.text.count(f'The comparison was begun with timm-vitres {before}, and goes on with 9.9.9.') == 1
+
+
+def test_arms_and_classes_are_those_of_the_folder_where_a_comparison_began(cfg, times, tmp_path, monkeypatch):
+    for place in ('here', 'there'):
+        timm_vitres.save(timm.create_model('test_vitresnet_mix', num_classes=2), tmp_path / place / 'model')
+        (tmp_path / place / 'classes.txt').write_text('across\ndown\n')
+    models, mapped = ('local-dir:model', TINY[0]), dataclasses.replace(cfg, class_map='classes.txt')
+    monkeypatch.chdir(tmp_path / 'here')
+    plan = make_plan(cfg, asked(cfg, models), tmp_path)
+    assert plan.arms['local-dir:model'].model == f'local-dir:{tmp_path / "here" / "model"}'
+    here = asked(mapped)
+    monkeypatch.chdir(tmp_path / 'there')
+    assert make_plan(cfg, asked(cfg, models, seeds=(0, 1)), tmp_path).arms == plan.arms
+    assert here['recipe']['class_map'] == str(tmp_path / 'here' / 'classes.txt') != asked(mapped)['recipe']['class_map']
+
+
+def test_a_loss_that_the_numbers_of_images_forbid_is_refused_before_all_else(tmp_path, times):
+    write_folder(tmp_path / 'images', per_class=120, size=8)
+    for path in sorted((tmp_path / 'images' / 'down').iterdir())[4:]:
+        path.unlink()
+    cfg = FinetuneCfg(data_dir=str(tmp_path / 'images'), img_size=32, balance_classes=True, smoothing=0.1, device='cpu')
+    for changes, message in ((dict(), 'smoothing: got 0.1'), (dict(mixup=0.2), 'balance_classes: needs')):
+        with pytest.raises(ValueError, match=f'^{message}'):
+            make_plan(dataclasses.replace(cfg, **changes), asked(cfg), tmp_path)
+    assert not (tmp_path / 'compare.json').exists()
 
 
 def test_times_that_whole_epochs_make_unequal_are_told_of(cfg, times, tmp_path, caplog):

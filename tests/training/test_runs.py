@@ -10,6 +10,7 @@ import pytest
 import timm
 import torch
 from conftest import write_folder
+from safetensors.torch import save_file
 from test_loop import rows, settings
 
 import timm_vitres
@@ -457,3 +458,42 @@ def test_what_a_run_began_with_is_found_from_any_folder(images, tmp_path, monkey
     assert Record.read(folder).cfg.kd_model_name == f'local-dir:{tmp_path / "here" / "teacher"}'
     finetune(FinetuneCfg(output=str(folder), data_dir=str(images), epochs=2, resume=True), {'epochs'})
     assert len(rows(folder)) == 2
+
+
+def test_a_run_goes_on_without_the_files_that_it_began_with(images, tmp_path, monkeypatch, no_pictures):
+    monkeypatch.chdir(tmp_path)
+    cfg = small(images, 'run', epochs=1, pretrained_path='old.safetensors', class_map='classes.txt')
+    save_file(timm.create_model(cfg.model, num_classes=2).state_dict(), cfg.pretrained_path)
+    (tmp_path / 'classes.txt').write_text('across\ndown\n')
+    finetune(cfg)
+    for name in ('old.safetensors', 'classes.txt'):
+        os.remove(name)
+    again = dataclasses.replace(cfg, epochs=2, resume=True)
+    assert len(rows(finetune(again, {'pretrained_path', 'class_map', 'epochs', 'data_dir', 'model'}))) == 2
+    (tmp_path / 'other').mkdir()
+    monkeypatch.chdir(tmp_path / 'other')
+    with pytest.raises(ValueError, match=r"class_map: got '.*/other/classes.txt', but the run in .* was started with"):
+        finetune(dataclasses.replace(again, output=str(tmp_path / 'run')), {'class_map'})
+
+
+def test_a_card_does_not_tell_where_the_model_lay(images, tmp_path, monkeypatch, no_pictures):
+    timm_vitres.save(timm.create_model('resnet10t', num_classes=2), tmp_path / 'base', label_names=['across', 'down'])
+    monkeypatch.chdir(tmp_path)
+    own = dict(model='local-dir:base', kd_model_name='local-dir:base', model_kwargs=None)
+    cfg = small(images, 'run', epochs=1, **own)
+    cards = [
+        (finetune(each) / 'README.md').read_text() for each in (cfg, dataclasses.replace(cfg, epochs=2, resume=True))
+    ]
+    for card in cards:
+        assert '`local-dir:base` fine-tuned' in card and 'kd_model_name=base' in card
+        assert str(tmp_path) not in card
+
+
+def test_a_run_keeps_the_precision_of_muon_that_it_began_with(images, tmp_path, monkeypatch, no_pictures):
+    seen = []
+    monkeypatch.setattr(module, 'Stepper', lambda *args: seen.append(args[-1]) or optimisation.Stepper(*args))
+    for name, first in (('float32', 'AVX2'), ('bfloat16', 'AVX512')):
+        for capability, epochs in ((first, 1), ('AVX512' if first == 'AVX2' else 'AVX2', 2)):
+            monkeypatch.setattr(torch.backends.cpu, 'get_cpu_capability', lambda told=capability: told)
+            finetune(small(images, tmp_path / name, opt='nmuon', epochs=epochs, resume=epochs == 2))
+    assert seen == [True, True, False, False]

@@ -3,6 +3,7 @@
 import dataclasses
 import sys
 from importlib.machinery import ModuleSpec
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -40,6 +41,7 @@ class Stand(ModuleType):
 
     def init(self, **kwargs):
         self.begun.append(kwargs)
+        Path(kwargs['dir'], 'wandb').mkdir(exist_ok=True)
         return self
 
     def log(self, figures, step):
@@ -70,10 +72,12 @@ def test_a_run_that_fails_says_that_there_is_no_more(image_folder, tmp_path, mon
     assert stand.ended == 1 and not stand.told
 
 
-def test_a_run_that_fails_at_once_leaves_nothing_in_its_own_way(image_folder, tmp_path, no_pictures):
+def test_a_run_that_fails_at_once_leaves_nothing_in_its_own_way(image_folder, tmp_path, monkeypatch, no_pictures):
+    monkeypatch.setitem(sys.modules, 'wandb', Stand())
+    follow = dict(log_tensorboard=True, log_wandb=True)
     for _ in range(2):
         with pytest.raises(ValueError, match='lr: the'):
-            finetune(settings(image_folder, tmp_path / 'run', opt='sgd', lr=1e30, log_tensorboard=True))
+            finetune(settings(image_folder, tmp_path / 'run', opt='sgd', lr=1e30, **follow))
         assert not (tmp_path / 'run').exists()
 
 

@@ -43,7 +43,7 @@ def test_what_the_images_make_of_an_interval_is_the_formula_of_agresti_and_min()
     found = judge({'a': np.tile(first, (3, 1)), 'b': np.tile(second, (3, 1))}).behind['b']  # seeds make no difference
     only_first, only_second, number = 3 + 0.5, 1 + 0.5, 10 + 2  # half an image is added to each of the four cells
     p, q = only_first / number, only_second / number
-    half = student(0.975, number - 1) * math.sqrt((p + q - (p - q) ** 2) / number)
+    half = student(0.975, number - 1) * math.sqrt((p + q - (p - q) ** 2) / 10)  # of the images that there are
     assert found.points == pytest.approx(20) and found.high - 20 == pytest.approx(100 * half)
 
 
@@ -72,6 +72,17 @@ def test_balanced_accuracy_knows_how_few_images_a_class_has(rare):
         verdict = judge({name: np.tile(rng.random(len(p)) < p, (3, 1)) for name, p in truth.items()}, classes, 'x')
         wrong += any(found.is_told for found in verdict.behind.values())
     assert wrong <= 0.05 * runs + 2 * math.sqrt(0.05 * 0.95 * runs)
+
+
+@pytest.mark.parametrize('each', [1, 2])
+def test_balanced_accuracy_of_many_small_classes(each):
+    """Two arms get 70% of a hundred classes' images right, by each seed the same ones."""
+    rng, runs, classes = np.random.default_rng(7), 300, np.repeat(np.arange(100), each)
+    wrong = 0
+    for _ in range(runs):
+        answers = {name: np.tile(rng.random(len(classes)) < 0.7, (3, 1)) for name in 'ab'}
+        wrong += any(found.is_told for found in judge(answers, classes, 'x').behind.values())
+    assert wrong <= 0.1 * runs  # 8% of single images, whose chance is known worst
 
 
 def test_an_arm_that_varies_more_borrows_no_certainty_of_the_others():

@@ -84,8 +84,7 @@ def export(
         file = Path(folder) / f'model{row.suffixes[0]}'
         error = write_compared(source, file, row, what=str(path))
         _put_in_place(file, path, row)
-    shape = 'any height and width' if dynamic else f'{images.shape[2]}x{images.shape[3]} pixels'
-    report = f'{path}: {format}, {precision}, for {shape}; its outputs differ by {error:.1e} of their norm.'
+    report = f'{path}: {format}, {precision}, for {_shape(source)}; its outputs differ by {error:.1e} of their norm.'
     return Exported(path, error, report)
 
 
@@ -231,6 +230,14 @@ def load(path: Path, format: str) -> Run:
     """Return what an exported file computes: images (B, C, H, W), float32 -> a tensor, or a list of them."""
     check_choice('format', format, tuple(FORMATS))
     return FORMATS[format].load(Path(path))
+
+
+def _shape(source: Source) -> str:
+    """Return in words which images a file takes."""
+    names = {2: 'height', 3: 'width'}
+    fixed = [f'{name} {source.images.shape[axis]}' for axis, name in names.items() if axis not in source.sizes]
+    free = [f'any {name}' for axis, name in names.items() if axis in source.sizes]
+    return ' and '.join(free + fixed)
 
 
 def _config(model: nn.Module) -> Dict[str, Any]:

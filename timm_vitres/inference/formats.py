@@ -191,7 +191,8 @@ def _write_openvino(source: Source, path: Path) -> None:
         onnx_file = Path(folder) / 'model.onnx'
         _write_onnx(replace(source, precision='fp32'), onnx_file)
         calibration = source.calibration if source.precision == 'int8' else None
-        largest = source.largest if 2 in source.sizes else None  # else the graph has one size anyway
+        sides = zip((2, 3), source.largest or ())
+        largest = {axis: top for axis, top in sides if axis in source.sizes}  # the others have one size anyway
         openvino_ir.write(onnx_file, path, source.precision, source.config_text, calibration, largest)
 
 

@@ -28,22 +28,22 @@ def write(
     precision: str,
     config: str,
     calibration: Optional[torch.Tensor],
-    largest: Optional[Tuple[int, int]] = None,
+    largest: Optional[Dict[int, int]] = None,
 ) -> None:
     """Write an ONNX file as OpenVINO's .xml, with a .bin beside it that holds the weights.
 
     Args:
         config: JSON that the file shall hold.
         calibration: Images (B, C, H, W), by whose activations nncf makes convolutions and linear layers int8.
-        largest: Height and width up to which the model takes images, for a graph of all sizes; None for any.
+        largest: Pixels up to which the model takes images, by axis (2, 3); without a limit where none is given.
     """
     import openvino
 
     model = openvino.Core().read_model(onnx_file)
     _resize_as_pillow_(model)
-    if largest is not None:
+    if largest:
         shape = model.input(0).partial_shape
-        for axis, top in zip((2, 3), largest):
+        for axis, top in largest.items():
             shape[axis] = openvino.Dimension(1, top)
         model.reshape(shape)
     if calibration is not None:

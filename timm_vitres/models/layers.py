@@ -127,14 +127,16 @@ class PadSameStdConv2d(StdConv2dSame):
             bias=self.bias is not None,
             device='meta',
         )
-        conv.register_load_state_dict_pre_hook(_refuse_weights)
+        conv._register_load_state_dict_pre_hook(
+            _refuse_weights
+        )  # the public one keeps the module, which may be twinned
         conv.weight = nn.Parameter(self.standardized_weight().detach(), requires_grad=self.weight.requires_grad)
         conv.bias = self.bias
         make_channels_last_(conv)
         return conv.train(self.training)
 
 
-def _refuse_weights(module: nn.Module, state_dict: Any, prefix: str, *args: Any) -> None:
+def _refuse_weights(state_dict: Any, prefix: str, *args: Any) -> None:
     """Let loading fail: weights that are to be standardised have the same name and shape (torch's hook)."""
     errors = args[-1]
     if f'{prefix}weight' in state_dict:

@@ -31,7 +31,7 @@ from timm.models.vision_transformer import Block, get_init_weights_vit
 from torch import nn
 
 from ..checks import Device, FloatType, NumClasses, Rate, Size, WeightInit, Width, checked
-from .base import ExplainedParts, Hybrid
+from .base import ExplainedParts, Hybrid, ImageSizes
 from .config import DualGlobalPool, VitResNetDualCfg
 from .features import as_format, check_output_fmt
 from .layers import feature_take_indices
@@ -297,6 +297,12 @@ class VitResNetDual(Hybrid):
         if intermediates_only:
             return maps
         return (x, self.norm(tokens)), maps
+
+    @torch.jit.ignore
+    def image_sizes(self) -> ImageSizes:
+        """See `Hybrid.image_sizes`; tokens stay as far apart as they are where only shallow maps are left."""
+        sizes = super().image_sizes()
+        return sizes._replace(stride=max(sizes.stride, self.cfg.patch_size)) if len(self.units) else sizes
 
     def prune_intermediate_layers(
         self,

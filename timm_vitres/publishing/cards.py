@@ -14,7 +14,7 @@ from torch import nn
 
 from ..checks import on_one_line
 from ..data import data_config as model_data_config
-from ..weights.files import CARD_NAME
+from ..weights.files import CARD_HEAD, CARD_NAME
 
 TEMPLATE = Path(__file__).with_name('card.md')
 # this package writes its part of a card between these marks, and replaces that part when it writes again
@@ -148,7 +148,7 @@ def _merged(old: str, new: str, pushed: Optional[str]) -> str:
     if _users(new) and pushed == _digest(old):
         return new
     block = OURS.search(new)
-    parts = _users(new)
+    parts = _users(new) if pushed != _digest(new) else []  # what was pushed may have been taken away since
     if block and OURS.search(old):
         old = OURS.sub(lambda _: block.group(0), old, count=1)
     elif block:
@@ -179,7 +179,7 @@ def _about(result: EvalResult) -> tuple:
 
 def _split(card: str) -> Tuple[Optional[str], str]:
     """Return a card's head without its marks, or None if it has no head, and the card's text."""
-    found = re.match(r'\s*---[ \t]*\r?\n(.*?)(?<=\n)---[ \t]*(?:\r?\n|$)', card, re.DOTALL)
+    found = CARD_HEAD.match(card)
     return (found.group(1), card[found.end() :]) if found else (None, card)
 
 

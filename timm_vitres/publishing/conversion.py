@@ -13,6 +13,7 @@ import re
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
+from urllib.parse import unquote
 
 import timm
 from timm.data import resolve_input_data_config
@@ -81,8 +82,8 @@ def convert(
     if img_size is not None:
         img_size = conform('img_size', img_size, ImageSize)
     _check_folder(Path(folder))
-    path, config, preprocessor = _find(str(source))
-    published = read_name(path)
+    path, config, preprocessor, url = _find(str(source))
+    published = read_name(url or path)  # a cache has names of its own
     if published:
         config = config or published.config()
     for file in checkpoint_files(path):
@@ -114,7 +115,7 @@ def convert(
     card = render_card(
         built,
         model_name=Path(folder).resolve().name,
-        description=f'Converted from `{path.name}` ({layout.name} layout) by `timm-vitres convert`.',
+        description=f'Converted from `{Path(unquote(url) if url else path).name}` ({layout.name} layout) by `timm-vitres convert`.',
         recipe=published.recipe if published else _recipe(args, about),
         source=f'local-dir:{folder}',
         label_names=label_names or (),
@@ -136,13 +137,13 @@ def _check_folder(folder: Path) -> None:
         )
 
 
-def _find(source: str) -> Tuple[Path, Dict[str, Any], Dict[str, Any]]:
-    """Return the weights, and what config.json and preprocessor_config.json beside them say."""
+def _find(source: str) -> Tuple[Path, Dict[str, Any], Dict[str, Any], Optional[str]]:
+    """Return the weights, what config.json and preprocessor_config.json beside them say, and a download's address."""
     found: List[Dict[str, Any]] = []
     hub_id = source.removeprefix('hf-hub:') if source.startswith('hf-hub:') else None
     url = None if hub_id or Path(source).exists() else url_of(source)
     if url:
-        return url_file(url), {}, {}
+        return url_file(url), {}, {}, url
     path = hub_weights(hub_id) if hub_id else local_weights(source.removeprefix('local-dir:'))
     for name in (CONFIG_NAME, PREPROCESSOR_NAME):
         beside = path.with_name(name)
@@ -150,7 +151,7 @@ def _find(source: str) -> Tuple[Path, Dict[str, Any], Dict[str, Any]]:
             with suppress(FileNotFoundError):  # not every repository has both
                 beside = hub_file(hub_id, (name,))
         found.append(_read_json(beside) if beside.is_file() else {})
-    return path, _nested(found[0]), found[1]
+    return path, _nested(found[0]), found[1], None
 
 
 def _read_json(path: Path) -> Dict[str, Any]:

@@ -18,7 +18,7 @@ from typing import Any, Dict, Iterator, Mapping, Optional, Tuple
 import torch
 
 from ..weights.checksums import SHA256_FIELD, remember
-from ..weights.files import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME, write_safetensors
+from ..weights.files import CARD_HEAD, CARD_NAME, CONFIG_NAME, WEIGHTS_NAME, write_safetensors
 from ..writing import TEMPORARY, sync
 
 try:
@@ -195,7 +195,9 @@ def _config(folder: Path) -> Optional[Dict[str, Any]]:
 
 def with_sha256(card: bytes, digest: str) -> bytes:
     """Return a card with this sha256 in its head, if the head tells one of the weights; nothing else is changed."""
-    head, end, text = card.partition(b'\n---')
-    if not card.startswith(b'---') or not end:
+    text = card.decode('utf-8', 'surrogateescape')  # whatever else it holds
+    found = CARD_HEAD.match(text)
+    if not found:
         return card
-    return re.sub(rf'(?m)^{SHA256_FIELD}:.*$'.encode(), f'{SHA256_FIELD}: {digest}'.encode(), head) + end + text
+    head = re.sub(rf'(?m)^{SHA256_FIELD}:[^\r\n]*', f'{SHA256_FIELD}: {digest}', found.group(1))
+    return (text[: found.start(1)] + head + text[found.end(1) :]).encode('utf-8', 'surrogateescape')

@@ -24,7 +24,7 @@ from ..timm_private import save_config_for_hf
 from ..weights.checksums import SHA256_FIELD
 from ..weights.files import CARD_NAME, CONFIG_NAME
 from .cards import OURS, check_card, merge_cards, read_card, set_field
-from .model_folder import locked, replace_model
+from .model_folder import locked, replace_model, with_sha256
 
 
 def save(
@@ -79,9 +79,9 @@ def _card(folder: Path, card: Optional[str]) -> Optional[bytes]:
     path = folder / CARD_NAME
     if card is None:
         old = path.read_bytes() if path.is_file() else b''
-        return old if f'{SHA256_FIELD}:'.encode() in old.lstrip().partition(b'\n---')[0] else None
+        return old if with_sha256(old, '') != old else None
     old = read_card(path) if path.is_file() else None
-    if old is not None and OURS.search(old) and OURS.search(card):
+    if old is not None and OURS.search(card):  # a rendered card says nothing of the user's; one of his own says all
         card = merge_cards(old, card)
     return set_field(card, SHA256_FIELD, 64 * '0').encode()
 

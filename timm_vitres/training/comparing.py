@@ -37,7 +37,7 @@ from .datasets import load_data
 from .held_out import report as held_out_report
 from .loaders import create_loaders, names_of
 from .loop import Diverged, finetune
-from .plans import PLAN_NAME, Plan, asked_for, make_plan, single
+from .plans import PLAN_NAME, Plan, asked_for, make_plan, note_versions, single
 from .processes import Processes
 from .report import Best, best_epoch, evaluate, read_summary
 from .reserved import for_verdict, images_of
@@ -178,6 +178,7 @@ class _Comparing:
         row = {**dict.fromkeys(COLUMNS, ''), 'part': part}
         row.update(arm=name, lr=f'{lr:g}', seed=str(seed), epochs=str(epochs), state='')
         row.update(arm.facts())
+        note_versions(self.plan, self.folder)
         try:
             with self._heard():
                 if (folder / RECORD_NAME).is_file():

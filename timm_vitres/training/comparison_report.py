@@ -10,7 +10,7 @@ from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 
 import numpy as np
 
-from ..measure import as_ms
+from ..measure import as_minutes, as_ms
 from ..pictures import draws_curves, plot_comparison
 from ..writing import replacing
 from .held_out import Answers
@@ -141,8 +141,8 @@ def _how(cfg: FinetuneCfg, plan: Plan) -> str:
     cost = 'Every arm was trained for as many epochs.'
     if minutes is not None:
         cost = f'Every arm was trained for about {minutes:g} minutes of steps, by their measured time, in whole epochs'
-        got = {name: arm.epochs * plan.batches * arm.step_seconds / 60 for name, arm in plan.arms.items()}
-        cost += f' ({listed([f"{name} {value:.2g}" for name, value in got.items()])}).' if plan.batches else '.'
+        got = {name: as_minutes(arm.epochs * plan.batches * arm.step_seconds) for name, arm in plan.arms.items()}
+        cost += f' ({listed([f"{name} {value}" for name, value in got.items()])}).' if plan.batches else '.'
     default = type(cfg)(data_dir='.')
     given = [
         f'{name}={value}'

@@ -7,7 +7,6 @@ its last whole epoch. Under torchrun the same is done by many processes, of whic
 
 import logging
 import math
-import shutil
 import time
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
@@ -34,7 +33,7 @@ from .sharding import shard_, share_images_
 from .starting import Setup, is_over, is_whole
 from .states import keep_best, read_shards, write_shards, write_state
 from .tasks import create_task
-from .trackers import TENSORBOARD_NAME, Trackers
+from .trackers import Trackers
 
 _logger = logging.getLogger(__name__)
 
@@ -122,7 +121,7 @@ class _Run:
         if cfg.min_lr > self.lr:
             raise ValueError(f'min_lr: got {cfg.min_lr:g}, expected at most the learning rate, which is {self.lr:g}.')
         self.optimizer = create_optimizer(cfg, self.task.get_trainable_module(), self.lr)
-        self.stepper = Stepper(cfg, self.task, self.optimizer, self.device)
+        self.stepper = Stepper(cfg, self.task, self.optimizer, self.device, record.is_muon_in_float32)
         self.num_updates = self.stepper.updates(len(self.train_batches))
         self.scheduler = create_scheduler(cfg, self.optimizer, self.num_updates)
         self.frozen = Frozen(self.model, cfg.freeze) if cfg.freeze else None
@@ -160,8 +159,8 @@ class _Run:
                 except Diverged:
                     if not self.history and self.processes.is_first:  # a record alone would be nothing to go on with
                         (self.folder / RECORD_NAME).unlink()
-                        self.close()
-                        shutil.rmtree(self.folder / TENSORBOARD_NAME, ignore_errors=True)
+                        if self.trackers is not None:
+                            self.trackers.remove()
                     raise
                 first(lambda: check.raise_if_bad() if check is not None else None)
                 row.update(metrics, lr=self.optimizer.param_groups[0]['lr'])

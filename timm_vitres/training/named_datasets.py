@@ -21,7 +21,7 @@ from ..folders import shown, split_role
 from .class_maps import Labels, read_class_map
 from .settings import FinetuneCfg
 from .shards import ShardReader, is_local, open_bytes
-from .splits import Data, Subset, class_counts, class_names, read_record, stratified_split
+from .splits import Data, Subset, class_counts, class_names, read_record, stratified_split, without
 
 SETS = ('train', 'validation')
 PREFIXES = ('torch', 'hfds', 'hfids', 'tfds', 'wds')
@@ -63,6 +63,8 @@ def load_named(cfg: FinetuneCfg, mode: str) -> Data:
         train_indices, val_indices = range(len(targets)), range(len(val))
         how = f'validation on split {cfg.val_split!r} ({len(val_indices)} images)'
         lists = {'train': _entry(train, train_split, targets), 'validation': _entry(val, val_split, known)}
+        if known is not None:
+            how += without([name for index, name in enumerate(names) if index not in set(known)])
     else:
         val = train
         train_indices, val_indices = stratified_split(targets, cfg.val_frac, cfg.seed)

@@ -90,6 +90,11 @@ def lacks_bfloat16(device: torch.device) -> bool:
     return device.type == 'cpu' and torch.backends.cpu.get_cpu_capability() == 'AVX2'
 
 
+def needs_muon_in_float32(cfg: FinetuneCfg, device: torch.device) -> bool:
+    """Return whether a run that begins on a device shall orthogonalise in float32 what timm does in bfloat16."""
+    return 'muon' in cfg.opt.lower() and lacks_bfloat16(device)
+
+
 @contextmanager
 def _muon_in_float32() -> Iterator[None]:
     """Let timm's Muon orthogonalise in float32; it has no argument for it, and takes bfloat16."""
@@ -104,14 +109,21 @@ def _muon_in_float32() -> Iterator[None]:
 class Stepper:
     """Gradients of batches, added up, clipped, and taken as steps."""
 
-    def __init__(self, cfg: FinetuneCfg, task: TrainingTask, optimizer: torch.optim.Optimizer, device: torch.device):
+    def __init__(
+        self,
+        cfg: FinetuneCfg,
+        task: TrainingTask,
+        optimizer: torch.optim.Optimizer,
+        device: torch.device,
+        is_muon_in_float32: bool,
+    ):
         self.cfg = cfg
         self.task = task
         self.optimizer = optimizer
         dtype = torch.bfloat16 if cfg.amp_dtype == 'bfloat16' else torch.float16
         self.autocast = (lambda: torch.autocast(device.type, dtype)) if cfg.amp else nullcontext
         self.scaler = NativeScaler(device.type) if cfg.amp and cfg.amp_dtype == 'float16' else None
-        self.stepping = _muon_in_float32 if 'muon' in cfg.opt and lacks_bfloat16(device) else nullcontext
+        self.stepping = _muon_in_float32 if is_muon_in_float32 else nullcontext
 
     def updates(self, num_batches: int) -> int:
         """Return how many steps so many batches make; the last one may be of fewer."""

@@ -15,18 +15,19 @@ from typing import Any, Dict, List, Optional, Sequence, Tuple
 import timm
 import torch
 
-from .. import __version__
 from ..checks import on_one_line, plain
 from ..data import data_config, image_mode
-from ..measure import as_ms, measure
+from ..measure import as_minutes, as_ms, measure
 from ..models.arms import ARMS
 from ..writing import replacing
 from .creation import create_finetune_model, image_size
-from .optimisation import Stepper, check_optimizer, create_optimizer
+from .optimisation import Stepper, check_optimizer, create_optimizer, needs_muon_in_float32
 from .processes import Processes
-from .reserved import num_training, reserve
+from .reserved import num_training, reserve, training_counts
+from .runs import current_versions, from_anywhere
 from .settings import FinetuneCfg
-from .tasks import create_task
+from .tasks import create_criterion, create_task
+from .verdict import LEAST_SEEDS
 
 _logger = logging.getLogger(__name__)
 PLAN_NAME, REPORT_NAME = 'compare.json', 'README.md'
@@ -120,6 +121,7 @@ def asked_for(
         del recipe['epochs']
     if cfg.data_dir:
         recipe['data_dir'] = os.path.abspath(cfg.data_dir)
+    recipe['class_map'] = from_anywhere('class_map', cfg.class_map)
     asked = dict(models=list(models), seeds=list(seeds), lrs=list(lrs), minutes=minutes)
     asked.update(test_split=test_split, test_frac=test_frac, recipe=plain('recipe', recipe))
     return json.loads(json.dumps(asked))
@@ -139,7 +141,7 @@ def parse_arm(text: str, img_size: int) -> ArmPlan:
     if text in ARMS:
         return ArmPlan(ARMS[text].model, ARMS[text].model_kwargs(img_size))
     if text.startswith(('local-dir:', 'hf-hub:', 'hf_hub:')):
-        return ArmPlan(text, {})
+        return ArmPlan(from_anywhere('model', text), {})
     name, _, arguments = text.partition(':')
     if not timm.is_model(name.partition('.')[0]):
         raise ValueError(f'models: got {text!r}, expected an arm ({", ".join(ARMS)}) or the name of a timm model.')
@@ -169,10 +171,10 @@ def make_plan(cfg: FinetuneCfg, asked: Dict[str, Any], folder: Path) -> Plan:
     if path.is_file():
         plan = _read(path)
         _check_same(plan.asked, asked, folder)
-        versions = _later_versions(plan.versions)
-        if plan.asked != asked or plan.versions != versions:
-            plan.looks += plan.asked['seeds'] != asked['seeds'] and path.with_name(REPORT_NAME).is_file()
-            plan.asked, plan.versions = asked, versions
+        if plan.asked != asked:
+            # a report of fewer seeds calls nothing better, so that nobody stops there because of what it says
+            plan.looks += len(plan.seeds) >= LEAST_SEEDS and path.with_name(REPORT_NAME).is_file()
+            plan.asked = asked
             _write(plan, path)
         _logger.info('The comparison in %s goes on.', folder)
         return plan
@@ -182,6 +184,7 @@ def make_plan(cfg: FinetuneCfg, asked: Dict[str, Any], folder: Path) -> Plan:
     mode = image_mode(cfg.in_chans or 3)
     images = reserve(cfg, mode, asked['test_split'], asked['test_frac'])
     _logger.info('%s.', images['description'])
+    create_criterion(cfg, training_counts(images, cfg.val_frac, asked['seeds'][0]))  # whose error would come too late
     measure_arms_(cfg, arms, len(images['label_names']))
     batches = max(num_training(images, cfg.val_frac, asked['seeds'][0]) // cfg.batch_size, 1)
     for name, arm in arms.items():
@@ -189,43 +192,42 @@ def make_plan(cfg: FinetuneCfg, asked: Dict[str, Any], folder: Path) -> Plan:
         if asked['minutes'] is not None:
             epoch = batches * arm.step_seconds
             if 60 * asked['minutes'] < epoch:
+                own = as_minutes(epoch)
                 raise ValueError(
-                    f'minutes: got {asked["minutes"]:g}, but an epoch of {name} takes {epoch / 60:.2g} here; give more.'
+                    f'minutes: got {asked["minutes"]:g}, but an epoch of {name} takes {own} here; give more.'
                 )
             arm.epochs = round(60 * asked['minutes'] / epoch)  # down alone would be against the slower arms
-            got = arm.epochs * epoch / 60
-            if abs(got / asked['minutes'] - 1) > UNEQUAL:
-                _logger.warning('minutes: %s gets %.2g, since epochs are whole; give more for equal times.', name, got)
+            seconds = arm.epochs * epoch
+            if abs(seconds / 60 / asked['minutes'] - 1) > UNEQUAL:
+                told = name, as_minutes(seconds)
+                _logger.warning('minutes: %s gets %s, since epochs are whole; give more for equal times.', *told)
         arm.search_epochs = max(round(arm.epochs / SHORT), 1)
     device = Processes().device(cfg.device)
     threads = torch.get_num_threads()
     machine = f'{threads} thread{"s" * (threads > 1)} of the CPU' if device == 'cpu' else device
-    plan = Plan(asked, images, arms, _versions(), machine, batches)
+    plan = Plan(asked, images, arms, current_versions(), machine, batches)
     searches = len(plan.lrs) if len(plan.lrs) > 1 else 0
     seconds = sum(
         batches * arm.step_seconds * (len(plan.seeds) * arm.epochs + searches * arm.search_epochs)
         for arm in arms.values()
     )
     _logger.info(
-        '%d runs, and %d short ones that choose learning rates: about %.2g minutes of training steps here.',
-        *(len(plan.seeds) * len(arms), searches * len(arms), seconds / 60),
+        '%d runs, and %d short ones that choose learning rates: about %s minutes of training steps here.',
+        *(len(plan.seeds) * len(arms), searches * len(arms), as_minutes(seconds)),
     )
     _write(plan, path)
     return plan
 
 
-def _versions() -> Dict[str, str]:
-    return {'timm-vitres': __version__, 'torch': torch.__version__, 'timm': timm.__version__}
-
-
-def _later_versions(noted: Dict[str, str]) -> Dict[str, str]:
-    """Return the versions of a comparison that goes on, with those of now beside the ones before, and tell of them."""
-    versions = dict(noted)
-    for name, version in _versions().items():
+def note_versions(plan: Plan, folder: Path) -> None:
+    """Write down and tell of versions with which a run is made, where the runs before were made with others."""
+    noted = dict(plan.versions)
+    for name, version in current_versions().items():
         if noted.get(name, '').split(' and ')[-1] != version:
             _logger.warning('The comparison was begun with %s %s, and goes on with %s.', name, noted.get(name), version)
-            versions[name] = f'{noted.get(name)} and {version}'
-    return versions
+            plan.versions[name] = f'{noted.get(name)} and {version}'
+    if plan.versions != noted:
+        _write(plan, folder / PLAN_NAME)
 
 
 def measure_arms_(cfg: FinetuneCfg, arms: Dict[str, ArmPlan], num_classes: int) -> None:
@@ -272,7 +274,7 @@ def _functions(
     plain_loss = dataclasses.replace(cfg, mixup=0.0, cutmix=0.0, cutmix_minmax=None, model_kwargs=None)
     task = create_task(plain_loss, model, [str(i) for i in range(num_classes)], None, {}, device)
     optimizer = create_optimizer(cfg, task.get_trainable_module(), 1e-6)
-    stepper = Stepper(cfg, task, optimizer, device)
+    stepper = Stepper(cfg, task, optimizer, device, needs_muon_in_float32(cfg, device))
 
     task.train()
 

@@ -20,7 +20,7 @@ from ..writing import replacing
 from .held_out import Answers, report
 from .loaders import Batches
 from .processes import Processes
-from .runs import Record
+from .runs import LOCAL, Record
 
 SUMMARY_NAME = 'summary.csv'
 CURVES_NAME = 'curves.png'
@@ -136,7 +136,7 @@ def run_card(record: Record, best: Best, model: nn.Module, name: str) -> str:
     return render_card(
         model,
         model_name=name,
-        description=f'`{cfg.model}` fine-tuned with timm-vitres from {start}.',
+        description=f'`{_without_place(cfg.model)}` fine-tuned with timm-vitres from {start}.',
         recipe=f'{record.data["description"]}. {_recipe(record)}.',
         source='local-dir:.',
         label_names=record.label_names,
@@ -160,7 +160,12 @@ def _recipe(record: Record) -> str:
     default = type(cfg)(data_dir='.')
     given = [name for name in names if names.index(name) < 9 or getattr(cfg, name) != getattr(default, name)]
     values = {name: getattr(cfg, name) for name in given}
-    if cfg.kd_model_name:  # a folder is a place on this machine
-        values['kd_model_name'] = Path(cfg.kd_model_name.removeprefix('local-dir:')).name
+    if cfg.kd_model_name:
+        values['kd_model_name'] = _without_place(cfg.kd_model_name).removeprefix(LOCAL)
     values.update(dict(processes=record.processes) if record.processes > 1 else {})
     return ', '.join(f'{name}={value}' for name, value in values.items())
+
+
+def _without_place(name: str) -> str:
+    """Return a model's name, without the place of its folder, which is nobody's business."""
+    return LOCAL + Path(name.removeprefix(LOCAL)).name if name.startswith(LOCAL) else name

@@ -14,7 +14,7 @@ from torch.utils.data import IterableDataset
 from ..folders import find_splits, folders_in, shown, split_folder
 from .datasets import FOLDER_NAMES, ImageFolder, check_apart, listed, load_data
 from .settings import FinetuneCfg
-from .splits import Data, Subset, stratified_split
+from .splits import Data, Subset, class_counts, stratified_split, without
 
 TEST_SEED = 0  # the test images are the same for all arms and all seeds of training
 TEST = 'test'
@@ -58,8 +58,7 @@ def reserve(cfg: FinetuneCfg, mode: str, test_split: str = TEST, test_frac: floa
         how = f'test images are {len(held)} of them, held out class by class ({test_frac:g}, seed {TEST_SEED})'
     _check_number(len(rows['test']), str(cfg.data_dir))
     found = {label for _, label, _ in rows['test']}
-    missing = [shown(label) for label in data.label_names if label not in found]
-    how += f', with none of {", ".join(missing)}' if missing else ''
+    how += without([label for label in data.label_names if label not in found])
     count = sum(len(part) for part in rows.values() if part)
     description = f'{count} images of {len(data.label_names)} classes in {root.resolve().name}; {how}'
     return {'label_names': data.label_names, 'description': description, **rows}
@@ -81,7 +80,12 @@ def _of_dataset(cfg: FinetuneCfg, mode: str, test_split: str) -> Dict[str, Any]:
         raise ValueError(f'dataset: {cfg.dataset!r} is a stream, of which no validation images can be held out.')
     _check_number(len(data.val), repr(cfg.dataset))
     sets = {'train': data.lists['train'], 'validation': None, 'test': data.lists['validation']}
-    return {'label_names': data.label_names, 'description': data.description.replace('validation', TEST), **sets}
+    return {
+        'label_names': data.label_names,
+        'description': data.description.replace('validation', TEST),
+        'counts': data.counts,
+        **sets,
+    }
 
 
 def _of_folder(cfg: FinetuneCfg, mode: str, root: Path, name: str, data: Data) -> List[List[Any]]:
@@ -139,3 +143,11 @@ def num_training(images: Dict[str, Any], val_frac: float, seed: int) -> int:
     """Return how many images a run of a seed is trained on; of a named dataset, about so many."""
     chosen = images_of(images, val_frac, seed)
     return round(images['train']['count'] * (1 - val_frac)) if chosen is None else len(chosen['train'])
+
+
+def training_counts(images: Dict[str, Any], val_frac: float, seed: int) -> Optional[List[int]]:
+    """Return the training images of each class of a seed; of a named dataset, those of all seeds, if it knows them."""
+    chosen = images_of(images, val_frac, seed)
+    if chosen is None:
+        return images['counts']
+    return class_counts(_targets(chosen['train'], images['label_names']), len(images['label_names']))

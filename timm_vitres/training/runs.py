@@ -116,16 +116,22 @@ def check_writable(folder: Path) -> None:
         raise OSError(f'output: {folder} can not be written to ({error.strerror}); name another folder.') from error
 
 
-def _versions() -> Dict[str, str]:
+def current_versions() -> Dict[str, str]:
+    """Return the versions that a run is of."""
     return {'timm-vitres': __version__, 'torch': torch.__version__, 'timm': timm.__version__}
 
 
-def _from_anywhere(name: str, value: Any) -> Any:
-    """Return a setting that names a file or folder so that a run which is resumed from elsewhere finds the same one."""
+def from_anywhere(name: str, value: Any, is_there: bool = True) -> Any:
+    """Return a setting that names a file or folder so that a run which is resumed from elsewhere finds the same one.
+
+    Args:
+        is_there: Whether what is not there is no file's name, but another one: of a class map, for example.
+    """
     start = LOCAL if name in ('model', 'kd_model_name') else ''
-    if name not in PATHS or not value or not value.startswith(start) or not os.path.exists(value[len(start) :]):
+    if name not in PATHS or not value or not value.startswith(start):
         return value
-    return start + os.path.abspath(value[len(start) :])
+    path = value[len(start) :]
+    return start + os.path.abspath(path) if os.path.exists(path) or not is_there else value
 
 
 @dataclass(frozen=True)
@@ -137,8 +143,9 @@ class Record:
     data_config: Dict[str, Any]  # timm's data config: input_size, mean, std, ...
     autotuned: Optional[Dict[str, bool]] = None
     processes: int = 1  # how many the run was started with
+    is_muon_in_float32: bool = False  # that of the machine where it began, and of the whole run
     id: str = dataclasses.field(default_factory=lambda: uuid.uuid4().hex)
-    versions: Dict[str, str] = dataclasses.field(default_factory=_versions)
+    versions: Dict[str, str] = dataclasses.field(default_factory=current_versions)
 
     @property
     def label_names(self) -> List[str]:
@@ -152,7 +159,7 @@ class Record:
 
     def write(self, folder: Path) -> None:
         """Write the record into the folder of the run."""
-        settings = {name: _from_anywhere(name, value) for name, value in dataclasses.asdict(self.cfg).items()}
+        settings = {name: from_anywhere(name, value) for name, value in dataclasses.asdict(self.cfg).items()}
         for name in _PLACES:
             del settings[name]
         content = dict(
@@ -161,6 +168,7 @@ class Record:
             settings=settings,
             autotuned=self.autotuned,
             processes=self.processes,
+            is_muon_in_float32=self.is_muon_in_float32,
             data_config=self.data_config,
             data=self.data,
         )
@@ -194,9 +202,9 @@ class Record:
         """
         changes, refused = {}, []
         for name in sorted(set(given) - set(_PLACES)):
-            new, old = (_from_anywhere(name, getattr(settings, name)) for settings in (cfg, self.cfg))
-            if name == 'data_dir' and new and old:  # the images may have another place now, and none where they were
-                new = os.path.abspath(new)
+            new, old = getattr(cfg, name), getattr(self.cfg, name)
+            if new != old:  # what a run began with may be gone: it goes on without
+                new = from_anywhere(name, new, is_there=not os.path.isabs(str(old).removeprefix(LOCAL)))
             if new == old:
                 continue
             if name not in CHANGEABLE or (name == 'epochs' and new < old):
@@ -207,9 +215,9 @@ class Record:
                 f'{"; ".join(refused)}. A run goes on as it was started; only epochs (upward), workers, device, '
                 f'validation_batch_size and data_dir may be given anew.'
             )
-        if self.versions != _versions():
-            versions = [', '.join(f'{k} {v}' for k, v in each.items()) for each in (self.versions, _versions())]
-            _logger.warning('resume: the run was started with %s; now it goes on with %s.', *versions)
+        if self.versions != current_versions():
+            told = [', '.join(f'{k} {v}' for k, v in each.items()) for each in (self.versions, current_versions())]
+            _logger.warning('resume: the run was started with %s; now it goes on with %s.', *told)
         return dataclasses.replace(self, cfg=dataclasses.replace(self.cfg, **changes))
 
 

@@ -17,6 +17,16 @@ SCHEDULES = ('cosine', 'tanh', 'step', 'multistep', 'poly', 'wsd', 'rsqrt', 'con
 INTERPOLATIONS = ('bilinear', 'bicubic', 'nearest', 'box', 'hamming', 'lanczos')
 ARGPARSE = ('help', 'nargs', 'choices', 'const', 'metavar', 'action')
 PAIRS = 'name=value'  # the command registers an action of this name with argparse
+# what timm leaves out without augmentation; of hflip, scale and the like, recipes have values that nobody asked for
+NOT_OF_NO_AUG = (
+    'aa',
+    'reprob',
+    'vflip',
+    'grayscale_prob',
+    'gaussian_blur_prob',
+    'color_jitter_prob',
+    'train_crop_mode',
+)
 MAX_BATCH = 2**20
 MAX_COUNT = 2**31 - 1  # the sum of two such is a seed that numpy takes
 # settings that say nothing where another is left out
@@ -305,7 +315,7 @@ class FinetuneCfg:
         for name in ('no_aug', 'train_crop_mode', 'scale', 'ratio') if self.crop_padding is not None else ():
             if getattr(self, name) != getattr(type(self), name):
                 raise ValueError(f'{name}: got {getattr(self, name)!r}, which crop_padding replaces; give one.')
-        for name in ('aa', 'reprob', 'vflip', 'grayscale_prob', 'gaussian_blur_prob') if self.no_aug else ():
+        for name in NOT_OF_NO_AUG if self.no_aug else ():
             if getattr(self, name):
                 raise ValueError(f'{name}: got {getattr(self, name)!r}, which no_aug leaves out; give one.')
         if self.distill_loss_weight is None and (self.task_loss_weight or 0) > 1:

@@ -77,6 +77,12 @@ def class_counts(targets: List[int], num_classes: int) -> List[int]:
     return [counter[index] for index in range(num_classes)]
 
 
+def without(labels: Sequence[str]) -> str:
+    """Return what a description says of classes that a set has no images of, and no figure of it tells of."""
+    more = f' and {len(labels) - 3} more classes' if len(labels) > 3 else ''
+    return f', with none of {", ".join(map(shown, labels[:3]))}{more}' if labels else ''
+
+
 def class_names(dataset: Dataset) -> List[str]:
     """Return the class names of a dataset with one of timm's readers, by index; the list is empty if it names none."""
     class_to_idx = getattr(getattr(dataset, 'reader', None), 'class_to_idx', None) or {}

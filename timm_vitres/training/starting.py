@@ -19,7 +19,7 @@ from .creation import create_finetune_model, image_size, without_weights
 from .datasets import Data, load_data
 from .held_out import TABLE_NAME
 from .loaders import check_policy
-from .optimisation import check_optimizer, lacks_bfloat16
+from .optimisation import check_optimizer, lacks_bfloat16, needs_muon_in_float32
 from .processes import Processes, was_restarted
 from .report import best_epoch, count_epochs
 from .runs import RECORD_NAME, Record, run_folder
@@ -115,7 +115,8 @@ class Setup:
             with torch.random.fork_rng():  # a run that is given these settings by name draws the same numbers
                 autotuned, times = fastest_training(self.model, len(self.data.label_names), shape, cfg.amp_dtype)
             _logger.info('autotune: %s; training with %s.', times, autotuned)
-        return Record(cfg, self.data.record(), config, autotuned, processes=self.processes.count)
+        in_float32 = needs_muon_in_float32(cfg, self.device)
+        return Record(cfg, self.data.record(), config, autotuned, self.processes.count, in_float32)
 
 
 def _load(cfg: FinetuneCfg, mode: str, recorded: Optional[Dict[str, Any]], processes: Processes) -> Data:

@@ -118,7 +118,7 @@ def create_task(
         counts: Training images of each class, where they are known.
         config: The run's data config.
     """
-    criterion = MeanOverHeads(_criterion(cfg, counts)).to(device)
+    criterion = MeanOverHeads(create_criterion(cfg, counts)).to(device)
     if not cfg.kd_model_name:
         return ClassificationTask(model, criterion, device=device, verbose=False)
     if cfg.head_loss == 'both' or (cfg.kd_distill_type == 'token' and cfg.head_loss != 'sum'):
@@ -142,7 +142,12 @@ def create_task(
     return task.to(device)
 
 
-def _criterion(cfg: FinetuneCfg, counts: Optional[List[int]]) -> nn.Module:
+def create_criterion(cfg: FinetuneCfg, counts: Optional[List[int]]) -> nn.Module:
+    """Return the loss of a run; ValueError where the settings, or the numbers of images, do not go together.
+
+    Args:
+        counts: Training images of each class, where they are known.
+    """
     if cfg.balance_classes:
         if counts is None or cfg.mixes or cfg.bce_loss:
             raise ValueError(

@@ -1,6 +1,7 @@
 """Where a run is followed from afar: TensorBoard and Weights & Biases, where they are installed."""
 
 import dataclasses
+import shutil
 from pathlib import Path
 from typing import Any, Dict
 
@@ -8,6 +9,7 @@ from ..checks import is_installed
 from .runs import Record
 
 TENSORBOARD_NAME = 'tensorboard'
+WANDB_NAME = 'wandb'  # wandb's own choice
 
 
 def check_trackers(cfg: Any) -> None:
@@ -21,6 +23,7 @@ class Trackers:
     """What a run tells others of its epochs; a resumed run goes on in the same place."""
 
     def __init__(self, record: Record, folder: Path):
+        self.folder = folder
         self.writer = self.wandb = None
         if record.cfg.log_tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -49,3 +52,9 @@ class Trackers:
         if self.wandb is not None:
             self.wandb.finish()
         self.writer = self.wandb = None
+
+    def remove(self) -> None:
+        """Close, and remove what is in the run's folder, of a run that is no more."""
+        self.close()
+        for name in (TENSORBOARD_NAME, WANDB_NAME):
+            shutil.rmtree(self.folder / name, ignore_errors=True)

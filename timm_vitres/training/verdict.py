@@ -120,15 +120,16 @@ def _images_error(groups: Sequence[np.ndarray], level: float) -> float:
 
     Args:
         groups: Differences, means over the seeds, of the images of every class, (images,), if classes count the same;
-            of all, if images do. To each group two images are added, half of one to each way in which two arms can be
-            right or wrong, so that few images on which all agree are not taken for certainty (Agresti and Min 2005,
-            Stat. Med. 24). Degrees of freedom of a sum over groups are Satterthwaite's.
+            of all, if images do. To the variance of each group two images are added, half of one to each way in which
+            two arms can be right or wrong, so that few images on which all agree are not taken for certainty (Agresti
+            and Min 2005, Stat. Med. 24); the mean, which is the interval's middle, is that of the group's own images
+            alone. Degrees of freedom of a sum over groups are Satterthwaite's.
     """
     variances, freedoms = [], []
     for group in groups:
         number = len(group) + 2
         variance = (float((group**2).sum()) + 1) / number - (float(group.sum()) / number) ** 2
-        variances.append(variance / (number * len(groups) ** 2))
+        variances.append(variance / (len(group) * len(groups) ** 2))
         freedoms.append(number - 1)
     total = sum(variances)
     freedom = total**2 / sum(variance**2 / own for variance, own in zip(variances, freedoms))

@@ -14,7 +14,7 @@ from typing import Any, Dict, List, Optional, Sequence
 from huggingface_hub import constants
 
 from ..writing import TEMPORARY, replacing
-from .files import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME
+from .files import CARD_HEAD, CARD_NAME, CONFIG_NAME, WEIGHTS_NAME
 from .shipped import REINSTALL, is_shipped, shipped_sha256
 
 SHA256_FIELD = 'model_sha256'  # the field of config.json, or of a card's head, that a load is compared with
@@ -59,8 +59,8 @@ def told_sha256(folder: Path) -> Optional[str]:
             raise OSError(f'{folder / CONFIG_NAME} is damaged: its {SHA256_FIELD} is {told!r:.80}, no sha256.')
         return told
     with suppress(OSError):
-        head = (folder / CARD_NAME).read_text(encoding='utf-8', errors='replace').partition('\n---\n')[0]
-        found = re.search(rf'^{SHA256_FIELD}: *[\'"]?([0-9a-f]{{64}})\b', head, re.MULTILINE)
+        head = CARD_HEAD.match((folder / CARD_NAME).read_text(encoding='utf-8', errors='replace'))
+        found = head and re.search(rf'^{SHA256_FIELD}: *[\'"]?([0-9a-f]{{64}})\b', head.group(1), re.MULTILINE)
         if found:
             return found.group(1)
     return None
