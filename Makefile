@@ -14,7 +14,7 @@ help:  ## what there is
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	touch $@
 
-demo: .venv/installed  ## fine-tune vitresnet_mix_nano on photographs of solar cells, a few minutes on 2 cores
+demo: .venv/installed  ## fine-tune vitresnet_mix_nano on photographs of solar cells, some ten minutes on 2 cores
 	$(BIN)/python benchmarks/elpv.py --output demo
 
 demo-dense: .venv/installed  ## train a U-Net and a DPT on vitresnet_base to find handwriting on photographs, minutes on 2 cores

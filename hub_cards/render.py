@@ -130,6 +130,7 @@ def render(name: str, cfg: PretrainedCfg) -> str:
         parameters=count_parameters(name),
         weights=weights_link(cfg),
         classes=str(cfg.num_classes) if cfg.num_classes else 'none: features only',
+        has_classes=bool(cfg.num_classes),
         size=cfg.input_size[-1],
         colour='grey' if cfg.input_size[0] == 1 else 'RGB',
         other='in_chans=3, img_size=64' if cfg.input_size[0] == 1 else 'in_chans=1, img_size=320',

@@ -132,7 +132,8 @@ def run_compare(args: argparse.Namespace) -> int:
     cfg = FinetuneCfg(**{name: value for name, value in given.items() if name not in OWN})
     comparison = compare(cfg, **own)
     print('', *table_lines(comparison.figures), '', comparison.sentence, sep='\n')
-    print(f'{comparison.folder} holds README.md, comparison.png, results.csv with a row for every run, and the runs.')
+    names = [path.name for path in sorted(comparison.folder.iterdir()) if path.suffix in ('.md', '.png')]
+    print(f'{comparison.folder} holds {", ".join(names)}, results.csv with a row for every run, and the runs.')
     return 0
 
 

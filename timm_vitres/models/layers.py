@@ -127,9 +127,8 @@ class PadSameStdConv2d(StdConv2dSame):
             bias=self.bias is not None,
             device='meta',
         )
-        conv._register_load_state_dict_pre_hook(
-            _refuse_weights
-        )  # the public one keeps the module, which may be twinned
+        # torch's public hook would keep the module, which `merging` may replace by its twin
+        conv._register_load_state_dict_pre_hook(_refuse_weights)
         conv.weight = nn.Parameter(self.standardized_weight().detach(), requires_grad=self.weight.requires_grad)
         conv.bias = self.bias
         make_channels_last_(conv)

@@ -112,10 +112,11 @@ def convert(
     if layout.license:
         built.pretrained_cfg = {**built.pretrained_cfg, 'license': layout.license}
     data = _data_config(built, trained_size, args, config, preprocessor)
+    file_name = Path(unquote(url) if url else path).name
     card = render_card(
         built,
         model_name=Path(folder).resolve().name,
-        description=f'Converted from `{Path(unquote(url) if url else path).name}` ({layout.name} layout) by `timm-vitres convert`.',
+        description=f'Converted from `{file_name}` ({layout.name} layout) by `timm-vitres convert`.',
         recipe=published.recipe if published else _recipe(args, about),
         source=f'local-dir:{folder}',
         label_names=label_names or (),
