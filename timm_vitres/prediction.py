@@ -29,7 +29,8 @@ class Prediction(NamedTuple):
 def _evaluating(model: nn.Module) -> Iterator[None]:
     """Set a model to evaluation mode, and back: in training mode its BatchNorms would learn of the images."""
     training = [module for module in model.modules() if module.training]
-    model.eval()  # some of timm's models drop what they keep for evaluation when their mode changes
+    if training:
+        model.eval()  # some of timm's models drop what they keep for evaluation when their mode changes
     try:
         yield
     finally:

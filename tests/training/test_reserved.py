@@ -3,12 +3,15 @@
 import json
 import os
 
+import numpy as np
 import pytest
 from conftest import write_folder
+from PIL import Image
 from test_named_datasets import fashion  # noqa: F401  (a fixture)
 
+from timm_vitres.training import named_datasets
 from timm_vitres.training.datasets import load_data
-from timm_vitres.training.reserved import for_verdict, images_of, num_training, reserve
+from timm_vitres.training.reserved import for_verdict, images_of, num_training, reserve, training_counts
 from timm_vitres.training.settings import FinetuneCfg
 
 
@@ -116,3 +119,23 @@ def test_test_images_that_carry_no_verdict_are_told_of_at_once(tmp_path):
     (tmp_path / 'test' / 'across' / '1.png').unlink()
     with pytest.raises(ValueError, match=r'^test_split: .* has 1 test image, expected two or more\.'):
         reserve(cfg(tmp_path), 'RGB')
+
+
+def test_of_many_classes_without_test_images_three_are_named(tmp_path):
+    for index in range(6):
+        for split, count in (('train', 4), ('test', 2 * (index == 0))):
+            for number in range(count):
+                place = tmp_path / split / f'class {index}' / f'{number}.png'
+                place.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(np.full((8, 8, 3), 40 * index + number + 20 * (split == 'test'), np.uint8)).save(place)
+    description = reserve(cfg(tmp_path), 'RGB')['description']
+    assert description.endswith('with none of class 1, class 2, class 3 and 2 more classes')
+
+
+def test_what_a_dataset_by_name_has_no_test_images_of_is_told_of(fashion, monkeypatch):  # noqa: F811
+    original = named_datasets._known
+    monkeypatch.setattr(named_datasets, '_known', lambda *args: [min(label, 8) for label in original(*args)])
+    named = cfg(fashion, dataset='torch/fashion_mnist')
+    images = reserve(named, 'L')
+    assert images['description'].endswith(f'with none of {images["label_names"][9]}')
+    assert training_counts(images, 0.2, 0) == images['counts'] and sum(images['counts']) == 30

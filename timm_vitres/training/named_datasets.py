@@ -64,7 +64,8 @@ def load_named(cfg: FinetuneCfg, mode: str) -> Data:
         how = f'validation on split {cfg.val_split!r} ({len(val_indices)} images)'
         lists = {'train': _entry(train, train_split, targets), 'validation': _entry(val, val_split, known)}
         if known is not None:
-            how += without([name for index, name in enumerate(names) if index not in set(known)])
+            found = set(known)
+            how += without([name for index, name in enumerate(names) if index not in found])
     else:
         val = train
         train_indices, val_indices = stratified_split(targets, cfg.val_frac, cfg.seed)
