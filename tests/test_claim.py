@@ -119,3 +119,42 @@ def test_finer_classes_are_merged_before_they_are_compared(script):
     assert wider.image == 'a.png' and wider.labels == ['functional', 'defective']
     assert wider.probabilities == pytest.approx([0.55, 0.45])
     assert common.merged(finer, str) == finer
+
+
+def test_the_last_verdict_alone_is_told(script, results, monkeypatch):
+    """With more seeds another arm may be the best; of too few there is no interval."""
+    common, claim = script('common'), script('claim')
+    asked = dict(set='pairs', models='a b', cost='2 min', device='default', threads='1')
+    shared = dict(parameters='1290000', epochs='7', seconds='90', step_ms='10', balanced='1')
+    for arm, accuracy in (('a', '80'), ('b', '83')):
+        common.write_row('ablation', {**asked, **shared, 'arm': arm, 'seed': '0', 'accuracy': accuracy}, True)
+    verdict = dict(points='3.00', low='-inf', high='inf', is_told='False', measured='accuracy')
+    for best, arm in (('a', 'b'), ('b', 'a')):
+        common.write_row('ablation_verdict', {**asked, **verdict, 'best': best, 'arm': arm}, True)
+    assert claim.ablation().splitlines()[2:] == [
+        '| `pairs`, 2 min, accuracy | b | 83.00 (1) | best |  | 1.29M | 7 | 1.00 |',
+        '|  | a | 80.00 (1) | 3.00 | no | 1.29M | 7 | 1.00 |',
+    ]
+
+
+def test_the_time_of_a_small_comparison_is_recorded(script, results, tmp_path, monkeypatch):
+    small, asked = script('small_compare'), []
+    write_noise(tmp_path / 'noise', train=5, test=2)
+    entries = [
+        script('image_sets').Entry(part, path.parent.name, path.name, path)
+        for part in ('test', 'train')
+        for path in sorted((tmp_path / 'noise' / part).rglob('*.png'))
+    ]
+    monkeypatch.setattr(small, 'SETS', {'elpv': lambda source, left_out: iter(entries)})
+    monkeypatch.setattr(small, 'compare', lambda cfg, seeds: asked.append(cfg) or SimpleNamespace(sentence='So.'))
+    monkeypatch.setattr(sys, 'argv', ['x.py', '--output', str(tmp_path / 'out'), '--each', '3', '--record'])
+    small.main()
+    [cfg], [row] = asked, rows(results / 'small_compare.csv')
+    photos = sorted((tmp_path / 'out' / 'photos').rglob('*.png'))
+    assert len(photos) == 3 * len({path.parent for path in photos}) and cfg.in_chans == 1
+    assert all(
+        path.read_bytes() == (tmp_path / 'noise/train' / path.parent.name / path.name).read_bytes() for path in photos
+    )
+    assert (row['images'], row['seeds'], row['sentence']) == (str(len(photos)), '3', 'So.')
+    with pytest.raises(FileExistsError):
+        small.main()

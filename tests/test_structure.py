@@ -20,6 +20,7 @@ ROOT = '__init__'  # it offers everything, and nothing imports it but for the ve
 # Protected names of torch and Python that have no public counterpart
 PROTECTED = {
     *('_forward_hooks', '_forward_pre_hooks', '_parameters', '_buffers', '_metadata', '_dynamo', '_inductor'),
+    '_register_load_state_dict_pre_hook',  # the public one keeps its module
     *('_asdict', '_replace', '_fields'),
 }
 # Modules without behaviour of their own
