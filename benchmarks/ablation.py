@@ -19,7 +19,7 @@ from image_sets import write
 from timm_vitres import FinetuneCfg, compare, recipe
 from timm_vitres.models.arms import ARMS, MANY_PIXELS
 
-GREY = dict(in_chans=1)
+GREY = dict(in_chans=1, color_jitter=0.0)
 SETTINGS = {
     'fmnist': dict(**GREY, img_size=28, crop_padding=2, reprob=0.5, batch_size=128, val_frac=0.05),
     'fmnist10': dict(**GREY, img_size=28, crop_padding=2, reprob=0.5, batch_size=64, val_frac=0.1),

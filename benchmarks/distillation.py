@@ -98,6 +98,7 @@ def main() -> None:
         data_dir=str(root / 'train'),
         val_frac=0.1,
         in_chans=1,
+        color_jitter=0.0,
         epochs=args.epochs,
         batch_size=64,
         lr=2e-3,

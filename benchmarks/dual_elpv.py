@@ -22,6 +22,7 @@ LOSSES = ('sum', 'both', 'resnet', 'vit')
 RECIPE = dict(
     model='vitresnet_dual_tiny',
     in_chans=1,
+    color_jitter=0.0,
     img_size=112,
     epochs=1,
     batch_size=32,

@@ -32,7 +32,7 @@ SETTINGS: Dict[str, Dict[str, Any]] = {
     'elpv_grades': dict(
         model='vitresnet_mix_nano.fmnist', pretrained=True, model_kwargs=dict(stem_stride=4, stem_pool='max'),
         in_chans=1, img_size=160, epochs=50, batch_size=32, drop_path=0.1, scale=(0.8, 1.0), ratio=(0.9, 1.1),
-        vflip=0.5, eval_metric='loss', workers=0,
+        vflip=0.5, color_jitter=0.0, eval_metric='loss', workers=0,
     ),
 }  # fmt: skip
 MERGE: Dict[str, Callable[[str], str]] = {'elpv_grades': class_of_grade}  # what a set's test images are asked for

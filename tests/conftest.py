@@ -130,8 +130,8 @@ def draw(path: Path, seed: int = 0) -> Path:
     return path
 
 
-def write_folder(root: Path, per_class: int = 12, size: int = 40) -> Path:
-    rng = np.random.default_rng(0)
+def write_folder(root: Path, per_class: int = 12, size: int = 40, seed: int = 0) -> Path:
+    rng = np.random.default_rng(seed)
     for name in ('across', 'down'):
         folder = root / name
         folder.mkdir(parents=True)

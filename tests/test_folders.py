@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shutil
 
 import numpy as np
 import pytest
@@ -75,7 +76,7 @@ def test_split_folders_beside_class_folders_are_refused(name, image_folder):
 @pytest.mark.parametrize('name', ['train', 'Train', 'training', 'train2017'])
 def test_a_training_folder_beside_class_folders_is_refused(name, image_folder):
     for number in range(2):
-        draw(image_folder / name / f'{number}.png')
+        draw(image_folder / name / f'{number}.png', seed=number)
     with pytest.raises(ValueError, match=f"split folder {name}/ beside across/.*train_split ''"):
         load(image_folder)
     # a vehicle is said to be one
@@ -139,13 +140,40 @@ def test_a_copy_or_a_link_of_the_training_images_validates_nothing(tmp_path):
     with pytest.raises(ValueError, match='is a copy of'):
         load(tmp_path)
     stripes(33, True, np.random.default_rng(7)).save(tmp_path / 'val' / 'down' / '0.png')
-    assert len(load(tmp_path).val) == 6
+    with pytest.raises(ValueError, match=r'^val_split: 5 of 6 validation images are copies of training images'):
+        load(tmp_path)
+    shutil.rmtree(tmp_path / 'val')
+    write_folder(tmp_path / 'val', per_class=3, seed=1)
+    shutil.copy(tmp_path / 'train' / 'down' / '1.png', tmp_path / 'val' / 'down' / '0.png')
+    data = load(tmp_path)  # a single one is left out of training
+    assert len(data.val) == 6 and len(data.train) == 5 and sum(data.counts) == 5
+    left_out = {str(tmp_path / 'train/down/1.png'): f'a copy of {tmp_path / "val/down/0.png"}, which is validated on'}
+    assert data.left_out == left_out and '5 images of 2 classes' in data.description
     for link in ('symlink_to', 'hardlink_to'):
         path = tmp_path / 'val' / 'down' / 'other.png'
         getattr(path, link)(tmp_path / 'train' / 'down' / '1.png')
         with pytest.raises(ValueError, match=r'1 of 7 validation images are training images, such as .*other\.png'):
             load(tmp_path)
         path.unlink()
+
+
+def test_a_copy_is_on_one_side_of_a_split(image_folder, caplog):
+    """Copies of what is trained on are trained on, as somebody may have wished; a wrong label is told of."""
+    for index in range(12):
+        for number in range(3):
+            shutil.copy(image_folder / 'down' / f'{index}.png', image_folder / 'down' / f'{index} ({number}).png')
+    data = load(image_folder, val_frac=0.25)
+    paths = [[row[0] for row in data.lists[name]] for name in ('train', 'validation')]
+    pictures = [{(image_folder / path).read_bytes() for path in part} for part in paths]
+    assert not pictures[0] & pictures[1] and len(paths[1]) == 6 and len(paths[0]) == 9 + 4 * 9
+    assert sorted(data.counts) == [9, 36] and len(data.left_out) == 3 * 3
+    assert all('a copy of ' in reason and ', which is held out' in reason for reason in data.left_out.values())
+    assert f'{6 + 9 + 4 * 9} images of 2 classes' in data.description and 'another class' not in caplog.text
+    shutil.copy(image_folder / 'down' / '0.png', image_folder / 'across' / 'wrong.png')
+    load(image_folder)
+    assert 'data_dir: 4 images are copies of one of another class' in caplog.text or (
+        'data_dir: 1 images are copies of one of another class' in caplog.text
+    )
 
 
 def test_a_validation_folder_that_lacks_a_class(tmp_path):

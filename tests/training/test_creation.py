@@ -9,6 +9,7 @@ import torch
 from conftest import randomise_
 from test_loop import settings, weights
 
+import timm_vitres
 from timm_vitres.training import creation
 from timm_vitres.training.creation import (
     Frozen,
@@ -268,3 +269,18 @@ def test_models_that_are_made_for_one_size(name, kwargs, image_folder, tmp_path)
     with pytest.raises(ValueError, match=rf'img_size: {name} takes no images of 60 x 60 pixels \(.* size '):
         finetune(dataclasses.replace(cfg, output=str(tmp_path / 'other'), img_size=60))
     assert not (tmp_path / 'other').exists()
+
+
+def test_a_head_that_knows_the_classes_is_brought_into_their_order(tmp_path, caplog):
+    for name in ('test_vitresnet', 'test_vitresnet_dual', 'resnet10t'):
+        model = randomise_(timm.create_model(name, num_classes=3))
+        timm_vitres.save(model, tmp_path / name, label_names=['a', 'b', 'c'])
+        cfg = FinetuneCfg(model=f'local-dir:{tmp_path / name}', data_dir='x', pretrained=True)
+        x = torch.randn(2, 3, 64, 64)
+        with torch.inference_mode():
+            expected = model.eval()(x)
+            for names in (['a', 'b', 'c'], ['c', 'a', 'b'], ['a', 'b', 'd']):
+                found = create_finetune_model(cfg, 3, names).eval()(x)
+                order = ['abc'.index(label) for label in names if label != 'd'] + [2] * ('d' in names)
+                torch.testing.assert_close(found, expected[:, order])
+    assert caplog.text.count("begins with as many other classes, such as 'c'") == 3

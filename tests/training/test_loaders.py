@@ -163,6 +163,22 @@ def test_repeats_are_other_augmentations_of_fewer_images(tmp_path):
         assert epochs[0][0] != epochs[1][0]
 
 
+@pytest.mark.parametrize('mode', ['L', 'RGB', 'RGBA'])
+def test_images_of_every_mode_are_jittered(mode, tmp_path):
+    write_folder(tmp_path / 'images', per_class=8)
+    channels = len(mode) if mode != 'L' else 1
+    config = {**CONFIG, 'input_size': (channels, 32, 32), 'mean': (0.5,) * channels, 'std': (0.5,) * channels}
+    found = []
+    for jitter in (0.0, 0.9):
+        cfg = settings(
+            tmp_path / 'images', tmp_path, color_jitter=jitter, hflip=0.0, scale=(1.0, 1.0), ratio=(1.0, 1.0)
+        )
+        data = load_data(cfg, mode)
+        found.append(torch.cat([x for x, _ in create_loaders(cfg, data, config, data.record())[0]]))
+    changed = (found[0] != found[1]).flatten(2).any(2)  # by channel
+    assert changed[:, :3].any(1).all() and not changed[:, 3:].any()
+
+
 def test_a_padded_crop_is_a_shift_over_black(tmp_path):
     """Images of 32 x 32 are not resized, so every crop is one of the padded image's, and more than one comes."""
     write_folder(tmp_path / 'images', per_class=8)

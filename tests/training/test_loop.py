@@ -142,7 +142,7 @@ def test_a_pickle_runs_no_code(image_folder, tmp_path, no_pictures):
 def test_given_splits(tmp_path):
     root = tmp_path / 'images'
     write_folder(root / 'train', per_class=5)
-    write_folder(root / 'val', per_class=3)
+    write_folder(root / 'val', per_class=3, seed=1)
     data = load_data(settings(root, tmp_path), 'RGB')
     assert (len(data.train), len(data.val), data.counts) == (10, 6, [5, 5])
     assert data.val[0][0].mode == 'RGB'

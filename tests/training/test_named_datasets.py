@@ -11,6 +11,7 @@ from PIL import Image
 
 from timm_vitres.training.datasets import load_data
 from timm_vitres.training.loaders import create_loaders
+from timm_vitres.training.named_datasets import OpenedReader
 from timm_vitres.training.settings import FinetuneCfg
 
 
@@ -296,6 +297,15 @@ def test_workers_see_the_same_images(tmp_path):
         found.append([torch.cat([x.flatten() for x, _ in loader]) for loader in loaders])
     assert all(torch.equal(one, other) for one, other in zip(*found))
     assert not torch.equal(*(part[: 4 * 768] for part in found[0]))
+
+
+def test_a_stream_gives_images_as_every_other_door_does():
+    deep = Image.fromarray(np.full((4, 6), 100 * 257, np.uint16))
+    turned = Image.new('RGB', (6, 4), 'red')
+    turned.getexif()[0x0112] = 6  # to be turned by 90 degrees
+    found = list(OpenedReader([(deep, 0), (turned, 1)], 'RGB'))
+    assert [target for _, target in found] == [0, 1] and [image.size for image, _ in found] == [(6, 4), (4, 6)]
+    assert found[0][0].getextrema() == ((100, 100),) * 3
 
 
 def test_a_streamed_dataset(tmp_path):

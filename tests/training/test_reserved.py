@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from conftest import write_folder
 from PIL import Image
 from test_named_datasets import fashion  # noqa: F401  (a fixture)
 
-from timm_vitres.training import named_datasets
+from timm_vitres.training import datasets, named_datasets
 from timm_vitres.training.datasets import load_data
 from timm_vitres.training.reserved import for_verdict, images_of, num_training, reserve, training_counts
 from timm_vitres.training.settings import FinetuneCfg
@@ -53,7 +54,7 @@ def test_a_run_opens_what_was_reserved(image_folder):
 @pytest.mark.parametrize('folder', ['test', 'Test', 'holdout'])
 def test_a_folder_of_test_images_is_taken(folder, tmp_path):
     write_folder(tmp_path / 'train', per_class=6)
-    write_folder(tmp_path / folder, per_class=2)
+    write_folder(tmp_path / folder, per_class=2, seed=1)
     images = reserve(cfg(tmp_path), 'RGB')
     assert names(images['test']) == {f'{folder}/{name}/{index}.png' for name in ('across', 'down') for index in (0, 1)}
     assert all(name.startswith('train/') for name in names(images['train'])) and len(images['train']) == 12
@@ -63,7 +64,7 @@ def test_a_folder_of_test_images_is_taken(folder, tmp_path):
 
 def test_a_folder_of_validation_images_stays_that(tmp_path):
     for name, count in (('train', 8), ('val', 3)):
-        write_folder(tmp_path / name, per_class=count)
+        write_folder(tmp_path / name, per_class=count, seed=count)
     images = reserve(cfg(tmp_path), 'RGB')
     assert len(images['test']) == 4 and all(name.startswith('train/') for name in names(images['test']))
     first, second = (images_of(images, 0.2, seed) for seed in (0, 1))
@@ -73,7 +74,7 @@ def test_a_folder_of_validation_images_stays_that(tmp_path):
 
 def test_test_images_that_are_trained_on_are_refused(tmp_path):
     write_folder(tmp_path / 'train', per_class=4)
-    write_folder(tmp_path / 'test', per_class=2)
+    write_folder(tmp_path / 'test', per_class=2, seed=1)
     os.remove(tmp_path / 'test/down/0.png')
     os.link(tmp_path / 'train/down/3.png', tmp_path / 'test/down/0.png')
     with pytest.raises(ValueError, match=r'^test_split: 1 of 4 test images are training images, such as '):
@@ -89,7 +90,7 @@ def test_classes_of_too_few_images_are_named(count, least, tmp_path):
 
 def test_a_test_image_that_can_not_be_read_is_named(tmp_path):
     write_folder(tmp_path / 'train', per_class=4)
-    write_folder(tmp_path / 'test', per_class=2)
+    write_folder(tmp_path / 'test', per_class=2, seed=1)
     (tmp_path / 'test/down/1.png').write_text('no picture')
     with pytest.raises(ValueError, match=r'test/down/1\.png'):
         reserve(cfg(tmp_path), 'RGB')
@@ -111,7 +112,7 @@ def test_of_a_dataset_by_name_the_test_split_is_taken(fashion):  # noqa: F811
 
 def test_test_images_that_carry_no_verdict_are_told_of_at_once(tmp_path):
     write_folder(tmp_path / 'train', per_class=6)
-    write_folder(tmp_path / 'test', per_class=2)
+    write_folder(tmp_path / 'test', per_class=2, seed=1)
     for path in (tmp_path / 'test' / 'down').iterdir():
         path.unlink()
     (tmp_path / 'test' / 'down').rmdir()
@@ -139,3 +140,28 @@ def test_what_a_dataset_by_name_has_no_test_images_of_is_told_of(fashion, monkey
     images = reserve(named, 'L')
     assert images['description'].endswith(f'with none of {images["label_names"][9]}')
     assert training_counts(images, 0.2, 0) == images['counts'] and sum(images['counts']) == 30
+
+
+def test_no_copy_of_a_test_image_is_trained_on(tmp_path, caplog):
+    write_folder(tmp_path / 'train', per_class=8)
+    write_folder(tmp_path / 'test', per_class=2, seed=1)
+    shutil.copy(tmp_path / 'test/down/0.png', tmp_path / 'train/down/a.png')
+    shutil.copy(tmp_path / 'train/down/0.png', tmp_path / 'train/down/b.png')
+    images = reserve(cfg(tmp_path), 'RGB')
+    assert len(images['train']) == 16 and not {'train/down/a.png', 'train/down/b.png'} & names(images['train'])
+    assert 'left out: 2 images are copies of others' in caplog.text
+    held = reserve(cfg(tmp_path), 'RGB', '')  # without a folder of test images
+    pictures = [{(tmp_path / name).read_bytes() for name in names(held[part])} for part in ('train', 'test')]
+    assert not pictures[0] & pictures[1] and len(pictures[0]) + len(pictures[1]) == 17
+    shutil.copytree(tmp_path / 'test/across', tmp_path / 'train/across', dirs_exist_ok=True)
+    with pytest.raises(ValueError, match=r'^test_split: 3 of 4 test images are copies of training images'):
+        reserve(cfg(tmp_path), 'RGB')
+
+
+def test_of_many_images_those_of_the_verdict_are_opened_first(tmp_path, monkeypatch):
+    write_folder(tmp_path, per_class=12)
+    for path in (tmp_path / 'down').iterdir():
+        path.write_bytes(path.read_bytes()[:60])
+    monkeypatch.setattr(datasets, 'MANY', 10)
+    with pytest.raises(ValueError, match=r'^image: .* cannot be read as an image'):
+        reserve(cfg(tmp_path), 'RGB')

@@ -95,3 +95,18 @@ def test_a_run_without_trackers_tells_nobody(tmp_path):
     quiet.log(dict(epoch=0, train_loss=1.0))
     quiet.close()
     assert not list(tmp_path.iterdir())
+
+
+def test_a_tracker_that_can_not_be_used_is_named_and_leaves_nothing(image_folder, tmp_path, monkeypatch, no_pictures):
+    class UsageError(Exception):
+        pass
+
+    class Refusing(Stand):
+        def init(self, **kwargs):
+            raise UsageError('api_key not configured')
+
+    monkeypatch.setitem(sys.modules, 'wandb', Refusing())
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r'^log_wandb: can not be used here \(.*api_key not configured'):
+            finetune(settings(image_folder, tmp_path / 'run', log_tensorboard=True, log_wandb=True))
+        assert not (tmp_path / 'run').exists()

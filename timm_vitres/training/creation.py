@@ -5,7 +5,7 @@ import dataclasses
 import logging
 import re
 from pathlib import Path
-from typing import Any, Dict, List, Tuple, Union
+from typing import Any, Dict, List, Optional, Tuple, Union
 
 import timm
 import torch
@@ -23,8 +23,11 @@ BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 ADAPTED = r'(.*\.)?(qkv|attn\.proj|fc1|fc2)'
 
 
-def create_finetune_model(cfg: FinetuneCfg, num_classes: int) -> nn.Module:
+def create_finetune_model(cfg: FinetuneCfg, num_classes: int, label_names: Optional[List[str]] = None) -> nn.Module:
     """Create the model of a run, its position table made for the run's image size where it has one.
+
+    Args:
+        label_names: The run's classes, where they are known; a head that comes with weights is brought to their order.
 
     Raises:
         ValueError, TypeError, RuntimeError: for a model, arguments of it, or weights, that timm does not know.
@@ -48,6 +51,8 @@ def create_finetune_model(cfg: FinetuneCfg, num_classes: int) -> nn.Module:
         if not name:
             raise
         raise ValueError(f'{name}: {getattr(cfg, name)} does not fit {cfg.model} ({on_one_line(error)}).') from error
+    if cfg.pretrained and label_names:
+        _order_head_(model, cfg.model, label_names)
     if cfg.pretrained_path and not isinstance(model, Hybrid):
         _check_arrived(model, cfg.pretrained_path)
     if cfg.img_size is not None and hasattr(model, 'set_input_size'):
@@ -61,6 +66,22 @@ def create_finetune_model(cfg: FinetuneCfg, num_classes: int) -> nn.Module:
         except (AttributeError, AssertionError) as error:
             raise ValueError(f'grad_checkpointing: {cfg.model} has none; leave it out.') from error
     return model
+
+
+def _order_head_(model: nn.Module, name: str, label_names: List[str]) -> None:
+    """Bring a head that knows the run's classes into their order; tell of one that knows as many others."""
+    known = list((getattr(model, 'pretrained_cfg', None) or {}).get('label_names') or ())
+    if len(known) != len(label_names) or known == label_names:
+        return  # what came has another number of classes, and the head is new
+    if sorted(known) != sorted(label_names):
+        other = next(label for label in known if label not in label_names)
+        _logger.warning('model: the head of %s begins with as many other classes, such as %r.', name, other)
+        return
+    order = [known.index(label) for label in label_names]
+    heads = model.get_classifier()
+    for head in heads if isinstance(heads, tuple) else (heads,):
+        for parameter in head.parameters():
+            parameter.data = parameter.data[order].contiguous()
 
 
 def without_weights(cfg: FinetuneCfg) -> FinetuneCfg:

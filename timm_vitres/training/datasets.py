@@ -16,6 +16,7 @@ from ..data import open_image
 from ..folders import File, below, find_classes, find_images, find_splits, folders_in, shown
 from .checking import MANY, BackgroundCheck, raise_for, unreadable
 from .class_maps import read_class_map
+from .copies import check_copies, find_copies
 from .named_datasets import load_named, reload_named
 from .settings import FinetuneCfg
 from .splits import Data, Subset, check_fraction, class_counts, class_names, read_record, stratified_split
@@ -49,6 +50,8 @@ def load_data(cfg: FinetuneCfg, mode: str, recorded: Optional[Dict[str, Any]] = 
     for name in ('input_key', 'target_key', 'train_num_samples', 'val_num_samples'):
         if getattr(cfg, name) is not None:
             raise ValueError(f'{name}: an image folder takes none; it is for datasets that are named by dataset.')
+    if recorded is None and cfg.skip_bad and cfg.no_check:
+        raise ValueError('skip_bad: got no_check, too, by which no bad image is found; give one.')
     return _load_folder(cfg, mode) if recorded is None else _reload_folder(cfg, mode, recorded)
 
 
@@ -77,20 +80,52 @@ def _load_folder(cfg: FinetuneCfg, mode: str) -> Data:
         _logger.info('skip_bad: all %d images are opened before training, which may take minutes.', count)
     for folder in folders if is_checked_now else []:
         folder.check_images(cfg.skip_bad)
-    left_out = {**splits.left_out, **train.left_out, **val.left_out}
+    copies = _copies(*([train] if train is val else [val, train]))
     if splits.validation is None:
-        train_indices, val_indices = stratified_split(train.targets, cfg.val_frac, cfg.seed, train.classes)
+        train_indices, val_indices = _split(cfg, train, copies)
         how = f'validation on {len(val_indices)} of them, held out class by class ({cfg.val_frac:g}, seed {cfg.seed})'
+        count = len(train_indices) + len(val_indices)
     else:
+        of_val = {path for path, _ in val.reader.samples}
+        copied = {path: first for path, first in copies.items() if first in of_val and path not in of_val}
+        check_copies(copied, len(val), 'validation')
+        train.leave_out({path: f'a copy of {shown(first)}, which is validated on' for path, first in copied.items()})
         train_indices, val_indices = range(len(train)), range(len(val))
         how = f'validation on the {len(val)} images of {splits.validation.name}/'
+        count = len(train)
+    left_out = {**splits.left_out, **train.left_out, **val.left_out}
     sets = Subset(train, train_indices, mode), Subset(val, val_indices, mode)
     check = None if cfg.no_check or is_checked_now else _background_check(sets, FOUND_LATE)
     _say_empty(train)
-    description = f'{len(train)} images of {len(train.classes)} classes in {root.resolve().name}; {how}'
+    description = f'{count} images of {len(train.classes)} classes in {shown(root.resolve().name)}; {how}'
     if left_out:
         description += f'; {len(left_out)} files or folders left out'
     return _folder_data(root, sets, description, left_out, check)
+
+
+def _copies(*folders: 'LabelledImages') -> Dict[str, str]:
+    """Return the copies among the images of folders; see `find_copies`."""
+    labels = {path: label for folder in folders for path, label in folder.reader.samples}
+    files = {path: file for folder in folders for path, file in folder.reader.files.items()}
+    copies = find_copies([(path, files[path].size) for path in labels])
+    others = [(path, first) for path, first in copies.items() if labels[path] != labels[first]]
+    if others:
+        names = map(shown, others[0])
+        _logger.warning('data_dir: %d images are copies of one of another class: %s of %s.', len(others), *names)
+    return copies
+
+
+def _split(cfg: FinetuneCfg, images: 'ImageFolder', copies: Dict[str, str]) -> Tuple[List[int], List[int]]:
+    """Hold a part of each class out; copies of what is trained on are so, too, those of what is held out left out."""
+    paths, targets = [path for path, _ in images.reader.samples], images.targets
+    once = [index for index, path in enumerate(paths) if path not in copies]
+    parts = stratified_split([targets[index] for index in once], cfg.val_frac, cfg.seed, images.classes)
+    kept, held = ([once[index] for index in part] for part in parts)
+    trained = {paths[index] for index in kept}
+    kept = sorted(kept + [index for index, path in enumerate(paths) if copies.get(path) in trained])
+    others = {path: first for path, first in copies.items() if first not in trained}
+    images.left_out.update({path: f'a copy of {shown(first)}, which is held out' for path, first in others.items()})
+    return kept, held
 
 
 def _folder_data(
@@ -337,5 +372,9 @@ class ImageFolder(LabelledImages):
         if missing:
             name = shown(self.classes[min(missing)])
             raise ValueError(f'data_dir: none of the images of class {name!r} can be read.')
-        self.reader.samples = kept
-        self.left_out = {**self.left_out, **bad}
+        self.leave_out(bad)
+
+    def leave_out(self, reasons: Dict[str, str]) -> None:
+        """Leave images out, for a reason each."""
+        self.reader.samples = [sample for sample in self.reader.samples if sample[0] not in reasons]
+        self.left_out = {**self.left_out, **reasons}

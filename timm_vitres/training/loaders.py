@@ -57,9 +57,9 @@ def create_loaders(
         ratio=cfg.ratio,
         hflip=cfg.hflip,
         vflip=cfg.vflip,
-        color_jitter=cfg.color_jitter if has_colours else 0.0,  # timm's colour jitter needs colours
-        color_jitter_prob=cfg.color_jitter_prob if has_colours else None,
-        grayscale_prob=cfg.grayscale_prob if has_colours else 0.0,
+        color_jitter=cfg.color_jitter,
+        color_jitter_prob=cfg.color_jitter_prob,
+        grayscale_prob=cfg.grayscale_prob if has_colours else 0.0,  # it would make RGB of other images
         gaussian_blur_prob=cfg.gaussian_blur_prob,
         train_crop_mode=cfg.train_crop_mode,
         auto_augment=cfg.aa or None,

@@ -19,6 +19,7 @@ from torch import nn
 from tqdm import tqdm
 
 from ..checks import on_one_line
+from ..folders import shown
 from ..pictures import draws_curves
 from ..publishing.saving import save
 from .creation import Frozen, create_finetune_model, merged, state_of, without_weights
@@ -301,7 +302,7 @@ class _Run:
             model = self._whole_model(best.weights)
             if model is not None:
                 remove_report(self.folder)  # of a model that this one replaces
-                card = run_card(self.record, best, model, self.folder.resolve().name)
+                card = run_card(self.record, best, model, shown(self.folder.resolve().name))
                 save(model, self.folder, self.record.label_names, self.record.data_config, card)
         if self.processes.is_first:
             if cfg.checkpoint_hist:

@@ -7,7 +7,7 @@ import difflib
 import hashlib
 import os
 import re
-from typing import Any, Dict, Iterable, List, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from torch.utils.data import Dataset, IterableDataset
 from tqdm import tqdm
 
 from ..checks import on_one_line
+from ..data import open_image
 from ..folders import shown, split_role
 from .class_maps import Labels, read_class_map
 from .settings import FinetuneCfg
@@ -40,6 +41,8 @@ def load_named(cfg: FinetuneCfg, mode: str) -> Data:
         ValueError: for a name or split that timm doesn't know, and for a validation split with training images in it.
     """
     _check_name(cfg)
+    if cfg.skip_bad:
+        raise ValueError(f'skip_bad: leaves images of folders out, and none of {cfg.dataset!r}; leave it away.')
     train_split = _split(cfg, cfg.train_split, 'train_split')
     val_split = _split(cfg, cfg.val_split, 'val_split') if cfg.val_split else ''
     if _overlap(train_split, val_split):
@@ -256,10 +259,36 @@ def _create(cfg: FinetuneCfg, mode: str, split: str, is_training: bool) -> Datas
     if prefix == 'wds':
         return IterableImageDataset(None, reader=ShardReader(mode=mode, **shared))
     dataset = create_dataset(cfg.dataset, download=cfg.dataset_download, input_img_mode=mode, **shared)
+    if prefix == 'hfids':
+        dataset.reader.input_img_mode = None
+        dataset.reader = OpenedReader(dataset.reader, mode)
     if prefix == 'hfds':
         dataset = ReaderImages(dataset.reader, mode)
         dataset.check_keys()
     return dataset
+
+
+class OpenedReader(Reader):
+    """A timm reader of a stream of PIL images, which are brought upright and into a mode as all others are."""
+
+    def __init__(self, reader: Reader, mode: str):
+        super().__init__()
+        self.reader, self.mode = reader, mode
+
+    def __iter__(self) -> Iterator[Tuple[Any, Any]]:
+        for image, target in iter(self.reader):  # pyright: ignore[reportArgumentType, reportCallIssue]
+            yield open_image(image, self.mode), target
+
+    def __len__(self) -> int:
+        return len(self.reader)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == 'reader':  # of a copy that is being made
+            raise AttributeError(name)
+        return getattr(self.reader, name)
+
+    def _filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:
+        raise NotImplementedError('a stream has no names')
 
 
 class ReaderImages(ImageDataset):

@@ -13,6 +13,7 @@ from timm.task import ClassificationEvaluator
 from torch import nn
 from tqdm import tqdm
 
+from ..folders import shown
 from ..pictures import draws_curves, plot_curves
 from ..publishing.cards import render_card
 from ..views import averaged
@@ -112,7 +113,7 @@ def run_card(record: Record, best: Best, model: nn.Module, name: str) -> str:
         name: The card's title.
     """
     cfg = record.trained_cfg
-    data_name = cfg.dataset or Path(str(cfg.data_dir)).resolve().name
+    data_name = cfg.dataset or shown(Path(str(cfg.data_dir)).resolve().name)
     # huggingface_hub tells results apart by type and config of the data, not by its name
     task: Dict[str, Any] = dict(
         task_type='image-classification',

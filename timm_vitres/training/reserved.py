@@ -5,6 +5,8 @@ the verdict), each as `Data.record` says the images of a run.
 """
 
 import dataclasses
+import logging
+import os
 from collections import Counter
 from pathlib import Path
 from typing import Any, Dict, List, Optional
@@ -12,10 +14,13 @@ from typing import Any, Dict, List, Optional
 from torch.utils.data import IterableDataset
 
 from ..folders import find_splits, folders_in, shown, split_folder
-from .datasets import FOLDER_NAMES, ImageFolder, check_apart, listed, load_data
+from .checking import raise_for, unreadable
+from .copies import check_copies, find_copies
+from .datasets import FOLDER_NAMES, UNREADABLE, ImageFolder, check_apart, listed, load_data
 from .settings import FinetuneCfg
 from .splits import Data, Subset, class_counts, stratified_split, without
 
+_logger = logging.getLogger(__name__)
 TEST_SEED = 0  # the test images are the same for all arms and all seeds of training
 TEST = 'test'
 
@@ -45,6 +50,8 @@ def reserve(cfg: FinetuneCfg, mode: str, test_split: str = TEST, test_frac: floa
     if splits.train != root and test_split:
         name = split_folder(root, folders_in(root), test_split, 'test_split', TEST)
     data = load_data(cfg, mode)
+    if data.check is not None:  # a bad test image would end the comparison after its first run
+        raise_for(unreadable(data.check.paths, mode), UNREADABLE)
     rows = {'train': data.lists['train'], 'validation': data.lists['validation']}
     if splits.validation is None:
         rows = {'train': sorted(rows['train'] + rows['validation']), 'validation': None}
@@ -52,7 +59,8 @@ def reserve(cfg: FinetuneCfg, mode: str, test_split: str = TEST, test_frac: floa
     if name is not None:
         rows['test'] = _of_folder(cfg, mode, root, name, data)
         how = f'test images are the {len(rows["test"])} of {name}/'
-    else:
+    _leave_out_copies(root, rows)
+    if name is None:
         kept, held = stratified_split(_targets(rows['train'], data.label_names), test_frac, TEST_SEED)
         rows['train'], rows['test'] = ([rows['train'][index] for index in part] for part in (kept, held))
         how = f'test images are {len(held)} of them, held out class by class ({test_frac:g}, seed {TEST_SEED})'
@@ -60,7 +68,7 @@ def reserve(cfg: FinetuneCfg, mode: str, test_split: str = TEST, test_frac: floa
     found = {label for _, label, _ in rows['test']}
     how += without([label for label in data.label_names if label not in found])
     count = sum(len(part) for part in rows.values() if part)
-    description = f'{count} images of {len(data.label_names)} classes in {root.resolve().name}; {how}'
+    description = f'{count} images of {len(data.label_names)} classes in {shown(root.resolve().name)}; {how}'
     return {'label_names': data.label_names, 'description': description, **rows}
 
 
@@ -98,6 +106,27 @@ def _of_folder(cfg: FinetuneCfg, mode: str, root: Path, name: str, data: Data) -
     if not cfg.no_check:
         test.check_images(cfg.skip_bad)
     return listed(root, Subset(test, range(len(test)), mode))
+
+
+def _leave_out_copies(root: Path, rows: Dict[str, Any]) -> None:
+    """Leave out copies of test images, of validation images, and of any image of a set that is still to be split."""
+    files = {
+        os.path.join(root, place): (name, size)
+        for name in ('test', 'validation', 'train')
+        for place, _, size in rows.get(name) or ()
+    }
+    copies = find_copies([(path, size) for path, (_, size) in files.items()])
+    role = {path: name for path, (name, _) in files.items()}
+    of_test = {path: first for path, first in copies.items() if role[first] == TEST != role[path]}
+    check_copies(of_test, len(rows.get(TEST) or ()), TEST)
+    is_split = rows['validation'] is None or TEST not in rows
+    gone = {path for path, first in copies.items() if role[path] != role[first] or (is_split and role[path] == 'train')}
+    if gone:
+        example = min(gone)
+        found = len(gone), shown(example), shown(copies[example])
+        _logger.warning('left out: %d images are copies of others, such as %s of %s.', *found)
+        for name, part in rows.items():
+            rows[name] = part and [row for row in part if os.path.join(root, row[0]) not in gone]
 
 
 def _check_counts(rows: List[List[Any]], least: int) -> None:

@@ -1,5 +1,6 @@
 """A run's training and validation sets, the split of one set into two, and the record from which both are reopened."""
 
+import re
 from collections import Counter
 from numbers import Real
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
@@ -11,6 +12,7 @@ from ..data import open_image
 from ..folders import shown
 from .checking import BackgroundCheck
 
+_NAMING = re.compile(r' \(.*| as .*|(?<=^a link) to .*|(?<=^a copy) of .*', re.DOTALL)
 NAMED = 10  # at most this many paths are named for one reason: a million images may have a text file each
 
 
@@ -31,7 +33,8 @@ class Data(NamedTuple):
         """A sentence for each path that is left out; if a reason has many paths, a last sentence counts the rest."""
         by_reason: Dict[str, List[str]] = {}
         for path, reason in self.left_out.items():
-            by_reason.setdefault(reason, []).append(f'{shown(path)}: {reason}')
+            kind = _NAMING.sub('', reason)  # a reason that names another file is of a kind with its like
+            by_reason.setdefault(kind, []).append(f'{shown(path)}: {reason}')
         sentences: List[str] = []
         for reason, named in by_reason.items():
             sentences += named[:NAMED]

@@ -95,7 +95,7 @@ class Setup:
         random_seed(cfg.seed)
         if state is not None:
             cfg = without_weights(cfg)
-        model = create_finetune_model(cfg, num_classes=len(self.data.label_names))
+        model = create_finetune_model(cfg, len(self.data.label_names), self.data.label_names)
         self.model = synchronised(model, cfg, self.processes).to(self.device)
         if record is None:
             record = self._record(cfg)

@@ -5,8 +5,8 @@ import shutil
 from pathlib import Path
 from typing import Any, Dict
 
-from ..checks import is_installed
-from .runs import Record
+from ..checks import is_installed, on_one_line
+from .runs import RECORD_NAME, Record
 
 TENSORBOARD_NAME = 'tensorboard'
 WANDB_NAME = 'wandb'  # wandb's own choice
@@ -25,15 +25,25 @@ class Trackers:
     def __init__(self, record: Record, folder: Path):
         self.folder = folder
         self.writer = self.wandb = None
-        if record.cfg.log_tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
+        is_new = not (folder / RECORD_NAME).is_file()
+        for name, open_ in (('log_tensorboard', self._open_tensorboard), ('log_wandb', self._open_wandb)):
+            try:
+                if getattr(record.cfg, name):
+                    open_(record)
+            except Exception as error:  # both raise errors of their own: without a login, for one
+                (self.remove if is_new else self.close)()
+                raise ValueError(f'{name}: can not be used here ({on_one_line(error)}).') from error
 
-            self.writer = SummaryWriter(str(folder / TENSORBOARD_NAME))
-        if record.cfg.log_wandb:
-            import wandb  # pyright: ignore[reportMissingImports]
+    def _open_tensorboard(self, record: Record) -> None:
+        from torch.utils.tensorboard import SummaryWriter
 
-            settings = dataclasses.asdict(record.cfg)
-            self.wandb = wandb.init(dir=str(folder), config=settings, id=record.id, resume='allow')
+        self.writer = SummaryWriter(str(self.folder / TENSORBOARD_NAME))
+
+    def _open_wandb(self, record: Record) -> None:
+        import wandb  # pyright: ignore[reportMissingImports]
+
+        settings = dataclasses.asdict(record.cfg)
+        self.wandb = wandb.init(dir=str(self.folder), config=settings, id=record.id, resume='allow')
 
     def log(self, row: Dict[str, Any]) -> None:
         """Tell the figures of an epoch."""
