@@ -1,6 +1,7 @@
 """Layers that attend to maps; their outputs are compared pixel by pixel in tests/models/test_vitresnet_mix.py."""
 
 import pytest
+import timm
 import torch
 from conftest import relative_difference
 
@@ -51,3 +52,8 @@ def test_fused_or_not_in_every_precision(precision):
     layer.fused_attn = False
     assert fused.dtype == precision
     assert relative_difference(layer(x).float(), fused.float()) < (0.02 if precision == torch.bfloat16 else 1e-6)
+
+
+def test_no_image_has_no_answer():
+    for name in ('test_vitresnet', 'test_vitresnet_dual', 'test_vitresnet_mix'):
+        assert timm.create_model(name, num_classes=3).eval()(torch.randn(0, 3, 64, 64)).shape == (0, 3)

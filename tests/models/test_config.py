@@ -138,3 +138,20 @@ def test_a_config_is_checked_by_itself():
     with pytest.raises(ValueError, match=r'^channels: got'):
         VitResNetDualCfg(channels=(64, 128))
     assert timm_vitres.VitResNetCfg(patch_size=[2, 4]).patch_size == (2, 4)
+
+
+@pytest.mark.parametrize(
+    'fields, message',
+    [
+        (dict(stem_chs=2), 'stem_chs: got 2, expected 3 or more'),
+        (dict(stem_chs=4, stem_type='quad'), 'stem_chs: got 4, expected 5 or more'),
+        (
+            dict(block='basic', channels=(64,) * 4, bottle_ratio=0.75, group_size=16, attn_blocks=(0,) * 4),
+            'group_size: got 16, which makes 3 groups in blocks of stage 0',
+        ),
+    ],
+)
+def test_measures_that_timm_can_not_build_are_named(fields, message):
+    with pytest.raises(ValueError, match=f'^{message}'):
+        timm.create_model('vitresnet_mix', **fields)
+    timm.create_model('vitresnet_mix', **{**fields, 'stem_chs': 5, 'group_size': 0})

@@ -324,3 +324,9 @@ def test_weights_that_were_pooled_give_features_without_pooling(tmp_path):
     x = torch.randn(1, 3, 64, 96)
     model.reset_classifier(0, '')
     assert torch.equal(features(x), model(x))
+
+
+def test_what_timm_does_with_keys_is_no_argument():
+    for name, value in (('pretrained_filter_fn', lambda *args: args[0]), ('pretrained_strict', False)):
+        with pytest.raises(TypeError, match=f'^{name}: is no argument of VitResNet'):
+            timm.create_model('vitresnet_nano.openclipart', pretrained=True, **{name: value})

@@ -8,6 +8,7 @@ import torch
 from conftest import randomise_, relative_difference
 from timm.layers import resample_abs_pos_embed, resample_patch_embed
 
+import timm_vitres
 from timm_vitres.models.tables import fit_tables, table_size
 from timm_vitres.publishing.conversion import convert
 
@@ -174,3 +175,28 @@ def test_a_table_of_no_size_is_named():
 def test_without_a_table_any_size_will_do(name):
     model = timm.create_model(name, device='meta')
     assert model.table_size({'norm.weight': torch.ones(1)}, [(64, 64)]) is None
+
+
+@pytest.mark.parametrize(
+    'name, before, after',
+    [
+        ('vitresnet_nano', dict(img_size=(32, 128), stem_stride=4), dict(stem_stride=2)),
+        ('vitresnet', dict(patch_size=16, img_size=(64, 144)), dict(patch_size=8)),  # 36 tokens are a square, too
+        ('vitresnet', dict(patch_size=(8, 16), img_size=(64, 128)), dict(patch_size=(16, 8))),
+        ('vitresnet', dict(patch_size=16, img_size=(80, 128)), dict(patch_size=8)),  # 40 are none
+        ('vitresnet', dict(patch_size=8, img_size=(32, 128), pos_embed_fit='crop'), dict(patch_size=16)),
+    ],
+)
+def test_tokens_of_another_size_are_those_of_the_model_that_was_saved(name, before, after, tmp_path):
+    small = dict(backbone='', embed_dim=64, num_heads=2, depth=1) if name == 'vitresnet' else {}
+    model = randomise_(timm.create_model(name, num_classes=4, **small, **before))
+    timm_vitres.save(model, tmp_path)
+    loaded = timm.create_model(f'local-dir:{tmp_path}', pretrained=True, **after)
+    old, new = list(model.patch_embed.grid_size), list(loaded.patch_embed.grid_size)
+    table, prefix = model.pos_embed.detach(), 0 if model.no_embed_class else model.num_prefix_tokens
+    expected = resample_abs_pos_embed(table, new_size=new, old_size=old, num_prefix_tokens=prefix)
+    if 'pos_embed_fit' in before:
+        rows = table[:, prefix:].unflatten(1, old)[:, : new[0], : new[1]].flatten(1, 2)
+        expected = torch.cat([table[:, :prefix], rows], 1)
+    assert old != new
+    torch.testing.assert_close(loaded.pos_embed, torch.nn.Parameter(expected))

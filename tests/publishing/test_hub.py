@@ -177,6 +177,9 @@ def test_private_repositories(server, run, tmp_path):
     run(PUSH, folder, '{"private": true}', token='token-me')
     for token in (None, 'token-other'):
         run(LOAD, 'hf-hub:me/name', 'out.pt', token=token, fails='RepositoryNotFoundError')
+    code = 'import sys, timm_vitres\nprint(timm_vitres.verify(sys.argv[1], token=sys.argv[2] or None).sha256)'
+    assert checksums.sha256(folder / 'model.safetensors') in run(code, 'hf-hub:me/name', 'token-me')
+    run(code, 'hf-hub:me/name', '', fails='RepositoryNotFoundError')
     run(LOAD, 'hf-hub:me/name', 'out.pt', token='token-me')
     check_equal(model, tmp_path / 'out.pt')
 

@@ -349,3 +349,16 @@ def test_a_config_builds_the_model_that_it_was_rendered_from():
     model.blocks = torch.nn.Sequential()
     with pytest.raises(ValueError, match=r'blocks\.0\.attn\.proj\.bias, .* and more\. Save the model that was trained'):
         check_unchanged(model, config)
+
+
+@pytest.mark.parametrize(
+    'name, part', [('test_vitresnet_mix', 'stem'), ('test_vitresnet_dual', 'stem'), ('resnet10t', 'bn1')]
+)
+def test_a_model_whose_norms_timm_has_frozen_is_saved(name, part, tmp_path):
+    model = randomise_(timm.create_model(name, num_classes=2))
+    timm.utils.freeze(model, [part])
+    assert not any(key.startswith(part) and 'num_batches' in key for key in model.state_dict())
+    loaded = timm.create_model(f'local-dir:{save(model, tmp_path)}', pretrained=True).eval()
+    x = torch.randn(2, 3, 64, 64)
+    with torch.inference_mode():
+        torch.testing.assert_close(loaded(x), model.eval()(x))

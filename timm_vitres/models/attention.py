@@ -53,9 +53,9 @@ class RelPosAttn(BottleneckAttn):
         """x: (B, C, h, w) -> (B, C', ceil(h / stride), ceil(w / stride))."""
         batch, _, height, width = x.shape
         queries, keys, values = self.qkv(x).flatten(2).split([self.dim_out_qk, self.dim_out_qk, self.dim_out_v], dim=1)
-        queries = queries.reshape(batch, self.num_heads, self.dim_head_qk, -1).transpose(-1, -2)
-        keys = keys.reshape(batch, self.num_heads, self.dim_head_qk, -1).transpose(-1, -2)
-        values = values.reshape(batch, self.num_heads, self.dim_head_v, -1).transpose(-1, -2)
+        queries = queries.reshape(batch, self.num_heads, self.dim_head_qk, height * width).transpose(-1, -2)
+        keys = keys.reshape(batch, self.num_heads, self.dim_head_qk, height * width).transpose(-1, -2)
+        values = values.reshape(batch, self.num_heads, self.dim_head_v, height * width).transpose(-1, -2)
         rows, columns = self._position_logits(queries, height, width)
         if self.scale_pos_embed:
             rows, columns = rows * self.scale, columns * self.scale

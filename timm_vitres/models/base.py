@@ -112,6 +112,16 @@ class Hybrid(nn.Module):
         return ImageSizes(max(info['reduction'] for info in self.feature_info), 1)  # pyright: ignore
 
     @torch.jit.ignore
+    def size_of_tokens(self, source: 'Hybrid', img_size: Sequence[int]) -> Sequence[int]:
+        """Return the height and width of images of which this model makes as many tokens as another does of its own.
+
+        Args:
+            source: A model of the same family, whose position table is to be fitted.
+            img_size: Height and width that the other's table is made for.
+        """
+        return img_size
+
+    @torch.jit.ignore
     def explained_parts(self) -> ExplainedParts:
         """Return the parts of which `explain` draws pictures."""
         raise NotImplementedError

@@ -182,6 +182,11 @@ class VitResNetMixCfg:
                 f'stem_stride: got {self.stem_stride}, but a stem of type {self.stem_type!r} without pooling has '
                 f'{self.own_stem_stride}.'
             )
+        least = dict(tiered=3, quad=5).get(self.stem_type, 1)  # of which timm makes a first layer's width, rounded
+        if self.stem_chs < least:
+            raise ValueError(
+                f'stem_chs: got {self.stem_chs}, expected {least} or more for stem_type {self.stem_type!r}.'
+            )
         for stage in range(number):
             self._check_stage(stage)
 
@@ -221,6 +226,13 @@ class VitResNetMixCfg:
                 f'group_size: got {self.group_size}, which does not divide {width}, the width inside the blocks of '
                 f'stage {stage} (from 0).'
             )
+        if len(attending) < depth and self.group_size and self.block == 'basic':
+            groups = width // self.group_size
+            if self.channels[stage] % groups:  # of which its second convolution has as many
+                raise ValueError(
+                    f'group_size: got {self.group_size}, which makes {groups} groups in blocks of stage {stage} '
+                    f'(from 0), by which its channels, {self.channels[stage]}, can not be divided.'
+                )
         if attending and attn_width % heads:
             raise ValueError(
                 f'num_heads: got {self.num_heads}, but {heads} does not divide {attn_width}, the width inside the '

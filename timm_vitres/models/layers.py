@@ -5,7 +5,7 @@ without its forward pass in the constructor, so that it can be built on any devi
 """
 
 import math
-from typing import Any, List, Optional, Tuple, Union, cast
+from typing import Any, List, Optional, Sequence, Tuple, Union, cast
 
 import torch
 import torch.nn.functional as F
@@ -352,6 +352,11 @@ class ResNetEmbed(HybridEmbed):
         if self.patch_size != (1, 1) and (is_exporting() or pad_h > 0 or pad_w > 0):
             x = F.pad(x, (0, pad_w, 0, pad_h))
         return self.proj(x).permute(0, 2, 3, 1)
+
+    @torch.jit.ignore
+    def size_of_grid(self, grid: Sequence[int]) -> Tuple[int, ...]:
+        """Return the height and width, in pixels, of images of which so many rows and columns of tokens are made."""
+        return tuple(count * stride for count, stride in zip(grid, self.feat_ratio(as_scalar=False)))
 
     @torch.jit.ignore
     def largest_image(self, patch_size: Optional[Size] = None) -> Optional[Tuple[int, int]]:

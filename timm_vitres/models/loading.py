@@ -42,9 +42,21 @@ def build_hybrid(model_cls: Type[ModelT], variant: str, pretrained: bool, cfg: A
         kwargs: As `timm.create_model` passes them, and `mmap` (see `is_mapped`).
     """
     mmap = is_mapped(kwargs.pop('mmap', None))
+    for name in ('pretrained_filter_fn', 'pretrained_strict'):
+        if name in kwargs:
+            raise TypeError(
+                f'{name}: is no argument of {model_cls.__name__}, which knows its layouts and compares keys.'
+            )
     kwargs = conform_arguments(model_cls, cfg, kwargs, build_model_with_cfg, build_hybrid)
+    of_source = kwargs.get('pretrained_model_args')
+    source_cfg = None  # of the model that the weights were saved of, where it is known
+    if of_source is not None or not kwargs.get('pretrained_cfg_overlay'):
+        names = {field.name for field in dataclasses.fields(cfg)}
+        own = {name: value for name, value in (of_source or {}).items() if name in names}
+        source_cfg = dataclasses.replace(cfg, **own)
     fields = {field.name for field in dataclasses.fields(cfg)}
     cfg = dataclasses.replace(cfg, **{name: kwargs.pop(name) for name in fields & kwargs.keys()})
+    source_cfg = source_cfg if source_cfg != cfg else None
     feature_cfg: Dict[str, Any] = dict(feature_cls='getter')
     if kwargs.get('features_only'):
         kwargs['num_classes'] = 0
@@ -56,8 +68,8 @@ def build_hybrid(model_cls: Type[ModelT], variant: str, pretrained: bool, cfg: A
     create: Any = model_cls
     if pretrained:  # timm would initialise the whole model, and then copy the weights into it
         source = resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay'))
-        img_size = (kwargs.get('pretrained_model_args') or {}).get('img_size')
-        create = partial(create_pretrained, model_cls, source, kwargs.get('cache_dir'), img_size, mmap)
+        img_size = (of_source or {}).get('img_size')
+        create = partial(create_pretrained, model_cls, source, kwargs.get('cache_dir'), img_size, mmap, source_cfg)
     model = build_model_with_cfg(create, variant, False, model_cfg=cfg, feature_cfg=feature_cfg, **kwargs)
     _forget_other_labels(model)
     return model
@@ -92,6 +104,7 @@ def create_pretrained(
     cache_dir: Union[None, str, Path] = None,
     source_img_size: Any = None,
     mmap: Optional[bool] = None,
+    source_cfg: Any = None,
     device: Union[None, str, torch.device] = None,
     dtype: Optional[torch.dtype] = None,
     weight_init: str = '',
@@ -103,6 +116,7 @@ def create_pretrained(
         source: Where the weights are, and what they were made for.
         source_img_size: Height and width that the checkpoint's position table was made for; by default, of `source`.
         mmap: Whether weights are mapped into memory, where their file allows it; see `is_mapped`.
+        source_cfg: The config of the model that they were saved of, where it is known, and not this one's.
         device: Where the model shall be.
         dtype: Of its parameters, whatever the file's; torch's default dtype by default.
         weight_init: How a new head is initialised: timm's names for it.
@@ -134,7 +148,10 @@ def create_pretrained(
         if source.source == 'local-dir':
             check_noted(source.notes, Path(source.file or ''))
     state_dict = _widened(state_dict, dtype or torch.get_default_dtype())
-    state_dict = model.filter_state_dict(state_dict, source_img_size or source.input_size[-2:])
+    size = source_img_size or source.input_size[-2:]
+    if source_cfg is not None:
+        size = model.size_of_tokens(model_cls(source_cfg, img_size=size, device='meta', weight_init='skip'), size)
+    state_dict = model.filter_state_dict(state_dict, size)
     _adapt_first_conv_(state_dict, model)
     new_head = _drop_other_head_(state_dict, model, source)
     check_keys(state_dict, model, model.head_keys() if new_head else ())

@@ -181,6 +181,11 @@ class VitResNet(SerialFeatures, Hybrid, VisionTransformer):
         return fit_tables(fit_norm(state_dict, self), self.patch_embed, self._num_table_prefix(), img_size)
 
     @torch.jit.ignore
+    def size_of_tokens(self, source: Hybrid, img_size: Sequence[int]) -> Sequence[int]:
+        """See `Hybrid.size_of_tokens`."""
+        return self.patch_embed.size_of_grid(source.patch_embed.grid_size)
+
+    @torch.jit.ignore
     def table_size(self, state_dict: StateDict, candidates: Sequence[Any] = ()) -> Any:
         """See `Hybrid.table_size`."""
         table, prefix = state_dict.get('pos_embed'), self._num_table_prefix()
@@ -191,9 +196,7 @@ class VitResNet(SerialFeatures, Hybrid, VisionTransformer):
     @torch.jit.ignore
     def _num_table_prefix(self) -> Optional[int]:
         """Return how many positions of the table are those of prefix tokens; None where there is no table."""
-        if self.pos_embed is None:
-            return None
-        return 0 if self.no_embed_class else self.num_prefix_tokens
+        return None if self.pos_embed is None else 0 if self.no_embed_class else self.num_prefix_tokens
 
     @torch.jit.ignore
     def image_sizes(self) -> ImageSizes:
@@ -259,7 +262,6 @@ class VitResNet(SerialFeatures, Hybrid, VisionTransformer):
             self.pos_embed = None  # timm would resample it
         super().set_input_size(img_size=img_size, patch_size=patch_size)
         if self.patch_embed.crops_positions and table is not None:
-            self.pos_embed = table
             cropped = crop_pos_embed(table.detach(), self.patch_embed.grid_size, grid, self._num_table_prefix() or 0)
             self.pos_embed = nn.Parameter(cropped, requires_grad=table.requires_grad)
         if changes:

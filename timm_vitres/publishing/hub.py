@@ -257,7 +257,7 @@ def verify(
         RuntimeError: where the name names no weights, or the repository `repo_id` can't be reached.
     """
     cfg = _pretrained_cfg(name)
-    path = find_weights(cfg, cache_dir)
+    path = find_weights(cfg, cache_dir, token)
     in_name = hash_in_name(path.name) if cfg.url and not (cfg.file or cfg.hf_hub_id) else None
     shards = [file for file in checkpoint_files(path) if file != path]  # of which `path` is then the index
     hashes = {shard: check(shard) for shard in shards}

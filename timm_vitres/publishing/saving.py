@@ -12,9 +12,11 @@ from typing import Any, Dict, Optional, Sequence, Tuple, Union
 import numpy as np
 import timm
 import torch
+from timm.layers import FrozenBatchNormAct2d
 from timm.models import get_model_args
 from timm.utils import unwrap_model
 from torch import nn
+from torchvision.ops import FrozenBatchNorm2d
 
 from ..data import check_data_config
 from ..data import data_config as model_data_config
@@ -70,7 +72,7 @@ def save(
         check_card(card, 'card')
     with locked(folder):
         text = _card(folder, card)
-        replace_model(folder, model.state_dict(), config, text, finds_pending=isinstance(model, Hybrid))
+        replace_model(folder, _state_dict(model), config, text, finds_pending=isinstance(model, Hybrid))
     return folder
 
 
@@ -123,9 +125,18 @@ def _own_label_names(model: nn.Module) -> Any:
     return names if names is not None and len(names) == model.num_classes else None
 
 
+def _state_dict(model: nn.Module) -> Dict[str, torch.Tensor]:
+    """Return a model's tensors; those of a BatchNorm that timm has frozen lack its count, which the model has again."""
+    state_dict = dict(model.state_dict())
+    for name, module in model.named_modules():
+        if isinstance(module, (FrozenBatchNormAct2d, FrozenBatchNorm2d)):
+            state_dict.setdefault(f'{name}.num_batches_tracked', torch.tensor(0))
+    return state_dict
+
+
 def check_unchanged(model: nn.Module, config: Dict[str, Any]) -> None:
     """Raise ValueError unless `timm.create_model`, given this config.json, builds the same tensors and layers."""
-    own = model.state_dict()
+    own = _state_dict(model)
     built, kinds = _built(config)
     changed = sorted(own.keys() ^ built.keys())
     for key in own.keys() & built.keys():

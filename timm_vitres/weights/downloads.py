@@ -58,11 +58,13 @@ def hub_file(
     model_id: str,
     filenames: Sequence[str] = WEIGHTS_NAMES,
     cache_dir: Union[None, str, Path] = None,
+    token: Optional[str] = None,
 ) -> Path:
     """Return the first of `filenames` that a Hub repository has, downloaded into the cache.
 
     Args:
         model_id: 'owner/name' or 'owner/name@revision'.
+        token: By default that of whoever is logged in.
 
     Raises:
         FileNotFoundError: where the repository has none of them, or the Hub can't be reached and the cache is empty.
@@ -71,6 +73,7 @@ def hub_file(
     """
     repo_id, _, revision = model_id.partition('@')
     options: Dict[str, Any] = dict(revision=revision or None, cache_dir=cache_dir, library_name='timm-vitres')
+    options.update(dict(token=token) if token else {})
     unreachable: Optional[LocalEntryNotFoundError] = None
     for filename in filenames:
         try:

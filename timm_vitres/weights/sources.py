@@ -52,8 +52,11 @@ def pending_weights(folder: Path) -> Optional[Path]:
     return pending if told and pending.is_file() else None
 
 
-def find_weights(cfg: PretrainedCfg, cache_dir: Union[None, str, Path] = None) -> Path:
+def find_weights(cfg: PretrainedCfg, cache_dir: Union[None, str, Path] = None, token: Optional[str] = None) -> Path:
     """Return the file that a pretrained cfg names, downloaded if need be. The order of its sources is timm's.
+
+    Args:
+        token: Of the Hub; by default that of whoever is logged in.
 
     Returns:
         The file, or the index of a checkpoint in shards; the shards lie beside it.
@@ -72,7 +75,8 @@ def find_weights(cfg: PretrainedCfg, cache_dir: Union[None, str, Path] = None) -
             check_once(Path(cfg.file))
         return local_weights(cfg.file)
     if cfg.hf_hub_id:
-        return hub_weights(cfg.hf_hub_id, [cfg.hf_hub_filename] if cfg.hf_hub_filename else None, cache_dir)
+        names = [cfg.hf_hub_filename] if cfg.hf_hub_filename else None
+        return hub_weights(cfg.hf_hub_id, names, cache_dir, token)
     if cfg.url:
         if not isinstance(cfg.url, str) or not urlparse(cfg.url).scheme:
             raise ValueError(f'url: got {cfg.url!r:.200} in the pretrained_cfg, expected one like https://...')
@@ -105,7 +109,10 @@ def local_weights(path: Union[str, Path]) -> Path:
 
 
 def hub_weights(
-    model_id: str, filenames: Optional[Sequence[str]] = None, cache_dir: Union[None, str, Path] = None
+    model_id: str,
+    filenames: Optional[Sequence[str]] = None,
+    cache_dir: Union[None, str, Path] = None,
+    token: Optional[str] = None,
 ) -> Path:
     """Return the weights in a Hub repository, downloaded: a file, or the index of shards that lie beside it.
 
@@ -118,10 +125,10 @@ def hub_weights(
         OSError: where `hub_file` raises one.
     """
     try:
-        path = hub_file(model_id, filenames or (*WEIGHTS_NAMES, *INDEX_NAMES), cache_dir)
+        path = hub_file(model_id, filenames or (*WEIGHTS_NAMES, *INDEX_NAMES), cache_dir, token)
         for shard in checkpoint_files(path):
             if shard != path:  # all shards must come from the index's commit
-                hub_file(f'{model_id.partition("@")[0]}@{path.parent.name}', (shard.name,), cache_dir)
+                hub_file(f'{model_id.partition("@")[0]}@{path.parent.name}', (shard.name,), cache_dir, token)
     except (HFValidationError, AttributeError) as error:  # a name that is no text has no `partition`
         raise ValueError(
             f"hf_hub_id: got {model_id!r:.200}, expected 'owner/name' or 'owner/name@revision'."

@@ -1,0 +1,39 @@
+"""Files of the same content are found, whatever their names."""
+
+import pytest
+
+from timm_vitres.training import copies
+from timm_vitres.training.copies import check_copies, find_copies
+
+
+def write(folder, contents):
+    files = []
+    for name, content in contents.items():
+        (folder / name).write_bytes(content)
+        files.append((str(folder / name), len(content)))
+    return files
+
+
+def test_a_copy_is_that_of_the_first_that_has_its_content(tmp_path):
+    files = write(tmp_path, {'a': b'12', 'b': b'21', 'c': b'12', 'd': b'12', 'e': b'1', 'f': b''})
+    a = str(tmp_path / 'a')
+    assert find_copies(files) == {str(tmp_path / 'c'): a, str(tmp_path / 'd'): a}
+    assert find_copies(files[::-1]) == {a: str(tmp_path / 'd'), str(tmp_path / 'c'): str(tmp_path / 'd')}
+    (tmp_path / 'c').unlink()  # others say what can't be read
+    assert find_copies(files) == {str(tmp_path / 'd'): a}
+
+
+def test_too_many_files_are_not_read(tmp_path, monkeypatch):
+    files = write(tmp_path, {'a': b'1', 'b': b'1', 'c': b'2'})
+    for many, found in ((3, 1), (2, 0)):
+        monkeypatch.setattr(copies, 'MANY', many)
+        assert len(find_copies(files)) == found
+
+
+def test_half_of_a_set_is_no_accident():
+    check_copies({}, 0, 'test')
+    check_copies({'t1': 'v1', 't2': 'v1'}, 3, 'validation')
+    with pytest.raises(ValueError, match=r'^val_split: 2 of 4 validation images are copies of training'):
+        check_copies({'t1': 'v1', 't2': 'v2'}, 4, 'validation')
+    with pytest.raises(ValueError, match=r'^test_split: 1 of 2 test images'):
+        check_copies({'t1': 'v1'}, 2, 'test')
