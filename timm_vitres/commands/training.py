@@ -117,8 +117,8 @@ def add_compare(subparsers) -> None:
 def run_compare(args: argparse.Namespace) -> int:
     """Compare, and print the table and the sentence."""
     from ..training.comparing import compare
-    from ..training.comparison_report import table_lines
-    from ..training.plans import OWN
+    from ..training.comparison_report import PICTURE_NAME, table_lines
+    from ..training.plans import OWN, REPORT_NAME
     from ..training.recipes import recipe
     from ..training.settings import FinetuneCfg
 
@@ -132,8 +132,8 @@ def run_compare(args: argparse.Namespace) -> int:
     cfg = FinetuneCfg(**{name: value for name, value in given.items() if name not in OWN})
     comparison = compare(cfg, **own)
     print('', *table_lines(comparison.figures), '', comparison.sentence, sep='\n')
-    names = [path.name for path in sorted(comparison.folder.iterdir()) if path.suffix in ('.md', '.png')]
-    print(f'{comparison.folder} holds {", ".join(names)}, results.csv with a row for every run, and the runs.')
+    picture = f'{PICTURE_NAME}, ' if (comparison.folder / PICTURE_NAME).is_file() else ''
+    print(f'{comparison.folder} holds {REPORT_NAME}, {picture}results.csv with a row for every run, and the runs.')
     return 0
 
 
