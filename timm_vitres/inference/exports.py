@@ -234,10 +234,11 @@ def load(path: Path, format: str) -> Run:
 
 def _shape(source: Source) -> str:
     """Return in words which images a file takes."""
-    names = {2: 'height', 3: 'width'}
-    fixed = [f'{name} {source.images.shape[axis]}' for axis, name in names.items() if axis not in source.sizes]
-    free = [f'any {name}' for axis, name in names.items() if axis in source.sizes]
-    return ' and '.join(free + fixed)
+    height, width = source.images.shape[-2:]
+    if 2 not in source.sizes and 3 not in source.sizes:
+        return f'{height}x{width} pixels'
+    rest = 'width' if 3 in source.sizes else f'width {width}'
+    return f'any height and {rest}' if 2 in source.sizes else f'any width and height {height}'
 
 
 def _config(model: nn.Module) -> Dict[str, Any]:
