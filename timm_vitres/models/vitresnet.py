@@ -257,12 +257,12 @@ class VitResNet(SerialFeatures, Hybrid, VisionTransformer):
         old_size, old_patch_size = self.patch_embed.img_size, self.patch_embed.patch_size
         name = 'img_size' if img_size is not None else 'patch_size'
         self.patch_embed.check_size(name, img_size or old_size, patch_size or old_patch_size)
-        table, grid = self.pos_embed, self.patch_embed.grid_size
+        table, grid, prefix = self.pos_embed, self.patch_embed.grid_size, self._num_table_prefix() or 0
         if self.patch_embed.crops_positions:
             self.pos_embed = None  # timm would resample it
         super().set_input_size(img_size=img_size, patch_size=patch_size)
         if self.patch_embed.crops_positions and table is not None:
-            cropped = crop_pos_embed(table.detach(), self.patch_embed.grid_size, grid, self._num_table_prefix() or 0)
+            cropped = crop_pos_embed(table.detach(), self.patch_embed.grid_size, grid, prefix)
             self.pos_embed = nn.Parameter(cropped, requires_grad=table.requires_grad)
         if changes:
             self._change_cfg(**changes)
