@@ -216,7 +216,7 @@ def test_another_source_takes_its_place(weight, tmp_path, monkeypatch):
     monkeypatch.setattr(sources, 'hub_weights', lambda *args: asked.append(args) or path)
     monkeypatch.setattr(sources, 'url_file', lambda *args: asked.append(args) or path)
     for other, expected in (
-        (dict(hf_hub_id='me/name'), ('me/name', None, None)),
+        (dict(hf_hub_id='me/name'), ('me/name', None, None, None)),
         (dict(url='https://x/y.pth'), ('https://x/y.pth', None)),
     ):
         timm.create_model(name, pretrained=True, pretrained_cfg_overlay=other)

@@ -127,7 +127,7 @@ def test_the_order_of_sources_is_timms(tmp_path, monkeypatch):
     assert find(**everything, source='hf-hub') == tmp_path / 'hub'
     assert find(hf_hub_id='me/name', hf_hub_filename='b.bin', url='https://x/y.pth') == tmp_path / 'hub'
     assert find(url='https://x/y.pth') == tmp_path / 'url'
-    assert asked == [('me/name', None, None), ('me/name', ['b.bin'], None), ('https://x/y.pth', None)]
+    assert asked == [('me/name', None, None, None), ('me/name', ['b.bin'], None, None), ('https://x/y.pth', None)]
     with pytest.raises(RuntimeError, match=r'^No pretrained weights exist for x'):
         find()
 
