@@ -159,6 +159,13 @@ def arms() -> str:
     return table(['set', *names, 'epochs of each', 'minutes of a run'], lines)
 
 
+def small_compare() -> str:
+    """What `compare` says of 200 photographs, and how long that takes: the newest row."""
+    row = read('small_compare')[-1]
+    cells = [row['images'], row['seeds'], f'{float(row["seconds"]) / 60:.1f}', row['threads'], row['sentence']]
+    return table(['photographs', 'seeds', 'minutes', 'threads', 'what it says'], [cells])
+
+
 def scratch() -> str:
     """Our small models on the folder sets."""
     runs = defaultdict(list)
