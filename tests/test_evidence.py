@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from conftest import relative_difference
 
 import timm_vitres  # noqa: F401  (registers the models)
 
@@ -156,7 +157,7 @@ def test_cost_is_of_the_hybrid_by_each_parent(evidence, monkeypatch):
         ('test_resnet.x', 'folded', 1.0, '1.000-1.000'),
     ]
     assert all(row['img_size'] == 32 and row['batch'] == 1 for row in rows)
-    torch.testing.assert_close(timed['folded'], timed['eager'], rtol=1e-3, atol=1e-4)
+    assert relative_difference(timed['folded'], timed['eager']) < 1e-4  # of the whole: single logits may be about 0
     assert timed['eager'].shape == timed['test_vit.x'].shape == timed['test_resnet.x'].shape
 
 
