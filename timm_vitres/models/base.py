@@ -112,11 +112,11 @@ class Hybrid(nn.Module):
         return ImageSizes(max(info['reduction'] for info in self.feature_info), 1)  # pyright: ignore
 
     @torch.jit.ignore
-    def size_of_tokens(self, source: 'Hybrid', img_size: Sequence[int]) -> Sequence[int]:
+    def size_of_tokens(self, source_cfg: Any, img_size: Sequence[int]) -> Sequence[int]:
         """Return the height and width of images of which this model makes as many tokens as another does of its own.
 
         Args:
-            source: A model of the same family, whose position table is to be fitted.
+            source_cfg: That of the other, a model of the same family, whose position table is to be fitted.
             img_size: Height and width that the other's table is made for.
         """
         return img_size

@@ -48,15 +48,9 @@ def build_hybrid(model_cls: Type[ModelT], variant: str, pretrained: bool, cfg: A
                 f'{name}: is no argument of {model_cls.__name__}, which knows its layouts and compares keys.'
             )
     kwargs = conform_arguments(model_cls, cfg, kwargs, build_model_with_cfg, build_hybrid)
-    of_source = kwargs.get('pretrained_model_args')
-    source_cfg = None  # of the model that the weights were saved of, where it is known
-    if of_source is not None or not kwargs.get('pretrained_cfg_overlay'):
-        names = {field.name for field in dataclasses.fields(cfg)}
-        own = {name: value for name, value in (of_source or {}).items() if name in names}
-        source_cfg = dataclasses.replace(cfg, **own)
     fields = {field.name for field in dataclasses.fields(cfg)}
+    source_cfg = cfg
     cfg = dataclasses.replace(cfg, **{name: kwargs.pop(name) for name in fields & kwargs.keys()})
-    source_cfg = source_cfg if source_cfg != cfg else None
     feature_cfg: Dict[str, Any] = dict(feature_cls='getter')
     if kwargs.get('features_only'):
         kwargs['num_classes'] = 0
@@ -68,7 +62,13 @@ def build_hybrid(model_cls: Type[ModelT], variant: str, pretrained: bool, cfg: A
     create: Any = model_cls
     if pretrained:  # timm would initialise the whole model, and then copy the weights into it
         source = resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay'))
-        img_size = (of_source or {}).get('img_size')
+        args = kwargs.get('pretrained_model_args')
+        img_size = (args or {}).get('img_size')
+        if args is None and kwargs.get('pretrained_cfg_overlay'):
+            source_cfg = cfg  # nothing tells of what model the weights are
+        elif args:
+            source_cfg = dataclasses.replace(source_cfg, **{name: args[name] for name in fields & args.keys()})
+        source_cfg = source_cfg if source_cfg != cfg else None
         create = partial(create_pretrained, model_cls, source, kwargs.get('cache_dir'), img_size, mmap, source_cfg)
     model = build_model_with_cfg(create, variant, False, model_cfg=cfg, feature_cfg=feature_cfg, **kwargs)
     _forget_other_labels(model)
@@ -150,7 +150,7 @@ def create_pretrained(
     state_dict = _widened(state_dict, dtype or torch.get_default_dtype())
     size = source_img_size or source.input_size[-2:]
     if source_cfg is not None:
-        size = model.size_of_tokens(model_cls(source_cfg, img_size=size, device='meta', weight_init='skip'), size)
+        size = model.size_of_tokens(source_cfg, size)
     state_dict = model.filter_state_dict(state_dict, size)
     _adapt_first_conv_(state_dict, model)
     new_head = _drop_other_head_(state_dict, model, source)

@@ -181,9 +181,9 @@ class VitResNet(SerialFeatures, Hybrid, VisionTransformer):
         return fit_tables(fit_norm(state_dict, self), self.patch_embed, self._num_table_prefix(), img_size)
 
     @torch.jit.ignore
-    def size_of_tokens(self, source: Hybrid, img_size: Sequence[int]) -> Sequence[int]:
+    def size_of_tokens(self, source_cfg: VitResNetCfg, img_size: Sequence[int]) -> Sequence[int]:
         """See `Hybrid.size_of_tokens`."""
-        return self.patch_embed.size_of_grid(source.patch_embed.grid_size)
+        return self.patch_embed.size_of_grid(VitResNet(source_cfg, img_size, device='meta').patch_embed.grid_size)
 
     @torch.jit.ignore
     def table_size(self, state_dict: StateDict, candidates: Sequence[Any] = ()) -> Any:

@@ -3,12 +3,13 @@
 files -> `find_copies` -> which of them have the content of an earlier one.
 """
 
-import hashlib
 from collections import defaultdict
 from contextlib import suppress
+from pathlib import Path
 from typing import Dict, List, Sequence, Tuple
 
 from ..folders import shown
+from ..weights.checksums import sha256
 from .checking import MANY
 
 
@@ -25,13 +26,18 @@ def find_copies(files: Sequence[Tuple[str, int]]) -> Dict[str, str]:
         by_size[size].append(path)
     copies: Dict[str, str] = {}
     for paths in by_size.values():
-        first: Dict[bytes, str] = {}
+        first: Dict[str, str] = {}
         for path in paths if len(paths) > 1 else ():
-            with suppress(OSError), open(path, 'rb') as file:
-                digest = hashlib.sha256(file.read()).digest()
+            with suppress(OSError):
+                digest = sha256(Path(path))
                 if first.setdefault(digest, path) != path:
                     copies[path] = first[digest]
     return copies
+
+
+def split_argument(role: str) -> str:
+    """Return the argument that names the images of a role, such as 'validation'."""
+    return 'val_split' if role == 'validation' else f'{role}_split'
 
 
 def check_copies(copies: Dict[str, str], count: int, role: str) -> None:
@@ -43,9 +49,8 @@ def check_copies(copies: Dict[str, str], count: int, role: str) -> None:
     """
     number = len(set(copies.values()))
     if copies and 2 * number >= count:
-        argument = 'val_split' if role == 'validation' else f'{role}_split'
         path, first = next(iter(copies.items()))
         raise ValueError(
-            f'{argument}: {number} of {count} {role} images are copies of training images, such as {shown(first)}, '
-            f'which is {shown(path)}; take other images.'
+            f'{split_argument(role)}: {number} of {count} {role} images are copies of training images, such as '
+            f'{shown(first)}, which is {shown(path)}; take other images.'
         )

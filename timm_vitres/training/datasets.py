@@ -7,7 +7,7 @@ result of `Data.record`, `load_data` returns the same images in the same order a
 import logging
 import os
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Set, Tuple, Union
+from typing import Any, Dict, List, Optional, Sequence, Set, Tuple, Union
 
 from timm.data import ImageDataset
 from timm.data.readers.reader import Reader
@@ -16,7 +16,7 @@ from ..data import open_image
 from ..folders import File, below, find_classes, find_images, find_splits, folders_in, shown
 from .checking import MANY, BackgroundCheck, raise_for, unreadable
 from .class_maps import read_class_map
-from .copies import check_copies, find_copies
+from .copies import check_copies, find_copies, split_argument
 from .named_datasets import load_named, reload_named
 from .settings import FinetuneCfg
 from .splits import Data, Subset, check_fraction, class_counts, class_names, read_record, stratified_split
@@ -80,7 +80,7 @@ def _load_folder(cfg: FinetuneCfg, mode: str) -> Data:
         _logger.info('skip_bad: all %d images are opened before training, which may take minutes.', count)
     for folder in folders if is_checked_now else []:
         folder.check_images(cfg.skip_bad)
-    copies = _copies(*([train] if train is val else [val, train]))
+    copies = _copies(folders)
     if splits.validation is None:
         train_indices, val_indices = _split(cfg, train, copies)
         how = f'validation on {len(val_indices)} of them, held out class by class ({cfg.val_frac:g}, seed {cfg.seed})'
@@ -103,8 +103,8 @@ def _load_folder(cfg: FinetuneCfg, mode: str) -> Data:
     return _folder_data(root, sets, description, left_out, check)
 
 
-def _copies(*folders: 'LabelledImages') -> Dict[str, str]:
-    """Return the copies among the images of folders; see `find_copies`."""
+def _copies(folders: Sequence['LabelledImages']) -> Dict[str, str]:
+    """Return the copies among the images of folders, of which the first one's are kept; see `find_copies`."""
     labels = {path: label for folder in folders for path, label in folder.reader.samples}
     files = {path: file for folder in folders for path, file in folder.reader.files.items()}
     copies = find_copies([(path, files[path].size) for path in labels])
@@ -172,7 +172,7 @@ def _say_empty(train: 'LabelledImages') -> None:
 
 def check_apart(train: 'LabelledImages', val: 'LabelledImages', role: str = 'validation') -> None:
     """Raise ValueError if the images of another role share files with the training set, or are a copy of it."""
-    argument = 'val_split' if role == 'validation' else f'{role}_split'
+    argument = split_argument(role)
 
     def identities(images: LabelledImages) -> Dict[Any, str]:
         files = images.reader.files
@@ -367,8 +367,7 @@ class ImageFolder(LabelledImages):
         if not skip_bad:
             return self.check(UNREADABLE)
         bad = self.unreadable()
-        kept = [sample for sample in self.reader.samples if sample[0] not in bad]
-        missing = set(self.targets) - {target for _, target in kept}
+        missing = set(self.targets) - {target for path, target in self.reader.samples if path not in bad}
         if missing:
             name = shown(self.classes[min(missing)])
             raise ValueError(f'data_dir: none of the images of class {name!r} can be read.')
