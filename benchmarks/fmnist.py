@@ -6,7 +6,8 @@ The recipe, and each run's epoch, are chosen on 5% of the training images; the 1
 when a run is over, by a model that was loaded from its folder: as it is, and with six views of each image (`--tta
 shift`). A run that was killed goes on. --record appends a row per run to benchmarks/results/fmnist.csv. Any setting of
 the recipe may be given anew, as --set name=value; the row has it. The arm `deeper` begins with the weights that the
-wheel has, and with more blocks at 28 and 14 pixels, which begin as the identity (Net2Net, arXiv:1511.05641). Data: the
+wheel has, and with more blocks at 28 and 14 pixels, which begin as the identity (Net2Net, arXiv:1511.05641). `wide` is
+ResNet-20 of twice its width, all of its stages at 28, 14 and 7 pixels, and a block of attention behind them. Data: the
 Debian package dataset-fashion-mnist, or --data-dir with its four .gz files.
 """
 
@@ -41,6 +42,12 @@ ARMS: Dict[str, Dict[str, Any]] = {
     ),
     'vit': dict(model=VIT.model, model_kwargs=VIT.model_kwargs(28)),
     'deeper': dict(model='vitresnet_mix_nano', model_kwargs=dict(layers=(3, 3, 3, 3))),
+    'wide': dict(
+        model='vitresnet_mix_nano',
+        model_kwargs=dict(
+            stem_chs=32, layers=(3, 3, 4), channels=(32, 64, 128), strides=(1, 2, 2), attn_blocks=(0, 0, 1)
+        ),
+    ),
 }
 
 

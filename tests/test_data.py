@@ -77,8 +77,28 @@ def test_sixteen_bits_are_scaled_and_not_clipped(tmp_path):
     pixels = np.asarray(open_image(tmp_path / 'float.tiff', 'L')).astype(float)
     assert np.abs(pixels - values / 257).max() <= 1
     Image.fromarray(values.astype(np.float32) * 1000).save(tmp_path / 'wide.tiff')
-    with pytest.raises(ValueError, match=r'wide\.tiff'):
+    with pytest.raises(ValueError, match=r'wide\.tiff .* range from 0 to 6\.5535e\+07, expected 0 to 1'):
         open_image(tmp_path / 'wide.tiff')
+
+
+@pytest.mark.parametrize('brightest', [200, 60000])
+def test_an_image_is_not_scaled_by_its_own_brightest_pixel(brightest, tmp_path):
+    values = np.linspace(0, brightest, 40 * 60).reshape(40, 60)
+    for name in ('deep.png', 'deep.pgm', 'deep.tiff'):
+        Image.fromarray(values.astype(np.uint16)).save(tmp_path / name)
+        pixels = np.asarray(open_image(tmp_path / name, 'L')).astype(float)
+        assert np.abs(pixels - values / 257).max() <= 1
+    # resampling overshoots
+    Image.fromarray((values / 60000 * 1.1 - 0.02).astype(np.float32)).save(tmp_path / 'float.tiff')
+    pixels = np.asarray(open_image(tmp_path / 'float.tiff', 'L')).astype(float)
+    assert np.abs(pixels - 255 * (values / 60000 * 1.1 - 0.02).clip(0, 1)).max() <= 1
+    Image.fromarray(values.astype(np.int32)).save(tmp_path / 'integers.tiff')
+    with pytest.raises(
+        ValueError, match=r'integers\.tiff .*32 bits, and no range is known of them; save it as 8 or 16'
+    ):
+        open_image(tmp_path / 'integers.tiff')
+    with pytest.raises(ValueError, match='range from nan to nan'):
+        open_image(Image.fromarray(np.full((4, 4), np.nan, np.float32)))
 
 
 def test_grey_in_colour_and_colour_in_grey(picture):

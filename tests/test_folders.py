@@ -271,6 +271,19 @@ def test_a_folder_that_cannot_be_read_is_named(image_folder, monkeypatch):
         ImageFolder(image_folder)
 
 
+def test_an_image_that_the_system_refuses_is_an_error(image_folder, monkeypatch):
+    status = os.stat
+
+    def refuse(path, **kwargs):
+        if str(path).endswith('3.png'):
+            raise PermissionError(13, 'Permission denied', str(path))
+        return status(path, **kwargs)
+
+    monkeypatch.setattr(os, 'stat', refuse)
+    with pytest.raises(PermissionError, match=r'3\.png cannot be read \(Permission denied\)'):
+        ImageFolder(image_folder)
+
+
 @pytest.mark.parametrize('name', ['images.tar', 'images.zip', 'image.png'])
 def test_a_file_is_no_folder(name, tmp_path):
     (tmp_path / name).write_text('')

@@ -7,7 +7,7 @@ import logging
 import os
 import stat
 from pathlib import Path
-from typing import Annotated, Any, Dict, List, Literal, Mapping, Sequence, Tuple, Union
+from typing import Annotated, Any, Dict, List, Literal, Mapping, Optional, Sequence, Tuple, Union
 
 import numpy as np
 import torch
@@ -26,6 +26,8 @@ _logger = logging.getLogger(__name__)
 ImageLike = Union[str, Path, Image.Image, np.ndarray]
 MODES = {1: 'L', 3: 'RGB', 4: 'RGBA'}
 MAX_ASPECT = 100  # an image's longer side may be this many times its shorter one
+WIDE_FORMATS = ('PPM', 'PNG')  # 16 bits of these may be PIL's 32; that of graphics with a header scales them to 65535
+OVERSHOOT = 0.25  # resampling makes numbers that were from 0 to 1 leave that range by so much
 TURNS = {  # EXIF orientation -> the turn that makes the image upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -47,6 +49,8 @@ def image_mode(in_chans: int) -> str:
 
 def open_image(image: ImageLike, mode: str = 'RGB') -> Image.Image:
     """Open an image upright and in a mode: EXIF orientation applied, palettes resolved, 16 bits scaled to 8.
+
+    Of images of numbers with a point, 0 is black and 1 is white; 32-bit integers have no such range, and are refused.
 
     Args:
         image: A path, a PIL image, or an array (H, W) or (H, W, C) of 8-bit values.
@@ -111,7 +115,7 @@ def _upright_in_mode(image: Image.Image, mode: str, name: str) -> Image.Image:
             # timm resizes the shorter side: 10000 x 1 pixels would become 2240000 x 224
             limit = f'its longer side may be up to {MAX_ASPECT} times the shorter'
             raise ValueError(f'it has {image.width} x {image.height} pixels; {limit}')
-        image = _to_mode(_upright(image), mode)
+        image = _to_mode(_upright(image), mode, image.format)
     except Exception as error:  # Pillow decodes here, and a damaged file raises errors of any kind
         raise _ImageError(name, error) from error
     for key in TURNING_INFO:
@@ -129,21 +133,29 @@ def _upright(image: Image.Image) -> Image.Image:
     return image if turn is None else image.transpose(turn)
 
 
-def _to_mode(image: Image.Image, mode: str) -> Image.Image:
+def _to_mode(image: Image.Image, mode: str, kind: Optional[str]) -> Image.Image:
     if image.mode[0] in 'IF':  # 'I', 'I;16', 'I;16B', 'F': PIL would clip these at 255
-        image = Image.fromarray(_to_8_bits(np.asarray(image), image.mode))
+        image = Image.fromarray(_to_8_bits(np.asarray(image), image.mode, kind))
     elif image.mode in ('P', 'PA'):
         image = image.convert('RGBA')  # a transparent palette would make PIL warn if it became RGB
     return image.convert(mode)
 
 
-def _to_8_bits(values: np.ndarray, mode: str) -> np.ndarray:
-    low, high = float(values.min()), float(values.max())
-    if low < 0 or high > 65535 or not np.isfinite(high):
-        raise ValueError(f'pixels of mode {mode} range from {low:g} to {high:g}, expected 0 to 65535')
-    if mode == 'F' and high <= 1:
-        values = values * 255.0
-    elif mode.startswith('I;16') or high > 255:
+def _to_8_bits(values: np.ndarray, mode: str, kind: Optional[str]) -> np.ndarray:
+    """Scale values by what their kind of image says, never by their own range, which differs between images of a set.
+
+    Args:
+        mode: PIL's: 'I;16' and its like for 16 bits, 'I' for 32, 'F' for numbers with a point.
+        kind: PIL's name of the file format.
+    """
+    if mode == 'F':
+        low, high = float(values.min()), float(values.max())
+        if not -OVERSHOOT <= low <= high <= 1 + OVERSHOOT:  # not so for NaN either
+            raise ValueError(f'its numbers range from {low:g} to {high:g}, expected 0 to 1; save it as 8 or 16 bits')
+        values = values.clip(0, 1) * 255.0
+    elif mode == 'I' and kind not in WIDE_FORMATS:
+        raise ValueError('its integers have 32 bits, and no range is known of them; save it as 8 or 16 bits')
+    else:
         values = values / 257.0
     return np.round(values).astype(np.uint8)
 

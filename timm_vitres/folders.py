@@ -4,6 +4,7 @@ folder -> `find_images` -> its images -> `find_classes` -> each with its class; 
 data folder is trained on, and which one validates.
 """
 
+import errno
 import heapq
 import logging
 import os
@@ -174,8 +175,9 @@ class _Walk:
         try:
             info = os.stat(path)
         except OSError as error:
-            reason = f'a link to nothing ({shown(os.readlink(path))})' if is_link else f'{error.strerror}'
-            self.left_out[path] = reason
+            if not is_link or error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+                raise type(error)(f'{shown(path)} cannot be read ({error.strerror}).') from error
+            self.left_out[path] = f'a link to nothing ({shown(os.readlink(path))})'
             return
         if stat.S_ISDIR(info.st_mode):
             if _is_hidden(entry.name):
@@ -192,6 +194,16 @@ class _Walk:
             self.left_out[path] = 'no image, by its suffix'
         else:
             self.files.append((linked or is_link, path, File(info.st_size, _identity(info))))
+
+
+def is_text(name: str) -> bool:
+    """Return whether a name has no control characters, and no bytes that are no text."""
+    return not any(unicodedata.category(c) in ('Cc', 'Cs') for c in name)
+
+
+def composed(name: str) -> str:
+    """Return a name as most machines spell it; some (macOS) write a letter and its accent as two characters."""
+    return unicodedata.normalize('NFC', name)
 
 
 def _count_files(folder: str) -> str:
@@ -216,7 +228,7 @@ def folders_in(root: Union[str, Path]) -> List[str]:
     names = sorted((name for name in _listed(root) if (root / name).is_dir()), key=natural_order)
     alike: Dict[str, str] = {}
     for name in names:
-        other = alike.setdefault(unicodedata.normalize('NFC', name).casefold(), name)
+        other = alike.setdefault(composed(name).casefold(), name)
         if other != name:
             raise ValueError(
                 f'data_dir: {shown(root)} has the folders {shown(other)!r} and {shown(name)!r}, which are one folder '
@@ -278,7 +290,7 @@ def find_classes(root: Union[str, Path], any_name: bool = False) -> Classes:
 
 def _check_names(root: Path, names: Sequence[str], any_name: bool) -> None:
     for name in names:
-        if any(unicodedata.category(c) in ('Cc', 'Cs') for c in name):
+        if not is_text(name):
             raise ValueError(f'data_dir: the class folder {shown(root / name)} has a name that is no text; rename it.')
     splits = [] if any_name else [name for name in names if split_role(name)]
     if splits:

@@ -5,9 +5,11 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import pytest
 from conftest import draw
+from tqdm import tqdm
 
 from timm_vitres.training import checking
 from timm_vitres.training.checking import BackgroundCheck, problem, raise_for, unreadable
@@ -42,6 +44,13 @@ def test_processes_find_the_same(images, monkeypatch):
     expected = unreadable(many, 'RGB')
     monkeypatch.setattr(checking, 'FEW', 0)
     assert unreadable(many, 'RGB') == expected and len(expected) == 2
+
+
+def test_the_bar_may_be_switched_off(tmp_path, monkeypatch):
+    paths = [str(draw(tmp_path / f'{number}.png', number)) for number in range(70)]
+    (tmp_path / '66.png').write_text('no image')
+    monkeypatch.setattr(checking, 'tqdm', partial(tqdm, disable=True))  # as TQDM_DISABLE=1 does
+    assert list(unreadable(paths, 'RGB')) == [paths[66]]
 
 
 def test_a_background_check_finds_the_same(images):

@@ -23,6 +23,30 @@ def test_names_of_a_class_map(tmp_path):
     ]
     (tmp_path / 'windows.txt').write_bytes('\ufeffb\r\na\r\n'.encode())
     assert read_class_map(str(tmp_path / 'windows.txt')) == ['b', 'a']
+    names = ['\u0645\u06cc\u200c\u062e', '\u5168\u3000\u89d2']  # a joiner, and a wide space
+    assert read_class_map(write_map(tmp_path / 'others.txt', *names)) == names
+
+
+def test_a_letter_with_an_accent_is_the_same_in_both_spellings(tmp_path):
+    composed, decomposed = 'caf\u00e9', 'cafe\u0301'
+    with pytest.raises(ValueError, match='twice, in lines 1 and 2'):
+        read_class_map(write_map(tmp_path / 'map.txt', composed, decomposed))
+    assert Labels([], ['a', composed])(decomposed) == Labels([decomposed], ['a', composed])(0) == 1
+    for split, name in (('train', composed), ('val', decomposed)):
+        for label in ('apple', name):
+            draw(tmp_path / 'images' / split / label / '0.png', len(split + label))
+    data = load_data(FinetuneCfg(data_dir=str(tmp_path / 'images')), 'RGB')
+    assert data.label_names == ['apple', composed] and data.val.dataset.targets == [0, 1]
+
+
+def test_numbers_that_a_map_has_as_names_in_another_order_are_refused():
+    mapped = Labels([], ['0', '1', '10', '2'])
+    assert [mapped(label) for label in (0, 1, '10', '2')] == [0, 1, 2, 3]
+    with pytest.raises(
+        ValueError, match='class_map: a label is 2, which the map has as the name of its class 3, not 2'
+    ):
+        mapped(2)
+    assert Labels(['0', '1', '10', '2'])(2) == 2  # a dataset's own names are by its labels
 
 
 @pytest.mark.parametrize(

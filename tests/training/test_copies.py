@@ -31,9 +31,26 @@ def test_too_many_files_are_not_read(tmp_path, monkeypatch):
 
 
 def test_half_of_a_set_is_no_accident():
-    check_copies({}, 0, 'test')
-    check_copies({'t1': 'v1', 't2': 'v1'}, 3, 'validation')
+    labels = {'t1': 'a', 't2': 'a', 't3': 'a'}
+    check_copies({}, 0, 'test', labels)
+    check_copies({'t1': 'v1', 't2': 'v1'}, 3, 'validation', labels)
     with pytest.raises(ValueError, match=r'^val_split: 2 of 4 validation images are copies of training'):
-        check_copies({'t1': 'v1', 't2': 'v2'}, 4, 'validation')
+        check_copies({'t1': 'v1', 't2': 'v2'}, 4, 'validation', labels)
     with pytest.raises(ValueError, match=r'^test_split: 1 of 2 test images'):
-        check_copies({'t1': 'v1'}, 2, 'test')
+        check_copies({'t1': 'v1'}, 2, 'test', labels)
+
+
+def test_a_class_keeps_images_to_train_on():
+    labels = {'t1': 'a', 't2': 'b', 't3': 'b'}
+    check_copies({'t2': 'v1'}, 9, 'validation', labels)
+    check_copies({'t3': 'v1', 'v2': 'w2'}, 9, 'test', labels)
+    with pytest.raises(
+        ValueError, match=r'^val_split: all training images of a class .*, such as t1 of v1; take other'
+    ):
+        check_copies({'t3': 'v2', 't1': 'v1'}, 9, 'validation', labels)
+
+
+def test_files_that_begin_alike_are_told_apart(tmp_path):
+    start = bytes(copies.BEGINNING)
+    files = write(tmp_path, {'a': start + b'1', 'b': start + b'2', 'c': start + b'1'})
+    assert find_copies(files) == {str(tmp_path / 'c'): str(tmp_path / 'a')}

@@ -3,12 +3,13 @@
 import json
 import os
 import random
+import shutil
 import threading
 
 import numpy as np
 import pytest
 from conftest import draw, stripes, write_folder
-from PIL import features
+from PIL import Image, features
 
 from timm_vitres.training.datasets import ImageFolder, load_data
 from timm_vitres.training.settings import FinetuneCfg
@@ -230,6 +231,37 @@ def test_images_that_became_unreadable_are_named(image_folder):
     with pytest.raises(ValueError, match=r'3\.png cannot be read .*It could be read when the run began'):
         load(image_folder, recorded, skip_bad=True)
     assert len(load(image_folder, recorded, no_check=True).train) == 18
+
+
+def test_other_images_may_have_the_same_names_and_sizes(tmp_path):
+    for number, split in enumerate(('train', 'val')):
+        for label in ('across', 'down'):
+            for index in range(3):
+                path = draw(tmp_path / split / label / f'{index}.png', 100 * number + 10 * index + len(label))
+                with Image.open(path) as image:
+                    image.save(path.with_suffix('.bmp'))  # all of the same size
+                path.unlink()
+    assert len(load(tmp_path).val) == 6
+    shutil.rmtree(tmp_path / 'val')
+    shutil.copytree(tmp_path / 'train', tmp_path / 'val')
+    with pytest.raises(ValueError, match='is a copy of'):
+        load(tmp_path)
+
+
+def test_a_class_is_not_left_without_images_to_train_on(tmp_path):
+    for split in ('train', 'val'):
+        for label in ('a', 'b', 'c'):
+            for index in range(3):
+                draw(tmp_path / split / label / f'{index}.png', sum(map(ord, split + label)) * 10 + index)
+    for index in range(3):
+        shutil.copy(tmp_path / 'val' / 'c' / f'{index}.png', tmp_path / 'train' / 'c' / f'{index}.png')
+    with pytest.raises(ValueError, match=r'val_split: all training images of a class are copies of validation images'):
+        load(tmp_path)
+    shutil.rmtree(tmp_path / 'val')
+    for index in (1, 2):
+        shutil.copy(tmp_path / 'train' / 'c' / '0.png', tmp_path / 'train' / 'c' / f'{index}.png')
+    with pytest.raises(ValueError, match="data_dir: the 3 images of class 'c' are copies of one; add some"):
+        load(tmp_path / 'train')
 
 
 def test_what_is_no_record(image_folder):

@@ -119,6 +119,25 @@ def test_streams_are_the_same_in_the_same_epoch(workers, tmp_path):
     assert torch.equal(seen[0], seen[1]) and not torch.equal(seen[0], seen[2])
 
 
+@pytest.mark.parametrize('workers', [0, 2])
+@pytest.mark.parametrize('bad', [1, 6])
+def test_a_stream_that_fails_is_an_error_wherever_it_does(workers, bad, tmp_path):
+    """What ends a stream never fills a batch, and batches that are not full are dropped."""
+
+    class Failing(Stream):
+        def __iter__(self):
+            for number, sample in enumerate(super().__iter__()):
+                if number * max(workers, 1) >= bad:
+                    raise OSError('a shard is damaged')
+                yield sample
+
+    cfg = settings(None, tmp_path, dataset='wds/x', workers=workers, batch_size=4)
+    data = Data(Failing(), Stream(), ['a', 'b'], None, '', {}, {'train': {}, 'validation': {}})
+    train, _ = create_loaders(cfg, data, CONFIG, data.record())
+    with pytest.raises(ValueError, match=r'image \d of the stream: a shard is damaged'):
+        list(train)
+
+
 @pytest.mark.parametrize('workers', ['0', '1'])
 def test_an_image_that_fails_in_training_is_named_in_one_sentence(workers, tmp_path, capsys):
     images = write_folder(tmp_path / 'images', per_class=4)

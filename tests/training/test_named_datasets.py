@@ -91,6 +91,8 @@ def test_splits_by_slices_are_compared():
         ('train+test', 'train+test', True),
         ('train+test', 'test', True),
         ('train+test[:50%]', 'test[50%:]', False),
+        ('all', 'test', True),
+        ('all[:50%]', 'train', True),
         ('train', 'validation', False),
     ):
         assert _overlap(first, second) == _overlap(second, first) == same

@@ -52,8 +52,9 @@ def unreadable(paths: Sequence[str], mode: str) -> Dict[str, str]:
     loader = DataLoader(_Problems(paths, mode), batch_size=64, num_workers=workers, collate_fn=list)
     with tqdm(total=len(paths), desc='checking images', leave=False) as bar:
         bad: Dict[str, str] = {}
+        rest = iter(paths)  # a bar that is switched off counts nothing
         for reasons in loader:
-            bad.update({path: reason for path, reason in zip(paths[bar.n :], reasons) if reason})
+            bad.update({path: reason for reason, path in zip(reasons, rest) if reason})
             bar.update(len(reasons))
     return bad
 

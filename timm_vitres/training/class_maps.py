@@ -7,7 +7,7 @@ from numbers import Integral
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence
 
-from ..folders import shown
+from ..folders import composed, is_text, shown
 
 
 def read_class_map(path: str) -> List[str]:
@@ -29,10 +29,11 @@ def read_class_map(path: str) -> List[str]:
         raise ValueError(f'class_map: {shown(file)} cannot be read as text ({error}).') from error
     lines: Dict[str, int] = {}
     for number, name in enumerate(names, 1):
-        if not name or not name.isprintable():
+        if not name or not is_text(name):
             raise ValueError(f'class_map: line {number} of {shown(file)} is {name!r}, expected the name of a class.')
-        if lines.setdefault(name, number) != number:
-            raise ValueError(f'class_map: {shown(file)} names {name!r} twice, in lines {lines[name]} and {number}.')
+        first = lines.setdefault(composed(name), number)
+        if first != number:
+            raise ValueError(f'class_map: {shown(file)} names {name!r} twice, in lines {first} and {number}.')
     if len(names) < 2:
         raise ValueError(f'class_map: {shown(file)} has {len(names)} class names; at least two are needed.')
     return names
@@ -57,23 +58,23 @@ class Labels:
 
     def __init__(self, source: Sequence[str], class_map: Optional[Sequence[str]] = None):
         self.names = list(source if class_map is None else class_map)
-        self.indices = {name: index for index, name in enumerate(self.names)}
+        self.indices = {composed(name): index for index, name in enumerate(self.names)}
         self.is_mapped = class_map is not None
         self.moved: Optional[List[int]] = None
         if class_map is not None and source:
-            missing = [shown(name) for name in source if name not in self.indices]
+            missing = [shown(name) for name in source if composed(name) not in self.indices]
             if missing:
                 more = f' and {len(missing) - 5} more' if len(missing) > 5 else ''
                 raise ValueError(f'class_map: the map lacks classes of the dataset: {", ".join(missing[:5])}{more}.')
-            self.moved = [self.indices[name] for name in source]
+            self.moved = [self.indices[composed(name)] for name in source]
 
     def __call__(self, label: Any) -> int:
         """Return the class index of a label; ValueError for a label that stands for no class."""
         if isinstance(label, str):
-            if label not in self.indices:
+            if composed(label) not in self.indices:
                 hint = 'the map lacks it' if self.is_mapped else 'name the classes, in their order, by class_map'
                 raise ValueError(f'class_map: a label is {label!r}; {hint}.')
-            return self.indices[label]
+            return self.indices[composed(label)]
         if not isinstance(label, Integral):
             raise ValueError(f'target_key: a label is {label!r:.80}, expected a class number or the name of a class.')
         index = int(label)
@@ -81,4 +82,10 @@ class Labels:
         if index < 0 or (limit and index >= limit):
             expected = f'0 to {limit - 1}' if limit else '0 or more'
             raise ValueError(f'dataset: a label is {index}, expected {expected}.')
+        named = self.indices.get(str(index), index) if self.is_mapped and self.moved is None else index
+        if named != index:
+            raise ValueError(
+                f'class_map: a label is {index}, which the map has as the name of its class {named}, not {index}; give '
+                'a map whose numbers are in order, or names of another kind.'
+            )
         return index if self.moved is None else self.moved[index]

@@ -3,36 +3,52 @@
 files -> `find_copies` -> which of them have the content of an earlier one.
 """
 
+import hashlib
 from collections import defaultdict
 from contextlib import suppress
 from pathlib import Path
-from typing import Dict, List, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterable, List, Mapping, Sequence, Tuple
+
+from tqdm import tqdm
 
 from ..folders import shown
 from ..weights.checksums import sha256
 from .checking import MANY
 
+BEGINNING = 1 << 16  # bytes of a file that tell most files of equal size apart
+
 
 def find_copies(files: Sequence[Tuple[str, int]]) -> Dict[str, str]:
     """Return each path whose content an earlier one has, with the first that has it.
 
-    Only files of equal size are read. Of more than `MANY` none are: they are too many to be read before a run begins.
+    Only files of equal size are read, and no more of them than tells them apart. Of more than `MANY` none are: they are
+    too many to be read before a run begins.
 
     Args:
         files: (path, bytes) of each. One that can't be read is no copy; whoever opens it as an image will say so.
     """
-    by_size: Dict[int, List[str]] = defaultdict(list)
-    for path, size in files if len(files) <= MANY else ():
-        by_size[size].append(path)
-    copies: Dict[str, str] = {}
-    for paths in by_size.values():
-        first: Dict[str, str] = {}
-        for path in paths if len(paths) > 1 else ():
+    sizes = dict(files if len(files) <= MANY else ())
+    alike = _alike([list(sizes)], sizes.__getitem__)
+    alike = _alike(tqdm(alike, desc='looking for copies', leave=False), _beginning)
+    alike = _alike(alike, lambda path: sha256(Path(path)))
+    return {path: first for first, *others in alike for path in others}
+
+
+def _alike(groups: Iterable[List[str]], trait: Callable[[str], Any]) -> List[List[str]]:
+    """Return the parts of groups of paths that have a trait in common, each of two paths or more."""
+    found = []
+    for paths in groups:
+        parts: Dict[Any, List[str]] = defaultdict(list)
+        for path in paths:
             with suppress(OSError):
-                digest = sha256(Path(path))
-                if first.setdefault(digest, path) != path:
-                    copies[path] = first[digest]
-    return copies
+                parts[trait(path)].append(path)
+        found += [part for part in parts.values() if len(part) > 1]
+    return found
+
+
+def _beginning(path: str) -> bytes:
+    with open(path, 'rb') as file:
+        return hashlib.sha256(file.read(BEGINNING)).digest()
 
 
 def split_argument(role: str) -> str:
@@ -40,12 +56,15 @@ def split_argument(role: str) -> str:
     return 'val_split' if role == 'validation' else f'{role}_split'
 
 
-def check_copies(copies: Dict[str, str], count: int, role: str) -> None:
-    """Raise ValueError where half or more of the images of a role are copied in the training set: no accident is that.
+def check_copies(copies: Dict[str, str], count: int, role: str, labels: Mapping[str, Any]) -> None:
+    """Raise ValueError where training can't do without the copies of a role's images, or the role without such images.
+
+    That is so where half or more of them are copied, which is no accident, and where a class would have no image left.
 
     Args:
-        copies: Training images, with the image of that role that each is a copy of.
+        copies: Training images (and others), with the image of that role that each is a copy of.
         count: Images of the role.
+        labels: Each training image with its class.
     """
     number = len(set(copies.values()))
     if copies and 2 * number >= count:
@@ -53,4 +72,11 @@ def check_copies(copies: Dict[str, str], count: int, role: str) -> None:
         raise ValueError(
             f'{split_argument(role)}: {number} of {count} {role} images are copies of training images, such as '
             f'{shown(first)}, which is {shown(path)}; take other images.'
+        )
+    left = {label for path, label in labels.items() if path not in copies}
+    path = next((path for path in copies if path in labels and labels[path] not in left), None)
+    if path is not None:
+        raise ValueError(
+            f'{split_argument(role)}: all training images of a class are copies of {role} images, such as '
+            f'{shown(path)} of {shown(copies[path])}; take other images.'
         )

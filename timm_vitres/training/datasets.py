@@ -6,6 +6,7 @@ result of `Data.record`, `load_data` returns the same images in the same order a
 
 import logging
 import os
+from collections import Counter
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Set, Tuple, Union
 
@@ -13,11 +14,11 @@ from timm.data import ImageDataset
 from timm.data.readers.reader import Reader
 
 from ..data import open_image
-from ..folders import File, below, find_classes, find_images, find_splits, folders_in, shown
+from ..folders import File, below, composed, find_classes, find_images, find_splits, folders_in, shown
 from .checking import MANY, BackgroundCheck, raise_for, unreadable
 from .class_maps import read_class_map
 from .copies import check_copies, find_copies, split_argument
-from .named_datasets import load_named, reload_named
+from .named_datasets import COMPARED, load_named, reload_named
 from .settings import FinetuneCfg
 from .splits import Data, Subset, check_fraction, class_counts, class_names, read_record, stratified_split
 
@@ -88,7 +89,7 @@ def _load_folder(cfg: FinetuneCfg, mode: str) -> Data:
     else:
         of_val = {path for path, _ in val.reader.samples}
         copied = {path: first for path, first in copies.items() if first in of_val and path not in of_val}
-        check_copies(copied, len(val), 'validation')
+        check_copies(copied, len(val), 'validation', dict(train.reader.samples))
         train.leave_out({path: f'a copy of {shown(first)}, which is validated on' for path, first in copied.items()})
         train_indices, val_indices = range(len(train)), range(len(val))
         how = f'validation on the {len(val)} images of {splits.validation.name}/'
@@ -119,6 +120,12 @@ def _split(cfg: FinetuneCfg, images: 'ImageFolder', copies: Dict[str, str]) -> T
     """Hold a part of each class out; copies of what is trained on are so, too, those of what is held out left out."""
     paths, targets = [path for path, _ in images.reader.samples], images.targets
     once = [index for index, path in enumerate(paths) if path not in copies]
+    for target, count in Counter(targets[index] for index in once).items():
+        if count == 1 < targets.count(target):
+            name = shown(images.classes[target])
+            raise ValueError(
+                f'data_dir: the {targets.count(target)} images of class {name!r} are copies of one; add some.'
+            )
     parts = stratified_split([targets[index] for index in once], cfg.val_frac, cfg.seed, images.classes)
     kept, held = ([once[index] for index in part] for part in parts)
     trained = {paths[index] for index in kept}
@@ -192,7 +199,13 @@ def check_apart(train: 'LabelledImages', val: 'LabelledImages', role: str = 'val
         paths = [path for path, _ in reader.samples]
         return [(place, reader.files[path].size) for place, path in zip(below(reader.root, paths), paths)]
 
-    if len(train) == len(val) and contents(train) == contents(val):
+    def begin_alike() -> bool:
+        pairs = list(zip(train.reader.samples, val.reader.samples))
+        steps = pairs[:: -(-len(pairs) // COMPARED)]
+        return all(find_copies([(path, 0) for path, _ in pair]) for pair in steps)
+
+    # other images may have the same names and sizes, such as numbered ones that are not compressed
+    if len(train) == len(val) and contents(train) == contents(val) and begin_alike():
         raise ValueError(
             f'{argument}: {shown(val.reader.root)} is a copy of {shown(train.reader.root)} (all names and sizes are '
             'the same); take other images.'
@@ -348,10 +361,11 @@ class ImageFolder(LabelledImages):
     ):
         found = find_classes(root, any_name)
         class_map = class_map or {name: index for index, name in enumerate(found.names)}
-        unknown = [shown(name) for name in found.names if name not in class_map]
+        indices = {composed(name): index for name, index in class_map.items()}
+        unknown = [shown(name) for name in found.names if composed(name) not in indices]
         if unknown:
             raise ValueError(f'data_dir: {shown(root)} has classes that {known_to} lacks: {", ".join(unknown)}.')
-        samples = [(path, class_map[name]) for path, name in found.samples]
+        samples = [(path, indices[composed(name)]) for path, name in found.samples]
         super().__init__(FolderReader(root, samples, class_map, found.files), input_img_mode)
         self.left_out = found.left_out
         if check:

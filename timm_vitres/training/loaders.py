@@ -251,8 +251,8 @@ class _SeededStream(IterableDataset):
                 with seeded(self.seed, self.epoch.get(), worker.id if worker else 0, position):
                     samples = samples or iter(self.dataset)
                     sample = next(samples, None)
-            except Exception as error:
-                sample = Failure(_sentence(f'image {position} of the stream', error))
+            except Exception as error:  # the stream has ended with it, and a batch that is not full would be dropped
+                yield from itertools.repeat(Failure(_sentence(f'image {position} of the stream', error)))
             if sample is None:
                 return
             yield sample

@@ -204,6 +204,8 @@ class _Run:
                 self.task.update_ema(step=num_updates)
                 if self.scheduler is not None:
                     self.scheduler.step_update(num_updates=num_updates)
+        if not losses.count:
+            raise ValueError(f'dataset: no batch of {self.cfg.batch_size} images came in epoch {epoch}.')
         if self.processes.count > 1:
             for module in (self.model, self.task.get_trainable_module(ema=True)):
                 if module is not None:

@@ -207,7 +207,10 @@ def _overlap(first: str, second: str) -> bool:
 
 
 def _parts_overlap(first: str, second: str) -> bool:
-    if first.partition('[')[0] != second.partition('[')[0]:
+    names = {split.partition('[')[0] for split in (first, second)}
+    if 'all' in names:  # as datasets and tensorflow-datasets call all of their splits together
+        return True
+    if len(names) > 1:
         return False
     slices = [re.fullmatch(r'[^\[]+(?:\[(-?\d+%|\d*):(-?\d+%|\d*)\])?', split) for split in (first, second)]
     ends = [end for found in slices if found for end in found.groups(default='')]
@@ -331,8 +334,8 @@ def _known(dataset: Dataset, cfg: FinetuneCfg, split: str, labels: Labels) -> Op
     if targets is None and hasattr(getattr(dataset, 'reader', None), 'iter_targets'):
         bar = tqdm(dataset.reader.iter_targets(), total=len(dataset), desc='reading labels', leave=False)
         return _indices(bar, cfg, split, labels)
-    if isinstance(targets, torch.Tensor):
-        targets = targets.tolist()
+    if isinstance(targets, torch.Tensor):  # those of qmnist are rows of facts, the class being the first
+        targets = (targets[:, 0] if targets.ndim > 1 else targets).tolist()
     return None if targets is None else _indices(targets, cfg, split, labels)
 
 

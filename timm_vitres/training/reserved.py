@@ -55,11 +55,11 @@ def reserve(cfg: FinetuneCfg, mode: str, test_split: str = TEST, test_frac: floa
     rows = {'train': data.lists['train'], 'validation': data.lists['validation']}
     if splits.validation is None:
         rows = {'train': sorted(rows['train'] + rows['validation']), 'validation': None}
-    _check_counts(rows['train'], 1 + (splits.validation is None) + (name is None))
     if name is not None:
         rows['test'] = _of_folder(cfg, mode, root, name, data)
         how = f'test images are the {len(rows["test"])} of {name}/'
     _leave_out_copies(root, rows)
+    _check_counts(rows['train'], 1 + (splits.validation is None) + (name is None))
     if name is None:
         kept, held = stratified_split(_targets(rows['train'], data.label_names), test_frac, TEST_SEED)
         rows['train'], rows['test'] = ([rows['train'][index] for index in part] for part in (kept, held))
@@ -117,8 +117,10 @@ def _leave_out_copies(root: Path, rows: Dict[str, Any]) -> None:
     }
     copies = find_copies([(path, size) for path, (_, size) in files.items()])
     role = {path: name for path, (name, _) in files.items()}
-    of_test = {path: first for path, first in copies.items() if role[first] == TEST != role[path]}
-    check_copies(of_test, len(rows.get(TEST) or ()), TEST)
+    labels = {os.path.join(root, place): label for place, label, _ in rows['train']}
+    for name in (TEST, 'validation'):
+        copied = {path: first for path, first in copies.items() if role[first] == name != role[path]}
+        check_copies(copied, len(rows.get(name) or ()), name, labels)
     is_split = rows['validation'] is None or TEST not in rows
     gone = {path for path, first in copies.items() if role[path] != role[first] or (is_split and role[path] == 'train')}
     if gone:
