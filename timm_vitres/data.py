@@ -15,6 +15,7 @@ from PIL import ExifTags, Image
 from timm.data import create_transform, resolve_input_data_config
 from timm.layers import to_2tuple
 from timm.models import get_model_input_config
+from timm.utils import unwrap_model
 from torch import nn
 from tqdm import tqdm
 
@@ -166,6 +167,7 @@ def data_config(model: nn.Module, **overrides: Any) -> Dict[str, Any]:
     `img_size` in `overrides` decides the size, else the `img_size` that the model was created with, if it is not the
     weights' own size, else the weights' own size.
     """
+    model = unwrap_model(model)  # torch.compile's wrapper is asked for its length
     overrides = {key: value for key, value in overrides.items() if value is not None}
     cfg = getattr(model, 'pretrained_cfg', {})
     channels, *size = get_model_input_config(model)['input_size']

@@ -5,16 +5,20 @@ paths -> `predict` -> the likeliest classes of each image, and a sentence for ea
 
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Iterator, List, NamedTuple, Sequence, Tuple, Union
+from typing import Annotated, Any, Iterator, List, NamedTuple, Sequence, Tuple, Union
 
 import torch
+from timm.utils import unwrap_model
 from torch import nn
 from tqdm import tqdm
 
+from .checks import between, conform
 from .data import data_config, image_mode, open_image, to_batch
 from .folders import shown
 from .labels import label_names
 from .views import averaged, check_tta
+
+MAX_CLASSES = 2**31 - 1  # torch's
 
 
 class Prediction(NamedTuple):
@@ -38,6 +42,10 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
+def _is_list(images: Any) -> bool:
+    return isinstance(images, Sequence) or hasattr(images, '__array__')
+
+
 def predict(
     model: nn.Module, images: Sequence[Union[str, Path]], topk: int = 5, tta: str = ''
 ) -> Tuple[List[Prediction], List[str]]:
@@ -58,12 +66,17 @@ def predict(
     """
     if isinstance(images, (str, Path)):
         raise TypeError(f'images: got the one path {shown(images)}, expected a list of paths.')
-    if topk < 1:
-        raise ValueError(f'topk: got {topk}, expected a number from 1 up.')
+    wrong = [image for image in images if not isinstance(image, (str, Path))] if _is_list(images) else [images]
+    if wrong:
+        raise TypeError(f'images: got {type(wrong[0]).__name__}, expected a list of paths.')
+    topk = conform('topk', topk, Annotated[int, between(1, MAX_CLASSES)])
     check_tta(tta)
-    if not model.num_classes:
-        raise ValueError('model: it has no classes (num_classes=0), so it predicts none; load one with a head.')
-    names = label_names(model)
+    if not isinstance(model, nn.Module):
+        raise TypeError(f'model: got {type(model).__name__}, expected a torch.nn.Module; timm.create_model makes one.')
+    plain = unwrap_model(model)
+    if not getattr(plain, 'num_classes', 0) or getattr(plain, 'global_pool', None) == '':
+        raise ValueError('model: it has no classes, or does not pool, so it predicts none; load one with a head.')
+    names = label_names(plain)
     config = data_config(model)
     mode = image_mode(config['input_size'][0])
     predictions: List[Prediction] = []

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import timm
+import yaml
 from conftest import randomise_
 from huggingface_hub import EvalResult, ModelCard
 from timm.models import _registry as registry
@@ -221,6 +222,35 @@ def test_cards_are_merged():
     assert cards.merge_cards(again, second) == again
     with pytest.raises(ValueError, match='is no valid YAML'):
         cards.merge_cards('---\n- no: [mapping\n---\n', first)
+
+
+def test_what_the_user_set_in_the_head_stays():
+    model = randomise_(timm.create_model('test_vitresnet', num_classes=0))
+    task = dict(task_type='image-classification', dataset_type='imagefolder', dataset_name='x', metric_type='accuracy')
+    facts = dict(model_name='x', description='A.', recipe='B.', source='local-dir:.')
+    ours = cards.render_card(model, results=[EvalResult(**task, metric_value=3.0)], **facts)
+    assert ModelCard(ours).data.pipeline_tag == 'image-feature-extraction'
+    own = 'pipeline_tag: depth-estimation\nlibrary_name: mylib\nmodel_name: Solar\n'
+    data = ModelCard(cards.merge_cards(f'---\n{own}---\n', ours)).data
+    assert (data.pipeline_tag, data.library_name, data.model_name) == ('depth-estimation', 'mylib', 'Solar')
+    assert [result.metric_value for result in data.eval_results] == [3.0]
+    metrics = [dict(task=dict(type='a'), dataset=dict(type='b', name='b'), metrics=[dict(type='c', value=1)])]
+    index = yaml.safe_dump({'model-index': [dict(name=name, results=metrics) for name in ('one', 'two')]})
+    merged = cards.merge_cards(f'---\n{index}---\nMine.\n', ours)
+    assert f'---\n{index}' in merged and 'Mine.' in merged and cards.merge_cards(merged, ours) == merged
+
+
+def test_a_head_on_one_line_is_written_anew():
+    card = cards.set_field('---\n{license: mit, tags: [a]}\n---\nMine.\n', 'model_sha256', 'ab' * 32)
+    assert ModelCard(card).data.license == 'mit' and ModelCard(card).data['model_sha256'] == 'ab' * 32
+    assert 'model_sha256' not in cards.set_field(card, 'model_sha256', None)
+
+
+def test_a_name_with_an_apostrophe_is_loaded_by_the_snippet():
+    model = timm.create_model('test_vitresnet', num_classes=2)
+    card = cards.render_card(model, model_name='x', description='A.', recipe='B.', source="local-dir:o'brien/run")
+    assert """create_model("local-dir:o'brien/run", pretrained=True)""" in card
+    assert "create_model('hf-hub:me/x', pretrained=True)" in cards.set_source(card, 'hf-hub:me/x')
 
 
 def test_the_head_and_the_snippet_are_edited():

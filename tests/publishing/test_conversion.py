@@ -256,6 +256,70 @@ def test_class_names_are_in_the_order_of_the_dataset(dataset, expected, tmp_path
     assert json.loads((folder / 'config.json').read_text()).get('label_names') == expected
 
 
+def test_class_folders_are_those_that_timm_took(tmp_path):
+    for split in ('training', 'validation'):
+        for name in ('cat', 'dog'):
+            (tmp_path / 'images' / split / name).mkdir(parents=True)
+    model = timm.create_model('test_vitresnet', num_classes=2)
+    for folder, expected in (('images', ['cat', 'dog']), ('elsewhere', None)):
+        args = argparse.Namespace(model='test_vitresnet', data_dir=str(tmp_path / folder), train_split='train')
+        torch.save(dict(state_dict=model.state_dict(), args=args), tmp_path / 'last.pth.tar')
+        written = convert(tmp_path / 'last.pth.tar', tmp_path / f'out of {folder}')
+        assert json.loads((written / 'config.json').read_text()).get('label_names') == expected
+        (tmp_path / 'elsewhere' / 'val').mkdir(parents=True, exist_ok=True)
+        (tmp_path / 'elsewhere' / 'test').mkdir(exist_ok=True)
+
+
+@pytest.mark.parametrize('name, size, kwargs', [('vitresnet_mix_nano.fmnist', 64, {}), ('vitresnet_tiny', 384, {})])
+def test_preprocessing_is_that_of_the_model_that_was_trained(name, size, kwargs, tmp_path):
+    """Weights of its size, which another tag has, are others."""
+    model = timm.create_model(name, num_classes=2, img_size=size)
+    args = argparse.Namespace(model=name, img_size=size, num_classes=2)
+    torch.save(dict(state_dict=model.state_dict(), arch=name, args=args), tmp_path / 'last.pth.tar')
+    folder = convert(tmp_path / 'last.pth.tar', tmp_path / 'out')
+    expected = timm.data.resolve_data_config(vars(args), model=model)
+    found = timm.data.resolve_model_data_config(timm.create_model(f'local-dir:{folder}'))
+    for key in ('input_size', 'mean', 'std', 'interpolation', 'crop_pct'):
+        assert found[key] == expected[key], key
+
+
+def test_a_config_of_another_model_beside_a_file_is_left_alone(tmp_path):
+    model = randomise_(timm.create_model('test_vitresnet', num_classes=2))
+    torch.save(model.state_dict(), tmp_path / 'mine.pth')
+    (tmp_path / 'config.json').write_text(json.dumps(dict(model_type='bert', id2label={'0': 'no', '1': 'yes'})))
+    (tmp_path / 'preprocessor_config.json').write_text(json.dumps(dict(image_mean=[0, 0, 0], image_std=[1, 1, 1])))
+    config = json.loads(
+        (convert(tmp_path / 'mine.pth', tmp_path / 'out', 'test_vitresnet') / 'config.json').read_text()
+    )
+    assert 'label_names' not in config and config['pretrained_cfg']['mean'] == model.pretrained_cfg['mean']
+
+
+@pytest.mark.parametrize(
+    'told, expected',
+    [
+        (dict(size=dict(shortest_edge=110), crop_size=dict(height=96, width=96)), (96 / 110, 'center')),
+        (dict(size=110, crop_size=96, do_center_crop=True), (96 / 110, 'center')),
+        (dict(size=dict(height=96, width=96)), (1.0, 'squash')),
+        (dict(size=dict(height=96, width=96), keep_aspect_ratio=True), (1.0, 'center')),
+        (dict(size=dict(shortest_edge=96), do_center_crop=False), (1.0, 'center')),
+        ({}, (1.0, 'center')),
+    ],
+)
+def test_transformers_names_for_a_crop(told, expected, tmp_path):
+    torch.save(timm.create_model('test_vitresnet', num_classes=2).state_dict(), tmp_path / 'model.pth')
+    (tmp_path / 'preprocessor_config.json').write_text(json.dumps(dict(told, image_mean=[0.5, 0.5, 0.5])))
+    folder = convert(tmp_path / 'model.pth', tmp_path / 'out', 'test_vitresnet')
+    config = timm.data.resolve_model_data_config(timm.create_model(f'local-dir:{folder}'))
+    assert (config['crop_pct'], config['crop_mode']) == expected
+
+
+def test_the_layout_is_known_in_a_process_groups_wrapper(tmp_path):
+    model = randomise_(timm.create_model('vitresnet_dual_tiny', num_classes=2))
+    weights = {f'module.{key}': value for key, value in conformer_layout(model.state_dict()).items()}
+    torch.save(weights, tmp_path / 'conformer.pth')
+    assert 'timm layout' not in (convert(tmp_path / 'conformer.pth', tmp_path / 'out') / 'README.md').read_text()
+
+
 def test_a_file_that_was_downloaded_is_known_by_its_address(tmp_path, monkeypatch):
     """In a cache its folder is another one, by which files of the first paper are known."""
     monkeypatch.setattr(conversion, 'url_file', lambda url: tmp_path / 'R50%2BViT-B_16.npz')

@@ -241,6 +241,8 @@ RECOVERED = [  # what our code, or the client, makes good by itself
     ('status', 'validate-yaml', {}),
     ('status', 'info', {}),
     ('drop', 'info', {}),
+    ('status', 'head', dict(match='README.md')),
+    ('drop', 'head', dict(match='README.md')),
     ('status', 'preupload', {}),
     ('status', 'lfs-batch', {}),
     ('status', 'lfs-put', {}),
@@ -328,6 +330,59 @@ def test_who_has_no_token(server, run, tmp_path):
     command = ['-m', 'timm_vitres.cli', 'push', saved(tmp_path)[1], 'me/name', '--yes']
     run(command, fails='me/name: could not create the repository: ')
     assert not (tmp_path / 'hub' / 'me').exists() or not server.repo('me/name').exists()
+
+
+@pytest.mark.parametrize('status', [403, 503])
+def test_a_card_that_can_not_be_read_is_not_written_over(status, faulty, folder):
+    """Its licence and its text would be lost; the client says the same of a file that is not there."""
+    server, name, call = faulty
+    server.put(name, {'README.md': b'---\nlicense: mit\n---\nMy own text.\n'})
+    server.fail('status', 'head', status=status, match='README.md', times=1000)
+    error = call(CALL_PUSH, folder[1], name)
+    server.faults.clear()
+    assert error.startswith(f'RuntimeError: {name}: could not read its card: '), error
+    assert server.files(name).keys() == {'.gitattributes', 'README.md'}
+    assert call(CALL_PUSH, folder[1], name) is None
+    card = server.files(name)['README.md'].read_text()
+    assert 'My own text.' in card and 'license: mit' in card
+
+
+def test_weights_of_an_earlier_model_do_not_stay_beside(faulty, folder):
+    server, name, call = faulty
+    shard = 'model-00001-of-00002.safetensors'
+    server.put(name, dict.fromkeys(('pytorch_model.bin', shard, 'mine.bin', 'onnx/model.onnx'), b'old'))
+    assert call(CALL_PUSH, folder[1], name) is None
+    assert server.files(name).keys() == {
+        *('.gitattributes', 'README.md', 'config.json', 'model.safetensors', 'mine.bin', 'onnx/model.onnx')
+    }
+
+
+def test_config_and_weights_are_of_one_commit(server, run, tmp_path):
+    """Where the Hub does not answer for one of them, the cache's is taken, and the other must be of its commit."""
+    first, folder = saved(tmp_path / 'first')
+    files = ('config.json', 'model.safetensors')
+    server.put('me/x', {file: folder / file for file in files})
+    home = tmp_path / 'home'
+    run(LOAD, 'hf-hub:me/x', tmp_path / 'out.pt', home=home)
+    second, folder = saved(tmp_path / 'second', seed=1)
+    server.put('me/x', {file: folder / file for file in files})
+    server.fail('status', 'head', match='config.json', times=100)
+    run(LOAD, 'hf-hub:me/x', tmp_path / 'out.pt', home=home)
+    check_equal(first, tmp_path / 'out.pt')
+    server.faults.clear()
+    run(LOAD, 'hf-hub:me/x', tmp_path / 'out.pt', home=home)
+    check_equal(second, tmp_path / 'out.pt')
+
+
+def test_conversion_does_not_do_without_a_config_that_is_there(server, run, tmp_path):
+    _, folder = saved(tmp_path)
+    server.put('me/x', {file: folder / file for file in ('config.json', 'model.safetensors')})
+    code = "import sys, timm_vitres\ntimm_vitres.convert('hf-hub:me/x', sys.argv[1], 'test_vitresnet')"
+    server.fail('status', 'head', status=403, match='/config.json', times=100)
+    run(code, tmp_path / 'out', fails='config.json')
+    assert not (tmp_path / 'out').exists()
+    server.faults.clear()
+    run(code, tmp_path / 'out')
 
 
 def test_what_arrived_wrong_is_noticed(faulty, folder, tmp_path):

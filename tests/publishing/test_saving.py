@@ -14,6 +14,7 @@ from conftest import FACTS, randomise_, two
 from huggingface_hub import ModelCard
 from timm.utils import ModelEmaV3
 
+import timm_vitres
 from timm_vitres.publishing.cards import render_card
 from timm_vitres.publishing.hub import push
 from timm_vitres.publishing.saving import check_unchanged, render_config, save
@@ -362,3 +363,11 @@ def test_a_model_whose_norms_timm_has_frozen_is_saved(name, part, tmp_path):
     x = torch.randn(2, 3, 64, 64)
     with torch.inference_mode():
         torch.testing.assert_close(loaded(x), model.eval()(x))
+
+
+def test_descriptions_of_other_classes_are_forgotten(tmp_path):
+    model = timm.create_model('test_vitresnet', num_classes=2)
+    model.pretrained_cfg.update(label_names=['cat', 'dog'], label_descriptions={'cat': 'a cat', 'dog': 'a dog'})
+    for names, described in ((None, True), (['cat', 'dog'], True), (['x', 'y'], False)):
+        text = (timm_vitres.save(model, tmp_path / str(names), names) / 'config.json').read_text()
+        assert ('a cat' in text) == described

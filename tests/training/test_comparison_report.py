@@ -72,6 +72,14 @@ def test_the_report_says_how_the_figures_came_about(minutes, says, tmp_path):
     text = (tmp_path / 'README.md').read_text()
     assert says in text and 'A sentence.' in text and 'img_size=48' in text and 'a third of the epochs' in text
     assert ('in whole epochs (a 2.2, b 2.2 and c 2.2).' in text) == (minutes is not None)
+    assert ('others have as large a part' in text) == (minutes is not None)
+    assert 'A better one may lie beyond that of a, b and c, which is the least or the largest of them.' in text
+    assert 'No model was trained on test images, and nothing' in text
+    told.images['copies_are_out'] = False
+    told.asked['lrs'] = [0.001, 0.01, 0.1]
+    write_comparison(tmp_path, cfg, told, ROWS, arm_figures(told, ROWS, None), 'A sentence.')
+    text = (tmp_path / 'README.md').read_text()
+    assert 'on test images, unless as copies, for which nobody looked, and' in text and 'may lie beyond' not in text
     assert (tmp_path / 'comparison.png').read_bytes()[:4] == b'\x89PNG'
 
 

@@ -7,7 +7,7 @@ import pytest
 import timm
 import torch
 from conftest import randomise_
-from test_loop import settings, weights
+from test_loop import rows, settings, weights
 
 import timm_vitres
 from timm_vitres.training import creation
@@ -252,6 +252,30 @@ def test_a_run_with_adapters_saves_a_model_without(ema, image_folder, tmp_path, 
     x = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         torch.testing.assert_close(model(x), again.eval()(x), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize('ema', [False, True])
+def test_a_run_with_adapters_leaves_statistics_alone_and_checkpoints_that_load(
+    ema, image_folder, tmp_path, no_pictures
+):
+    path, start = saved(tmp_path, 'test_vitresnet_mix', num_classes=2)
+    options = dict(initial_checkpoint=path, lora=2, epochs=2, no_check=True, lr=0.01, model_ema=ema, checkpoint_hist=2)
+    folder = finetune(settings(image_folder, tmp_path / 'run', model='test_vitresnet_mix', **options))
+    found = timm.create_model(f'local-dir:{folder}', pretrained=True).state_dict()
+    still = [key for key in start if 'running_' in key]
+    assert still and all(torch.equal(found[key], start[key]) for key in still)
+    best = max(rows(folder), key=lambda row: max(float(row['eval_top1']), float(row.get('ema_top1', 0))))
+    checkpoint = folder / f'checkpoint-{best["epoch"]}.pth.tar'
+    models = [
+        timm.create_model('test_vitresnet_mix', num_classes=2, img_size=32, checkpoint_path=str(checkpoint)).eval(),
+        timm.create_model(f'local-dir:{folder}', pretrained=True).eval(),
+    ]
+    x = torch.randn(2, 3, 32, 32)
+    with torch.inference_mode():
+        loaded, expected = (model(x) for model in models)
+    assert loaded.shape == expected.shape and loaded.isfinite().all()
+    if not ema:
+        torch.testing.assert_close(loaded, expected)
 
 
 @pytest.mark.parametrize(

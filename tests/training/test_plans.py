@@ -10,10 +10,12 @@ from timm_vitres.training import plans, runs
 from timm_vitres.training.plans import (
     ArmPlan,
     asked_for,
+    in_proportion,
     make_plan,
     measure_arms_,
     note_versions,
     parse_arm,
+    seen_alike,
     single,
 )
 from timm_vitres.training.settings import FinetuneCfg
@@ -104,6 +106,25 @@ def test_names_of_files():
 def test_what_makes_no_comparison_is_named(changes, own, message, cfg):
     with pytest.raises(ValueError, match=f'^{message}'):
         asked(dataclasses.replace(cfg, **changes), **own)
+
+
+def test_named_arms_see_the_same_images():
+    """Their models differ in size, crop and normalisation."""
+    cfg = FinetuneCfg(data_dir='photos')
+    assert seen_alike(cfg, ('resnet18', 'levit_128s')) == cfg  # models of timm's keep their own
+    found = seen_alike(dataclasses.replace(cfg, mean=(0.4,)), ('resnet18', 'vit'))
+    assert (found.img_size, found.crop_pct, found.interpolation) == (64, 1.0, 'bicubic')
+    assert found.mean == (0.4,) and found.std == (0.25,)
+    assert seen_alike(found, ('vit',)) == found
+
+
+def test_schedules_have_the_same_shape_for_fewer_epochs():
+    cfg = FinetuneCfg(data_dir='photos', epochs=20, warmup_epochs=2, mixup_off_epoch=15, decay_milestones=(5, 10))
+    assert in_proportion(cfg, 1.0) == cfg
+    half = in_proportion(cfg, 0.5)
+    assert (half.warmup_epochs, half.mixup_off_epoch, half.decay_milestones) == (1.0, 8, (2, 5))
+    assert in_proportion(dataclasses.replace(cfg, mixup_off_epoch=0), 0.5).mixup_off_epoch == 0  # that is: never
+    assert in_proportion(dataclasses.replace(cfg, decay_epochs=3), 0.5).decay_epochs == 1.5
 
 
 def test_epochs_are_equal_or_those_that_fit(cfg, times, tmp_path):

@@ -209,6 +209,12 @@ def test_a_card_tells_of_what_is_not_usual(model, monkeypatch):
     assert {result.dataset_name for result in ModelCard(text).data.eval_results} == {'torch/fashion_mnist'}
 
 
+def test_a_card_tells_all_that_was_given_and_the_rate_that_was_used(model):
+    text = card_of(model, lr_base=0.1, opt='sgd', batch_size=64, mixup=0.8, bce_loss=True, workers=0, val_frac=0.3)
+    assert 'opt=sgd, lr=0.025, ' in text and 'mixup=0.8' in text and 'bce_loss=True' in text
+    assert 'workers' not in text and 'data_dir' not in text and 'val_frac' not in text
+
+
 def test_a_card_tells_the_settings_that_autotune_chose(model):
     assert 'batch_size=4,' in card_of(model, autotuned=dict(batch_size=4), batch_size=8)
 

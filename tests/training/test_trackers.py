@@ -10,7 +10,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_loop import rows, settings
 
-from timm_vitres.training import trackers
+from timm_vitres.training import loop, trackers
 from timm_vitres.training.loop import finetune
 from timm_vitres.training.runs import Record
 from timm_vitres.training.settings import FinetuneCfg
@@ -29,6 +29,23 @@ def test_tensorboard_has_the_rows_of_the_table(image_folder, tmp_path, no_pictur
         if name != 'epoch':
             found = [(event.step, event.value) for event in events.Scalars(name.replace('_', '/', 1))]
             assert found == [(step, pytest.approx(float(row[name]), rel=1e-5)) for step, row in enumerate(history)]
+
+
+def test_an_epoch_whose_model_could_not_be_written_is_told_all_the_same(
+    image_folder, tmp_path, monkeypatch, no_pictures
+):
+    cfg = settings(image_folder, tmp_path / 'run', epochs=2, log_tensorboard=True, no_check=True)
+
+    def full(*args):
+        raise OSError(28, 'No space left on device')
+
+    with monkeypatch.context() as patched:
+        patched.setattr(loop, 'write_summary', full)
+        with pytest.raises(OSError, match='No space left'):
+            finetune(cfg)
+    folder = finetune(dataclasses.replace(cfg, resume=True))
+    events = EventAccumulator(str(folder / 'tensorboard')).Reload()
+    assert {event.step for event in events.Scalars('train/loss')} == {0, 1} and len(rows(folder)) == 2
 
 
 class Stand(ModuleType):

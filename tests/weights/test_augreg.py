@@ -2,7 +2,7 @@
 
 import http.server
 import threading
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 import numpy as np
 import pytest
@@ -197,3 +197,8 @@ def test_a_published_file_is_downloaded(form, bucket, tmp_path, capsys):
     model = timm.create_model(f'local-dir:{tmp_path / "out"}', pretrained=True)
     assert relative_difference(logits(model, 224), logits(reference, 224)) < 1e-6
     assert len(list((tmp_path / 'hub' / 'checkpoints').rglob(f'{name}.npz'))) == 1
+
+
+def test_names_in_the_paths_of_windows():
+    path = 'imagenet21k+imagenet2012/R50+ViT-B_16.npz'
+    assert read_name(PureWindowsPath('C:/models', path)) == read_name(f'/models/{path}') is not None

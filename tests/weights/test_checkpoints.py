@@ -297,6 +297,17 @@ def test_an_index_that_is_no_json(tmp_path):
             read_checkpoint(path)
 
 
+def test_a_flipped_bit_in_torchs_archive_is_noticed(tmp_path):
+    """torch writes checksums into it, and does not compare them."""
+    path = tmp_path / 'a.pth'
+    torch.save(dict(weight=torch.ones(500)), path)
+    assert read_checkpoint(path)[0]['weight'].sum() == 500
+    data = path.read_bytes()
+    path.write_bytes(data.replace(torch.ones(2).numpy().tobytes(), torch.tensor([1, 1.25]).numpy().tobytes(), 1))
+    with pytest.raises(OSError, match=r'a\.pth is damaged or incomplete \(a/data/0 in it has another checksum'):
+        read_checkpoint(path)
+
+
 def containers(folder: Path):
     """Return a small checkpoint's bytes in every container."""
     weights = {'a.weight': torch.randn(4, 5), 'b': torch.randn(7), 'c': torch.tensor(3)}

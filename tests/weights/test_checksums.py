@@ -274,3 +274,11 @@ class TestMemory:
         for _ in range(2):
             checksums.check_once(path, digest)
         assert read == [path, path] and home.read_text() == 'no folder'
+
+
+def test_the_checksum_that_transformers_copied_is_that_of_other_weights(tmp_path):
+    config = {checksums.SHA256_FIELD: 'ab' * 32}
+    (tmp_path / 'config.json').write_text(json.dumps(config))
+    assert checksums.told_sha256(tmp_path) == 'ab' * 32
+    (tmp_path / 'config.json').write_text(json.dumps(dict(config, transformers_version='5.24.0')))
+    assert checksums.told_sha256(tmp_path) is None

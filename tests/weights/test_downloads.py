@@ -6,7 +6,9 @@ import threading
 from types import SimpleNamespace
 from urllib.error import HTTPError, URLError
 
+import numpy as np
 import pytest
+import safetensors.torch
 import timm
 import torch
 from conftest import flip, randomise_
@@ -41,6 +43,24 @@ def test_a_download_that_fails_is_one_sentence_and_leaves_nothing(tmp_path):
         with pytest.raises(OSError, match=message):
             downloads.url_file(f'file://{tmp_path}/{name}', cache)
     assert not list(cache.iterdir())
+
+
+@pytest.mark.parametrize('name', ['a.pth', 'a.safetensors', 'a.npz'])
+def test_what_ended_too_early_is_not_kept(name, tmp_path):
+    """A connection may end without an error, and the half of a file would stay in the cache for ever."""
+    path, cache = tmp_path / name, tmp_path / 'cache'
+    tensors = dict(a=torch.arange(300), b=torch.arange(300.0))
+    torch.save(tensors, tmp_path / 'a.pth')
+    safetensors.torch.save_file(tensors, tmp_path / 'a.safetensors')
+    np.savez(tmp_path / 'a.npz', **{key: value.numpy() for key, value in tensors.items()})
+    whole = path.read_bytes()
+    for length in (len(whole) - 1, len(whole) // 2, 100):
+        path.write_bytes(whole[:length])
+        with pytest.raises(OSError, match=r'could not be downloaded \(it ended too early\)'):
+            downloads.url_file(f'file://{path}', cache)
+        assert not list(cache.iterdir())
+    path.write_bytes(whole)
+    assert downloads.url_file(f'file://{path}', cache).read_bytes() == whole
 
 
 @pytest.mark.parametrize('faults', [2, 9])

@@ -5,7 +5,7 @@ relative positions, whose sizes are those of the maps that blocks attend to.
 """
 
 from functools import partial
-from typing import Any, Dict, List, Sequence, Tuple
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 from timm.layers import to_2tuple
 from timm.models.byobnet import ByoBlockCfg, ByoModelCfg, Stem
@@ -35,10 +35,16 @@ def input_stride(cfg: VitResNetMixCfg, stage: int, block: int) -> int:
     return stage_strides(cfg)[stage][int(block > 0)]
 
 
-def attn_sizes(cfg: VitResNetMixCfg, img_size: Tuple[int, int]) -> Dict[Place, Tuple[int, int]]:
-    """Return height and width of the map that each (stage, block) attends to, for an image of height and width."""
+def attn_sizes(
+    cfg: VitResNetMixCfg, img_size: Tuple[int, int], num_stages: Optional[int] = None
+) -> Dict[Place, Tuple[int, int]]:
+    """Return height and width of the map that each (stage, block) attends to, for an image of height and width.
+
+    Args:
+        num_stages: Of a model that has fewer than its config.
+    """
     result: Dict[Place, Tuple[int, int]] = {}
-    for stage in range(len(cfg.layers)):
+    for stage in range(len(cfg.layers))[:num_stages]:
         for block in cfg.attending(stage):
             stride = input_stride(cfg, stage, block)
             result[stage, block] = (-(-img_size[0] // stride), -(-img_size[1] // stride))

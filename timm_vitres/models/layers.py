@@ -21,6 +21,7 @@ from timm.layers import (
 from torch import nn
 
 from ..checks import conform_indices
+from ..timm_private import EXPORTING_FLAG
 from ..timm_private import feature_take_indices as take_indices
 from .merging import batch_norms_of_convolutions, check_plain, make_channels_last_, merge_batch_norm_
 
@@ -163,7 +164,7 @@ def resample_pos_embed(
     if not torch.jit.is_scripting():  # noqa: SIM102 (a script leaves out what is behind this condition alone)
         if (
             torch.compiler.is_compiling()  # it is asked first, since torch.fx can't follow conditions on a tensor
-            and not is_exporting()
+            and not getattr(torch.compiler, EXPORTING_FLAG, False)
             and torch.is_grad_enabled()
             and pos_embed.requires_grad
         ):
@@ -325,7 +326,7 @@ class ResNetEmbed(HybridEmbed):
         height, width = cast(Tuple[int, int], to_2tuple(img_size))
         patch_h, patch_w = cast(Tuple[int, int], to_2tuple(patch_size or self.patch_size))
         min_h, min_w = self.feature_ratio[0] * patch_h, self.feature_ratio[1] * patch_w
-        if not isinstance(self.proj, nn.Conv2d):  # the ResNet alone takes a single pixel
+        if isinstance(self.proj, nn.Identity):  # the ResNet alone takes a single pixel
             min_h = min_w = 1
         if height < min_h or width < min_w:
             raise ValueError(
@@ -365,7 +366,7 @@ class ResNetEmbed(HybridEmbed):
         Args:
             patch_size: Of patches, if they were others than the present ones.
         """
-        if not self.crops_positions or not isinstance(self.proj, nn.Conv2d):
+        if not self.crops_positions or isinstance(self.proj, nn.Identity):
             return None
         patch = cast(Tuple[int, int], to_2tuple(patch_size or self.patch_size))
         strides = (ratio * side for ratio, side in zip(self.feature_ratio, patch))

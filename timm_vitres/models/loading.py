@@ -54,7 +54,7 @@ def build_hybrid(model_cls: Type[ModelT], variant: str, pretrained: bool, cfg: A
     feature_cfg: Dict[str, Any] = dict(feature_cls='getter')
     if kwargs.get('features_only'):
         kwargs['num_classes'] = 0
-        twin = model_cls(cfg, img_size=kwargs.get('img_size'), device='meta')
+        twin = model_cls(cfg, img_size=kwargs.get('img_size'), num_classes=0, device='meta')
         indices = kwargs.pop('out_indices', None)
         feature_cfg['out_indices'] = tuple(range(twin.num_pyramid))  # further features are for those who ask for them
         if indices is not None:

@@ -248,7 +248,7 @@ class VitResNet(SerialFeatures, Hybrid, VisionTransformer):
         """
         changes: Dict[str, Any] = {}
         if patch_size is not None:
-            if not isinstance(self.patch_embed.proj, nn.Conv2d):
+            if isinstance(self.patch_embed.proj, nn.Identity):
                 raise ValueError(f'patch_size: got {patch_size}, but with depth=0 the model is the ResNet alone.')
             changes['patch_size'] = patch_size
             if self.cfg.output_stride is not None:  # it is the stride of the tokens, so it goes with their size

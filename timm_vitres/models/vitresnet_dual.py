@@ -192,7 +192,7 @@ class VitResNetDual(Hybrid):
             self.cfg = dataclasses.replace(self.cfg, global_pool=global_pool)
         self.num_classes = num_classes
         dd = dict(device=self.cls_token.device, dtype=self.cls_token.dtype)
-        widths = (self.cfg.channels[-1], self.cfg.embed_dim)
+        widths = (self.num_features - self.cfg.embed_dim, self.cfg.embed_dim)
         heads = [nn.Linear(width, num_classes, **dd) if num_classes > 0 else nn.Identity() for width in widths]
         self.head_resnet, self.head_vit = (head.train(self.training) for head in heads)
         self.forget_labels()
@@ -321,6 +321,7 @@ class VitResNetDual(Hybrid):
         if prune_head:
             self.units = self.units[: self.units_of_level[max_index]]
             self.feature_info = self.feature_info[: max_index + 1]
+            self.num_features = self.head_hidden_size = self.feature_info[-1]['num_chs'] + self.cfg.embed_dim
             self.units_of_level = self.units_of_level[: max_index + 1]
             if max_index == 0:
                 self.maxpool = nn.Identity()

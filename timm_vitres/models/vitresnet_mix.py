@@ -14,12 +14,7 @@ from typing import Any, Dict, List, Optional, Sequence, Set, Tuple, Union
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import ConvNormAct, to_2tuple
-from timm.models import (
-    checkpoint_seq,
-    generate_default_cfgs,
-    named_apply,
-    register_model,
-)
+from timm.models import checkpoint_seq, generate_default_cfgs, named_apply, register_model
 from timm.models.byobnet import ByobNet
 from torch import nn
 
@@ -168,7 +163,7 @@ class VitResNetMix(Hybrid, ByobNet):
     def set_input_size(self, img_size: Size) -> None:
         """Make the tables of relative positions for images of another height and width, in pixels."""
         size = to_2tuple(img_size)
-        for place, sides in attn_sizes(self.cfg, size).items():
+        for place, sides in attn_sizes(self.cfg, size, len(self.stages)).items():
             self.get_submodule(attn_name(place)).set_feat_size(sides)
         self._model_args = {**self._model_args, 'img_size': size}  # timm writes these into config.json
         self._traits = {**self._traits, 'img_size': size}  # and makes the data config of these
@@ -188,7 +183,7 @@ class VitResNetMix(Hybrid, ByobNet):
     @torch.jit.ignore
     def explained_parts(self) -> ExplainedParts:
         """See `Hybrid.explained_parts`: attention is that of the blocks that attend to the smallest map."""
-        strides = {place: input_stride(self.cfg, *place) for place in attn_sizes(self.cfg, (1, 1))}
+        strides = {place: input_stride(self.cfg, *place) for place in attn_sizes(self.cfg, (1, 1), len(self.stages))}
         stride = max(strides.values(), default=1)
         last = self.feature_info[-1]['reduction']
         return ExplainedParts(
@@ -200,7 +195,7 @@ class VitResNetMix(Hybrid, ByobNet):
             token_stride=(stride, stride),
         )
 
-    def _run(self, x: torch.Tensor, last_level: int) -> List[torch.Tensor]:
+    def _run(self, x: torch.Tensor, last_level: int, exclude_final_conv: bool) -> List[torch.Tensor]:
         """Return the maps of all levels up to one: of the stem (without and with its second stride), of every stage."""
         x = checked_images(x, self.in_chans)
         levels: List[torch.Tensor] = []
@@ -218,7 +213,7 @@ class VitResNetMix(Hybrid, ByobNet):
                 else:
                     x = stage(x)
                 levels.append(x)
-        if len(levels) == self.num_levels:
+        if len(levels) == self.num_levels and not exclude_final_conv:
             levels[-1] = self.final_conv(levels[-1])
         return levels
 
@@ -244,6 +239,7 @@ class VitResNetMix(Hybrid, ByobNet):
         stop_early: bool = False,
         output_fmt: str = 'NCHW',
         intermediates_only: bool = False,
+        exclude_final_conv: bool = False,
     ) -> Union[List[torch.Tensor], Tuple[torch.Tensor, List[torch.Tensor]]]:
         """Return the last map, and the maps that `feature_info` lists.
 
@@ -254,13 +250,14 @@ class VitResNetMix(Hybrid, ByobNet):
             stop_early: Leave out the stages that no map needs; the last map is then that of the last that ran.
             output_fmt: 'NCHW': maps (B, C, H / reduction, W / reduction); 'NLC': (B, N, C).
             intermediates_only: Return the maps alone.
+            exclude_final_conv: Leave the convolution behind the last stage out, in both.
 
         Returns:
             (map, maps), or as the arguments say.
         """
         check_output_fmt(output_fmt)
         take_indices, max_index = feature_take_indices(len(self.level_indices), indices)
-        levels = self._run(x, self.level_indices[max_index] if stop_early else self.num_levels)
+        levels = self._run(x, self.level_indices[max_index] if stop_early else self.num_levels, exclude_final_conv)
         maps = [as_format(levels[self.level_indices[i]], output_fmt) for i in take_indices]
         if intermediates_only:
             return maps
@@ -299,6 +296,7 @@ def _cfg(**kwargs) -> Dict[str, Any]:
         'num_classes': 1000,
         'input_size': (3, 256, 256),
         'fixed_input_size': False,
+        'pool_size': (8, 8),
         'crop_pct': 0.95,
         'interpolation': 'bicubic',
         'mean': IMAGENET_DEFAULT_MEAN,
@@ -330,6 +328,7 @@ default_cfgs = generate_default_cfgs(
             file=shipped('vitresnet_mix_nano.fmnist'),
             num_classes=10,
             input_size=(1, 28, 28),
+            pool_size=(4, 4),
             mean=(0.286,),
             std=(0.353,),
             interpolation='bilinear',

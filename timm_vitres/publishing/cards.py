@@ -14,6 +14,7 @@ from torch import nn
 
 from ..checks import on_one_line
 from ..data import data_config as model_data_config
+from ..weights.checksums import SHA256_FIELD
 from ..weights.files import CARD_HEAD, CARD_NAME
 
 TEMPLATE = Path(__file__).with_name('card.md')
@@ -46,10 +47,11 @@ def render_card(
         picture: File beside the card that shows the training.
     """
     config = data_config or model_data_config(model)
+    task = 'image-classification' if model.num_classes else 'image-feature-extraction'
     card_data = ModelCardData(
         library_name='timm',
-        pipeline_tag='image-classification',
-        tags=['timm', 'timm-vitres', 'image-classification'],
+        pipeline_tag=task,
+        tags=['timm', 'timm-vitres', task],
         license=license,
         model_name=model_name,
         eval_results=list(results) or None,
@@ -70,7 +72,7 @@ def render_card(
         classes=(', '.join(shown) + (', ...' if len(label_names) > len(shown) else '')) or 'not named',
         result='\n'.join([*lines, '', result_note]) if lines else 'Not measured.',
         recipe=recipe + (f'\n\n![Loss and accuracy by epoch]({picture})' if picture else ''),
-        source=source,
+        source=repr(source),
     )
     return str(card)
 
@@ -113,10 +115,11 @@ def check_card(card: str, name: str = CARD_NAME) -> None:
 def merge_cards(old: str, new: str) -> str:
     """Return an older card, brought up to date by a new one.
 
-    The old head keeps its own fields, its licence, its tags, and its results on other data or metrics; the lines of
-    fields that stay are not rewritten. Between this package's marks stands what the new card has there. All other text
-    is the user's. Where nobody has changed it since it was pushed (`TEXT_FIELD`), the new card's takes its place; else
-    the old one stays, letter by letter, and what the new card has beside it is appended.
+    The old head keeps its own fields, its tags, and its results on other data or metrics (all of them where they are of
+    several models); the lines of fields that stay are not rewritten. Between this package's marks stands what the new
+    card has there. All other text is the user's. Where nobody has changed it since it was pushed (`TEXT_FIELD`), the
+    new card's takes its place; else the old one stays, letter by letter, and what the new card has beside it is
+    appended.
 
     Raises:
         ValueError: where the old card's head is not valid YAML.
@@ -126,20 +129,22 @@ def merge_cards(old: str, new: str) -> str:
     theirs = ModelCard(old) if head is not None else ModelCard('---\nlibrary_name: timm\n---\n')
     ours = ModelCard(new)
     data = ours.data
+    about = (SHA256_FIELD, TEXT_FIELD)
     for key, value in theirs.data.to_dict().items():
-        if key in ('license', 'license_name', 'license_link') or (data.get(key) is None and key != 'model-index'):
+        if key != 'model-index' and (key not in about or data.get(key) is None):
             data[key] = value
     data.tags = list(dict.fromkeys([*(theirs.data.tags or []), *(ours.data.tags or [])]))
     replaced = {_about(result) for result in ours.data.eval_results or []}
     results = [result for result in theirs.data.eval_results or [] if _about(result) not in replaced]
     data.eval_results = [*results, *(ours.data.eval_results or [])] or None
-    data.model_name = ours.data.model_name or theirs.data.model_name
-    before = theirs.data.to_dict()
-    changed = {key: value for key, value in data.to_dict().items() if before.get(key) != value}
-    head = _edited(head if head is not None else 'library_name: timm\n', changed)
-    if yaml.safe_load(head) != yaml.safe_load(str(data)):  # YAML that has no line for each field is written anew
-        head = f'{data}\n'
-
+    data.model_name = theirs.data.model_name or ours.data.model_name
+    before, after = theirs.data.to_dict(), data.to_dict()
+    index = (yaml.safe_load(head) or {}).get('model-index') if head is not None else None
+    if index and len(index) > 1:  # huggingface_hub would make one model of them
+        before['model-index'] = after['model-index'] = index
+        after.pop('model_name', None)
+    changed = {key: value for key, value in after.items() if before.get(key) != value}
+    head = _with_fields(head if head is not None else 'library_name: timm\n', changed, after)
     return f'---\n{head}---\n{_merged(text, _split(new)[1], theirs.data.get(TEXT_FIELD))}'
 
 
@@ -205,6 +210,16 @@ def _edited(head: str, changes: Dict[str, Any]) -> str:
     return ''.join(field if field.endswith('\n') else f'{field}\n' for field in fields.values()) + above
 
 
+def _with_fields(head: str, changes: Dict[str, Any], expected: Dict[str, Any]) -> str:
+    """Return an edited head that means `expected`; YAML that has no line for each field is written anew."""
+    written = yaml.safe_dump(expected, sort_keys=False, allow_unicode=True, width=1000)
+    edited = _edited(head, changes)
+    try:
+        return edited if yaml.safe_load(edited) == yaml.safe_load(written) else written
+    except yaml.YAMLError:
+        return written
+
+
 def set_field(card: str, name: str, value: Any) -> str:
     """Return a card with a field of its head set, or removed if `value` is None; nothing else is changed.
 
@@ -215,14 +230,19 @@ def set_field(card: str, name: str, value: Any) -> str:
     head, text = _split(card)
     if head is None:
         return card if value is None else f'---\n{_edited("", {name: value})}---\n{card}'
-    return f'---\n{_edited(head, {name: value})}---\n{text}'
+    expected = {**(yaml.safe_load(head) or {}), name: value}
+    if value is None:
+        del expected[name]
+    return f'---\n{_with_fields(head, {name: value}, expected)}---\n{text}'
 
 
 def set_source(card: str, source: str) -> str:
     """Return a card whose snippet, where this package wrote it, loads the model by another name."""
     return OURS.sub(
         lambda block: re.sub(
-            r"create_model\('(local-dir|hf-hub):[^']*'", lambda _: f"create_model('{source}'", block.group(0)
+            r"create_model\(['\"](local-dir|hf-hub):.*?(?=, pretrained)",
+            lambda _: f'create_model({source!r}',
+            block.group(0),
         ),
         card,
     )

@@ -18,21 +18,29 @@ from urllib.parse import unquote
 import timm
 from timm.data import resolve_input_data_config
 from timm.layers import to_2tuple
-from timm.models import PretrainedCfg, get_arch_pretrained_cfgs, get_model_input_config, split_model_name_tag
+from timm.models import (
+    PretrainedCfg,
+    clean_state_dict,
+    get_arch_pretrained_cfgs,
+    get_model_input_config,
+    get_pretrained_cfg,
+    split_model_name_tag,
+)
 from timm.utils import natural_key
 
 from ..checks import Size as ImageSize
 from ..checks import conform, show
 from ..data import DATA_FIELDS, check_data_config
+from ..folders import split_role
 from ..labels import normalise_label_names
 from ..models.base import Hybrid
 from ..models.loading import assign_, fill_buffers_
 from ..weights.augreg import PublishedName, read_name, url_of
-from ..weights.checkpoints import checkpoint_files, read_checkpoint
+from ..weights.checkpoints import INDEX_NAMES, checkpoint_files, read_checkpoint
 from ..weights.checksums import SHA256_FIELD, check_once
 from ..weights.comparison import add_batch_counts, check_dtypes, check_keys
-from ..weights.downloads import hub_file, url_file
-from ..weights.files import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME
+from ..weights.downloads import NotInRepository, at_commit, hub_file, url_file
+from ..weights.files import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME, WEIGHTS_NAMES
 from ..weights.layouts import StateDict, convert_layout, find_layout
 from ..weights.sources import hub_weights, local_weights
 from .cards import OURS, read_card, render_card
@@ -89,7 +97,7 @@ def convert(
     for file in checkpoint_files(path):
         check_once(file)
     weights, about = read_checkpoint(path, use_ema)
-    layout = find_layout(weights)
+    layout = find_layout(clean_state_dict(weights))
     state_dict = convert_layout(weights)
     args = _settings(path, about)
     name, kwargs = _architecture(model, args, about, config, state_dict)
@@ -149,10 +157,20 @@ def _find(source: str) -> Tuple[Path, Dict[str, Any], Dict[str, Any], Optional[s
     for name in (CONFIG_NAME, PREPROCESSOR_NAME):
         beside = path.with_name(name)
         if hub_id:
-            with suppress(FileNotFoundError):  # not every repository has both
-                beside = hub_file(hub_id, (name,))
+            with suppress(NotInRepository):  # not every repository has both
+                beside = hub_file(at_commit(hub_id, path.parent.name), (name,))
         found.append(_read_json(beside) if beside.is_file() else {})
-    return path, _nested(found[0]), found[1], None
+    config, preprocessor = found
+    if not hub_id and Path(source).is_file() and path.name not in (*WEIGHTS_NAMES, *INDEX_NAMES):
+        # a folder of downloads may hold the config.json of any other model
+        config, preprocessor = (config, preprocessor) if _is_of_layout(config) else ({}, {})
+    return path, _nested(config), preprocessor, None
+
+
+def _is_of_layout(config: Dict[str, Any]) -> bool:
+    """Return whether a config.json is one of a model whose weights we read."""
+    name = split_model_name_tag(str(config.get('architecture')))[0]
+    return timm.is_model(name) or config.get('model_type') in ('vit-hybrid', 'dpt')
 
 
 def _read_json(path: Path) -> Dict[str, Any]:
@@ -296,11 +314,18 @@ def _label_names(args: Dict[str, Any], config: Dict[str, Any], num_classes: int)
     folder = args.get('data_dir') or args.get('data')
     kind = args.get('dataset') or ''
     if not names and folder and not args.get('class_map') and kind in FOLDERS:
-        split = Path(folder) / (args.get('train_split') or 'train')
-        root = split if split.is_dir() else Path(folder)
-        if root.is_dir():
-            names = sorted((child.name for child in root.iterdir() if child.is_dir()), key=FOLDERS[kind])
+        names = _class_folders(Path(folder), args.get('train_split') or 'train')
+        names = names and sorted(names, key=FOLDERS[kind])
     return normalise_label_names(names, num_classes) if names and len(names) == num_classes else None
+
+
+def _class_folders(root: Path, split: str) -> List[str]:
+    """Return the names of the folders that timm took for classes: those of the split, if it is there, else all."""
+    split = split.partition('[')[0]
+    alike = [split, *(('train', 'training') if split in ('train', 'training') else ())]
+    folder = next((root / name for name in alike if (root / name).is_dir()), root)
+    names = [child.name for child in folder.iterdir() if child.is_dir()] if folder.is_dir() else []
+    return [] if folder == root and names and all(map(split_role, names)) else names
 
 
 def _data_config(
@@ -311,10 +336,14 @@ def _data_config(
     input_size = (channels, *(to_2tuple(trained_size) if trained_size else size))
     cfgs = get_arch_pretrained_cfgs(model.pretrained_cfg['architecture']).values()
     published = [cfg.to_dict() for cfg in cfgs if tuple(cfg.input_size[-2:]) == tuple(input_size[-2:])]
-    told: Dict[str, Any] = dict(published[0] if published else model.pretrained_cfg)  # pyright: ignore
+    # train.py took the data config of the model that it names
+    named = None
+    with suppress(RuntimeError):  # a tag that timm does not know
+        named = get_pretrained_cfg(str(args.get('model')))
+    told: Dict[str, Any] = named.to_dict() if named else dict(published[0] if published else model.pretrained_cfg)
     told.update(check_data_config(CONFIG_NAME, config.get('pretrained_cfg') or {}), input_size=input_size)
     if preprocessor:
-        told['crop_pct'] = 1.0
+        told.update(_crop(preprocessor))
         told.update(
             {key: tuple(preprocessor[f'image_{key}']) for key in ('mean', 'std') if preprocessor.get(f'image_{key}')}
         )
@@ -323,6 +352,24 @@ def _data_config(
         key: value for key, value in args.items() if key not in ('img_size', 'input_size', 'in_chans', 'model_kwargs')
     }
     return resolve_input_data_config(model, args=asked, pretrained_cfg=told)
+
+
+def _crop(preprocessor: Dict[str, Any]) -> Dict[str, Any]:
+    """Return how transformers crops, in timm's words: resized to a size, of which the middle may be taken."""
+    size, crop = preprocessor.get('size'), preprocessor.get('crop_size')
+    crops = bool(preprocessor.get('do_center_crop', crop))
+    sides = [_side(size), _side(crop) if crops else None]
+    if None not in sides and 0 < sides[1] <= sides[0]:
+        return dict(crop_pct=sides[1] / sides[0])
+    is_exact = isinstance(size, dict) and 'height' in size and not preprocessor.get('keep_aspect_ratio')
+    return dict(crop_pct=1.0, **(dict(crop_mode='squash') if is_exact and not crops else {}))
+
+
+def _side(size: Any) -> Any:
+    """Return the shorter side that transformers' names for a size tell; None if they tell none."""
+    if isinstance(size, dict):
+        size = size.get('shortest_edge') or min(size.get('height') or 0, size.get('width') or 0)
+    return size if isinstance(size, (int, float)) and size else None
 
 
 def _recipe(args: Dict[str, Any], about: Dict[str, Any]) -> str:

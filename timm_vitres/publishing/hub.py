@@ -3,13 +3,15 @@
 folder -> `push` -> repository, one commit, its checksums compared -> timm.create_model('hf-hub:me/name')
 """
 
+import logging
+import re
 import tempfile
 from pathlib import Path
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple, TypeVar, Union
 
 import timm
-from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, constants
-from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, constants
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, RepositoryNotFoundError
 from huggingface_hub.hf_api import RepoFile
 from timm.models import PretrainedCfg, get_pretrained_cfg, parse_model_name
 from torch import nn
@@ -27,7 +29,13 @@ from .saving import save
 
 # these files show how the training went; they are pushed beside weights, config and card
 EXTRA_NAMES = ('curves.png', 'summary.csv')
+# weights under the other names that libraries look for; a commit that left them there would hold two models
+OTHER_WEIGHTS = re.compile(
+    r'pytorch_model\.(bin|pth)|model\.pth|(pytorch_model|model)-\d{5}-of-\d{5}\.(bin|safetensors)'
+    r'|pytorch_model\.bin\.index\.json|model\.safetensors\.index\.json'
+)
 Result = TypeVar('Result')
+_logger = logging.getLogger(__name__)
 
 
 def check_folder(folder: Path) -> nn.Module:
@@ -133,16 +141,24 @@ def _commit(
     api: HfApi, repo_id: str, revision: Optional[str], folder: Path, card: str, message: str
 ) -> Tuple[CommitInfo, Dict[str, Union[Path, bytes]]]:
     """Send a folder's files, and a card merged with the Hub's, in one commit; return the commit and what was sent."""
-    parent = _ask('look at the repository', repo_id, lambda: api.repo_info(repo_id, revision=revision)).sha
+    info = _ask('look at the repository', repo_id, lambda: api.repo_info(repo_id, revision=revision))
+    parent = info.sha
     old = _ask('read its card', repo_id, lambda: _read_card(api, repo_id, parent))
     sent: Dict[str, Union[Path, bytes]] = {path.name: path for path in push_files(folder)}
     sent[CARD_NAME] = (merge_cards(old, card) if old else card).encode()
+    others = [file.rfilename for file in info.siblings or () if OTHER_WEIGHTS.fullmatch(file.rfilename)]
 
     def commit() -> CommitInfo:
-        operations = [CommitOperationAdd(name, file) for name, file in sent.items()]  # an operation works only once
+        # an operation works only once
+        operations: List[Any] = [CommitOperationAdd(name, file) for name, file in sent.items()]
+        operations += [CommitOperationDelete(name) for name in others]
         return api.create_commit(repo_id, operations, commit_message=message, revision=revision, parent_commit=parent)
 
-    return _ask('commit', repo_id, commit), sent
+    done = _ask('commit', repo_id, commit)
+    if others:
+        names = ', '.join(others[:3]) + (f' and {len(others) - 3} more' if len(others) > 3 else '')
+        _logger.warning('%s: %s went, weights of an earlier model; earlier commits still have them.', repo_id, names)
+    return done, sent
 
 
 def model_name(repo_id: str, revision: Optional[str] = None) -> str:
@@ -166,6 +182,8 @@ def _read_card(api: HfApi, repo_id: str, revision: Optional[str]) -> Optional[st
     with tempfile.TemporaryDirectory() as temporary:
         try:
             path = api.hf_hub_download(repo_id, CARD_NAME, revision=revision, cache_dir=temporary)
+        except LocalEntryNotFoundError as error:  # it is there, perhaps, but the Hub does not say so
+            raise ConnectionError(_short(error.__cause__ or error)) from error
         except EntryNotFoundError:
             return None
         return read_card(Path(path))

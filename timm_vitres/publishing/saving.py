@@ -111,6 +111,9 @@ def render_config(
     # config.json has both fields at its top already; transformers would pass num_classes on twice
     config.get('model_args', {}).pop('num_classes', None)
     config['pretrained_cfg'].pop('label_names', None)
+    own = _own_label_names(model)
+    if names and (own is None or names != normalise_label_names(own, model.num_classes)):
+        config['pretrained_cfg'].pop('label_descriptions', None)  # those are of classes with other names
     return config
 
 

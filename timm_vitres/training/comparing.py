@@ -37,7 +37,7 @@ from .datasets import load_data
 from .held_out import report as held_out_report
 from .loaders import create_loaders, names_of
 from .loop import Diverged, finetune
-from .plans import PLAN_NAME, Plan, asked_for, make_plan, note_versions, single
+from .plans import PLAN_NAME, Plan, asked_for, in_proportion, make_plan, note_versions, seen_alike, single
 from .processes import Processes
 from .report import Best, best_epoch, evaluate, read_summary
 from .reserved import for_verdict, images_of
@@ -94,6 +94,7 @@ def compare(
     """
     if int(os.environ.get('WORLD_SIZE') or 1) > 1:
         raise ValueError('compare: runs in one process; start it without torchrun.')
+    cfg = seen_alike(cfg, models)
     asked = asked_for(cfg, models, seeds, lrs, minutes, test_split, test_frac)
     folder = Path(cfg.output)
     check_place(cfg, folder)
@@ -160,7 +161,7 @@ class _Comparing:
         if not found:
             return None
         best = max(found, key=lambda lr: found[lr])
-        if best in (min(lrs), max(lrs)) and len(found) > 2:
+        if best in (min(lrs), max(lrs)):
             _logger.info('search: %s: %g is at an end of lrs; a better one may lie beyond.', name, best)
         return best
 
@@ -172,8 +173,9 @@ class _Comparing:
         arm, folder = self.plan.arms[name], self._place(part, name, lr, seed)
         epochs = arm.search_epochs if part == SEARCH else arm.epochs
         images = images_of(self.plan.images, self.cfg.val_frac, seed)
+        recipe = in_proportion(self.cfg, epochs / max(one.epochs for one in self.plan.arms.values()))
         cfg = dataclasses.replace(
-            arm.cfg(self.cfg), lr=lr, seed=seed, epochs=epochs, output=str(folder), no_check=True, val_split=''
+            arm.cfg(recipe), lr=lr, seed=seed, epochs=epochs, output=str(folder), no_check=True, val_split=''
         )
         row = {**dict.fromkeys(COLUMNS, ''), 'part': part}
         row.update(arm=name, lr=f'{lr:g}', seed=str(seed), epochs=str(epochs), state='')

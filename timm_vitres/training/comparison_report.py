@@ -130,19 +130,21 @@ def write_comparison(
         (folder / PICTURE_NAME).unlink(missing_ok=True)
     lines = ['# A comparison', '', sentence, '', *table_lines(figures), '']
     lines += [f'![{column} of every run]({PICTURE_NAME})', ''] if draws else []
-    lines += [_how(cfg, plan), '']
+    lrs = {name: float(own[0]['lr']) for name, own in rows.items() if own and own[0]}
+    lines += [_how(cfg, plan, lrs), '']
     with replacing(folder / REPORT_NAME) as path:
         path.write_text('\n'.join(lines), encoding='utf-8')
 
 
-def _how(cfg: FinetuneCfg, plan: Plan) -> str:
-    """Return how the figures came about, in a few sentences."""
+def _how(cfg: FinetuneCfg, plan: Plan, chosen: Mapping[str, float]) -> str:
+    """Return how the figures came about, in a few sentences; `chosen` has the learning rate of each arm."""
     minutes = plan.asked['minutes']
     cost = 'Every arm was trained for as many epochs.'
     if minutes is not None:
         cost = f'Every arm was trained for about {minutes:g} minutes of steps, by their measured time, in whole epochs'
         got = {name: as_minutes(arm.epochs * plan.batches * arm.step_seconds) for name, arm in plan.arms.items()}
         cost += f' ({listed([f"{name} {value}" for name, value in got.items()])}).' if plan.batches else '.'
+        cost += ' Where the recipe counts epochs, it means those of the arm with the most; others have as large a part.'
     default = type(cfg)(data_dir='.')
     given = [
         f'{name}={value}'
@@ -156,11 +158,15 @@ def _how(cfg: FinetuneCfg, plan: Plan) -> str:
             f'The learning rate of each arm is that of {lrs} which was best on validation images, with seed '
             f'{plan.seeds[0]} and a {"third" if SHORT == 3 else f"{SHORT}th"} of the epochs, or one.'
         )
+        ends = [name for name, lr in chosen.items() if lr in (min(plan.lrs), max(plan.lrs))]
+        if ends:
+            search += f' A better one may lie beyond that of {listed(ends)}, which is the least or the largest of them.'
     versions = ', '.join(f'{name} {version}' for name, version in plan.versions.items())
+    copies = '' if plan.images.get('copies_are_out', True) else ', unless as copies, for which nobody looked'
     return (
-        f'{plan.images["description"]}. {cost} {search} No model was trained on test images, and nothing was chosen by '
-        f'them. Seeds: {", ".join(map(str, plan.seeds))}; mean ± sample standard deviation. Times were measured on '
-        f'{plan.machine}, in rounds in which the arms took turns: a training step of {cfg.batch_size} images, and one '
-        f'image in evaluation. One recipe for all: {", ".join(given) or "the defaults"}. With {versions}. Every run is '
-        f'in runs/, and a row of {RESULTS_NAME}.'
+        f'{plan.images["description"]}. {cost} {search} No model was trained on test images{copies}, and nothing was '
+        f'chosen by them. Seeds: {", ".join(map(str, plan.seeds))}; mean ± sample standard deviation. Times were '
+        f'measured on {plan.machine}, in rounds in which the arms took turns: a training step of {cfg.batch_size} '
+        f'images, and one image in evaluation. One recipe for all: {", ".join(given) or "the defaults"}. With '
+        f'{versions}. Every run is in runs/, and a row of {RESULTS_NAME}.'
     )

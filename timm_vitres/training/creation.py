@@ -227,6 +227,12 @@ def part_parameters(model: nn.Module, part: str) -> Dict[str, nn.Parameter]:
     return found
 
 
+def still_norms(model: nn.Module) -> List[nn.Module]:
+    """Return the BatchNorms that are not trained, whose statistics shall stay, too."""
+    norms = [layer for layer in model.modules() if isinstance(layer, BATCH_NORMS)]
+    return [norm for norm in norms if not any(value.requires_grad for value in norm.parameters())]
+
+
 class Frozen:
     """A part of a model that stays as it is for a while; its BatchNorms keep their statistics, too."""
 

@@ -16,16 +16,15 @@ import torch
 from timm.data import Mixup
 from timm.utils import AverageMeter, distribute_bn, random_seed, unwrap_model
 from torch import nn
-from tqdm import tqdm
 
 from ..checks import on_one_line
 from ..folders import shown
 from ..pictures import draws_curves
 from ..publishing.saving import save
-from .creation import Frozen, create_finetune_model, merged, state_of, without_weights
+from .creation import Frozen, create_finetune_model, merged, state_of, still_norms, without_weights
 from .held_out import Answers, remove_report, write_report
 from .loaders import create_loaders, names_of
-from .optimisation import Stepper, are_finite, create_optimizer, create_scheduler, learning_rate
+from .optimisation import Stepper, are_finite, create_optimizer, create_scheduler, learning_rate, unscaled_lr
 from .processes import Processes, joined
 from .report import CURVES_NAME, Best, best_epoch, evaluate, run_card, write_summary
 from .runs import CHECKPOINT_NAME, RECORD_NAME, Record, given_settings
@@ -126,6 +125,7 @@ class _Run:
         self.num_updates = self.stepper.updates(len(self.train_batches))
         self.scheduler = create_scheduler(cfg, self.optimizer, self.num_updates)
         self.frozen = Frozen(self.model, cfg.freeze) if cfg.freeze else None
+        self.still = still_norms(self.model) if cfg.lora else []
         if cfg.model_ema:
             self.task.setup_ema(decay=cfg.model_ema_decay, use_warmup=cfg.model_ema_warmup)
         if cfg.torchcompile:
@@ -146,7 +146,8 @@ class _Run:
         """Train the epochs that are left, and return the folder of the finished model."""
         cfg, first = self.cfg, self.processes.of_first
         if first(lambda: bool(self.history) and not is_whole(self.folder, self.history)):
-            self._write_results()  # a kill came between the checkpoint and this
+            self._tell(self.history[-1])  # a kill came between the checkpoint and this
+            self._write_results()
         check = self.data.check if self.processes.is_first else None
         with check if check is not None else nullcontext():
             while not is_over(cfg, self.history):
@@ -164,7 +165,7 @@ class _Run:
                             self.trackers.remove()
                     raise
                 first(lambda: check.raise_if_bad() if check is not None else None)
-                row.update(metrics, lr=self.optimizer.param_groups[0]['lr'])
+                row.update(metrics, lr=unscaled_lr(self.optimizer))
                 row['seconds'] = round(time.perf_counter() - start, 1)
                 self._finish_epoch(row, answers)
         first(self._write_report)
@@ -187,7 +188,7 @@ class _Run:
         plan = self.stepper.plan(len(self.train_batches))
         name = f'epoch {epoch + 1}/{self.cfg.epochs}'
         self.optimizer.zero_grad()
-        with tqdm(self.train_batches, desc=name, leave=False, disable=not self.processes.is_first) as bar:
+        with self.processes.bar(self.train_batches, name) as bar:
             for (x, target), (share, is_last) in zip(bar, plan):
                 x, target = x.to(self.device), target.to(self.device)
                 if self.mixup is not None:
@@ -195,7 +196,7 @@ class _Run:
                 if self.cfg.channels_last:
                     x = x.contiguous(memory_format=torch.channels_last)
                 losses.update(self._step(x, target, share, is_last, epoch), len(x))
-                bar.set_postfix(loss=f'{losses.avg:.3f}')
+                bar.set_postfix(loss=f'{losses.avg:.3f}', refresh=False)
                 if not is_last:
                     continue
                 if self.processes.any(not are_finite(tensors)):
@@ -230,6 +231,8 @@ class _Run:
         is_frozen = self.frozen is not None and epoch < (self.cfg.freeze_epochs or self.cfg.epochs)
         if self.frozen is not None:
             self.frozen.set_(is_frozen)
+        for norm in self.still:
+            norm.eval()
         module = self.task.get_trainable_module()
         is_shared = isinstance(module, nn.parallel.DistributedDataParallel)
         if self.processes.count > 1 and not self.cfg.fsdp and (not is_shared or epoch == self.cfg.freeze_epochs):
@@ -272,15 +275,18 @@ class _Run:
         state = self._state()
         if self.processes.is_first:
             write_state(self.folder, state)
+        self._tell(row)
         self._write_results()
-        if self.trackers is not None:
-            self.trackers.log(row)
         averaged = f' (averaged weights {row["ema_top1"]:.2f})' if 'ema_top1' in row else ''
         _logger.info(
             'epoch %d: train loss %.3f, validation loss %.3f, top1 %.2f%s, balanced %.2f, %.0f s',
             *(row['epoch'], row['train_loss'], row['eval_loss'], row['eval_top1'], averaged, row['eval_balanced']),
             row['seconds'],
         )
+
+    def _tell(self, row: Dict[str, Any]) -> None:
+        if self.trackers is not None:
+            self.trackers.log(row)
 
     def _state(self) -> Dict[str, Any]:
         """Return what the next epoch needs; every process must ask for it."""
@@ -297,6 +303,14 @@ class _Run:
             state['scaler'] = self.stepper.scaler.state_dict()
         return state
 
+    def _kept_state(self) -> Dict[str, Any]:
+        """Return the state of the last epoch, its adapters merged, since other programs load it."""
+        state = self._state()
+        for name, is_averaged in (('state_dict', False), ('state_dict_ema', True)) if self.cfg.lora else ():
+            if name in state:
+                state[name] = merged(unwrap_model(self.task.get_eval_model(ema=is_averaged))).state_dict()
+        return state
+
     def _write_results(self) -> None:
         """Write the model, if the last epoch is the best one, and then the table of epochs, the last thing."""
         best, cfg = self.best, self.cfg
@@ -310,7 +324,7 @@ class _Run:
             if cfg.checkpoint_hist:
                 metrics = [best_epoch([row], cfg.eval_metric).metric(cfg.eval_metric) for row in self.history]
                 metrics = [-metric for metric in metrics] if cfg.eval_metric == 'loss' else metrics
-                keep_best(self.folder, self._state(), metrics, cfg.checkpoint_hist, cfg.model)
+                keep_best(self.folder, self._kept_state(), metrics, cfg.checkpoint_hist, cfg.model)
             write_summary(self.history, self.folder)
 
     def _whole_model(self, weights: str) -> Optional[nn.Module]:

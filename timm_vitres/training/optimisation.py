@@ -85,6 +85,11 @@ def create_scheduler(cfg: FinetuneCfg, optimizer: torch.optim.Optimizer, num_upd
     return scheduler
 
 
+def unscaled_lr(optimizer: torch.optim.Optimizer) -> float:
+    """Return the learning rate of now, without the factors that layer_decay gives to groups of parameters."""
+    return max(group['lr'] / (group.get('lr_scale') or 1.0) for group in optimizer.param_groups)
+
+
 def lacks_bfloat16(device: torch.device) -> bool:
     """Return whether a device is a CPU without instructions for bfloat16, which computes in it many times slower."""
     return device.type == 'cpu' and torch.backends.cpu.get_cpu_capability() == 'AVX2'

@@ -21,8 +21,9 @@ from ..measure import as_minutes, as_ms, measure
 from ..models.arms import ARMS
 from ..writing import replacing
 from .creation import create_finetune_model, image_size
-from .optimisation import Stepper, check_optimizer, create_optimizer, needs_muon_in_float32
+from .optimisation import Stepper, are_finite, check_optimizer, create_optimizer, needs_muon_in_float32
 from .processes import Processes
+from .recipes import recipe
 from .reserved import num_training, reserve, training_counts
 from .runs import current_versions, from_anywhere
 from .settings import FinetuneCfg
@@ -39,6 +40,7 @@ OWN = (
     *('distill_loss_weight', 'task_loss_weight', 'early_stopping', 'checkpoint_hist', 'log_wandb', 'log_tensorboard'),
     *('fsdp', 'sync_bn', 'autotune'),
 )
+SEEN = ('img_size', 'mean', 'std', 'interpolation', 'crop_pct')  # what an image becomes before an arm sees it
 ELSEWHERE = ('output', 'workers', 'no_check')  # these change no result, and may change when a comparison goes on
 SHORT = 3  # the search for a learning rate takes the epochs divided by this
 IMG_SIZE = 64  # what arms are made for where the recipe names no size: that of the smaller models
@@ -89,6 +91,23 @@ class Plan:
     def lrs(self) -> List[float]:
         """The learning rates to choose from."""
         return self.asked['lrs']
+
+
+def seen_alike(cfg: FinetuneCfg, models: Sequence[str]) -> FinetuneCfg:
+    """Return a recipe with sizes and colours of images for all arms, where it leaves them to models that differ."""
+    if not any(model in ARMS for model in models):
+        return cfg
+    shared = {name: value for name, value in recipe('compare').items() if name in SEEN}
+    return dataclasses.replace(cfg, **{name: value for name, value in shared.items() if getattr(cfg, name) is None})
+
+
+def in_proportion(cfg: FinetuneCfg, part: float) -> FinetuneCfg:
+    """Return a recipe whose schedule is that of a run of so many times the epochs: warm-up and all other epochs."""
+    epochs = {name: getattr(cfg, name) * part for name in ('warmup_epochs', 'decay_epochs') if getattr(cfg, name)}
+    if cfg.mixup_off_epoch:
+        epochs['mixup_off_epoch'] = max(round(cfg.mixup_off_epoch * part), 1)
+    milestones = tuple(max(round(epoch * part), 1) for epoch in cfg.decay_milestones)
+    return dataclasses.replace(cfg, decay_milestones=milestones, **epochs)
 
 
 def asked_for(
@@ -277,9 +296,11 @@ def _functions(
     stepper = Stepper(cfg, task, optimizer, device, needs_muon_in_float32(cfg, device))
 
     task.train()
+    tensors = [*model.parameters(), *model.buffers()]
 
     def step(_: Any) -> None:
         stepper.backward(stepper.loss(x, target), 1, True)
+        are_finite(tensors)  # as a run asks after every step
 
     def view(_: Any) -> None:
         with torch.inference_mode():

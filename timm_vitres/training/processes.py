@@ -6,6 +6,7 @@ goes over gloo, between CPUs, wherever the model computes.
 
 import logging
 import os
+import sys
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -13,6 +14,7 @@ from typing import Any, Callable, Iterator, List, Optional, TypeVar
 
 import torch
 from torch import distributed as dist
+from tqdm import tqdm
 
 T = TypeVar('T')
 PATIENCE = timedelta(hours=2)  # the first process may look at every image while the others wait for it
@@ -88,6 +90,11 @@ class Processes:
         values: List[Any] = [None] * self.count
         dist.all_gather_object(values, value, group=self.group)
         return values
+
+    def bar(self, batches: Any, what: str) -> Any:
+        """Return a progress bar over batches, in the first process; one in a file is written seldom."""
+        seconds = 0.1 if sys.stderr.isatty() else 10.0
+        return tqdm(batches, desc=what, leave=False, disable=not self.is_first, mininterval=seconds)
 
     def device(self, name: str) -> str:
         """Return the device of this process: where a name is one of cuda, each process has its own."""

@@ -11,7 +11,6 @@ import torch
 from huggingface_hub import EvalResult
 from timm.task import ClassificationEvaluator
 from torch import nn
-from tqdm import tqdm
 
 from ..folders import shown
 from ..pictures import draws_curves, plot_curves
@@ -20,11 +19,21 @@ from ..views import averaged
 from ..writing import replacing
 from .held_out import Answers, report
 from .loaders import Batches
+from .optimisation import learning_rate
 from .processes import Processes
 from .runs import LOCAL, Record
 
 SUMMARY_NAME = 'summary.csv'
 CURVES_NAME = 'curves.png'
+ALWAYS_TOLD = ('epochs', 'batch_size', 'opt', 'lr', 'weight_decay', 'sched', 'layer_decay', 'smoothing', 'seed')
+# settings that a card's recipe leaves out: others of its sentences have them, or they say where, and not how
+TOLD_ELSEWHERE = (
+    *('data_dir', 'dataset', 'dataset_download', 'train_split', 'val_split', 'val_frac', 'class_map', 'input_key'),
+    *('target_key', 'train_num_samples', 'val_num_samples', 'skip_bad', 'no_check', 'model', 'pretrained'),
+    *('pretrained_path', 'initial_checkpoint', 'model_kwargs', 'img_size', 'in_chans', 'mean', 'std', 'interpolation'),
+    *('crop_pct', 'output', 'resume', 'eval_metric', 'tta', 'checkpoint_hist', 'log_wandb', 'log_tensorboard'),
+    *('device', 'workers', 'validation_batch_size', 'autotune'),
+)
 WEIGHTS = {'eval': 'the weights', 'ema': 'the averaged weights'}  # whose metrics a row has, by the names' beginning
 
 
@@ -60,7 +69,7 @@ def evaluate(
     indices = batches.indices()
     parts: List[Answers] = []
     with torch.no_grad():  # not inference_mode, whose tensors a sharded model could not use in training again
-        for x, target in tqdm(batches, desc='validation', leave=False, disable=not processes.is_first):
+        for x, target in processes.bar(batches, 'validation'):
             with autocast():
                 output = averaged(model, x.to(device), tta)
             evaluator.update(output, target.to(device))
@@ -155,12 +164,11 @@ def run_card(record: Record, best: Best, model: nn.Module, name: str) -> str:
 def _recipe(record: Record) -> str:
     """Return what a run was trained with, as name=value: what every run has, and what this one was given beside."""
     cfg = record.trained_cfg
-    names = ['epochs', 'batch_size', 'opt', 'lr', 'weight_decay', 'sched', 'layer_decay', 'smoothing', 'seed']
-    names += ['head_loss', 'lr_base', 'grad_accum_steps', 'model_ema', 'lora', 'freeze', 'freeze_epochs']
-    names += ['kd_model_name', 'kd_distill_type'] if cfg.kd_model_name else []
     default = type(cfg)(data_dir='.')
-    given = [name for name in names if names.index(name) < 9 or getattr(cfg, name) != getattr(default, name)]
-    values = {name: getattr(cfg, name) for name in given}
+    given = [name for name in vars(cfg) if getattr(cfg, name) != getattr(default, name)]
+    names = dict.fromkeys([*ALWAYS_TOLD, *(name for name in given if name not in TOLD_ELSEWHERE)])
+    values = {name: getattr(cfg, name) for name in names}
+    values['lr'] = f'{learning_rate(cfg, cfg.batch_size * cfg.grad_accum_steps * record.processes):g}'
     if cfg.kd_model_name:
         values['kd_model_name'] = _without_place(cfg.kd_model_name).removeprefix(LOCAL)
     values.update(dict(processes=record.processes) if record.processes > 1 else {})

@@ -14,7 +14,7 @@ from typing import Any, Dict, List, Optional
 from torch.utils.data import IterableDataset
 
 from ..folders import find_splits, folders_in, shown, split_folder
-from .checking import raise_for, unreadable
+from .checking import MANY, raise_for, unreadable
 from .copies import check_copies, find_copies
 from .datasets import FOLDER_NAMES, UNREADABLE, ImageFolder, check_apart, listed, load_data
 from .settings import FinetuneCfg
@@ -69,7 +69,7 @@ def reserve(cfg: FinetuneCfg, mode: str, test_split: str = TEST, test_frac: floa
     how += without([label for label in data.label_names if label not in found])
     count = sum(len(part) for part in rows.values() if part)
     description = f'{count} images of {len(data.label_names)} classes in {shown(root.resolve().name)}; {how}'
-    return {'label_names': data.label_names, 'description': description, **rows}
+    return {'label_names': data.label_names, 'description': description, 'copies_are_out': count <= MANY, **rows}
 
 
 def _of_dataset(cfg: FinetuneCfg, mode: str, test_split: str) -> Dict[str, Any]:
@@ -92,6 +92,7 @@ def _of_dataset(cfg: FinetuneCfg, mode: str, test_split: str) -> Dict[str, Any]:
         'label_names': data.label_names,
         'description': data.description.replace('validation', TEST),
         'counts': data.counts,
+        'copies_are_out': False,
         **sets,
     }
 

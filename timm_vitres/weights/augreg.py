@@ -8,7 +8,7 @@ The names are of `How to train your ViT?` (AugReg, Steiner et al. 2022, arXiv:21
 """
 
 import re
-from pathlib import Path
+from pathlib import PurePath
 from typing import Any, Dict, NamedTuple, Optional, Union
 from urllib.parse import quote, unquote, urlparse
 
@@ -52,9 +52,9 @@ class PublishedName(NamedTuple):
         return dict(architecture=self.architecture, pretrained_cfg=cfg)
 
 
-def read_name(path: Union[str, Path]) -> Optional[PublishedName]:
+def read_name(path: Union[str, PurePath]) -> Optional[PublishedName]:
     """Return what the name in a path or URL tells, of the first paper's files with its folder; None for other names."""
-    path = unquote(str(path)).removesuffix('.npz')
+    path = unquote(path.as_posix() if isinstance(path, PurePath) else path).removesuffix('.npz')
     folder, _, name = path.rpartition('/')
     if found := _AUGREG.fullmatch(name):
         recipe = f'By its name, it was pretrained on {found["upstream"]} for {found["epochs"]} epochs'

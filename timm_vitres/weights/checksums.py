@@ -53,7 +53,8 @@ def told_sha256(folder: Path) -> Optional[str]:
     with suppress(OSError, ValueError):
         if (folder / CONFIG_NAME).is_file():  # opening a pipe would wait for a writer
             config = json.loads((folder / CONFIG_NAME).read_text(encoding='utf-8'))
-    if isinstance(config, dict) and SHA256_FIELD in config:
+    # transformers copies fields that it does not know from the config.json of the model that it began with
+    if isinstance(config, dict) and SHA256_FIELD in config and 'transformers_version' not in config:
         told = config[SHA256_FIELD]
         if not isinstance(told, str) or not re.fullmatch('[0-9a-f]{64}', told):
             raise OSError(f'{folder / CONFIG_NAME} is damaged: its {SHA256_FIELD} is {told!r:.80}, no sha256.')

@@ -4,6 +4,8 @@ Hub id -> `hub_file` -> a path in the Hub's cache; URL -> `url_file` -> a path i
 """
 
 import hashlib
+import os
+import secrets
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -12,14 +14,19 @@ from urllib.error import HTTPError, URLError
 from urllib.parse import urlparse
 
 import torch
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
+from huggingface_hub import hf_hub_download, try_to_load_from_cache
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+from ..writing import TEMPORARY
 from .checksums import check_once, hash_in_name
-from .files import WEIGHTS_NAMES
+from .files import WEIGHTS_NAMES, is_whole
 
 PATIENCE = 10.0  # seconds; a call that took longer is not repeated
 Result = TypeVar('Result')
+
+
+class NotInRepository(FileNotFoundError):
+    """A Hub repository was asked, and has no such file."""
 
 
 def is_transient(error: BaseException) -> bool:
@@ -67,7 +74,8 @@ def hub_file(
         token: By default that of whoever is logged in.
 
     Raises:
-        FileNotFoundError: where the repository has none of them, or the Hub can't be reached and the cache is empty.
+        FileNotFoundError: where the repository has none of them (`NotInRepository`), or the Hub can't be reached and
+            the cache is empty.
         ConnectionError: where the connection breaks again and again.
         huggingface_hub.errors.HfHubHTTPError: where the Hub refuses (no such repository, no right to read it).
     """
@@ -92,7 +100,21 @@ def hub_file(
         raise FileNotFoundError(
             f'{model_id}: {names} is not in the cache, and the Hub can not be reached ({unreachable}).'
         ) from unreachable
-    raise FileNotFoundError(f'{model_id}: the repository has no {names}.')
+    raise NotInRepository(f'{model_id}: the repository has no {names}.')
+
+
+def hub_commit(model_id: str, filename: str, cache_dir: Union[None, str, Path] = None) -> Optional[str]:
+    """Return the commit of which the cache has a repository's file; None where it has none. The Hub is not asked."""
+    repo_id, _, revision = str(model_id).partition('@')
+    with suppress(HFValidationError):
+        found = try_to_load_from_cache(repo_id, filename, cache_dir=cache_dir, revision=revision or None)
+        return Path(found).parent.name if isinstance(found, str) else None
+    return None
+
+
+def at_commit(model_id: str, commit: Optional[str]) -> str:
+    """Return a repository's name with a commit in place of its revision; None leaves it as it is."""
+    return f'{model_id.partition("@")[0]}@{commit}' if commit else model_id
 
 
 def url_file(url: str, cache_dir: Union[None, str, Path] = None) -> Path:
@@ -111,8 +133,12 @@ def url_file(url: str, cache_dir: Union[None, str, Path] = None) -> Path:
     path = folder / name if published else folder / hashlib.sha256(url.encode()).hexdigest()[:16] / name
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(f'{TEMPORARY}{secrets.token_hex(8)}-{name}')
         try:
-            retrying(lambda: torch.hub.download_url_to_file(url, str(path), published))
+            retrying(lambda: torch.hub.download_url_to_file(url, str(part), published))
+            if not is_whole(part):  # a connection may end without an error
+                raise OSError('it ended too early')
+            os.replace(part, path)
         except RuntimeError as error:  # torch compares the hash before the file is in the cache
             raise OSError(f'{url}: what arrived is not what the name says ({error}); try again.') from error
         except OSError as error:
@@ -121,6 +147,7 @@ def url_file(url: str, cache_dir: Union[None, str, Path] = None) -> Path:
                 f"pretrained_cfg_overlay=dict(file='...') takes it."
             ) from error
         finally:
+            part.unlink(missing_ok=True)
             if not published:
                 with suppress(OSError):  # it is not empty
                     path.parent.rmdir()

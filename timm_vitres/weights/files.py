@@ -7,6 +7,7 @@ import hashlib
 import json
 import re
 import struct
+import zipfile
 from pathlib import Path
 from typing import Any, Dict, Mapping, Optional
 
@@ -69,3 +70,24 @@ def write_safetensors(
             flat = tensors[name].detach().cpu().contiguous().reshape(-1)
             write(memoryview(flat.view(torch.uint8).numpy()))
     return digest.hexdigest()
+
+
+def is_whole(path: Path) -> bool:
+    """Return whether a file has its end, of a format that tells: safetensors, and zip, which torch and npz are."""
+    size = path.stat().st_size
+    with path.open('rb') as file:
+        start = file.read(9)
+        if start.startswith(b'PK'):
+            return zipfile.is_zipfile(path)
+        if start[8:] != b'{':
+            return True
+        length = int.from_bytes(start[:8], 'little')
+        if 8 + length > size:
+            return False
+        file.seek(8)
+        try:
+            entries = json.loads(file.read(length))
+        except ValueError:
+            return True  # whoever reads it says what is wrong
+    ends = [entry['data_offsets'][1] for name, entry in entries.items() if name != '__metadata__']
+    return 8 + length + max(ends, default=0) <= size

@@ -14,8 +14,8 @@ from timm.models import PretrainedCfg, list_pretrained
 from ..writing import TEMPORARY
 from .checkpoints import INDEX_NAMES, checkpoint_files
 from .checksums import check_once, told_sha256
-from .downloads import hub_file, url_file
-from .files import WEIGHTS_NAME, WEIGHTS_NAMES, WEIGHTS_SUFFIXES
+from .downloads import at_commit, hub_commit, hub_file, url_file
+from .files import CONFIG_NAME, WEIGHTS_NAME, WEIGHTS_NAMES, WEIGHTS_SUFFIXES
 from .shipped import is_shipped
 
 
@@ -76,7 +76,10 @@ def find_weights(cfg: PretrainedCfg, cache_dir: Union[None, str, Path] = None, t
         return local_weights(cfg.file)
     if cfg.hf_hub_id:
         names = [cfg.hf_hub_filename] if cfg.hf_hub_filename else None
-        return hub_weights(cfg.hf_hub_id, names, cache_dir, token)
+        model_id = cfg.hf_hub_id
+        if cfg.source == 'hf-hub':  # timm has read a config.json there, and the weights must be of the same commit
+            model_id = at_commit(model_id, hub_commit(model_id, CONFIG_NAME, cache_dir))
+        return hub_weights(model_id, names, cache_dir, token)
     if cfg.url:
         if not isinstance(cfg.url, str) or not urlparse(cfg.url).scheme:
             raise ValueError(f'url: got {cfg.url!r:.200} in the pretrained_cfg, expected one like https://...')
@@ -128,7 +131,7 @@ def hub_weights(
         path = hub_file(model_id, filenames or (*WEIGHTS_NAMES, *INDEX_NAMES), cache_dir, token)
         for shard in checkpoint_files(path):
             if shard != path:  # all shards must come from the index's commit
-                hub_file(f'{model_id.partition("@")[0]}@{path.parent.name}', (shard.name,), cache_dir, token)
+                hub_file(at_commit(model_id, path.parent.name), (shard.name,), cache_dir, token)
     except (HFValidationError, AttributeError) as error:  # a name that is no text has no `partition`
         raise ValueError(
             f"hf_hub_id: got {model_id!r:.200}, expected 'owner/name' or 'owner/name@revision'."
