@@ -367,7 +367,8 @@ def test_a_model_whose_norms_timm_has_frozen_is_saved(name, part, tmp_path):
 
 def test_descriptions_of_other_classes_are_forgotten(tmp_path):
     model = timm.create_model('test_vitresnet', num_classes=2)
-    model.pretrained_cfg.update(label_names=['cat', 'dog'], label_descriptions={'cat': 'a cat', 'dog': 'a dog'})
-    for names, described in ((None, True), (['cat', 'dog'], True), (['x', 'y'], False)):
+    described = {'cat': 'a cat', 'dog': 'a dog'}
+    model.pretrained_cfg.update(num_classes=2, label_names=['cat', 'dog'], label_descriptions=described)
+    for names, kept in ((None, True), (['cat', 'dog'], True), (['x', 'y'], False)):
         text = (timm_vitres.save(model, tmp_path / str(names), names) / 'config.json').read_text()
-        assert ('a cat' in text) == described
+        assert ('a cat' in text) == kept
