@@ -6,6 +6,7 @@ import timm
 import torch
 from conftest import draw, randomise_, rename_, stripes
 from PIL import Image
+from timm.utils import ModelEmaV3
 
 from timm_vitres.data import preprocess
 from timm_vitres.labels import label_names
@@ -80,11 +81,33 @@ def test_mistakes_in_calls(model):
         predict(model, [], topk=0)
     with pytest.raises(ValueError, match="tta: got 'turn', expected one of '', 'flip', 'shift'"):
         predict(model, [], tta='turn')
-    with pytest.raises(ValueError, match='model: it has no classes'):
-        predict(timm.create_model('test_vitresnet', num_classes=0), [])
+    for topk in ('3', 2.5):
+        with pytest.raises(ValueError, match=f'topk: got {topk!r}, expected a whole number from 1'):
+            predict(model, [], topk=topk)
+    for images, kind in ((5, 'int'), (['x.png', Image.new('L', (4, 4))], 'Image'), ([3], 'int')):
+        with pytest.raises(TypeError, match=f'images: got {kind}, expected a list of paths'):
+            predict(model, images)
+    with pytest.raises(TypeError, match=r'model: got str, expected a torch\.nn\.Module'):
+        predict('test_vitresnet', [])
+    for name, options in (
+        ('test_vitresnet', dict(num_classes=0)),
+        ('test_vitresnet', dict(features_only=True)),
+        ('test_vitresnet', dict(num_classes=3, global_pool='')),
+        ('test_vitresnet_dual', dict(num_classes=3, global_pool='')),
+    ):
+        with pytest.raises(ValueError, match='model: it has no classes, or does not pool'):
+            predict(timm.create_model(name, **options), [])
     # a mistake of the model is no image's
     with pytest.raises(ValueError, match='in_chans: the model takes 2'):
         predict(timm.create_model('test_vitresnet', in_chans=2), ['x.png', 'y.png'])
+
+
+def test_a_compiled_model_and_averaged_weights_predict(model, tmp_path):
+    path = draw(tmp_path / 'x.png')
+    expected = predict(model, [path])
+    assert not expected[1]
+    for wrapped in (torch.compile(model, backend='eager'), ModelEmaV3(model)):
+        assert predict(wrapped, [path]) == expected
 
 
 @pytest.mark.parametrize('dictionary', [{'0': 'cat', '1': 'dog', '2': 'owl'}, {2: 'owl', 0: 'cat', 1: 'dog'}])

@@ -17,6 +17,7 @@ from timm_vitres import cli
 from timm_vitres.data import example_images
 from timm_vitres.inference.exports import check_target, export, load
 from timm_vitres.inference.formats import FORMATS
+from timm_vitres.models import layers
 from timm_vitres.publishing import hub
 
 NAMES = ['vitresnet_tiny', 'vitresnet_small', 'vitresnet_nano', 'test_vitresnet']
@@ -134,9 +135,11 @@ SHALLOW = dict(backbone='resnet18', stage=1, depth=1, embed_dim=48, num_heads=3)
         pytest.param('vitresnet_tiny', {}, marks=pytest.mark.slow),
     ],
 )
-def test_compiled_training_at_changing_sizes(name, kwargs):
+def test_compiled_training_at_changing_sizes(name, kwargs, monkeypatch):
     """Gradients are those of the uncompiled model, position embeddings included."""
     torch._dynamo.reset()
+    # as torch 2.7 to 2.13 have it in the graphs that they compile
+    monkeypatch.setattr(layers, 'is_exporting', torch.compiler.is_compiling)
     model = timm.create_model(name, num_classes=3, **kwargs)
     randomise_(model).train()
     compiled = torch.compile(model, backend='aot_eager', dynamic=True)
@@ -385,6 +388,18 @@ def test_tokens_are_as_far_apart_in_a_pyramid_of_shallow_maps(tmp_path, patch_si
         with torch.inference_mode():
             for found, expected in zip(run(x), model(x), strict=True):
                 assert relative_difference(found, expected) < 1e-5
+
+
+@pytest.mark.parametrize('size, told', [((32, 32), '32x32 pixels'), ((32, 96), 'any width and height 32')])
+def test_a_side_of_one_token_stays_what_it_is(size, told, tmp_path):
+    """A graph for every size begins at two tokens; the default arguments take CIFAR's images, too."""
+    model = randomise_(timm.create_model('test_vitresnet', img_size=size)).eval()
+    assert told in export(model, tmp_path / 'm.pt2').report
+    run = load(tmp_path / 'm.pt2', 'pt2')
+    for width in (size[1], 64) if size[1] > 32 else (32,):
+        x = torch.randn(2, 3, 32, width)
+        with torch.inference_mode():
+            assert relative_difference(run(x), model(x)) < 1e-5
 
 
 def test_a_file_of_a_model_that_takes_no_larger_images(tmp_path):

@@ -241,6 +241,10 @@ def test_pruning(level, units):
         got = model.forward_intermediates(x, indices=[level], intermediates_only=True)
         assert torch.equal(got[0], expected[0])
         assert torch.equal(model(x)[0], expected[0])  # and nothing comes after it
+    model.reset_classifier(5, 'token')
+    assert model(x).shape == (1, 5)
+    model.reset_classifier(0)
+    assert model(x).shape == (1, model.num_features)
     kept = create()
     kept.prune_intermediate_layers([0], prune_head=False)
     assert torch.equal(kept(x), create()(x))

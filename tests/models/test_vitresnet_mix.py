@@ -298,6 +298,40 @@ def test_pruning(level, stages, kwargs):
     assert torch.equal(kept(x), create(**kwargs)(x))
 
 
+@pytest.mark.parametrize('level, attentions', [(1, 0), (3, 2), (4, 1)])
+def test_a_pruned_model_takes_another_size(level, attentions):
+    model, x = create(), torch.randn(1, 3, 160, 128)
+    model.prune_intermediate_layers([level])
+    whole = create()
+    assert len(model.explained_parts().attentions) == attentions
+    for one in (model, whole):
+        one.set_input_size((160, 128))
+    with torch.inference_mode():
+        assert torch.equal(model(x), whole.forward_intermediates(x, indices=[level], intermediates_only=True)[0])
+
+
+def test_a_pyramid_may_be_asked_for_without_pooling():
+    model = timm.create_model('test_vitresnet_mix', features_only=True, global_pool='')
+    assert [level.shape[-1] for level in model(torch.randn(1, 3, 64, 64))] == [32, 16, 8, 4, 2]
+
+
+@pytest.mark.parametrize('name', ['test_vitresnet_mix', 'vitresnet_mix_nano'])
+def test_the_final_convolution_may_be_left_out(name):
+    model = randomise_(timm.create_model(name)).eval()
+    x = torch.randn(2, 3, 64, 64)
+    with torch.inference_mode():
+        last, levels = model.forward_intermediates(x, exclude_final_conv=True)
+        assert torch.equal(last, levels[-1]) and torch.equal(model.final_conv(last), model.forward_features(x))
+        assert torch.equal(model.forward_intermediates(x)[0], model.forward_features(x))
+
+
+def test_timms_pooling_at_larger_images():
+    """What validate.py --test-pool does: the head sees parts of the map that are as large as the training images."""
+    model = randomise_(timm.create_model('vitresnet_mix_nano', num_classes=5)).eval()
+    wrapped, used = timm.layers.apply_test_time_pool(model, dict(input_size=(3, 96, 96)))
+    assert used and wrapped(torch.randn(2, 3, 96, 96)).shape == (2, 5)
+
+
 STEMS = [
     (dict(), [2, 4, 8, 16, 32]),
     (dict(stem_stride=2), [2, 4, 8, 16]),

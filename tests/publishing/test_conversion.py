@@ -281,7 +281,7 @@ def test_preprocessing_is_that_of_the_model_that_was_trained(name, size, tmp_pat
     found = timm.data.resolve_model_data_config(timm.create_model(f'local-dir:{folder}'))
     for key in ('mean', 'std', 'interpolation', 'crop_pct'):
         value, wanted = found[key], expected[key]
-        assert (tuple(value) == tuple(wanted) if key in ('mean', 'std') else value == wanted), key
+        assert tuple(value) == tuple(wanted) if key in ('mean', 'std') else value == wanted, key
 
 
 def test_a_config_of_another_model_beside_a_file_is_left_alone(tmp_path):

@@ -308,3 +308,15 @@ def test_a_head_that_knows_the_classes_is_brought_into_their_order(tmp_path, cap
                 order = ['abc'.index(label) for label in names if label != 'd'] + [2] * ('d' in names)
                 torch.testing.assert_close(found, expected[:, order])
     assert caplog.text.count("begins with as many other classes, such as 'c'") == 3
+
+
+def test_a_hybrid_whose_projection_has_an_adapter_is_no_resnet_alone():
+    from peft import LoraConfig, inject_adapter_in_model
+
+    model = create()
+    inject_adapter_in_model(LoraConfig(target_modules=['qkv', 'proj']), model)
+    assert not isinstance(model.patch_embed.proj, torch.nn.Conv2d)
+    with pytest.raises(ValueError, match='is smaller than one token'):
+        model(torch.randn(2, 3, 8, 8))
+    with pytest.raises(ValueError, match='patch_size: got 2, but proj has an adapter; merge it first'):
+        model.set_input_size(64, patch_size=2)

@@ -8,7 +8,7 @@ import tempfile
 import warnings
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Dict, Iterator, NamedTuple, Optional, Tuple, Union
+from typing import Any, Dict, Iterator, NamedTuple, Optional, Sequence, Tuple, Union
 
 import torch
 import torch.nn.functional as F
@@ -64,8 +64,8 @@ def export(
             per channel, activations as they come), by torchao or, of ONNX, by onnxruntime. With an example, ONNX's
             convolutions are, too: their activations' ranges are then those of the example's images. OpenVINO's are
             always, by nncf, and so need an example.
-        dynamic: One graph for every height and width from two tokens up; else for the example's alone. The batch may
-            always be any.
+        dynamic: One graph for every height and width from two tokens up; else for the example's alone, as a side of
+            which the example has one token always is. The batch may always be any.
         example: Images (B, C, H, W) like those to come. By default noise of the model's own size.
 
     Raises:
@@ -114,15 +114,18 @@ def capture(
     sizes = _image_sizes(model)
     captured = images[[0, -1]]  # a batch of one image would be taken for a constant
     compared = [(images, expected)]
-    if dynamic:
+    shapes = _dynamic_shapes(model, images.shape) if dynamic else {0: Dim('batch')}
+    if len(shapes) > 1:
         size = (2 * sizes.stride, 3 * sizes.stride)
-        other = F.interpolate(captured, tuple(map(min, size, sizes.largest or size)))
+        size = map(min, size, sizes.largest or size)
+        size = [side if axis in shapes else images.shape[axis] for axis, side in zip((2, 3), size)]
+        other = F.interpolate(captured, size)
         compared.append((other, own(other)))
     return Source(
         folded,
         is_pyramid=isinstance(expected, list),
         images=captured,
-        sizes=_dynamic_shapes(model) if dynamic else {0: Dim('batch')},
+        sizes=shapes,
         largest=sizes.largest,
         precision=precision,
         calibration=images if calibrate else None,
@@ -255,13 +258,16 @@ def _image_sizes(model: nn.Module) -> ImageSizes:
     return net.image_sizes() if isinstance(net, Hybrid) else ImageSizes(net.feature_info[-1]['reduction'], 1)
 
 
-def _dynamic_shapes(model: nn.Module) -> Dict[int, Any]:
-    """Every batch, height and width; torch.export takes one token a side for a constant, so from two on."""
+def _dynamic_shapes(model: nn.Module, shape: Sequence[int]) -> Dict[int, Any]:
+    """Every batch, height and width; torch.export takes one token a side for a constant, so from two on.
+
+    A side of the example, whose shape this is, that has one token stays what it is.
+    """
     stride, multiple, largest = _image_sizes(model)
     shapes: Dict[int, Any] = {0: Dim('batch')}
     for axis, names, top in zip((2, 3), (('rows', 'height'), ('columns', 'width')), largest or (LARGEST, LARGEST)):
-        if multiple > 1 and top >= 2 * stride:
+        if multiple > 1 and min(top, shape[axis]) >= 2 * stride:
             shapes[axis] = stride * Dim(names[0], min=2, max=top // stride)
-        elif multiple == 1 and top > stride:
+        elif multiple == 1 and min(top, shape[axis]) > stride:
             shapes[axis] = Dim(names[1], min=stride + 1, max=top)
     return shapes

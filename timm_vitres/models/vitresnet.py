@@ -13,11 +13,7 @@ from typing import Any, Dict, List, Optional, Sequence
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
 from timm.layers import DropPath, calculate_drop_path_rates
-from timm.models import (
-    VisionTransformer,
-    generate_default_cfgs,
-    register_model,
-)
+from timm.models import VisionTransformer, generate_default_cfgs, register_model
 from torch import nn
 
 from ..checks import Device, FloatType, NumClasses, Rate, Size, WeightInit, Width, checked
@@ -248,8 +244,12 @@ class VitResNet(SerialFeatures, Hybrid, VisionTransformer):
         """
         changes: Dict[str, Any] = {}
         if patch_size is not None:
-            if isinstance(self.patch_embed.proj, nn.Identity):
-                raise ValueError(f'patch_size: got {patch_size}, but with depth=0 the model is the ResNet alone.')
+            if not isinstance(self.patch_embed.proj, nn.Conv2d):
+                is_alone = isinstance(self.patch_embed.proj, nn.Identity)
+                why = (
+                    'with depth=0 the model is the ResNet alone' if is_alone else 'proj has an adapter; merge it first'
+                )
+                raise ValueError(f'patch_size: got {patch_size}, but {why}.')
             changes['patch_size'] = patch_size
             if self.cfg.output_stride is not None:  # it is the stride of the tokens, so it goes with their size
                 ratio = self.patch_embed.feature_ratio[0]
