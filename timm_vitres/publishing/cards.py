@@ -131,7 +131,7 @@ def merge_cards(old: str, new: str) -> str:
     data = ours.data
     about = (SHA256_FIELD, TEXT_FIELD)
     for key, value in theirs.data.to_dict().items():
-        if key != 'model-index' and (key not in about or data.get(key) is None):
+        if key not in ('model-index', 'tags') and (key not in about or data.get(key) is None):
             data[key] = value
     data.tags = list(dict.fromkeys([*(theirs.data.tags or []), *(ours.data.tags or [])]))
     replaced = {_about(result) for result in ours.data.eval_results or []}
