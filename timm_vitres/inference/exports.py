@@ -64,8 +64,8 @@ def export(
             per channel, activations as they come), by torchao or, of ONNX, by onnxruntime. With an example, ONNX's
             convolutions are, too: their activations' ranges are then those of the example's images. OpenVINO's are
             always, by nncf, and so need an example.
-        dynamic: One graph for every height and width from two tokens up; else for the example's alone, as a side of
-            which the example has one token always is. The batch may always be any.
+        dynamic: One graph for every height and width that has two tokens or more. If it is False, or for a side on
+            which the example has one token, the size is that of the example. The batch may always be any.
         example: Images (B, C, H, W) like those to come. By default noise of the model's own size.
 
     Raises:

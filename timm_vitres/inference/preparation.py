@@ -84,7 +84,8 @@ def prepare(
         model: A timm model (also with features_only) in evaluation mode. It stays as it is.
         precision: 'fp32'; 'bf16' (not with onnxruntime); 'int8', which with torch needs
             `pip install timm-vitres[int8]`, and is fast only when compiled.
-        compile: Whether torch.compile shall compile it (a minute; again, once, when another size comes).
+        compile: Whether torch.compile shall compile it (seconds to half a minute; once more when a
+            second size comes).
         example: Images (B, C, H, W) like those to come, for measurements of time and of what the precision costs. By
             default one image of noise, of the model's own size. OpenVINO's int8 takes its ranges from them, and
             onnxruntime's makes convolutions int8 with them.

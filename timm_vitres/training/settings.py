@@ -100,7 +100,7 @@ class FinetuneCfg:
     img_size: Union[None, int, Tuple[int, ...]] = _option(
         None, 'image size, one number or height and width', nargs='+', low=1, high=2**14, lengths=(1, 2)
     )
-    in_chans: Optional[int] = _option(None, 'image channels: 1 or 3', low=1)
+    in_chans: Optional[int] = _option(None, 'image channels: 1, 3 or 4 (RGBA)', low=1)
     drop: Optional[float] = _option(None, 'dropout rate of the classifier', low=0, below=1)
     drop_path: Optional[float] = _option(None, 'stochastic depth rate', low=0, below=1)
     mean: Optional[Tuple[float, ...]] = _option(
@@ -276,8 +276,10 @@ class FinetuneCfg:
     checkpoint_hist: int = _option(
         0, 'keep the best N epochs as checkpoint-<epoch>.pth.tar, e.g. for avg_checkpoints.py', low=0, high=1000
     )
-    log_wandb: bool = _option(False, 'log every epoch to Weights & Biases, if installed; its variables say where')
-    log_tensorboard: bool = _option(False, 'log every epoch for TensorBoard, if installed, into output/tensorboard')
+    log_wandb: bool = _option(False, 'log every epoch to Weights & Biases (pip install wandb); its variables say where')
+    log_tensorboard: bool = _option(
+        False, 'log every epoch for TensorBoard (pip install tensorboard) into output/tensorboard'
+    )
     fsdp: bool = _option(False, 'shard weights and optimizer over the processes (torch fully_shard), not only images')
     sync_bn: bool = _option(False, 'compute BatchNorm over the images of all processes')
     device: str = _option('', 'torch device; the accelerator if there is one, else cpu')
