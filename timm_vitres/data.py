@@ -152,10 +152,10 @@ def _to_8_bits(values: np.ndarray, mode: str, kind: Optional[str]) -> np.ndarray
     if mode == 'F':
         low, high = float(values.min()), float(values.max())
         if not -OVERSHOOT <= low <= high <= 1 + OVERSHOOT:  # not so for NaN either
-            raise ValueError(f'its numbers range from {low:g} to {high:g}, expected 0 to 1; save it as 8 or 16 bits')
+            raise ValueError(f'its numbers range from {low:g} to {high:g}, expected 0 to 1; convert it to 8 or 16 bits')
         values = values.clip(0, 1) * 255.0
     elif mode == 'I' and kind not in WIDE_FORMATS:
-        raise ValueError('its integers have 32 bits, and no range is known of them; save it as 8 or 16 bits')
+        raise ValueError('it is of mode I, of which no range is known; convert it to 8 or 16 bits (uint8, uint16)')
     else:
         values = values / 257.0
     return np.round(values).astype(np.uint8)

@@ -175,9 +175,13 @@ class _Walk:
         try:
             info = os.stat(path)
         except OSError as error:
-            if not is_link or error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+            leads_nowhere = error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
+            if is_link and (leads_nowhere or getattr(error, 'winerror', None) == 1921):  # Windows' circle of links
+                self.left_out[path] = f'a link to nothing ({shown(os.readlink(path))})'
+            elif _is_hidden(entry.name) or not (self._is_image(entry.name) or entry.is_dir(follow_symlinks=False)):
+                self.left_out[path] = str(error.strerror)
+            else:
                 raise type(error)(f'{shown(path)} cannot be read ({error.strerror}).') from error
-            self.left_out[path] = f'a link to nothing ({shown(os.readlink(path))})'
             return
         if stat.S_ISDIR(info.st_mode):
             if _is_hidden(entry.name):
@@ -190,10 +194,13 @@ class _Walk:
             self.left_out[path] = 'no regular file'
         elif _is_hidden(entry.name):
             self.left_out[path] = 'hidden'
-        elif os.path.splitext(entry.name)[1].lower() not in self.suffixes:
+        elif not self._is_image(entry.name):
             self.left_out[path] = 'no image, by its suffix'
         else:
             self.files.append((linked or is_link, path, File(info.st_size, _identity(info))))
+
+    def _is_image(self, name: str) -> bool:
+        return os.path.splitext(name)[1].lower() in self.suffixes
 
 
 def is_text(name: str) -> bool:

@@ -20,7 +20,9 @@ from timm_vitres.training.verdict import judge
 def plan(minutes=None):
     arms = {name: ArmPlan('resnet18', {}, 1_234_567, 0.0123, 0.004, 7, 2) for name in ('a', 'b', 'c')}
     asked = dict(seeds=[0, 1], lrs=[0.001, 0.01], minutes=minutes)
-    return Plan(asked, {'description': '9 images'}, arms, {'timm': '1.0'}, '2 threads of the CPU')
+    return Plan(
+        asked, {'description': '9 images', 'copies_are_out': True}, arms, {'timm': '1.0'}, '2 threads of the CPU'
+    )
 
 
 def row(accuracy, state=''):

@@ -116,15 +116,20 @@ def test_named_arms_see_the_same_images():
     assert (found.img_size, found.crop_pct, found.interpolation) == (64, 1.0, 'bicubic')
     assert found.mean == (0.4,) and found.std == (0.25,)
     assert seen_alike(found, ('vit',)) == found
+    loaded = dataclasses.replace(cfg, pretrained=True)
+    assert seen_alike(loaded, ('resnet18', 'vit')) == loaded
 
 
 def test_schedules_have_the_same_shape_for_fewer_epochs():
     cfg = FinetuneCfg(data_dir='photos', epochs=20, warmup_epochs=2, mixup_off_epoch=15, decay_milestones=(5, 10))
-    assert in_proportion(cfg, 1.0) == cfg
-    half = in_proportion(cfg, 0.5)
+    assert in_proportion(cfg, 20, 20) == cfg
+    half = in_proportion(cfg, 10, 20)
     assert (half.warmup_epochs, half.mixup_off_epoch, half.decay_milestones) == (1.0, 8, (2, 5))
-    assert in_proportion(dataclasses.replace(cfg, mixup_off_epoch=0), 0.5).mixup_off_epoch == 0  # that is: never
-    assert in_proportion(dataclasses.replace(cfg, decay_epochs=3), 0.5).decay_epochs == 1.5
+    assert in_proportion(dataclasses.replace(cfg, mixup_off_epoch=0), 10, 20).mixup_off_epoch == 0  # that is: never
+    assert in_proportion(cfg, 1, 200).decay_milestones == (1,)  # they still rise
+    for sched, epochs, expected in (('step', 3, 1.5), ('step', 1, 1.0), ('wsd', 1, 0.05), ('wsd', 0.2, 0.2)):
+        asked_cfg = dataclasses.replace(cfg, sched=sched, decay_epochs=epochs)
+        assert in_proportion(asked_cfg, 10, 20).decay_epochs == expected
 
 
 def test_epochs_are_equal_or_those_that_fit(cfg, times, tmp_path):

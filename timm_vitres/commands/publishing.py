@@ -80,6 +80,7 @@ def run_push(args: argparse.Namespace) -> int:
         print(f'  {path.name:20} {path.stat().st_size:>14,} bytes  sha256 {sha256(path)}')
     if not (args.folder / 'README.md').is_file():
         print('  README.md            a card that says nothing was measured')
+    print('Weights of an earlier model under other names (pytorch_model.bin, shards) would be deleted there.')
     print('Nothing was sent; repeat with --yes to do it.')
     return 0
 

@@ -25,6 +25,8 @@ from ..checks import WeightInit, conform, conform_arguments, conform_indices
 from ..weights.checkpoints import checkpoint_files, is_mapped, read_checkpoint
 from ..weights.checksums import check_noted, check_once
 from ..weights.comparison import check_keys
+from ..weights.downloads import at_commit, hub_commit
+from ..weights.files import CONFIG_NAME
 from ..weights.layouts import StateDict, convert_layout
 from ..weights.sources import find_weights
 from .base import Hybrid
@@ -138,6 +140,9 @@ def create_pretrained(
             for key, value in convert_layout(source.state_dict).items()
         }
     else:
+        if source.source == 'hf-hub' and source.hf_hub_id:  # timm has read a config.json there; one commit has both
+            commit = hub_commit(source.hf_hub_id, CONFIG_NAME, cache_dir)
+            source = dataclasses.replace(source, hf_hub_id=at_commit(source.hf_hub_id, commit))
         path = find_weights(source, cache_dir)
         try:
             state_dict, _ = read_checkpoint(path, mmap=mmap)

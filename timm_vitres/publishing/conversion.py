@@ -37,7 +37,7 @@ from ..models.base import Hybrid
 from ..models.loading import assign_, fill_buffers_
 from ..weights.augreg import PublishedName, read_name, url_of
 from ..weights.checkpoints import INDEX_NAMES, checkpoint_files, read_checkpoint
-from ..weights.checksums import SHA256_FIELD, check_once
+from ..weights.checksums import check_once, is_of_this_package
 from ..weights.comparison import add_batch_counts, check_dtypes, check_keys
 from ..weights.downloads import NotInRepository, at_commit, hub_file, url_file
 from ..weights.files import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME, WEIGHTS_NAMES
@@ -138,7 +138,7 @@ def _check_folder(folder: Path) -> None:
     """Raise FileExistsError for a folder with files in the place of the model's that this package has not written."""
     card, config = read_card(folder / CARD_NAME), folder / CONFIG_NAME
     taken = [CARD_NAME] if card is not None and not OURS.search(card) else []
-    if not config.is_file() or SHA256_FIELD not in config.read_text(encoding='utf-8', errors='replace'):
+    if not config.is_file() or not is_of_this_package(config.read_text(encoding='utf-8', errors='replace')):
         taken += [name for name in (CONFIG_NAME, WEIGHTS_NAME) if os.path.lexists(folder / name)]
     if taken:
         raise FileExistsError(
@@ -156,12 +156,19 @@ def _find(source: str) -> Tuple[Path, Dict[str, Any], Dict[str, Any], Optional[s
     path = hub_weights(hub_id) if hub_id else local_weights(source.removeprefix('local-dir:'))
     for name in (CONFIG_NAME, PREPROCESSOR_NAME):
         beside = path.with_name(name)
+        if found and found[0].get('architecture') and found[0].get('pretrained_cfg'):  # timm's config says all
+            found.append({})
+            continue
         if hub_id:
             with suppress(NotInRepository):  # not every repository has both
                 beside = hub_file(at_commit(hub_id, path.parent.name), (name,))
         found.append(_read_json(beside) if beside.is_file() else {})
     config, preprocessor = found
-    if not hub_id and Path(source).is_file() and path.name not in (*WEIGHTS_NAMES, *INDEX_NAMES):
+    if (
+        not hub_id
+        and Path(source.removeprefix('local-dir:')).is_file()
+        and path.name not in (*WEIGHTS_NAMES, *INDEX_NAMES)
+    ):
         # a folder of downloads may hold the config.json of any other model
         config, preprocessor = (config, preprocessor) if _is_of_layout(config) else ({}, {})
     return path, _nested(config), preprocessor, None
@@ -170,7 +177,9 @@ def _find(source: str) -> Tuple[Path, Dict[str, Any], Dict[str, Any], Optional[s
 def _is_of_layout(config: Dict[str, Any]) -> bool:
     """Return whether a config.json is one of a model whose weights we read."""
     name = split_model_name_tag(str(config.get('architecture')))[0]
-    return timm.is_model(name) or config.get('model_type') in ('vit-hybrid', 'dpt')
+    patterns = [pattern for family in Hybrid.families for pattern in (*family.variants, *family.foreign_names)]
+    is_ours = any(re.fullmatch(pattern, name) for pattern in patterns)
+    return is_ours or config.get('model_type') in ('vit-hybrid', 'dpt')
 
 
 def _read_json(path: Path) -> Dict[str, Any]:

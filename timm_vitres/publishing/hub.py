@@ -75,8 +75,10 @@ def push(
 ) -> str:
     """Push a model to the Hub, as safetensors, in one commit, so that nobody ever sees half of it.
 
-    The repository is created if it is missing; a card that is there is updated, not replaced. The Hub's checksums are
-    then compared with those of the files that were sent. After a failure the same call completes what is missing.
+    The repository is created if it is missing; a card that is there is updated, not replaced. Weights under the other
+    names that libraries look for (`pytorch_model.bin`, shards) are of an earlier model, and deleted by the same commit.
+    The Hub's checksums are then compared with those of the files that were sent. After a failure the same call
+    completes what is missing.
 
     Args:
         model: A model made by `timm.create_model`, or a folder that holds one (`save`, `finetune`, `convert`).

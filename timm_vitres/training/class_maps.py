@@ -3,6 +3,7 @@
 text file -> `read_class_map` -> names by index; a dataset's names and a map's -> `Labels` -> label -> class index.
 """
 
+import re
 from numbers import Integral
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence
@@ -61,6 +62,9 @@ class Labels:
         self.indices = {composed(name): index for index, name in enumerate(self.names)}
         self.is_mapped = class_map is not None
         self.moved: Optional[List[int]] = None
+        numbers = [int(name) for name in self.names if re.fullmatch('[0-9]+', name)]
+        # a label that is a number could then mean a name as well as a line
+        self.are_disordered = self.is_mapped and not source and numbers != sorted(numbers)
         if class_map is not None and source:
             missing = [shown(name) for name in source if composed(name) not in self.indices]
             if missing:
@@ -82,10 +86,9 @@ class Labels:
         if index < 0 or (limit and index >= limit):
             expected = f'0 to {limit - 1}' if limit else '0 or more'
             raise ValueError(f'dataset: a label is {index}, expected {expected}.')
-        named = self.indices.get(str(index), index) if self.is_mapped and self.moved is None else index
-        if named != index:
+        if self.are_disordered:
             raise ValueError(
-                f'class_map: a label is {index}, which the map has as the name of its class {named}, not {index}; give '
-                'a map whose numbers are in order, or names of another kind.'
+                f'class_map: a label is {index}, but the names in the map are numbers in another order than their '
+                'lines; give a map whose numbers rise, or names of another kind.'
             )
         return index if self.moved is None else self.moved[index]

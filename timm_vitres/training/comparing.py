@@ -173,7 +173,7 @@ class _Comparing:
         arm, folder = self.plan.arms[name], self._place(part, name, lr, seed)
         epochs = arm.search_epochs if part == SEARCH else arm.epochs
         images = images_of(self.plan.images, self.cfg.val_frac, seed)
-        recipe = in_proportion(self.cfg, epochs / max(one.epochs for one in self.plan.arms.values()))
+        recipe = in_proportion(self.cfg, epochs, max(one.epochs for one in self.plan.arms.values()))
         cfg = dataclasses.replace(
             arm.cfg(recipe), lr=lr, seed=seed, epochs=epochs, output=str(folder), no_check=True, val_split=''
         )

@@ -162,7 +162,7 @@ def _how(cfg: FinetuneCfg, plan: Plan, chosen: Mapping[str, float]) -> str:
         if ends:
             search += f' A better one may lie beyond that of {listed(ends)}, which is the least or the largest of them.'
     versions = ', '.join(f'{name} {version}' for name, version in plan.versions.items())
-    copies = '' if plan.images.get('copies_are_out', True) else ', unless as copies, for which nobody looked'
+    copies = '' if plan.images.get('copies_are_out', False) else ', unless as copies, for which nobody looked'
     return (
         f'{plan.images["description"]}. {cost} {search} No model was trained on test images{copies}, and nothing was '
         f'chosen by them. Seeds: {", ".join(map(str, plan.seeds))}; mean ± sample standard deviation. Times were '

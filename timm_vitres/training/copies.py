@@ -7,7 +7,7 @@ import hashlib
 from collections import defaultdict
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterable, List, Mapping, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterable, List, Sequence, Tuple
 
 from tqdm import tqdm
 
@@ -56,15 +56,12 @@ def split_argument(role: str) -> str:
     return 'val_split' if role == 'validation' else f'{role}_split'
 
 
-def check_copies(copies: Dict[str, str], count: int, role: str, labels: Mapping[str, Any]) -> None:
-    """Raise ValueError where training can't do without the copies of a role's images, or the role without such images.
-
-    That is so where half or more of them are copied, which is no accident, and where a class would have no image left.
+def check_copies(copies: Dict[str, str], count: int, role: str) -> None:
+    """Raise ValueError where half or more of the images of a role are copied in the training set: no accident is that.
 
     Args:
-        copies: Training images (and others), with the image of that role that each is a copy of.
+        copies: Training images, with the image of that role that each is a copy of.
         count: Images of the role.
-        labels: Each training image with its class.
     """
     number = len(set(copies.values()))
     if copies and 2 * number >= count:
@@ -73,10 +70,17 @@ def check_copies(copies: Dict[str, str], count: int, role: str, labels: Mapping[
             f'{split_argument(role)}: {number} of {count} {role} images are copies of training images, such as '
             f'{shown(first)}, which is {shown(path)}; take other images.'
         )
-    left = {label for path, label in labels.items() if path not in copies}
-    path = next((path for path in copies if path in labels and labels[path] not in left), None)
-    if path is not None:
+
+
+def check_left(before: Iterable[str], after: Iterable[str]) -> None:
+    """Raise ValueError where a class has no training image any more, since all of its were copies.
+
+    Args:
+        before: The class of each training image, copies among them.
+        after: That of those that are left.
+    """
+    lost = sorted(set(before) - set(after))
+    if lost:
         raise ValueError(
-            f'{split_argument(role)}: all training images of a class are copies of {role} images, such as '
-            f'{shown(path)} of {shown(copies[path])}; take other images.'
+            f'data_dir: all training images of class {shown(lost[0])!r} are copies of others; add some of its own.'
         )

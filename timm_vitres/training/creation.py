@@ -13,6 +13,7 @@ from timm.models import load_state_dict, resolve_model_input_args
 from torch import nn
 
 from ..checks import is_installed, on_one_line
+from ..folders import composed
 from ..models.base import Hybrid
 from .settings import FinetuneCfg
 
@@ -71,6 +72,7 @@ def create_finetune_model(cfg: FinetuneCfg, num_classes: int, label_names: Optio
 def _order_head_(model: nn.Module, name: str, label_names: List[str]) -> None:
     """Bring a head that knows the run's classes into their order; tell of one that knows as many others."""
     known = list((getattr(model, 'pretrained_cfg', None) or {}).get('label_names') or ())
+    known, label_names = ([composed(str(label)) for label in labels] for labels in (known, label_names))
     if len(known) != len(label_names) or known == label_names:
         return  # what came has another number of classes, and the head is new
     if sorted(known) != sorted(label_names):

@@ -17,7 +17,7 @@ from ..data import open_image
 from ..folders import File, below, composed, find_classes, find_images, find_splits, folders_in, shown
 from .checking import MANY, BackgroundCheck, raise_for, unreadable
 from .class_maps import read_class_map
-from .copies import check_copies, find_copies, split_argument
+from .copies import check_copies, check_left, find_copies, split_argument
 from .named_datasets import COMPARED, load_named, reload_named
 from .settings import FinetuneCfg
 from .splits import Data, Subset, check_fraction, class_counts, class_names, read_record, stratified_split
@@ -89,8 +89,10 @@ def _load_folder(cfg: FinetuneCfg, mode: str) -> Data:
     else:
         of_val = {path for path, _ in val.reader.samples}
         copied = {path: first for path, first in copies.items() if first in of_val and path not in of_val}
-        check_copies(copied, len(val), 'validation', dict(train.reader.samples))
+        check_copies(copied, len(val), 'validation')
+        targets = train.targets
         train.leave_out({path: f'a copy of {shown(first)}, which is validated on' for path, first in copied.items()})
+        check_left(*([train.classes[target] for target in kept] for kept in (targets, train.targets)))
         train_indices, val_indices = range(len(train)), range(len(val))
         how = f'validation on the {len(val)} images of {splits.validation.name}/'
         count = len(train)
@@ -120,11 +122,12 @@ def _split(cfg: FinetuneCfg, images: 'ImageFolder', copies: Dict[str, str]) -> T
     """Hold a part of each class out; copies of what is trained on are so, too, those of what is held out left out."""
     paths, targets = [path for path, _ in images.reader.samples], images.targets
     once = [index for index, path in enumerate(paths) if path not in copies]
-    for target, count in Counter(targets[index] for index in once).items():
-        if count == 1 < targets.count(target):
-            name = shown(images.classes[target])
+    own = Counter(targets[index] for index in once)
+    for target, count in Counter(targets).items():
+        if own[target] < min(count, 2):
             raise ValueError(
-                f'data_dir: the {targets.count(target)} images of class {name!r} are copies of one; add some.'
+                f'data_dir: of the {count} images of class {shown(images.classes[target])!r} {own[target]} is no copy, '
+                'but two or more are needed; add some.'
             )
     parts = stratified_split([targets[index] for index in once], cfg.val_frac, cfg.seed, images.classes)
     kept, held = ([once[index] for index in part] for part in parts)

@@ -15,7 +15,7 @@ from torch.utils.data import IterableDataset
 
 from ..folders import find_splits, folders_in, shown, split_folder
 from .checking import MANY, raise_for, unreadable
-from .copies import check_copies, find_copies
+from .copies import check_copies, check_left, find_copies
 from .datasets import FOLDER_NAMES, UNREADABLE, ImageFolder, check_apart, listed, load_data
 from .settings import FinetuneCfg
 from .splits import Data, Subset, class_counts, stratified_split, without
@@ -118,18 +118,19 @@ def _leave_out_copies(root: Path, rows: Dict[str, Any]) -> None:
     }
     copies = find_copies([(path, size) for path, (_, size) in files.items()])
     role = {path: name for path, (name, _) in files.items()}
-    labels = {os.path.join(root, place): label for place, label, _ in rows['train']}
     for name in (TEST, 'validation'):
         copied = {path: first for path, first in copies.items() if role[first] == name != role[path]}
-        check_copies(copied, len(rows.get(name) or ()), name, labels)
+        check_copies(copied, len(rows.get(name) or ()), name)
     is_split = rows['validation'] is None or TEST not in rows
     gone = {path for path, first in copies.items() if role[path] != role[first] or (is_split and role[path] == 'train')}
     if gone:
+        labels = [label for _, label, _ in rows['train']]
         example = min(gone)
         found = len(gone), shown(example), shown(copies[example])
         _logger.warning('left out: %d images are copies of others, such as %s of %s.', *found)
         for name, part in rows.items():
             rows[name] = part and [row for row in part if os.path.join(root, row[0]) not in gone]
+        check_left(labels, (label for _, label, _ in rows['train']))
 
 
 def _check_counts(rows: List[List[Any]], least: int) -> None:

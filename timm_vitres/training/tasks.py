@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from ..checks import on_one_line
 from ..data import data_config
+from ..folders import composed
 from .settings import FinetuneCfg
 
 
@@ -94,11 +95,12 @@ def create_teacher(cfg: FinetuneCfg, label_names: List[str], config: Dict[str, A
                 f'kd_model_name: {cfg.kd_model_name!r} has {model.num_classes} classes, but the images have '
                 f'{len(label_names)}; fine-tune it on them first, or learn from its features (kd_distill_type).'
             )
-        if names is not None and list(names) != label_names:
+        names, label_names = (labels and [composed(str(label)) for label in labels] for labels in (names, label_names))
+        if names is not None and names != label_names:
             if sorted(names) != sorted(label_names):
                 unknown = sorted(set(label_names) - set(names))[0]
                 raise ValueError(f'kd_model_name: {cfg.kd_model_name!r} has no class {unknown!r}, as the images have.')
-            order = [list(names).index(name) for name in label_names]
+            order = [names.index(name) for name in label_names]
     if cfg.channels_last:
         model.to(memory_format=torch.channels_last)
     return Teacher(model, config, data_config(model), order)

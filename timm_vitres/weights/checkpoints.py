@@ -182,8 +182,8 @@ def _read_zip(path: Path, use_ema: bool) -> Tuple[StateDict, Dict[str, Any]]:
         raise NoCheckpointError(f'{path} is a zip archive without weights of torch or numpy.')
     with zipfile.ZipFile(path) as archive:  # torch does not compare the checksums that it writes
         if damaged := archive.testzip():
-            option = 'unless it was saved under torch.serialization.set_crc32_options(False)'
-            raise OSError(f'{damaged} in it has another checksum than it was saved with, {option}')
+            option = 'if it was saved without checksums (torch.serialization.set_crc32_options), load and save it again'
+            raise OSError(f'{damaged} in it has another checksum than it was saved with; {option}')
     return _unwrap(_read_torch(path), use_ema, path, size)
 
 

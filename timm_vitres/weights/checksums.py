@@ -17,6 +17,8 @@ from ..writing import TEMPORARY, replacing
 from .files import CARD_HEAD, CARD_NAME, CONFIG_NAME, WEIGHTS_NAME
 from .shipped import REINSTALL, is_shipped, shipped_sha256
 
+# transformers copies fields that it does not know from the config.json that it began with, and adds this one
+COPIED_BY = 'transformers_version'
 SHA256_FIELD = 'model_sha256'  # the field of config.json, or of a card's head, that a load is compared with
 
 
@@ -53,8 +55,9 @@ def told_sha256(folder: Path) -> Optional[str]:
     with suppress(OSError, ValueError):
         if (folder / CONFIG_NAME).is_file():  # opening a pipe would wait for a writer
             config = json.loads((folder / CONFIG_NAME).read_text(encoding='utf-8'))
-    # transformers copies fields that it does not know from the config.json of the model that it began with
-    if isinstance(config, dict) and SHA256_FIELD in config and 'transformers_version' not in config:
+    if isinstance(config, dict) and COPIED_BY in config:
+        return None
+    if isinstance(config, dict) and SHA256_FIELD in config:
         told = config[SHA256_FIELD]
         if not isinstance(told, str) or not re.fullmatch('[0-9a-f]{64}', told):
             raise OSError(f'{folder / CONFIG_NAME} is damaged: its {SHA256_FIELD} is {told!r:.80}, no sha256.')
@@ -65,6 +68,11 @@ def told_sha256(folder: Path) -> Optional[str]:
         if found:
             return found.group(1)
     return None
+
+
+def is_of_this_package(config: str) -> bool:
+    """Return whether the text of a config.json is one that `save` wrote, and nobody else after it."""
+    return SHA256_FIELD in config and COPIED_BY not in config
 
 
 def check_noted(notes: Optional[Sequence[str]], folder: Path) -> None:

@@ -14,7 +14,7 @@ from urllib.error import HTTPError, URLError
 from urllib.parse import urlparse
 
 import torch
-from huggingface_hub import hf_hub_download, try_to_load_from_cache
+from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from ..writing import TEMPORARY
@@ -87,7 +87,8 @@ def hub_file(
         try:
             return Path(retrying(lambda: hf_hub_download(repo_id, filename, **options)))  # noqa: B023
         except LocalEntryNotFoundError as error:
-            unreachable = unreachable or error
+            if hub_cached(model_id, filename, cache_dir) is not _CACHED_NO_EXIST:  # when the Hub was asked, it had none
+                unreachable = unreachable or error
             options['local_files_only'] = True  # the Hub is not asked, and waited for, again
         except EntryNotFoundError:
             pass
@@ -105,16 +106,27 @@ def hub_file(
 
 def hub_commit(model_id: str, filename: str, cache_dir: Union[None, str, Path] = None) -> Optional[str]:
     """Return the commit of which the cache has a repository's file; None where it has none. The Hub is not asked."""
+    found = hub_cached(model_id, filename, cache_dir)
+    return Path(found).parent.name if isinstance(found, str) else None
+
+
+def hub_cached(model_id: str, filename: str, cache_dir: Union[None, str, Path] = None) -> Any:
+    """Return where the cache has a file, `_CACHED_NO_EXIST` where its commit is known to have none, else None."""
     repo_id, _, revision = str(model_id).partition('@')
     with suppress(HFValidationError):
-        found = try_to_load_from_cache(repo_id, filename, cache_dir=cache_dir, revision=revision or None)
-        return Path(found).parent.name if isinstance(found, str) else None
+        return try_to_load_from_cache(repo_id, filename, cache_dir=cache_dir, revision=revision or None)
     return None
 
 
 def at_commit(model_id: str, commit: Optional[str]) -> str:
     """Return a repository's name with a commit in place of its revision; None leaves it as it is."""
     return f'{model_id.partition("@")[0]}@{commit}' if commit else model_id
+
+
+def _download(url: str, path: Path, published: Optional[str]) -> None:
+    torch.hub.download_url_to_file(url, str(path), published)
+    if not is_whole(path):  # a connection may end without an error
+        raise ConnectionError('it ended too early')
 
 
 def url_file(url: str, cache_dir: Union[None, str, Path] = None) -> Path:
@@ -135,9 +147,7 @@ def url_file(url: str, cache_dir: Union[None, str, Path] = None) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_name(f'{TEMPORARY}{secrets.token_hex(8)}-{name}')
         try:
-            retrying(lambda: torch.hub.download_url_to_file(url, str(part), published))
-            if not is_whole(part):  # a connection may end without an error
-                raise OSError('it ended too early')
+            retrying(lambda: _download(url, part, published))
             os.replace(part, path)
         except RuntimeError as error:  # torch compares the hash before the file is in the cache
             raise OSError(f'{url}: what arrived is not what the name says ({error}); try again.') from error

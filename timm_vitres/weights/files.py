@@ -8,6 +8,7 @@ import json
 import re
 import struct
 import zipfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Dict, Mapping, Optional
 
@@ -79,15 +80,14 @@ def is_whole(path: Path) -> bool:
         start = file.read(9)
         if start.startswith(b'PK'):
             return zipfile.is_zipfile(path)
-        if start[8:] != b'{':
-            return True
         length = int.from_bytes(start[:8], 'little')
+        if start[8:] != b'{' or length > 100_000_000:  # the format's own limit
+            return True
         if 8 + length > size:
             return False
         file.seek(8)
-        try:
+        with suppress(ValueError, LookupError, TypeError, AttributeError):  # whoever reads it says what is wrong
             entries = json.loads(file.read(length))
-        except ValueError:
-            return True  # whoever reads it says what is wrong
-    ends = [entry['data_offsets'][1] for name, entry in entries.items() if name != '__metadata__']
-    return 8 + length + max(ends, default=0) <= size
+            ends = [entry['data_offsets'][1] for name, entry in entries.items() if name != '__metadata__']
+            return 8 + length + max(ends, default=0) <= size
+    return True

@@ -14,8 +14,8 @@ from timm.models import PretrainedCfg, list_pretrained
 from ..writing import TEMPORARY
 from .checkpoints import INDEX_NAMES, checkpoint_files
 from .checksums import check_once, told_sha256
-from .downloads import at_commit, hub_commit, hub_file, url_file
-from .files import CONFIG_NAME, WEIGHTS_NAME, WEIGHTS_NAMES, WEIGHTS_SUFFIXES
+from .downloads import at_commit, hub_file, url_file
+from .files import WEIGHTS_NAME, WEIGHTS_NAMES, WEIGHTS_SUFFIXES
 from .shipped import is_shipped
 
 
@@ -76,10 +76,7 @@ def find_weights(cfg: PretrainedCfg, cache_dir: Union[None, str, Path] = None, t
         return local_weights(cfg.file)
     if cfg.hf_hub_id:
         names = [cfg.hf_hub_filename] if cfg.hf_hub_filename else None
-        model_id = cfg.hf_hub_id
-        if cfg.source == 'hf-hub':  # timm has read a config.json there, and the weights must be of the same commit
-            model_id = at_commit(model_id, hub_commit(model_id, CONFIG_NAME, cache_dir))
-        return hub_weights(model_id, names, cache_dir, token)
+        return hub_weights(cfg.hf_hub_id, names, cache_dir, token)
     if cfg.url:
         if not isinstance(cfg.url, str) or not urlparse(cfg.url).scheme:
             raise ValueError(f'url: got {cfg.url!r:.200} in the pretrained_cfg, expected one like https://...')
