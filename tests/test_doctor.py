@@ -172,6 +172,16 @@ def test_the_command_prints_and_fails_where_something_needed_is_broken(state, st
     assert first.split() == [state, 'one', *['is', 'so;', 'do', 'that']] and second.split() == ['ok', 'two', 'fine']
 
 
+def test_what_can_not_be_looked_at_is_a_finding():
+    def fails():
+        yield Finding('one', OK, 'fine')
+        raise PermissionError(13, 'Permission denied')
+
+    first, second = doctor._survived('devices', fails)
+    assert first.state == OK and (second.name, second.state) == ('devices', BROKEN)
+    assert 'can not be looked at: [Errno 13] Permission denied' in second.text
+
+
 @pytest.mark.slow
 def test_here_all_that_is_needed_works():
     found = list(doctor.examine())

@@ -197,6 +197,8 @@ def test_what_can_not_be_explained_is_named(photograph):
     model = create()
     with pytest.raises(ValueError, match='model: it is in training mode'):
         explain(create().train(), photograph)
+    with torch.inference_mode():  # as a server's handler may be
+        assert explain(model, photograph).resnet.max() > 0
     torch.nn.init.constant_(model.head.weight, float('nan'))
     with pytest.raises(ValueError, match='model: its outputs for the image are not finite'):
         explain(model, photograph)

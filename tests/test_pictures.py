@@ -241,7 +241,7 @@ def test_a_single_bright_patch_darkens_nothing(tmp_path):
 
 
 def test_an_even_map_can_be_drawn(tmp_path):
-    one = explanation(60, 60)
+    one = explanation(60, 60)._replace(label='$\\bad$')
     one.vit[:] = 0
     plot_explanation(one, tmp_path / 'drawn.png')
     assert share(panel(drawing(tmp_path / 'drawn.png'), 0, 1, 2, 3), (255, 255, 255)) < 0.5

@@ -37,7 +37,8 @@ def main(argv: Optional[List[str]] = None) -> int:
                 args = create_parser().parse_args(own, argparse.Namespace(others=others))
                 return args.run(args)
             finally:
-                sys.stdout.flush()
+                if sys.stdout is not None:  # it may be closed
+                    sys.stdout.flush()
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # a reader such as `head` wants no more, not even what is flushed at exit

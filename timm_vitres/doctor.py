@@ -15,7 +15,7 @@ from collections import defaultdict
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
-from typing import Dict, Iterator, List, Mapping, NamedTuple, Optional, Tuple
+from typing import Callable, Dict, Iterable, Iterator, List, Mapping, NamedTuple, Optional, Tuple, Union
 
 import huggingface_hub
 import timm
@@ -68,15 +68,24 @@ def examine() -> Iterator[Finding]:
         _started(COMPILE, {**os.environ, 'TORCHINDUCTOR_CACHE_DIR': cache}) as compiler,
     ):
         yield Finding('python', OK, f'{platform.python_version()} ({sys.executable})')
-        yield from packages()
-        yield models()
-        yield from extras()
-        yield hub_cache()
-        yield hub_token()
-        yield from devices()
-        yield distributed()
-        yield scripts(lister)
-        yield compilation(compiler)
+        yield from _survived('packages', packages)
+        yield from _survived('models', models)
+        yield from _survived('extras', extras)
+        yield from _survived('hub cache', hub_cache)
+        yield from _survived('hub token', hub_token)
+        yield from _survived('devices', devices)
+        yield from _survived('distributed', distributed)
+        yield from _survived('scripts', lambda: scripts(lister))
+        yield from _survived('compilation', lambda: compilation(compiler))
+
+
+def _survived(name: str, look: Callable[[], Union[Finding, Iterable[Finding]]]) -> Iterator[Finding]:
+    """Yield what a look at something found; that it failed is a finding, too."""
+    try:
+        found = look()
+        yield from [found] if isinstance(found, Finding) else found
+    except Exception as error:
+        yield Finding(name, BROKEN, f'can not be looked at: {on_one_line(error)}')
 
 
 def packages() -> Iterator[Finding]:
@@ -145,7 +154,7 @@ def extras() -> Iterator[Finding]:
 def hub_cache() -> Finding:
     """Return where weights of the Hub are kept, whether that can be written to, and the space that is left."""
     folder, is_offline = Path(constants.HF_HUB_CACHE), constants.HF_HUB_OFFLINE
-    there = next(path for path in (folder, *folder.parents) if path.exists())
+    there = next(path for path in (folder, *folder.parents) if os.path.exists(path))  # pathlib's raises errors
     told = f'{folder}{"" if there == folder else ", not there yet"}'
     told += ', HF_HUB_OFFLINE is set: nothing is downloaded' if is_offline else ''
     remedy = 'let HF_HOME name another folder'

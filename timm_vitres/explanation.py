@@ -14,7 +14,7 @@ from PIL import Image
 from torch import nn
 
 from .data import ImageLike, data_config, image_mode, open_image, to_batch
-from .labels import label_names
+from .labels import check_logits, label_names
 from .models.base import Hybrid
 
 # larger images would take gigabytes, since attention has a value for every pair of tokens
@@ -61,7 +61,9 @@ def explain(
 
     x, seen = _whole(image, model, size)
     with torch.inference_mode():
-        probabilities = model(x)[0].float().softmax(-1)
+        logits = model(x)
+        check_logits(logits, names)
+        probabilities = logits[0].float().softmax(-1)
     if not probabilities.isfinite().all():
         raise ValueError('model: its outputs for the image are not finite (nan, inf); its weights are broken.')
     index = int(probabilities.argmax()) if index is None else index
@@ -124,7 +126,7 @@ def grad_cam(model: Hybrid, x: torch.Tensor, target: int) -> torch.Tensor:
 
     hook = parts.resnet.register_forward_hook(keep)
     try:
-        with torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad():  # whatever the caller's mode
             # the image requires a gradient, so that frozen weights make no difference
             logits = model(x.detach().clone().requires_grad_())
             (gradient,) = torch.autograd.grad(logits[:, target].sum(), maps[0])

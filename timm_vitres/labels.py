@@ -3,9 +3,10 @@
 import os
 from contextlib import suppress
 from numbers import Number
-from typing import Any, Iterable, List, Mapping
+from typing import Any, Iterable, List, Mapping, Sequence
 
 import numpy as np
+import torch
 from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import nn
 
@@ -21,6 +22,15 @@ def label_names(model: nn.Module) -> List[str]:
         info = ImageNetInfo(subset)
         return [info.index_to_description(index) for index in range(num_classes)]
     return [f'class {index}' for index in range(num_classes)]
+
+
+def check_logits(logits: torch.Tensor, names: Sequence[str]) -> None:
+    """Raise ValueError where a model returns other classes than it says, as one whose head was replaced by hand does."""
+    if logits.shape[-1] != len(names):
+        raise ValueError(
+            f'model: it returns {logits.shape[-1]} logits, but says that it has {len(names)} classes; '
+            'reset_classifier makes a head of another number.'
+        )
 
 
 def normalise_label_names(names: Any, num_classes: int) -> List[str]:

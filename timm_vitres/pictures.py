@@ -64,7 +64,7 @@ def plot_explanation(explanation: Explanation, path: Path) -> None:
     figure = new_figure('explain', side * columns, (min(max(side * aspect, 0.8), 12.0) + 0.4) * rows)
     for index, (title, values) in enumerate(panels):
         axes = figure.add_subplot(rows, columns, index + 1)
-        axes.set_title(title, fontsize=11)
+        axes.set_title(title, fontsize=11, parse_math=False)
         axes.set_axis_off()
         axes.imshow(image if values is None else image.convert('L'), cmap='gray')
         if values is not None:

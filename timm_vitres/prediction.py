@@ -15,7 +15,7 @@ from tqdm import tqdm
 from .checks import between, conform
 from .data import data_config, image_mode, open_image, to_batch
 from .folders import shown
-from .labels import label_names
+from .labels import check_logits, label_names
 from .views import averaged, check_tta
 
 MAX_CLASSES = 2**31 - 1  # torch's
@@ -88,7 +88,9 @@ def predict(
             failed.append(str(error))
             continue
         with torch.inference_mode(), _evaluating(model):
-            probabilities = averaged(model, x, tta)[0].softmax(-1)
+            logits = averaged(model, x, tta)
+            check_logits(logits, names)
+            probabilities = logits[0].softmax(-1)
         if not torch.isfinite(probabilities).all():
             failed.append(f'image: for {shown(path)} the model gives no finite numbers, so there is no prediction.')
             continue

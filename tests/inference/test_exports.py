@@ -10,11 +10,12 @@ import openvino
 import pytest
 import timm
 import torch
-from conftest import differs, randomise_, relative_difference, write_folder
+from conftest import differs, draw, randomise_, relative_difference, write_folder
 from torch.export import Dim
 
 from timm_vitres import cli
 from timm_vitres.data import example_images
+from timm_vitres.explanation import explain
 from timm_vitres.inference.exports import check_target, export, load
 from timm_vitres.inference.formats import FORMATS
 from timm_vitres.models import layers
@@ -295,7 +296,9 @@ def test_what_is_no_export_is_not_written_over(tmp_path):
     torch.save(model.state_dict(), tmp_path / 'best.pt')
     (tmp_path / 'text').write_text('mine')
     before = {path: path.read_bytes() for path in tmp_path.rglob('*') if path.is_file()}
-    for name in ('model/model.safetensors', 'model/config.json', 'best.pt'):
+    torch.save(model.state_dict(), tmp_path / 'old.pt', _use_new_zipfile_serialization=False)
+    before[tmp_path / 'old.pt'] = (tmp_path / 'old.pt').read_bytes()
+    for name in ('model/model.safetensors', 'model/config.json', 'best.pt', 'old.pt'):
         with pytest.raises(
             FileExistsError, match=f'{name}: holds no export, by its name or content, and is not written over'
         ):
@@ -354,11 +357,33 @@ def test_a_model_that_is_refused_leaves_no_folder(tmp_path):
 
 def test_a_wrong_export_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / 'model.pt'
-    path.write_text('the old one')
-    monkeypatch.setattr('timm_vitres.inference.exports.load', lambda *_: lambda x: torch.ones(len(x), 7))
-    with pytest.raises(RuntimeError, match=r'model\.pt: what was written differs from the model'):
-        export(create('vitresnet', **LAYERS), path, 'torchscript')
-    assert path.read_text() == 'the old one' and len(list(tmp_path.iterdir())) == 1
+    model = create('vitresnet', **LAYERS)
+    export(model, path)
+    before, expected = path.read_bytes(), torch.no_grad()(model.forward)
+    for wrong in (
+        lambda x: torch.ones(len(x), 7),
+        lambda x: expected(x) * (1 if x.shape[-1] == x.shape[-2] else float('nan')),  # at the second size alone
+    ):
+        monkeypatch.setattr('timm_vitres.inference.exports.load', lambda *_, wrong=wrong: wrong)
+        with pytest.raises(RuntimeError, match=r'model\.pt: what was written differs from the model'):
+            export(model, path, 'torchscript')
+        assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_head_that_was_replaced_by_hand_is_named(tmp_path):
+    model = create('vitresnet', **LAYERS)
+    model.head = torch.nn.Linear(model.num_features, 5)
+    for call in (lambda: export(model, tmp_path / 'm.pt'), lambda: explain(model, draw(tmp_path / 'x.png'))):
+        with pytest.raises(ValueError, match=r'model: it returns 5 logits, but says that it has \d+ classes; reset_cl'):
+            call()
+
+
+def test_a_file_for_one_size_says_which(tmp_path):
+    model = create('test_vitresnet')
+    export(model, tmp_path / 'm.pt2', dynamic=False, example=torch.randn(2, 3, 64, 96))
+    assert json.loads(config_of(tmp_path / 'm.pt2', 'pt2'))['input_size'] == [3, 64, 96]
+    export(model, tmp_path / 'm.pt2')
+    assert json.loads(config_of(tmp_path / 'm.pt2', 'pt2'))['input_size'] == [3, 96, 96]
 
 
 @pytest.mark.recent

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from timm_vitres.cli import create_parser
-from timm_vitres.inference.formats import ENGINES, FORMATS, is_checkpoint, is_installed
+from timm_vitres.inference.formats import CONFIG_ENTRY, ENGINES, FORMATS, is_export, is_installed
 from timm_vitres.inference.lowering import PRECISIONS
 
 PROJECT = (Path(__file__).parents[2] / 'pyproject.toml').read_text(encoding='utf-8')
@@ -60,9 +60,18 @@ def test_packages_are_found_without_importing_them(monkeypatch):
     assert not is_installed('torch')
 
 
-def test_a_checkpoint_is_told_from_a_script(tmp_path):
-    torch.save({'a': torch.ones(1)}, tmp_path / 'checkpoint.pt')
-    torch.jit.save(torch.jit.script(torch.nn.Linear(1, 1)), str(tmp_path / 'script.pt'))
-    (tmp_path / 'text.pt').write_text('text')
-    found = {path.name: is_checkpoint(path) for path in tmp_path.iterdir()}
-    assert found == {'checkpoint.pt': True, 'script.pt': False, 'text.pt': False}
+def test_an_export_is_known_by_the_config_in_it(tmp_path):
+    weights = {'a': torch.ones(1)}
+    torch.save(weights, tmp_path / 'checkpoint.pt')
+    torch.save(weights, tmp_path / 'old.pt', _use_new_zipfile_serialization=False)
+    script = torch.jit.script(torch.nn.Linear(1, 1))
+    torch.jit.save(script, str(tmp_path / 'others.pt'))
+    torch.jit.save(script, str(tmp_path / 'script.pt'), _extra_files={CONFIG_ENTRY: '{}'})
+    program = torch.export.export(torch.nn.Linear(1, 1), (torch.ones(1, 1),))
+    torch.export.save(program, tmp_path / 'program.pt2', extra_files={CONFIG_ENTRY: '{}'})
+    (tmp_path / 'text.pt').write_text('config.json')
+    (tmp_path / 'empty.onnx').write_bytes(b'')
+    (tmp_path / 'ours.onnx').write_bytes(b'\x08\x0a config.json')
+    (tmp_path / 'others.onnx').write_bytes(b'\x08\x0a')
+    found = {path.name for path in tmp_path.iterdir() if is_export(path)}
+    assert found == {'script.pt', 'program.pt2', 'ours.onnx'}

@@ -1,5 +1,7 @@
 """What preparing and exporting share: precision behind float32, and how far outputs are from each other."""
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -54,6 +56,7 @@ def test_difference_is_that_of_the_worst_output():
     one = torch.tensor([3.0, 4.0])
     assert difference(one, one) == 0 and difference(2 * one, one) == pytest.approx(1)
     assert difference([one, one + torch.tensor([0.0, 5.0])], [one, one]) == pytest.approx(1)
+    assert math.isnan(difference([one, one * float('nan')], [one, one]))
     with pytest.raises(ValueError):
         difference([one], [one, one])
 

@@ -1,6 +1,7 @@
 """OpenVINO's files: every size as torch computes it, two files that belong together, and what other programs read."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import openvino
 import pytest
@@ -81,6 +82,32 @@ def test_nothing_of_the_users_is_written_over(net, tmp_path):
         with pytest.raises(FileExistsError, match=rf'{other}: holds no export, by its name or content'):
             export(net, tmp_path / f'{name}.xml')
     assert before == {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+
+
+@pytest.mark.parametrize('killed_at', [1, 2, 3])
+def test_a_first_export_that_was_killed_is_completed(net, tmp_path, monkeypatch, killed_at):
+    replacing, calls = exports.replacing, []
+
+    def killed(path):
+        calls.append(path)
+        if len(calls) == killed_at:
+            raise KeyboardInterrupt
+        return replacing(path)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(exports, 'replacing', killed)
+        export(net, tmp_path / 'm.xml')
+    export(net, tmp_path / 'm.xml')
+    x = torch.randn(1, 3, 64, 64)
+    assert relative_difference(load(tmp_path / 'm.xml', 'openvino')(x), net(x)) < 1e-5
+
+
+def test_threads_may_share_a_file(net, tmp_path):
+    export(net, tmp_path / 'm.xml')
+    run, images = load(tmp_path / 'm.xml', 'openvino'), [torch.randn(2, 3, 64, 64 + 32 * (i % 3)) for i in range(24)]
+    expected = [run(x) for x in images]
+    with ThreadPoolExecutor(4) as pool:
+        assert all(torch.equal(one, other) for one, other in zip(pool.map(run, images), expected))
 
 
 @pytest.mark.parametrize('killed_at', [1, 2, 3])

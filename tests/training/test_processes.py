@@ -11,7 +11,7 @@ import torch
 from conftest import write_folder
 from safetensors.torch import load_file
 
-from timm_vitres.training.processes import FirstFailed, Processes, joined, was_restarted
+from timm_vitres.training.processes import FirstFailed, Processes, joined
 
 ENV = dict(os.environ, OMP_NUM_THREADS='1', PYTHONUNBUFFERED='1')
 FLAGS = ['--model', 'test_vitresnet', '--img-size', '32', '-j', '0', '--device', 'cpu']
@@ -66,14 +66,13 @@ def test_one_process_agrees_with_itself():
 
 
 def test_each_process_has_a_device(monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
     assert Processes(rank=3, count=4, local_rank=1).device('cuda') == 'cuda:1'
     assert Processes(rank=3, count=4, local_rank=1).device('cuda:0') == 'cuda:0'
     assert Processes(rank=3, count=4, local_rank=1).device('cpu') == 'cpu'
     assert Processes().device('cuda') == 'cuda'
-    monkeypatch.setenv('TORCHELASTIC_RESTART_COUNT', '0')
-    assert not was_restarted()
-    monkeypatch.setenv('TORCHELASTIC_RESTART_COUNT', '1')
-    assert was_restarted()
+    with pytest.raises(ValueError, match='device: got cuda, but process 2 finds 2 GPUs'):
+        Processes(rank=2, count=4, local_rank=2).device('cuda')
 
 
 def test_others_that_can_not_be_reached(monkeypatch):

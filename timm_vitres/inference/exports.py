@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from ..checks import check_choice
 from ..data import data_config
-from ..labels import label_names
+from ..labels import check_logits, label_names
 from ..models.base import Hybrid, ImageSizes
 from ..writing import check_output, replacing
 from .folding import copy_model, fold
@@ -121,6 +121,7 @@ def capture(
         size = [side if axis in shapes else images.shape[axis] for axis, side in zip((2, 3), size)]
         other = F.interpolate(captured, size)
         compared.append((other, own(other)))
+        check_outputs(compared[-1][1])
     return Source(
         folded,
         is_pyramid=isinstance(expected, list),
@@ -129,7 +130,7 @@ def capture(
         largest=sizes.largest,
         precision=precision,
         calibration=images if calibrate else None,
-        config=_config(model),
+        config=_config(model, [None if axis in shapes else images.shape[axis] for axis in (2, 3)], expected),
         compared=compared,
     )
 
@@ -151,7 +152,7 @@ def write_compared(source: Source, file: Path, row: Format, what: str) -> float:
         steps.set_description('comparing')
         run = load(file, row.name)
         differences = [difference(run(images), expected) for images, expected in source.compared]
-    if not max(differences) < _TOLERANCE[source.precision]:
+    if not all(one < _TOLERANCE[source.precision] for one in differences):  # NaN is not
         raise RuntimeError(
             f"{what}: what was written differs from the model, by {max(differences):.1e} of the outputs' norm."
         )
@@ -169,7 +170,7 @@ def _put_in_place(file: Path, path: Path, row: Format) -> None:
     Of several files the one that is named gives way to a note first, and comes last: a kill in between leaves no model
     that loads, and never one with the weights of another.
     """
-    if row.beside and path.exists():
+    if row.beside:
         with replacing(path) as beside:
             beside.write_text(row.cut_off)
     for source, place in reversed(list(zip(_files(file, row), _files(path, row)))):
@@ -244,12 +245,21 @@ def _shape(source: Source) -> str:
     return f'any height and {rest}' if 2 in source.sizes else f'any width and height {height}'
 
 
-def _config(model: nn.Module) -> Dict[str, Any]:
-    """Return what a program needs to know to use the file: data config and class names."""
+def _config(model: nn.Module, sides: Sequence[Optional[int]], outputs: Any) -> Dict[str, Any]:
+    """Return what a program needs to know to use the file: data config and class names.
+
+    Args:
+        sides: Height and width that the file takes alone; None where it takes any.
+        outputs: What the model returns.
+    """
     net = getattr(model, 'model', model)  # timm wraps a model that returns features
     config = data_config(net)
+    channels, *size = config['input_size']
+    config['input_size'] = (channels, *(own or side for own, side in zip(sides, size)))
     if getattr(net, 'num_classes', 0):
         config['label_names'] = label_names(net)
+        if torch.is_tensor(outputs) and outputs.ndim == 2:
+            check_logits(outputs, config['label_names'])
     return config
 
 

@@ -4,6 +4,7 @@
 """
 
 import json
+import mmap
 import tempfile
 import zipfile
 from dataclasses import dataclass, replace
@@ -66,7 +67,7 @@ class Format:
     needs_images: Tuple[str, ...] = ()  # precisions that take ranges from images
     beside: Tuple[str, ...] = ()  # suffixes of further files, which belong to the one that is named
     cut_off: str = ''  # what the file that is named says while those beside it are being replaced
-    is_export: Callable[[Path], bool] = lambda path: not is_checkpoint(path)  # of a file that has one of its suffixes
+    is_export: Callable[[Path], bool] = lambda path: is_export(path)  # of a file that has one of its suffixes
     is_engine: bool = False  # whether `prepare` offers its runtime
 
     def check_installed(self, precision: str, argument: str = 'format') -> None:
@@ -89,13 +90,16 @@ class Format:
             )
 
 
-def is_checkpoint(path: Path) -> bool:
-    """Return whether a file is one of torch.save; such files are called .pt as scripts are, but hold no code."""
-    if not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as file:
-        names = [name.partition('/')[2] for name in file.namelist()]
-    return 'data.pkl' in names and not any(name.startswith('code/') for name in names)
+def is_export(path: Path) -> bool:
+    """Return whether a file is one that `export` wrote, by the config in it: an archive of torch's, or ONNX."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as file:
+            return any(Path(name).name == CONFIG_ENTRY for name in file.namelist())
+    with path.open('rb') as file:
+        if file.read(1) != b'\x08':  # the first field of ONNX is its version
+            return False
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            return content.find(CONFIG_ENTRY.encode()) >= 0
 
 
 def _write_torchscript(source: Source, path: Path) -> None:
@@ -223,6 +227,8 @@ ROWS = (
         precisions=('fp32', 'bf16', 'int8'),
         write=_write_pt2,
         load=_load_pt2,
+        extra='int8',
+        packages_int8=('torchao',),
     ),
     Format(
         name='openvino',

@@ -93,7 +93,7 @@ def check_example(model: nn.Module, example: Optional[torch.Tensor]) -> torch.Te
         raise TypeError(f'model: it is {what}; give timm.utils.unwrap_model(model).')
     shape = data_config(model)['input_size']
     if example is None:
-        return torch.randn(1, *shape, generator=torch.Generator().manual_seed(0)).to(device)
+        return torch.randn(1, *shape, generator=torch.Generator().manual_seed(0), device='cpu').to(device)
     expected = f'images (B, {shape[0]}, H, W), a tensor of a floating dtype'
     if not torch.is_tensor(example):
         raise ValueError(f'example: got {type(example).__name__}, expected {expected}.')
@@ -123,4 +123,4 @@ def difference(y: Any, expected: Any) -> float:
     """Return the norm of the difference of outputs, relative to the norm of those expected; the worst of several."""
     pairs = [(y, expected)] if torch.is_tensor(y) else list(zip(y, expected, strict=True))
     norms = [((one - other).norm() / other.norm().clamp_min(1e-30)).item() for one, other in pairs]
-    return max(norms)
+    return torch.tensor(norms).max().item()  # unlike Python's, it is NaN where one is

@@ -6,6 +6,7 @@ model.onnx -> `write` -> model.xml, model.bin -> `load` -> images (B, C, H, W) i
 import logging
 import os
 import sys
+import threading
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any, Dict, Optional, Tuple
@@ -131,6 +132,7 @@ class Runner:
         tops = [self.model.input(0).partial_shape[axis].get_max_length() for axis in (2, 3)]
         self.largest = [top if top > 0 else sys.maxsize for top in tops]  # -1 of a file without bounds
         self.graphs: Dict[Optional[Tuple[int, ...]], Any] = {}
+        self.lock = threading.Lock()  # a graph has one request, which one thread at a time may run
 
     @property
     def note(self) -> str:
@@ -146,12 +148,13 @@ class Runner:
                 f'input: got an image of {x.shape[2]}x{x.shape[3]} pixels, but the file takes at most '
                 f'{self.largest[0]}x{self.largest[1]}.'
             )
-        if shape not in self.graphs:
-            shape = shape if len(self.graphs) < OWN_GRAPHS else None
-        if shape not in self.graphs:
-            self.graphs[shape] = self._compile(shape)
-        found = self.graphs[shape]([x.contiguous().numpy()])
-        outputs = [torch.from_numpy(np.array(found[i])) for i in range(len(found))]
+        with self.lock:
+            if shape not in self.graphs:
+                shape = shape if len(self.graphs) < OWN_GRAPHS else None
+            if shape not in self.graphs:
+                self.graphs[shape] = self._compile(shape)
+            found = self.graphs[shape]([x.contiguous().numpy()])
+            outputs = [torch.from_numpy(np.array(found[i])) for i in range(len(found))]
         return outputs[0] if 'logits' in self.graphs[shape].output(0).get_names() else outputs
 
     def _compile(self, shape: Optional[Tuple[int, ...]]) -> Any:

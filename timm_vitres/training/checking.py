@@ -90,7 +90,7 @@ class BackgroundCheck:
         if self.process is not None:
             return
         self.results, sending = multiprocessing.Pipe(duplex=False)
-        arguments = (list(self.paths), self.mode, sending, os.getpid())
+        arguments = (list(self.paths), self.mode, sending)
         self.process = multiprocessing.Process(target=_open_all, args=arguments, name='checking images', daemon=True)
         self.process.start()
         sending.close()
@@ -127,7 +127,7 @@ class BackgroundCheck:
         self.stop()
 
 
-def _open_all(paths: List[str], mode: str, sending: Any, parent: int) -> None:
+def _open_all(paths: List[str], mode: str, sending: Any) -> None:
     """Open the images in a process of its own; send {path: reason} of each bad one, and None at the end."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the run answers Ctrl-C, and then ends this process
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a forked process has the handlers of the run
@@ -138,7 +138,10 @@ def _open_all(paths: List[str], mode: str, sending: Any, parent: int) -> None:
         os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
     bad = 0
     for path in paths:
-        if os.getppid() != parent:  # the run was killed: nobody ends this process, or reads its results
+        parent = multiprocessing.parent_process()
+        if (
+            parent is not None and not parent.is_alive()
+        ):  # the run was killed: nobody ends this process, or reads its results
             return
         reason = problem(path, mode)
         if reason:

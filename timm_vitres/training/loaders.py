@@ -235,10 +235,11 @@ class _Seeded(Dataset):
 
 
 class _SeededStream(IterableDataset):
-    """A stream whose random numbers depend on (seed, epoch, worker, position), thus on the number of workers."""
+    """A stream whose random numbers depend on (seed, epoch, worker, position, process), thus on how many there are."""
 
-    def __init__(self, dataset: Any, seed: int, epoch: _Epoch):
+    def __init__(self, dataset: Any, seed: int, epoch: _Epoch, rank: int = 0):
         self.dataset, self.seed, self.epoch = dataset, seed, epoch
+        self.rank = [rank] if rank else []
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -248,7 +249,7 @@ class _SeededStream(IterableDataset):
         samples: Optional[Iterator[Any]] = None
         for position in itertools.count():
             try:
-                with seeded(self.seed, self.epoch.get(), worker.id if worker else 0, position):
+                with seeded(self.seed, self.epoch.get(), worker.id if worker else 0, position, *self.rank):
                     samples = samples or iter(self.dataset)
                     sample = next(samples, None)
             except Exception as error:  # the stream has ended with it, and a batch that is not full would be dropped
@@ -320,7 +321,7 @@ class Batches:
         if isinstance(dataset, IterableDataset):
             if hasattr(dataset, 'set_loader_cfg'):
                 dataset.set_loader_cfg(num_workers=workers)  # timm's streams estimate their length by this
-            wrapped: Dataset = _SeededStream(dataset, seed, self.epoch)
+            wrapped: Dataset = _SeededStream(dataset, seed, self.epoch, self.processes.rank)
         else:
             wrapped = _Seeded(dataset, seed, self.epoch, names)
             self.share = _Share(len(dataset), seed, self.epoch, shuffle, repeats, self.processes)

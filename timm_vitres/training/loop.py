@@ -81,8 +81,8 @@ def finetune(
         run = _Run(start.record, start.folder, setup, processes)
         if start.state is not None:
             run.restore(start.state)
-        processes.of_first(lambda: start.record.write(start.folder))
         stack.callback(run.close)
+        processes.of_first(run.begin)
         return run.train()
 
 
@@ -130,7 +130,19 @@ class _Run:
             self.task.setup_ema(decay=cfg.model_ema_decay, use_warmup=cfg.model_ema_warmup)
         if cfg.torchcompile:
             self._compile(cfg.torchcompile)
-        self.trackers = Trackers(record, folder) if processes.is_first else None
+        self.trackers: Optional[Trackers] = None
+
+    def begin(self) -> None:
+        """Write the record, the first thing, and open the trackers; the first process does this."""
+        is_new = not (self.folder / RECORD_NAME).is_file()
+        self.record.write(self.folder)
+        try:
+            self.trackers = Trackers(self.record, self.folder, is_new)
+        except ValueError:
+            if is_new:
+                (self.folder / RECORD_NAME).unlink()
+            raise
+        self.processes.begin(self.record.id)
 
     def _compile(self, backend: str) -> None:
         try:
@@ -158,7 +170,7 @@ class _Run:
                 try:
                     row: Dict[str, Any] = dict(epoch=epoch, train_loss=self._train_epoch(epoch))
                     metrics, answers = self._validate(epoch)
-                except Diverged:
+                except Exception:
                     if not self.history and self.processes.is_first:  # a record alone would be nothing to go on with
                         (self.folder / RECORD_NAME).unlink()
                         if self.trackers is not None:

@@ -277,6 +277,7 @@ class OpenedReader(Reader):
     def __init__(self, reader: Reader, mode: str):
         super().__init__()
         self.reader, self.mode = reader, mode
+        self.num_samples = getattr(reader, 'num_samples', None)
 
     def __iter__(self) -> Iterator[Tuple[Any, Any]]:
         for image, target in iter(self.reader):  # pyright: ignore[reportArgumentType, reportCallIssue]
@@ -364,7 +365,9 @@ def _entry(
     """Return a set's entry in a record; `indices` are those of its images if it is only a part of the split."""
     digest = None if targets is None else hashlib.sha256(np.asarray(targets, dtype='<i8').tobytes()).hexdigest()
     reader = getattr(dataset, 'reader', None)
-    count = reader.num_samples if isinstance(reader, ShardReader) else len(dataset)
+    # a stream's length is that of a process's share
+    count = getattr(reader, 'num_samples', None) if isinstance(dataset, IterableDataset) else None
+    count = len(dataset) if count is None else count
     entry: Dict[str, Any] = {'split': split, 'count': count, 'labels_sha256': digest}
     entry['indices'] = None if indices is None else list(indices)
     if isinstance(dataset, ReaderImages):

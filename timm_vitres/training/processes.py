@@ -4,12 +4,14 @@ torchrun's environment -> `joined` -> `Processes`; without it a run is one proce
 goes over gloo, between CPUs, wherever the model computes.
 """
 
+import itertools
 import logging
 import os
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, Callable, Iterator, List, Optional, TypeVar
 
 import torch
@@ -17,6 +19,8 @@ from torch import distributed as dist
 from tqdm import tqdm
 
 T = TypeVar('T')
+BEGUN = 'timm-vitres/run'  # where torchrun's store has the id of the run that was begun
+_JOINED = itertools.count()  # each group of processes has keys of its own
 PATIENCE = timedelta(hours=2)  # the first process may look at every image while the others wait for it
 
 
@@ -40,6 +44,7 @@ class Processes:
     count: int = 1
     local_rank: int = 0
     group: Optional[Any] = None
+    store: Optional[Any] = None  # torchrun's, which outlives the processes
 
     @property
     def is_first(self) -> bool:
@@ -91,6 +96,17 @@ class Processes:
         dist.all_gather_object(values, value, group=self.group)
         return values
 
+    def begin(self, run: str) -> None:
+        """Tell the processes that torchrun may start after these which run they began."""
+        if self.store is not None:
+            self.store.set(BEGUN, run)
+
+    def began(self, record: Path) -> bool:
+        """Return whether a record is that of the run which processes began that torchrun has started before these."""
+        if self.store is None or not self.store.check([BEGUN]) or not record.is_file():
+            return False
+        return self.store.get(BEGUN).decode() in record.read_text(encoding='utf-8', errors='replace')
+
     def bar(self, batches: Any, what: str) -> Any:
         """Return a progress bar over batches, in the first process; one in a file is written seldom."""
         seconds = 0.1 if sys.stderr.isatty() else 10.0
@@ -99,21 +115,31 @@ class Processes:
     def device(self, name: str) -> str:
         """Return the device of this process: where a name is one of cuda, each process has its own."""
         name = name or ('cuda' if torch.cuda.is_available() else 'cpu')
+        if self.count > 1 and name == 'cuda' and self.local_rank >= torch.cuda.device_count():
+            raise ValueError(f'device: got cuda, but process {self.local_rank} finds {torch.cuda.device_count()} GPUs.')
         return f'{name}:{self.local_rank}' if self.count > 1 and name == 'cuda' else name
 
 
-def was_restarted() -> bool:
-    """Return whether torchrun has started the processes again, after one of them ended."""
-    return int(os.environ.get('TORCHELASTIC_RESTART_COUNT') or 0) > 0
-
-
-def _init() -> None:
+def _init() -> Any:
+    """Join the processes that torchrun has started, and return its store, which outlives them."""
     backend = 'cpu:gloo,cuda:nccl' if torch.cuda.is_available() else 'gloo'
-    store, rank, count = next(dist.rendezvous('env://'))
+    torchruns, rank, count = next(dist.rendezvous('env://'))
+    store = torchruns
     if os.environ.get('LOCAL_WORLD_SIZE') == os.environ['WORLD_SIZE']:
         # torchrun's store outlives a restart on one machine, and gloo would look for the processes that are gone
-        store = dist.PrefixStore(f'attempt-{os.environ.get("TORCHELASTIC_RESTART_COUNT")}', store)
+        attempt = f'attempt-{os.environ.get("TORCHELASTIC_RESTART_COUNT")}-{next(_JOINED)}'
+        store = dist.PrefixStore(attempt, store)
     dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=PATIENCE)
+    return torchruns
+
+
+def _torchruns_store() -> Any:
+    """Return the store of torchrun where it has started this process alone."""
+    if 'TORCHELASTIC_RUN_ID' not in os.environ:
+        return None
+    with suppress(ValueError, RuntimeError):  # without it a run that was killed is resumed by hand
+        return next(dist.rendezvous('env://'))[0]
+    return None
 
 
 @contextmanager
@@ -127,19 +153,22 @@ def joined() -> Iterator[Processes]:
     """
     is_ours = not (dist.is_available() and dist.is_initialized())
     if is_ours and int(os.environ.get('WORLD_SIZE') or 1) == 1:
-        yield Processes()
+        yield Processes(store=_torchruns_store())
         return
+    local_rank = int(os.environ.get('LOCAL_RANK') or 0)
     try:
+        store = None
         if is_ours:
-            if torch.cuda.is_available():
-                torch.cuda.set_device(int(os.environ.get('LOCAL_RANK') or 0))
-            _init()
+            if local_rank < torch.cuda.device_count():  # others compute on CPUs
+                torch.cuda.set_device(local_rank)
+            store = _init()
     except (ValueError, RuntimeError) as error:
         raise ValueError(f'processes: the others can not be reached ({error}); start them all by torchrun.') from error
     processes = Processes(
         rank=dist.get_rank(),
         count=dist.get_world_size(),
-        local_rank=int(os.environ.get('LOCAL_RANK') or 0),
+        local_rank=local_rank,
+        store=store,
         # ours speaks gloo on CPUs, too
         group=None if is_ours else dist.new_group(backend='gloo', timeout=PATIENCE),
     )

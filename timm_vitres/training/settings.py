@@ -282,7 +282,7 @@ class FinetuneCfg:
     )
     fsdp: bool = _option(False, 'shard weights and optimizer over the processes (torch fully_shard), not only images')
     sync_bn: bool = _option(False, 'compute BatchNorm over the images of all processes')
-    device: str = _option('', 'torch device; the accelerator if there is one, else cpu')
+    device: str = _option('', 'torch device; cuda if there is a GPU, else cpu')
     amp: bool = _option(False, 'mixed precision')
     amp_dtype: str = _option('bfloat16', 'mixed precision dtype', choices=('bfloat16', 'float16'))
     channels_last: bool = _option(False, 'channels-last memory format')

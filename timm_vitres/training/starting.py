@@ -20,7 +20,7 @@ from .datasets import Data, load_data
 from .held_out import TABLE_NAME
 from .loaders import check_policy
 from .optimisation import check_optimizer, lacks_bfloat16, needs_muon_in_float32
-from .processes import Processes, was_restarted
+from .processes import Processes
 from .report import best_epoch, count_epochs
 from .runs import RECORD_NAME, Record, run_folder
 from .settings import FinetuneCfg
@@ -60,7 +60,7 @@ class Setup:
         Args:
             images: Those of a new run, as `Data.record` says them, where the settings shall not choose.
         """
-        if was_restarted() and not cfg.resume and (Path(cfg.output) / RECORD_NAME).is_file():
+        if not cfg.resume and self.processes.began(Path(cfg.output) / RECORD_NAME):
             cfg = dataclasses.replace(cfg, resume=True)
         folder = stack.enter_context(run_folder(cfg, given))
         if not cfg.resume:
@@ -95,11 +95,13 @@ class Setup:
         random_seed(cfg.seed)
         if state is not None:
             cfg = without_weights(cfg)
-        model = create_finetune_model(cfg, len(self.data.label_names), self.data.label_names)
-        self.model = synchronised(model, cfg, self.processes).to(self.device)
+        self.model = create_finetune_model(cfg, len(self.data.label_names), self.data.label_names).to(self.device)
         if record is None:
             record = self._record(cfg)
             self.cfg = record.trained_cfg
+            check_processes(self.cfg, self.device, self.processes)  # autotune may have switched something on
+        # not before, since the first process measures alone, and such BatchNorms wait for the others
+        self.model = synchronised(self.model, cfg, self.processes)
         return record
 
     def _record(self, cfg: FinetuneCfg) -> Record:

@@ -95,12 +95,12 @@ def create_teacher(cfg: FinetuneCfg, label_names: List[str], config: Dict[str, A
                 f'kd_model_name: {cfg.kd_model_name!r} has {model.num_classes} classes, but the images have '
                 f'{len(label_names)}; fine-tune it on them first, or learn from its features (kd_distill_type).'
             )
-        names, label_names = (labels and [composed(str(label)) for label in labels] for labels in (names, label_names))
-        if names is not None and names != label_names:
-            if sorted(names) != sorted(label_names):
-                unknown = sorted(set(label_names) - set(names))[0]
+        known, wanted = ([composed(str(label)) for label in labels or ()] for labels in (names, label_names))
+        if names is not None and known != wanted:
+            if sorted(known) != sorted(wanted):
+                unknown = sorted(set(wanted) - set(known))[0]
                 raise ValueError(f'kd_model_name: {cfg.kd_model_name!r} has no class {unknown!r}, as the images have.')
-            order = [names.index(name) for name in label_names]
+            order = [known.index(name) for name in wanted]
     if cfg.channels_last:
         model.to(memory_format=torch.channels_last)
     return Teacher(model, config, data_config(model), order)

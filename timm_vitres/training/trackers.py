@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Dict
 
 from ..checks import is_installed, on_one_line
-from .runs import RECORD_NAME, Record
+from .runs import Record
 
 TENSORBOARD_NAME = 'tensorboard'
 WANDB_NAME = 'wandb'  # wandb's own choice
@@ -22,10 +22,9 @@ def check_trackers(cfg: Any) -> None:
 class Trackers:
     """What a run tells others of its epochs; a resumed run goes on in the same place."""
 
-    def __init__(self, record: Record, folder: Path):
+    def __init__(self, record: Record, folder: Path, is_new: bool = True):
         self.folder = folder
         self.writer = self.wandb = None
-        is_new = not (folder / RECORD_NAME).is_file()
         for name, open_ in (('log_tensorboard', self._open_tensorboard), ('log_wandb', self._open_wandb)):
             try:
                 if getattr(record.cfg, name):
