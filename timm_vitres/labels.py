@@ -25,7 +25,7 @@ def label_names(model: nn.Module) -> List[str]:
 
 
 def check_logits(logits: torch.Tensor, names: Sequence[str]) -> None:
-    """Raise ValueError where a model returns other classes than it says, as one whose head was replaced by hand does."""
+    """Raise ValueError where a model returns other classes than it says, such as one whose head was set by hand."""
     if logits.shape[-1] != len(names):
         raise ValueError(
             f'model: it returns {logits.shape[-1]} logits, but says that it has {len(names)} classes; '
