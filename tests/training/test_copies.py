@@ -3,7 +3,7 @@
 import pytest
 
 from timm_vitres.training import copies
-from timm_vitres.training.copies import check_copies, find_copies
+from timm_vitres.training.copies import check_copies, check_left, find_copies
 
 
 def write(folder, contents):
@@ -31,23 +31,18 @@ def test_too_many_files_are_not_read(tmp_path, monkeypatch):
 
 
 def test_half_of_a_set_is_no_accident():
-    labels = {'t1': 'a', 't2': 'a', 't3': 'a'}
-    check_copies({}, 0, 'test', labels)
-    check_copies({'t1': 'v1', 't2': 'v1'}, 3, 'validation', labels)
+    check_copies({}, 0, 'test')
+    check_copies({'t1': 'v1', 't2': 'v1'}, 3, 'validation')
     with pytest.raises(ValueError, match=r'^val_split: 2 of 4 validation images are copies of training'):
-        check_copies({'t1': 'v1', 't2': 'v2'}, 4, 'validation', labels)
+        check_copies({'t1': 'v1', 't2': 'v2'}, 4, 'validation')
     with pytest.raises(ValueError, match=r'^test_split: 1 of 2 test images'):
-        check_copies({'t1': 'v1'}, 2, 'test', labels)
+        check_copies({'t1': 'v1'}, 2, 'test')
 
 
 def test_a_class_keeps_images_to_train_on():
-    labels = {'t1': 'a', 't2': 'b', 't3': 'b'}
-    check_copies({'t2': 'v1'}, 9, 'validation', labels)
-    check_copies({'t3': 'v1', 'v2': 'w2'}, 9, 'test', labels)
-    with pytest.raises(
-        ValueError, match=r'^val_split: all training images of a class .*, such as t1 of v1; take other'
-    ):
-        check_copies({'t3': 'v2', 't1': 'v1'}, 9, 'validation', labels)
+    check_left('abb', 'ab')
+    with pytest.raises(ValueError, match=r"^data_dir: all training images of class 'b' are copies of others; add some"):
+        check_left('abbc', 'ca')
 
 
 def test_files_that_begin_alike_are_told_apart(tmp_path):

@@ -255,12 +255,18 @@ def test_a_class_is_not_left_without_images_to_train_on(tmp_path):
                 draw(tmp_path / split / label / f'{index}.png', sum(map(ord, split + label)) * 10 + index)
     for index in range(3):
         shutil.copy(tmp_path / 'val' / 'c' / f'{index}.png', tmp_path / 'train' / 'c' / f'{index}.png')
-    with pytest.raises(ValueError, match=r'val_split: all training images of a class are copies of validation images'):
+    with pytest.raises(ValueError, match="data_dir: all training images of class 'c' are copies of others"):
         load(tmp_path)
     shutil.rmtree(tmp_path / 'val')
     for index in (1, 2):
         shutil.copy(tmp_path / 'train' / 'c' / '0.png', tmp_path / 'train' / 'c' / f'{index}.png')
-    with pytest.raises(ValueError, match="data_dir: the 3 images of class 'c' are copies of one; add some"):
+    with pytest.raises(
+        ValueError, match="data_dir: of the 3 images of class 'c' 1 is no copy, but two or more are needed"
+    ):
+        load(tmp_path / 'train')
+    for index in range(3):
+        shutil.copy(tmp_path / 'train' / 'a' / f'{index}.png', tmp_path / 'train' / 'c' / f'{index}.png')
+    with pytest.raises(ValueError, match="data_dir: of the 3 images of class 'c' 0 is no copy"):
         load(tmp_path / 'train')
 
 

@@ -64,8 +64,8 @@ def export(
             per channel, activations as they come), by torchao or, of ONNX, by onnxruntime. With an example, ONNX's
             convolutions are, too: their activations' ranges are then those of the example's images. OpenVINO's are
             always, by nncf, and so need an example.
-        dynamic: One graph for every height and width that has two tokens or more. If it is False, or for a side on
-            which the example has one token, the size is that of the example. The batch may always be any.
+        dynamic: One graph for every height and width that has two tokens or more. If it is False, or the example has
+            but one token on a side, the size is that of the example. The batch may always be any.
         example: Images (B, C, H, W) like those to come. By default noise of the model's own size.
 
     Raises:
@@ -271,13 +271,15 @@ def _image_sizes(model: nn.Module) -> ImageSizes:
 def _dynamic_shapes(model: nn.Module, shape: Sequence[int]) -> Dict[int, Any]:
     """Every batch, height and width; torch.export takes one token a side for a constant, so from two on.
 
-    A side of the example, whose shape this is, that has one token stays what it is.
+    An example, whose shape this is, that has one token on a side is taken for all images, but for the batch.
     """
     stride, multiple, largest = _image_sizes(model)
     shapes: Dict[int, Any] = {0: Dim('batch')}
+    if min(shape[2:]) <= stride:
+        return shapes
     for axis, names, top in zip((2, 3), (('rows', 'height'), ('columns', 'width')), largest or (LARGEST, LARGEST)):
-        if multiple > 1 and min(top, shape[axis]) >= 2 * stride:
+        if multiple > 1 and top >= 2 * stride:
             shapes[axis] = stride * Dim(names[0], min=2, max=top // stride)
-        elif multiple == 1 and min(top, shape[axis]) > stride:
+        elif multiple == 1 and top > stride:
             shapes[axis] = Dim(names[1], min=stride + 1, max=top)
     return shapes

@@ -7,7 +7,7 @@ from typing import Any, Callable, List, Optional
 
 import torch
 from timm.models import get_model_traits
-from timm.utils import ModelEmaV2, ModelEmaV3
+from timm.utils import unwrap_model
 from torch import nn
 
 from ..data import data_config
@@ -88,9 +88,8 @@ def check_example(model: nn.Module, example: Optional[torch.Tensor]) -> torch.Te
     device = next((parameter.device for parameter in model.parameters()), None)
     if device is None or device.type == 'meta':
         raise ValueError(f'model: it has no weights{"" if device is None else " (it is on the device meta)"}.')
-    if isinstance(model, (ModelEmaV2, ModelEmaV3)) or hasattr(model, '_orig_mod'):
-        what = 'compiled already' if hasattr(model, '_orig_mod') else 'a holder of averaged weights'
-        raise TypeError(f'model: it is {what}; give timm.utils.unwrap_model(model).')
+    if unwrap_model(model) is not model:  # compiled, or averaged weights, or one of many processes'
+        raise TypeError(f'model: got {type(model).__name__}, which wraps one; give timm.utils.unwrap_model(model).')
     shape = data_config(model)['input_size']
     if example is None:
         return torch.randn(1, *shape, generator=torch.Generator().manual_seed(0), device='cpu').to(device)
