@@ -331,7 +331,7 @@ def test_other_precisions_of_model_and_example(tmp_path):
 
 def test_what_a_format_can_not_hold_is_one_sentence(tmp_path):
     model = create('vitresnet', **LAYERS)
-    model.head = torch.nn.Sequential(model.head, Unscriptable())
+    model.head = torch.nn.Sequential(model.head, Unscriptable()).eval()
     with pytest.raises(RuntimeError, match=r"model\.pt: format 'torchscript' can not hold this model: .+$") as caught:
         export(model, tmp_path / 'model.pt')
     assert '\n' not in str(caught.value) and not list(tmp_path.iterdir())
