@@ -107,7 +107,7 @@ def test_two_processes_train_and_validate_as_one(tmp_path, more):
     for ours, theirs in zip(rows(tmp_path / 'two'), rows(tmp_path / 'one')):
         for name in theirs:
             exact = name.endswith(('top1', 'top5', 'balanced', 'macro_f1'))
-            assert float(ours[name]) == pytest.approx(float(theirs[name]), abs=0 if exact else 1e-6), name
+            assert float(ours[name]) == pytest.approx(float(theirs[name]), abs=0 if exact else 1e-5), name
     ours, theirs = (load_file(tmp_path / name / 'model.safetensors') for name in ('two', 'one'))
     assert ours.keys() == theirs.keys()
     assert max((ours[key].float() - theirs[key].float()).abs().max().item() for key in theirs) < 1e-5
