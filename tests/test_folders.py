@@ -282,6 +282,15 @@ def test_an_image_that_the_system_refuses_is_an_error(image_folder, monkeypatch)
     monkeypatch.setattr(os, 'stat', refuse)
     with pytest.raises(PermissionError, match=r'3\.png cannot be read \(Permission denied\)'):
         ImageFolder(image_folder)
+    (image_folder / 'down' / '3.png').unlink()
+    (image_folder / 'across' / '3.png').rename(
+        image_folder / 'across' / '.3.png'
+    )  # what is left out anyway is no error
+    found = ImageFolder(image_folder)
+    assert found.left_out == {str(image_folder / 'across' / '.3.png'): 'Permission denied'}
+    (image_folder / 'down' / 'more3.png').symlink_to(image_folder)
+    with pytest.raises(PermissionError, match=r'more3\.png cannot be read'):
+        ImageFolder(image_folder)
 
 
 @pytest.mark.parametrize('name', ['images.tar', 'images.zip', 'image.png'])

@@ -178,7 +178,9 @@ class _Walk:
             leads_nowhere = error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
             if is_link and (leads_nowhere or getattr(error, 'winerror', None) == 1921):  # Windows' circle of links
                 self.left_out[path] = f'a link to nothing ({shown(os.readlink(path))})'
-            elif _is_hidden(entry.name) or not (self._is_image(entry.name) or entry.is_dir(follow_symlinks=False)):
+            elif _is_hidden(entry.name) or not (
+                is_link or self._is_image(entry.name) or entry.is_dir(follow_symlinks=False)
+            ):
                 self.left_out[path] = str(error.strerror)
             else:
                 raise type(error)(f'{shown(path)} cannot be read ({error.strerror}).') from error

@@ -42,9 +42,12 @@ def test_a_letter_with_an_accent_is_the_same_in_both_spellings(tmp_path):
 def test_numbers_that_a_map_has_as_names_in_another_order_are_refused():
     mapped = Labels([], ['0', '1', '10', '2'])
     assert [mapped(label) for label in ('10', '2')] == [2, 3]
-    with pytest.raises(ValueError, match='class_map: a label is 2, but the names in the map are numbers in another'):
+    with pytest.raises(ValueError, match='class_map: a label is 2, but names in the map are numbers of other lines'):
         mapped(2)
     assert Labels([], ['1', '2', '3'])(2) == 2  # they rise, from whatever number on
+    assert Labels([], ['0', '1', 'cat'])(1) == 1
+    with pytest.raises(ValueError, match='class_map: a label is 2'):
+        Labels([], ['2', '3', 'a', 'b'])(2)
     assert Labels(['0', '1', '10', '2'])(2) == 2  # a dataset's own names are by its labels
 
 

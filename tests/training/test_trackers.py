@@ -48,6 +48,20 @@ def test_an_epoch_whose_model_could_not_be_written_is_told_all_the_same(
     assert {event.step for event in events.Scalars('train/loss')} == {0, 1} and len(rows(folder)) == 2
 
 
+def test_a_run_that_fails_in_its_first_epoch_leaves_its_folder_free(image_folder, tmp_path, monkeypatch, no_pictures):
+    cfg = settings(image_folder, tmp_path / 'run', epochs=1, log_tensorboard=True, no_check=True)
+
+    def no_memory(*args):
+        raise RuntimeError('out of memory')
+
+    with monkeypatch.context() as patched:
+        patched.setattr(loop._Run, '_step', no_memory)
+        with pytest.raises(RuntimeError, match='out of memory'):
+            finetune(cfg)
+    assert not (tmp_path / 'run').exists()
+    assert len(rows(finetune(cfg))) == 1
+
+
 class Stand(ModuleType):
     """What a run asks of wandb, written down."""
 

@@ -280,5 +280,8 @@ def test_the_checksum_that_transformers_copied_is_that_of_other_weights(tmp_path
     config = {checksums.SHA256_FIELD: 'ab' * 32}
     (tmp_path / 'config.json').write_text(json.dumps(config))
     assert checksums.told_sha256(tmp_path) == 'ab' * 32
+    assert checksums.is_of_this_package((tmp_path / 'config.json').read_text())
     (tmp_path / 'config.json').write_text(json.dumps(dict(config, transformers_version='5.24.0')))
+    (tmp_path / 'README.md').write_text(f'---\nmodel_sha256: {"ab" * 32}\n---\n')  # of the model that it began with
     assert checksums.told_sha256(tmp_path) is None
+    assert not checksums.is_of_this_package((tmp_path / 'config.json').read_text())

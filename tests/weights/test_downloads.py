@@ -15,6 +15,7 @@ from conftest import flip, randomise_
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 
 from timm_vitres.weights import checksums, downloads
+from timm_vitres.weights.files import is_whole
 
 
 def test_a_url_is_downloaded_once(tmp_path):
@@ -46,7 +47,7 @@ def test_a_download_that_fails_is_one_sentence_and_leaves_nothing(tmp_path):
 
 
 @pytest.mark.parametrize('name', ['a.pth', 'a.safetensors', 'a.npz'])
-def test_what_ended_too_early_is_not_kept(name, tmp_path):
+def test_what_ended_too_early_is_not_kept(name, tmp_path, monkeypatch):
     """A connection may end without an error, and the half of a file would stay in the cache for ever."""
     path, cache = tmp_path / name, tmp_path / 'cache'
     tensors = dict(a=torch.arange(300), b=torch.arange(300.0))
@@ -54,11 +55,14 @@ def test_what_ended_too_early_is_not_kept(name, tmp_path):
     safetensors.torch.save_file(tensors, tmp_path / 'a.safetensors')
     np.savez(tmp_path / 'a.npz', **{key: value.numpy() for key, value in tensors.items()})
     whole = path.read_bytes()
+    waits = []
+    monkeypatch.setattr(downloads.time, 'sleep', waits.append)
     for length in (len(whole) - 1, len(whole) // 2, 100):
         path.write_bytes(whole[:length])
         with pytest.raises(OSError, match=r'could not be downloaded \(it ended too early\)'):
             downloads.url_file(f'file://{path}', cache)
-        assert not list(cache.iterdir())
+        assert not list(cache.iterdir()) and len(waits) == 3  # it may pass
+        waits.clear()
     path.write_bytes(whole)
     assert downloads.url_file(f'file://{path}', cache).read_bytes() == whole
 
@@ -207,6 +211,24 @@ def test_the_first_file_that_a_repository_has(hub, tmp_path):
     with pytest.raises(FileNotFoundError, match=r'^me/name: the repository has no a\.bin or d\.bin\.$'):
         downloads.hub_file('me/name', ('a.bin', 'd.bin'))
     assert asked == [('me/name', 'a.bin', None, False), ('me/name', 'd.bin', None, False)]
+
+
+def test_what_a_commit_is_known_to_lack_is_not_there_offline_either(hub, monkeypatch):
+    answers, _ = hub
+    answers.update(dict.fromkeys(('a.json', 'b.json'), hub_error('none', LocalEntryNotFoundError)))
+    known = {'a.json': downloads._CACHED_NO_EXIST}
+    monkeypatch.setattr(downloads, 'try_to_load_from_cache', lambda repo, name, **options: known.get(name))
+    with pytest.raises(downloads.NotInRepository):
+        downloads.hub_file('me/name', ('a.json',))
+    with pytest.raises(FileNotFoundError, match=r'the Hub can not be reached') as caught:
+        downloads.hub_file('me/name', ('b.json',))
+    assert not isinstance(caught.value, downloads.NotInRepository)
+
+
+def test_what_is_no_safetensors_is_whole(tmp_path):
+    for content in (b'12345678{', b'\xff' * 8 + b'{', b'\x02' + bytes(7) + b'{}', b'\x04' + bytes(7) + b'{"a"', b''):
+        (tmp_path / 'file').write_bytes(content)
+        assert is_whole(tmp_path / 'file')
 
 
 def test_a_hub_that_can_not_be_reached_is_waited_for_once(hub, tmp_path):

@@ -136,12 +136,11 @@ def _open_all(paths: List[str], mode: str, sending: Any) -> None:
     with suppress(OSError, AttributeError):  # Linux has this, and a sandbox may forbid it
         # niceness alone slowed training on two busy cores by a quarter, and this by a fourteenth
         os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+    parent = multiprocessing.parent_process()
     bad = 0
     for path in paths:
-        parent = multiprocessing.parent_process()
-        if (
-            parent is not None and not parent.is_alive()
-        ):  # the run was killed: nobody ends this process, or reads its results
+        # the run was killed: nobody ends this process, or reads its results
+        if parent is not None and not parent.is_alive():
             return
         reason = problem(path, mode)
         if reason:

@@ -62,9 +62,11 @@ class Labels:
         self.indices = {composed(name): index for index, name in enumerate(self.names)}
         self.is_mapped = class_map is not None
         self.moved: Optional[List[int]] = None
-        numbers = [int(name) for name in self.names if re.fullmatch('[0-9]+', name)]
-        # a label that is a number could then mean a name as well as a line
-        self.are_disordered = self.is_mapped and not source and numbers != sorted(numbers)
+        lines = {line: int(name) for line, name in enumerate(self.names) if re.fullmatch('[0-9]+', name)}
+        numbers, are_all = list(lines.values()), len(lines) == len(self.names)
+        # a label that is a number could mean a name as well as a line; where all are numbers that rise, it is a line
+        is_clear = numbers == sorted(numbers) if are_all else all(line == number for line, number in lines.items())
+        self.are_disordered = self.is_mapped and not source and not is_clear
         if class_map is not None and source:
             missing = [shown(name) for name in source if composed(name) not in self.indices]
             if missing:
@@ -88,7 +90,7 @@ class Labels:
             raise ValueError(f'dataset: a label is {index}, expected {expected}.')
         if self.are_disordered:
             raise ValueError(
-                f'class_map: a label is {index}, but the names in the map are numbers in another order than their '
-                'lines; give a map whose numbers rise, or names of another kind.'
+                f'class_map: a label is {index}, but names in the map are numbers of other lines than their own; give '
+                'a map whose numbers are those of its lines, counted from 0, or names of another kind.'
             )
         return index if self.moved is None else self.moved[index]

@@ -135,14 +135,14 @@ class _Run:
     def begin(self) -> None:
         """Write the record, the first thing, and open the trackers; the first process does this."""
         is_new = not (self.folder / RECORD_NAME).is_file()
+        self.processes.begin(self.record.id)
         self.record.write(self.folder)
         try:
             self.trackers = Trackers(self.record, self.folder, is_new)
         except ValueError:
             if is_new:
-                (self.folder / RECORD_NAME).unlink()
+                (self.folder / RECORD_NAME).unlink(missing_ok=True)
             raise
-        self.processes.begin(self.record.id)
 
     def _compile(self, backend: str) -> None:
         try:
@@ -170,13 +170,13 @@ class _Run:
                 try:
                     row: Dict[str, Any] = dict(epoch=epoch, train_loss=self._train_epoch(epoch))
                     metrics, answers = self._validate(epoch)
+                    first(lambda: check.raise_if_bad() if check is not None else None)
                 except Exception:
                     if not self.history and self.processes.is_first:  # a record alone would be nothing to go on with
-                        (self.folder / RECORD_NAME).unlink()
                         if self.trackers is not None:
                             self.trackers.remove()
+                        (self.folder / RECORD_NAME).unlink(missing_ok=True)
                     raise
-                first(lambda: check.raise_if_bad() if check is not None else None)
                 row.update(metrics, lr=unscaled_lr(self.optimizer))
                 row['seconds'] = round(time.perf_counter() - start, 1)
                 self._finish_epoch(row, answers)

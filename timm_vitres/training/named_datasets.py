@@ -277,7 +277,6 @@ class OpenedReader(Reader):
     def __init__(self, reader: Reader, mode: str):
         super().__init__()
         self.reader, self.mode = reader, mode
-        self.num_samples = getattr(reader, 'num_samples', None)
 
     def __iter__(self) -> Iterator[Tuple[Any, Any]]:
         for image, target in iter(self.reader):  # pyright: ignore[reportArgumentType, reportCallIssue]

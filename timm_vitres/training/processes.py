@@ -5,6 +5,7 @@ goes over gloo, between CPUs, wherever the model computes.
 """
 
 import itertools
+import json
 import logging
 import os
 import sys
@@ -19,7 +20,7 @@ from torch import distributed as dist
 from tqdm import tqdm
 
 T = TypeVar('T')
-BEGUN = 'timm-vitres/run'  # where torchrun's store has the id of the run that was begun
+BEGUN = 'timm-vitres/'  # how the keys begin under which torchrun's store has the runs that were begun
 _JOINED = itertools.count()  # each group of processes has keys of its own
 PATIENCE = timedelta(hours=2)  # the first process may look at every image while the others wait for it
 
@@ -99,13 +100,17 @@ class Processes:
     def begin(self, run: str) -> None:
         """Tell the processes that torchrun may start after these which run they began."""
         if self.store is not None:
-            self.store.set(BEGUN, run)
+            self.store.set(BEGUN + run, '')
 
     def began(self, record: Path) -> bool:
         """Return whether a record is that of the run which processes began that torchrun has started before these."""
-        if self.store is None or not self.store.check([BEGUN]) or not record.is_file():
+        if not record.is_file():
             return False
-        return self.store.get(BEGUN).decode() in record.read_text(encoding='utf-8', errors='replace')
+        if self.store is None:  # what is known then is whether these are the first processes
+            return int(os.environ.get('TORCHELASTIC_RESTART_COUNT') or 0) > 0
+        with suppress(ValueError, LookupError, TypeError):  # a record that is damaged is named by whoever reads it
+            return self.store.check([BEGUN + json.loads(record.read_text(encoding='utf-8'))['id']])
+        return False
 
     def bar(self, batches: Any, what: str) -> Any:
         """Return a progress bar over batches, in the first process; one in a file is written seldom."""
@@ -120,25 +125,21 @@ class Processes:
         return f'{name}:{self.local_rank}' if self.count > 1 and name == 'cuda' else name
 
 
-def _init() -> Any:
-    """Join the processes that torchrun has started, and return its store, which outlives them."""
+def _init() -> None:
     backend = 'cpu:gloo,cuda:nccl' if torch.cuda.is_available() else 'gloo'
-    torchruns, rank, count = next(dist.rendezvous('env://'))
-    store = torchruns
+    store, rank, count = next(dist.rendezvous('env://'))
     if os.environ.get('LOCAL_WORLD_SIZE') == os.environ['WORLD_SIZE']:
         # torchrun's store outlives a restart on one machine, and gloo would look for the processes that are gone
-        attempt = f'attempt-{os.environ.get("TORCHELASTIC_RESTART_COUNT")}-{next(_JOINED)}'
-        store = dist.PrefixStore(attempt, store)
+        store = dist.PrefixStore(f'attempt-{os.environ.get("TORCHELASTIC_RESTART_COUNT")}', store)
+    store = dist.PrefixStore(f'group-{next(_JOINED)}', store)
     dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=PATIENCE)
-    return torchruns
 
 
 def _torchruns_store() -> Any:
-    """Return the store of torchrun where it has started this process alone."""
-    if 'TORCHELASTIC_RUN_ID' not in os.environ:
-        return None
-    with suppress(ValueError, RuntimeError):  # without it a run that was killed is resumed by hand
-        return next(dist.rendezvous('env://'))[0]
+    """Return the store of torchrun, which outlives the processes that it starts; None where it has no such store."""
+    if os.environ.get('TORCHELASTIC_USE_AGENT_STORE') == 'True':
+        with suppress(ValueError, RuntimeError):
+            return next(dist.rendezvous('env://'))[0]
     return None
 
 
@@ -157,18 +158,17 @@ def joined() -> Iterator[Processes]:
         return
     local_rank = int(os.environ.get('LOCAL_RANK') or 0)
     try:
-        store = None
         if is_ours:
             if local_rank < torch.cuda.device_count():  # others compute on CPUs
                 torch.cuda.set_device(local_rank)
-            store = _init()
+            _init()
     except (ValueError, RuntimeError) as error:
         raise ValueError(f'processes: the others can not be reached ({error}); start them all by torchrun.') from error
     processes = Processes(
         rank=dist.get_rank(),
         count=dist.get_world_size(),
         local_rank=local_rank,
-        store=store,
+        store=_torchruns_store(),
         # ours speaks gloo on CPUs, too
         group=None if is_ours else dist.new_group(backend='gloo', timeout=PATIENCE),
     )
