@@ -270,13 +270,15 @@ def _image_sizes(model: nn.Module) -> ImageSizes:
 def _dynamic_shapes(model: nn.Module, shape: Sequence[int]) -> Dict[int, Any]:
     """Every batch, height and width; torch.export takes one token a side for a constant, so from two on.
 
-    An example, whose shape this is, that has one token on a side is taken for all images, but for the batch.
+    An example, whose shape this is, that has one token on a side is taken for all images, but for the batch, unless
+    the model takes no more there.
     """
     stride, multiple, largest = _image_sizes(model)
     shapes: Dict[int, Any] = {0: Dim('batch')}
-    if min(shape[2:]) <= stride:
+    tops = largest or (LARGEST, LARGEST)
+    if any(side <= stride < top for side, top in zip(shape[2:], tops)):
         return shapes
-    for axis, names, top in zip((2, 3), (('rows', 'height'), ('columns', 'width')), largest or (LARGEST, LARGEST)):
+    for axis, names, top in zip((2, 3), (('rows', 'height'), ('columns', 'width')), tops):
         if multiple > 1 and top >= 2 * stride:
             shapes[axis] = stride * Dim(names[0], min=2, max=top // stride)
         elif multiple == 1 and top > stride:
