@@ -84,18 +84,23 @@ def test_nothing_of_the_users_is_written_over(net, tmp_path):
     assert before == {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
 
 
-@pytest.mark.parametrize('killed_at', [1, 2, 3])
-def test_a_first_export_that_was_killed_is_completed(net, tmp_path, monkeypatch, killed_at):
+def kill_(patched, number: int) -> None:
+    """Let an export be killed before it puts the so-manieth of its files in place."""
     replacing, calls = exports.replacing, []
 
     def killed(path):
         calls.append(path)
-        if len(calls) == killed_at:
+        if len(calls) == number:
             raise KeyboardInterrupt
         return replacing(path)
 
+    patched.setattr(exports, 'replacing', killed)
+
+
+@pytest.mark.parametrize('killed_at', [1, 2, 3])
+def test_a_first_export_that_was_killed_is_completed(net, tmp_path, monkeypatch, killed_at):
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(exports, 'replacing', killed)
+        kill_(patched, killed_at)
         export(net, tmp_path / 'm.xml')
     export(net, tmp_path / 'm.xml')
     x = torch.randn(1, 3, 64, 64)
@@ -116,23 +121,14 @@ def test_a_kill_never_leaves_a_model_with_the_weights_of_another(net, tmp_path, 
     x = torch.randn(1, 3, 64, 64)
     old = load(tmp_path / 'm.xml', 'openvino')(x)
     other = randomise_(timm.create_model('vitresnet', **{**LAYERS, 'num_classes': 5}, img_size=64), seed=1).eval()
-    replacing, calls = exports.replacing, []
-
-    def killed(path):
-        calls.append(path)
-        if len(calls) == killed_at:
-            raise KeyboardInterrupt
-        return replacing(path)
-
-    monkeypatch.setattr(exports, 'replacing', killed)
-    with pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        kill_(patched, killed_at)
         export(other, tmp_path / 'm.xml')
     if killed_at == 1:
         assert torch.equal(load(tmp_path / 'm.xml', 'openvino')(x), old)
     else:
         with pytest.raises(RuntimeError):
             load(tmp_path / 'm.xml', 'openvino')
-    monkeypatch.setattr(exports, 'replacing', replacing)
     assert is_export(tmp_path / 'm.xml')
     export(other, tmp_path / 'm.xml')  # the same call mends it
     assert relative_difference(load(tmp_path / 'm.xml', 'openvino')(x), other(x)) < 1e-5
