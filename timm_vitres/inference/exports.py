@@ -23,7 +23,7 @@ from ..models.base import Hybrid, ImageSizes
 from ..writing import check_output, replacing
 from .folding import copy_model, fold
 from .formats import FORMATS, Format, Run, Source
-from .lowering import check_example, check_outputs, difference, forward_only
+from .lowering import check_example, check_outputs, difference, forward_only, worst
 
 LARGEST = 4096  # pixels a side that a graph for all sizes is captured for
 # Outputs may be off by this part of their norm: runtimes add up in another order, and what a low precision costs is
@@ -152,9 +152,9 @@ def write_compared(source: Source, file: Path, row: Format, what: str) -> float:
         steps.set_description('comparing')
         run = load(file, row.name)
         differences = [difference(run(images), expected) for images, expected in source.compared]
-    worst = torch.tensor(differences).max().item()  # NaN where one is
-    if not worst < _TOLERANCE[source.precision]:
-        raise RuntimeError(f"{what}: what was written differs from the model, by {worst:.1e} of the outputs' norm.")
+    largest = worst(differences)
+    if not largest < _TOLERANCE[source.precision]:
+        raise RuntimeError(f"{what}: what was written differs from the model, by {largest:.1e} of the outputs' norm.")
     return differences[0]
 
 

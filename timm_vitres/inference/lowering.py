@@ -3,7 +3,7 @@
 folded model -> `Lowered` -> float32 images in, float32 outputs out; `check_example` says what it is compared on.
 """
 
-from typing import Any, Callable, List, Optional
+from typing import Any, Callable, List, Optional, Sequence
 
 import torch
 from timm.models import get_model_traits
@@ -122,4 +122,9 @@ def difference(y: Any, expected: Any) -> float:
     """Return the norm of the difference of outputs, relative to the norm of those expected; the worst of several."""
     pairs = [(y, expected)] if torch.is_tensor(y) else list(zip(y, expected, strict=True))
     norms = [((one - other).norm() / other.norm().clamp_min(1e-30)).item() for one, other in pairs]
-    return torch.tensor(norms).max().item()  # unlike Python's, it is NaN where one is
+    return worst(norms)
+
+
+def worst(numbers: Sequence[float]) -> float:
+    """Return the largest of some numbers, and NaN where one is, which Python's `max` passes over."""
+    return torch.tensor(numbers).max().item()
