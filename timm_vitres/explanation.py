@@ -23,7 +23,10 @@ MAX_TOKENS = 4096
 
 
 class Explanation(NamedTuple):
-    """An image as the model saw it, the class explained, and a map (H, W) from 0 to 1 for ResNet and for ViT."""
+    """An image as the model saw it, the class explained, and a map (H, W) from 0 to 1 for ResNet and for ViT.
+
+    A map is None where the model lacks that part.
+    """
 
     image: Image.Image
     label: str

@@ -95,13 +95,16 @@ def split_role(name: str) -> Optional[str]:
     return next((role for role, names in SPLITS.items() if core in names), None)
 
 
-def find_images(root: Union[str, Path]) -> Found:
+def find_images(root: Union[str, Path], strict: bool = True) -> Found:
     """Find all images below a folder. Links to folders are followed once; a file or folder is never taken twice.
 
+    Args:
+        strict: Whether a folder or an image that can't be read is an error, or left out.
+
     Raises:
-        OSError: for a folder that can't be read; the message names it.
+        OSError: for the first that can't be read; the message names it.
     """
-    return _Walk(str(Path(root))).found()
+    return _Walk(str(Path(root)), strict).found()
 
 
 def below(root: Union[str, Path], paths: Iterable[str]) -> List[str]:
@@ -121,8 +124,8 @@ def _identity(info: os.stat_result) -> Identity:
 class _Walk:
     """A walk through a folder: real folders come first, then sorted links, so that the result is always the same."""
 
-    def __init__(self, root: str):
-        self.root = root
+    def __init__(self, root: str, strict: bool = True):
+        self.root, self.strict = root, strict
         self.suffixes = image_suffixes()
         self.left_out: Dict[str, str] = {}
         self.files: List[Tuple[bool, str, File]] = []  # (whether a link leads to it, path, file)
@@ -159,6 +162,9 @@ class _Walk:
             with os.scandir(folder) as entries:
                 inside = sorted(entries, key=lambda entry: entry.name)
         except OSError as error:
+            if not self.strict:
+                self.left_out[folder] = str(error.strerror)
+                return
             raise type(error)(f'the folder {shown(folder)} cannot be read ({error.strerror}).') from error
         start = '' if folder == '.' else os.path.join(folder, '')  # pathlib would take most of a walk's time
         for entry in inside:
@@ -178,8 +184,10 @@ class _Walk:
             leads_nowhere = error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
             if is_link and (leads_nowhere or getattr(error, 'winerror', None) == 1921):  # Windows' circle of links
                 self.left_out[path] = f'a link to nothing ({shown(os.readlink(path))})'
-            elif _is_hidden(entry.name) or not (
-                is_link or self._is_image(entry.name) or entry.is_dir(follow_symlinks=False)
+            elif (
+                not self.strict
+                or _is_hidden(entry.name)
+                or not (is_link or self._is_image(entry.name) or entry.is_dir(follow_symlinks=False))
             ):
                 self.left_out[path] = str(error.strerror)
             else:

@@ -62,7 +62,7 @@ def predict(
 
     Raises:
         ValueError: for a model without classes, or one that takes no images, and an impossible `topk` or `tta`.
-        TypeError: for one path instead of a list, and for anything that is no path.
+        TypeError: for one path instead of a list, for anything that is no path, and for a model that is no module.
     """
     if isinstance(images, (str, Path)):
         raise TypeError(f'images: got the one path {shown(images)}, expected a list of paths.')

@@ -46,6 +46,7 @@ def test_numbers_that_a_map_has_as_names_in_another_order_are_refused():
         mapped(2)
     assert Labels([], ['1', '2', '3'])(2) == 2  # they rise, from whatever number on
     assert Labels([], ['0', '1', 'cat'])(1) == 1
+    assert Labels([], ['911', '718', '356'])(2) == Labels([], ['Cayenne', '911', 'Panamera'])(2) == 2  # no lines of it
     with pytest.raises(ValueError, match='class_map: a label is 2'):
         Labels([], ['2', '3', 'a', 'b'])(2)
     assert Labels(['0', '1', '10', '2'])(2) == 2  # a dataset's own names are by its labels

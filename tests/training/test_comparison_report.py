@@ -77,6 +77,9 @@ def test_the_report_says_how_the_figures_came_about(minutes, says, tmp_path):
     assert ('others have as large a part' in text) == (minutes is not None)
     assert 'A better one may lie beyond that of a, b and c, which is the least or the largest of them.' in text
     assert 'No model was trained on test images, and nothing' in text
+    told.asked['lrs'] = [lr * 1.00000001 for lr in told.lrs]  # rows have six digits of it
+    write_comparison(tmp_path, cfg, told, ROWS, arm_figures(told, ROWS, None), 'A sentence.')
+    assert 'may lie beyond that of a, b and c' in (tmp_path / 'README.md').read_text()
     told.images['copies_are_out'] = False
     told.asked['lrs'] = [0.001, 0.01, 0.1]
     write_comparison(tmp_path, cfg, told, ROWS, arm_figures(told, ROWS, None), 'A sentence.')

@@ -224,6 +224,27 @@ def test_images_that_went_or_changed_are_named(image_folder):
         load(image_folder, recorded)
 
 
+def test_what_a_run_does_not_use_may_be_unreadable(tmp_path, monkeypatch):
+    write_folder(tmp_path / 'train', per_class=3)
+    write_folder(tmp_path / 'val', per_class=2, size=41)
+    write_folder(tmp_path / 'test', per_class=2, size=42)
+    data, status, scandir = load(tmp_path), os.stat, os.scandir
+
+    def refuse(function):
+        def refusing(path, **kwargs):
+            if str(path).endswith(('test/across', 'test/down/0.png')):
+                raise PermissionError(13, 'Permission denied', str(path))
+            return function(path, **kwargs)
+
+        return refusing
+
+    monkeypatch.setattr(os, 'stat', refuse(status))
+    monkeypatch.setattr(os, 'scandir', refuse(scandir))
+    again = load(tmp_path, data.record())
+    assert again.record() == data.record()
+    assert again.left_out[str(tmp_path / 'test' / 'across')] == 'Permission denied'
+
+
 def test_images_that_became_unreadable_are_named(image_folder):
     recorded = load(image_folder).record()
     bad = image_folder / 'down' / '3.png'

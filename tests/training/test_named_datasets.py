@@ -93,6 +93,7 @@ def test_splits_by_slices_are_compared():
         ('train+test[:50%]', 'test[50%:]', False),
         ('all', 'test', True),
         ('all[:50%]', 'train', True),
+        ('all', '', False),
         ('train', 'validation', False),
     ):
         assert _overlap(first, second) == _overlap(second, first) == same

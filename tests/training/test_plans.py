@@ -108,7 +108,7 @@ def test_what_makes_no_comparison_is_named(changes, own, message, cfg):
         asked(dataclasses.replace(cfg, **changes), **own)
 
 
-def test_named_arms_see_the_same_images():
+def test_named_arms_see_the_same_images(tmp_path, monkeypatch):
     """Their models differ in size, crop and normalisation."""
     cfg = FinetuneCfg(data_dir='photos')
     assert seen_alike(cfg, ('resnet18', 'levit_128s')) == cfg  # models of timm's keep their own
@@ -118,6 +118,9 @@ def test_named_arms_see_the_same_images():
     assert seen_alike(found, ('vit',)) == found
     loaded = dataclasses.replace(cfg, pretrained=True)
     assert seen_alike(loaded, ('resnet18', 'vit')) == loaded
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'compare').write_text('img_size: 32')  # a file of the user's
+    assert seen_alike(cfg, ('resnet18', 'vit')).img_size == 64
 
 
 def test_schedules_have_the_same_shape_for_fewer_epochs():
@@ -127,7 +130,10 @@ def test_schedules_have_the_same_shape_for_fewer_epochs():
     assert (half.warmup_epochs, half.mixup_off_epoch, half.decay_milestones) == (1.0, 8, (2, 5))
     assert in_proportion(dataclasses.replace(cfg, mixup_off_epoch=0), 10, 20).mixup_off_epoch == 0  # that is: never
     assert in_proportion(cfg, 1, 200).decay_milestones == (1,)  # they still rise
-    for sched, epochs, expected in (('step', 3, 1.5), ('step', 1, 1.0), ('wsd', 1, 0.05), ('wsd', 0.2, 0.2)):
+    for sched, epochs, expected in (
+        *(('step', 3, 1.5), ('step', 1, 1.0), ('step', None, 45.0)),
+        *(('wsd', 1, 0.05), ('wsd', 0.2, 0.2), ('wsd', None, None)),
+    ):
         asked_cfg = dataclasses.replace(cfg, sched=sched, decay_epochs=epochs)
         assert in_proportion(asked_cfg, 10, 20).decay_epochs == expected
 

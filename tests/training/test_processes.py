@@ -161,3 +161,18 @@ def test_a_run_goes_on_with_another_number_of_processes(tmp_path):
     assert rest.returncode == 0 and 'goes on with 1, each with 8 images a step' in rest.stderr, rest.stderr
     ours, theirs = (load_file(tmp_path / name / 'model.safetensors') for name in ('two', 'one'))
     assert max((ours[key].float() - theirs[key].float()).abs().max().item() for key in theirs) < 1e-5
+
+
+def test_a_bar_needs_no_more_of_stderr_than_writing(monkeypatch):
+    """As a script has it that writes to a file, too."""
+    written = []
+
+    class Tee:
+        def write(self, text):
+            written.append(text)
+
+        def flush(self):
+            pass
+
+    monkeypatch.setattr(sys, 'stderr', Tee())
+    assert list(Processes().bar([1, 2], 'epoch')) == [1, 2] and 'epoch' in ''.join(written)

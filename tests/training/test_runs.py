@@ -119,7 +119,11 @@ def test_the_record_is_there_before_the_first_step(images, tmp_path, monkeypatch
         for path in (images / folder).iterdir()
     }
     assert listed == there and len(record['data']['validation']) == 4
-    # and goes on from nothing but this
+    # and goes on from nothing but this, which another failure leaves there
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match='busy'):
+        kill_at(patch, '_validate', 1, owner=module._Run, error=RuntimeError('the GPU is busy'))
+        finetune(FinetuneCfg(resume=str(tmp_path / 'run')))
+    assert json.loads((tmp_path / 'run' / 'run.json').read_text())['id'] == record['id']
     folder = finetune(FinetuneCfg(resume=str(tmp_path / 'run')))
     assert_same_run(folder, finetune(dataclasses.replace(cfg, output=str(tmp_path / 'whole'))))
 

@@ -71,6 +71,7 @@ def export(
     Raises:
         ValueError: for a format that is unknown or not the one of the file's name, a precision that it can't have, a
             missing package, and for models and examples as in `prepare`.
+        TypeError: for models as in `prepare`.
         OSError: where the file can't be written, or would replace what is no export.
         RuntimeError: where the format can't hold the model, or what was written does not compute what it does.
     """

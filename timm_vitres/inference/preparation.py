@@ -97,7 +97,7 @@ def prepare(
     Raises:
         ValueError: for an unknown precision or engine, an example of another shape, a model in training mode, one that
             `fold` refuses or whose outputs are not finite, or where a package is missing.
-        TypeError: for what is no module, or is prepared already.
+        TypeError: for what is no module, is prepared already, or wraps a model (compiled, DistributedDataParallel).
         RuntimeError: where torch.compile can't compile here, or the engine can't hold the model.
     """
     check_choice('engine', engine, ('torch', *ENGINES))

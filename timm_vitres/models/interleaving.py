@@ -5,15 +5,19 @@ relative positions, whose sizes are those of the maps that blocks attend to.
 """
 
 from functools import partial
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
 
+import torch
 from timm.layers import to_2tuple
+from timm.models import checkpoint_seq
 from timm.models.byobnet import ByoBlockCfg, ByoModelCfg, Stem
 from torch import nn
 
 from ..weights.layouts import StateDict
 from .attention import AttnBlock, RelPosAttn, resample_rel_pos
 from .config import VitResNetMixCfg
+from .features import as_format, check_output_fmt
+from .layers import checked_images, feature_take_indices
 
 TABLES = ('pos_embed.height_rel', 'pos_embed.width_rel')
 Place = Tuple[int, int]  # a stage and a block of it, counted from 0
@@ -172,3 +176,92 @@ def rel_table_size(state_dict: StateDict, cfg: VitResNetMixCfg, candidates: Sequ
         f'img_size: not given, and the relative positions of the checkpoint are those of no height and width: blocks '
         f'would attend to maps of {", ".join(f"{h}x{w}" for h, w in sides.values())}.'
     )
+
+
+class InterleavedFeatures(nn.Module):
+    """The methods of an interleaved hybrid by which timm takes its maps; a base class beside timm's `ByobNet`.
+
+    Attributes:
+        num_levels: How many maps there are: of the stem (without and with its second stride), of every stage.
+        level_indices: For the entries of `feature_info`: which of these maps each one is.
+    """
+
+    num_levels: int
+    level_indices: List[int]
+
+    def _run(self, x: torch.Tensor, last_level: int, exclude_final_conv: bool) -> List[torch.Tensor]:
+        """Return the maps of all levels up to one: of the stem (without and with its second stride), of every stage."""
+        x = checked_images(x, self.in_chans)
+        levels: List[torch.Tensor] = []
+        if hasattr(self.stem, 'forward_intermediates'):
+            x, tap = self.stem.forward_intermediates(x)
+            if tap is not None:
+                levels.append(tap)
+        else:
+            x = self.stem(x)
+        levels.append(x)
+        for stage in self.stages:
+            if len(levels) <= last_level:
+                if self.grad_checkpointing and not torch.jit.is_scripting():  # noqa: SIM108 (a script can't choose)
+                    x = checkpoint_seq(stage, x)
+                else:
+                    x = stage(x)
+                levels.append(x)
+        if len(levels) == self.num_levels and not exclude_final_conv:
+            levels[-1] = self.final_conv(levels[-1])
+        return levels
+
+    def forward_intermediates(
+        self,
+        x: torch.Tensor,
+        indices: Optional[Union[int, List[int]]] = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = 'NCHW',
+        intermediates_only: bool = False,
+        exclude_final_conv: bool = False,
+    ) -> Union[List[torch.Tensor], Tuple[torch.Tensor, List[torch.Tensor]]]:
+        """Return the last map, and the maps that `feature_info` lists.
+
+        Args:
+            x: (B, C, H, W).
+            indices: Of `feature_info`, in the order wanted: None for all, a number for the last so many.
+            norm: Taken for timm's sake; these maps are not normalised.
+            stop_early: Leave out the stages that no map needs; the last map is then that of the last that ran.
+            output_fmt: 'NCHW': maps (B, C, H / reduction, W / reduction); 'NLC': (B, N, C).
+            intermediates_only: Return the maps alone.
+            exclude_final_conv: Leave the convolution behind the last stage out, in both.
+
+        Returns:
+            (map, maps), or as the arguments say.
+        """
+        check_output_fmt(output_fmt)
+        take_indices, max_index = feature_take_indices(len(self.level_indices), indices)
+        levels = self._run(x, self.level_indices[max_index] if stop_early else self.num_levels, exclude_final_conv)
+        maps = [as_format(levels[self.level_indices[i]], output_fmt) for i in take_indices]
+        if intermediates_only:
+            return maps
+        return levels[-1], maps
+
+    def prune_intermediate_layers(
+        self,
+        indices: Union[int, List[int]] = 1,
+        prune_norm: bool = False,
+        prune_head: bool = True,
+    ) -> List[int]:
+        """Remove what the maps at `indices` of `feature_info` do not need; what the head needs stays with the head.
+
+        Returns:
+            The indices, counted from 0.
+        """
+        take_indices, max_index = feature_take_indices(len(self.feature_info), indices)
+        *kept, last = self.feature_info[: max_index + 1]
+        if prune_head:
+            if max_index < len(self.feature_info) - 1:
+                self.stages, self.final_conv = self.stages[: last['stage']], nn.Identity()
+                self.num_features = self.head_hidden_size = last['num_chs']
+                if last['module'].startswith('stem.'):
+                    self.stem.prune_to_tap()
+            self.feature_info, self.level_indices = [*kept, last], self.level_indices[: max_index + 1]
+            self.reset_classifier(0, '')
+        return take_indices

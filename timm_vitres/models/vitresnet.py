@@ -398,7 +398,7 @@ def vitresnet_large(pretrained: bool = False, **kwargs) -> VitResNet:
 
 @register_model
 def vitresnet_nano(pretrained: bool = False, **kwargs) -> VitResNet:
-    """Thin ResNet + ViT for small images (28 to 128 pixels), tokens at stride 8; 1.2M parameters."""
+    """Thin ResNet + ViT for small images (28 to 128 pixels), tokens at stride 8; 1.1M parameters."""
     cfg = VitResNetCfg(
         backbone='resnet18',
         layers=(2, 2),

@@ -9,7 +9,7 @@ which finds attention at the end of each stage best, also on small data. It is t
 
 import dataclasses
 from functools import partial
-from typing import Any, Dict, List, Optional, Sequence, Set, Tuple, Union
+from typing import Any, Dict, Optional, Sequence, Set
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -25,9 +25,9 @@ from ..weights.shipped import shipped
 from .attention import MergingConvNormAct
 from .base import ExplainedParts, Hybrid
 from .config import MapGlobalPool, VitResNetMixCfg, check_pooling
-from .features import as_format, check_output_fmt
 from .interleaving import (
     TABLES,
+    InterleavedFeatures,
     attn_name,
     attn_sizes,
     byob_cfg,
@@ -38,13 +38,13 @@ from .interleaving import (
     rel_table_size,
     set_stem_stride_,
 )
-from .layers import checked_images, feature_take_indices
+from .layers import checked_images
 from .loading import build_with_tables
 
 __all__ = ['VitResNetMix', 'VitResNetMixCfg']
 
 
-class VitResNetMix(Hybrid, ByobNet):
+class VitResNetMix(InterleavedFeatures, Hybrid, ByobNet):
     """A ResNet, some of whose blocks attend where others convolve; one class for the family.
 
     It is timm's `ByobNet`, and keeps its interface: `forward_features` returns a map (B, C, H / stride, W / stride).
@@ -195,28 +195,6 @@ class VitResNetMix(Hybrid, ByobNet):
             token_stride=(stride, stride),
         )
 
-    def _run(self, x: torch.Tensor, last_level: int, exclude_final_conv: bool) -> List[torch.Tensor]:
-        """Return the maps of all levels up to one: of the stem (without and with its second stride), of every stage."""
-        x = checked_images(x, self.in_chans)
-        levels: List[torch.Tensor] = []
-        if hasattr(self.stem, 'forward_intermediates'):
-            x, tap = self.stem.forward_intermediates(x)
-            if tap is not None:
-                levels.append(tap)
-        else:
-            x = self.stem(x)
-        levels.append(x)
-        for stage in self.stages:
-            if len(levels) <= last_level:
-                if self.grad_checkpointing and not torch.jit.is_scripting():  # noqa: SIM108 (a script can't choose)
-                    x = checkpoint_seq(stage, x)
-                else:
-                    x = stage(x)
-                levels.append(x)
-        if len(levels) == self.num_levels and not exclude_final_conv:
-            levels[-1] = self.final_conv(levels[-1])
-        return levels
-
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
         """x: (B, C, H, W) -> the last map (B, C', H / stride, W / stride)."""
         x = checked_images(x, self.in_chans)
@@ -230,61 +208,6 @@ class VitResNetMix(Hybrid, ByobNet):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: (B, in_chans, H, W) -> logits (B, num_classes); see `forward_head`."""
         return self.forward_head(self.forward_features(x))
-
-    def forward_intermediates(
-        self,
-        x: torch.Tensor,
-        indices: Optional[Union[int, List[int]]] = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = 'NCHW',
-        intermediates_only: bool = False,
-        exclude_final_conv: bool = False,
-    ) -> Union[List[torch.Tensor], Tuple[torch.Tensor, List[torch.Tensor]]]:
-        """Return the last map, and the maps that `feature_info` lists.
-
-        Args:
-            x: (B, C, H, W).
-            indices: Of `feature_info`, in the order wanted: None for all, a number for the last so many.
-            norm: Taken for timm's sake; these maps are not normalised.
-            stop_early: Leave out the stages that no map needs; the last map is then that of the last that ran.
-            output_fmt: 'NCHW': maps (B, C, H / reduction, W / reduction); 'NLC': (B, N, C).
-            intermediates_only: Return the maps alone.
-            exclude_final_conv: Leave the convolution behind the last stage out, in both.
-
-        Returns:
-            (map, maps), or as the arguments say.
-        """
-        check_output_fmt(output_fmt)
-        take_indices, max_index = feature_take_indices(len(self.level_indices), indices)
-        levels = self._run(x, self.level_indices[max_index] if stop_early else self.num_levels, exclude_final_conv)
-        maps = [as_format(levels[self.level_indices[i]], output_fmt) for i in take_indices]
-        if intermediates_only:
-            return maps
-        return levels[-1], maps
-
-    def prune_intermediate_layers(
-        self,
-        indices: Union[int, List[int]] = 1,
-        prune_norm: bool = False,
-        prune_head: bool = True,
-    ) -> List[int]:
-        """Remove what the maps at `indices` of `feature_info` do not need; what the head needs stays with the head.
-
-        Returns:
-            The indices, counted from 0.
-        """
-        take_indices, max_index = feature_take_indices(len(self.feature_info), indices)
-        *kept, last = self.feature_info[: max_index + 1]
-        if prune_head:
-            if max_index < len(self.feature_info) - 1:
-                self.stages, self.final_conv = self.stages[: last['stage']], nn.Identity()
-                self.num_features = self.head_hidden_size = last['num_chs']
-                if last['module'].startswith('stem.'):
-                    self.stem.prune_to_tap()
-            self.feature_info, self.level_indices = [*kept, last], self.level_indices[: max_index + 1]
-            self.reset_classifier(0, '')
-        return take_indices
 
 
 _ATTN_WEIGHTS = 'https://github.com/rwightman/pytorch-image-models/releases/download/v0.1-attn-weights/'
@@ -423,6 +346,29 @@ def vitresnet_mix_nano(pretrained: bool = False, **kwargs) -> VitResNetMix:
         stem_stride=1,
     )
     return build_with_tables(VitResNetMix, 'vitresnet_mix_nano', pretrained, cfg, **kwargs)
+
+
+@register_model
+def vitresnet_mix_pico(pretrained: bool = False, **kwargs) -> VitResNetMix:
+    """ResNet-20 of twice its width, for images of 28 to 64 pixels, and a block that attends; 1.2M parameters.
+
+    It has fewer parameters than `vitresnet_mix_nano`, and takes longer: its maps are as large as the image, a half and
+    a quarter of that.
+    """
+    cfg = VitResNetMixCfg(
+        layers=(3, 3, 4),
+        channels=(32, 64, 128),
+        strides=(1, 2, 2),
+        attn_blocks=(0, 0, 1),
+        block='basic',
+        bottle_ratio=1.0,
+        attn_ratio=0.5,
+        stem_type='',
+        stem_pool='',
+        stem_chs=32,
+        stem_stride=1,
+    )
+    return build_with_tables(VitResNetMix, 'vitresnet_mix_pico', pretrained, cfg, **kwargs)
 
 
 @register_model

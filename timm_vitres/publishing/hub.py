@@ -93,6 +93,7 @@ def push(
 
     Raises:
         ValueError: for a model or folder that would not load again.
+        OSError: where another process writes to the folder, or its files can't be read.
         RuntimeError: where the Hub refuses, can't be reached, or has got something else than was sent.
     """
     if isinstance(model, nn.Module):
@@ -268,6 +269,8 @@ def verify(
         name: 'vitresnet_small.<tag>', 'hf-hub:owner/name', 'local-dir:<folder>', or the path of a file or folder.
             Weights that are not in the cache are downloaded.
         repo_id: Hub repository ('owner/name' or 'owner/name@revision') to compare a local file with.
+        cache_dir: Where downloads are kept, by default the Hub's cache.
+        token: The Hub's token; by default the one that `hf auth login` stored, or HF_TOKEN.
 
     Returns:
         The file, its sha256 and who published it.

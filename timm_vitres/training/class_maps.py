@@ -65,7 +65,8 @@ class Labels:
         lines = {line: int(name) for line, name in enumerate(self.names) if re.fullmatch('[0-9]+', name)}
         numbers, are_all = list(lines.values()), len(lines) == len(self.names)
         # a label that is a number could mean a name as well as a line; where all are numbers that rise, it is a line
-        is_clear = numbers == sorted(numbers) if are_all else all(line == number for line, number in lines.items())
+        is_rising = are_all and numbers == sorted(numbers)
+        is_clear = is_rising or all(line == number or number >= len(self.names) for line, number in lines.items())
         self.are_disordered = self.is_mapped and not source and not is_clear
         if class_map is not None and source:
             missing = [shown(name) for name in source if composed(name) not in self.indices]

@@ -87,7 +87,12 @@ def compare(
         minutes: Let every model train for the epochs whose training steps take so long here, by a measurement in which
             the models take turns, in place of equal epochs. Epochs are whole, so that arms may get a third more or
             less; the report says what each got.
-        test_split, test_frac: See `reserved.reserve`.
+        test_split: Name of the split that the verdict is on; with '', and where an image folder has none of the name,
+            `test_frac` of the images of each class is held out.
+        test_frac: Part of each class, from 0 to 1, without these two.
+
+    Returns:
+        The folder, its rows and figures, the verdict (None of one arm), and the sentence that says it.
 
     Raises:
         ValueError, TypeError, OSError: for what can not be compared or was begun otherwise; the message says what.

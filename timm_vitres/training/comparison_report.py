@@ -158,7 +158,7 @@ def _how(cfg: FinetuneCfg, plan: Plan, chosen: Mapping[str, float]) -> str:
             f'The learning rate of each arm is that of {lrs} which was best on validation images, with seed '
             f'{plan.seeds[0]} and a {"third" if SHORT == 3 else f"{SHORT}th"} of the epochs, or one.'
         )
-        ends = [name for name, lr in chosen.items() if lr in (min(plan.lrs), max(plan.lrs))]
+        ends = [name for name, lr in chosen.items() if f'{lr:g}' in (f'{min(plan.lrs):g}', f'{max(plan.lrs):g}')]
         if ends:
             search += f' A better one may lie beyond that of {listed(ends)}, which is the least or the largest of them.'
     versions = ', '.join(f'{name} {version}' for name, version in plan.versions.items())

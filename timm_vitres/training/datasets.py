@@ -90,9 +90,9 @@ def _load_folder(cfg: FinetuneCfg, mode: str) -> Data:
         of_val = {path for path, _ in val.reader.samples}
         copied = {path: first for path, first in copies.items() if first in of_val and path not in of_val}
         check_copies(copied, len(val), 'validation')
-        targets = train.targets
+        targets, names = train.targets, train.classes
         train.leave_out({path: f'a copy of {shown(first)}, which is validated on' for path, first in copied.items()})
-        check_left(*([train.classes[target] for target in kept] for kept in (targets, train.targets)))
+        check_left(*({names[target] for target in set(kept)} for kept in (targets, train.targets)))
         train_indices, val_indices = range(len(train)), range(len(val))
         how = f'validation on the {len(val)} images of {splits.validation.name}/'
         count = len(train)
@@ -221,7 +221,7 @@ def _reload_folder(cfg: FinetuneCfg, mode: str, recorded: Dict[str, Any]) -> Dat
     lists = read_record(recorded, list)
     names = [str(name) for name in recorded['label_names']]
     class_to_idx = {name: index for index, name in enumerate(names)}
-    found = find_images(root)
+    found = find_images(root, strict=False)  # what the run does not use may be unreadable
     samples: Dict[str, List[Tuple[str, int]]] = {}
     sizes: Dict[str, File] = {}
     changed: List[str] = []

@@ -56,6 +56,7 @@ def finetune(
     torchrun starts the processes again, since one of them ended, the run goes on.
 
     Args:
+        cfg: What is trained on which images, and how.
         given: Names of the settings that must agree with the record of a run that goes on; all others are taken from
             it. By default those that are not at their default: the settings that started a run also resume it, and a
             default that contradicts the record gives way to it.
@@ -131,10 +132,11 @@ class _Run:
         if cfg.torchcompile:
             self._compile(cfg.torchcompile)
         self.trackers: Optional[Trackers] = None
+        self.is_new = False  # whether this call, in this process, began the run
 
     def begin(self) -> None:
         """Write the record, the first thing, and open the trackers; the first process does this."""
-        is_new = not (self.folder / RECORD_NAME).is_file()
+        self.is_new = is_new = not (self.folder / RECORD_NAME).is_file()
         self.processes.begin(self.record.id)
         self.record.write(self.folder)
         try:
@@ -172,7 +174,7 @@ class _Run:
                     metrics, answers = self._validate(epoch)
                     first(lambda: check.raise_if_bad() if check is not None else None)
                 except Exception:
-                    if not self.history and self.processes.is_first:  # a record alone would be nothing to go on with
+                    if not self.history and self.is_new:  # a record alone would be nothing to go on with
                         if self.trackers is not None:
                             self.trackers.remove()
                         (self.folder / RECORD_NAME).unlink(missing_ok=True)

@@ -203,7 +203,8 @@ def _split(cfg: FinetuneCfg, split: str, argument: str) -> str:
 
 def _overlap(first: str, second: str) -> bool:
     """Return whether the names of two splits say that they may share images, as train+test and train[:10%] do."""
-    return any(_parts_overlap(one.strip(), other.strip()) for one in first.split('+') for other in second.split('+'))
+    pairs = ((one.strip(), other.strip()) for one in first.split('+') for other in second.split('+'))
+    return bool(first and second) and any(_parts_overlap(one, other) for one, other in pairs)  # '' is a part held out
 
 
 def _parts_overlap(first: str, second: str) -> bool:

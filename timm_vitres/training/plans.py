@@ -23,7 +23,7 @@ from ..writing import replacing
 from .creation import create_finetune_model, image_size
 from .optimisation import Stepper, are_finite, check_optimizer, create_optimizer, needs_muon_in_float32
 from .processes import Processes
-from .recipes import recipe
+from .recipes import FOLDER, recipe
 from .reserved import num_training, reserve, training_counts
 from .runs import current_versions, from_anywhere
 from .settings import FinetuneCfg
@@ -42,6 +42,7 @@ OWN = (
 )
 SEEN = ('img_size', 'mean', 'std', 'interpolation', 'crop_pct')  # what an image becomes before an arm sees it
 ELSEWHERE = ('output', 'workers', 'no_check')  # these change no result, and may change when a comparison goes on
+RECIPE = str(FOLDER / 'compare.yaml')  # by its path: a file of the user's may have its name
 SHORT = 3  # the search for a learning rate takes the epochs divided by this
 UNEQUAL = 0.1  # part by which an arm's training time may miss what was asked for without a word
 ROUNDS, SECONDS = 5, 0.1  # of a measurement, for each arm
@@ -96,18 +97,21 @@ def seen_alike(cfg: FinetuneCfg, models: Sequence[str]) -> FinetuneCfg:
     """Return a recipe with sizes and colours of images for all arms, where it leaves them to models that differ."""
     if cfg.pretrained or not any(model in ARMS for model in models):  # weights have a normalisation of their own
         return cfg
-    shared = {name: value for name, value in recipe('compare').items() if name in SEEN}
+    shared = {name: value for name, value in recipe(RECIPE).items() if name in SEEN}
     return dataclasses.replace(cfg, **{name: value for name, value in shared.items() if getattr(cfg, name) is None})
 
 
 def in_proportion(cfg: FinetuneCfg, epochs: int, most: int) -> FinetuneCfg:
     """Return a recipe for fewer epochs, of which its schedule takes the same parts as of the most of all arms."""
+    if epochs == most:
+        return cfg
     part = epochs / most
     changed: Dict[str, Any] = dict(warmup_epochs=cfg.warmup_epochs * part)
-    if cfg.decay_epochs is not None and cfg.decay_epochs >= 1:  # else it is a part already
-        own = cfg.decay_epochs * part
+    decay_epochs = 90.0 if cfg.decay_epochs is None and cfg.sched == 'step' else cfg.decay_epochs  # timm's default
+    if decay_epochs is not None and decay_epochs >= 1:  # else it is a part already
+        own = decay_epochs * part
         is_part = cfg.sched in ('wsd', 'rsqrt')  # to these less than one epoch is a part of all
-        changed['decay_epochs'] = own if own >= 1 else cfg.decay_epochs / most if is_part else 1.0
+        changed['decay_epochs'] = own if own >= 1 else decay_epochs / most if is_part else 1.0
     if cfg.mixup_off_epoch:
         changed['mixup_off_epoch'] = max(round(cfg.mixup_off_epoch * part), 1)
     milestones = sorted({max(round(epoch * part), 1) for epoch in cfg.decay_milestones})
@@ -202,7 +206,7 @@ def make_plan(cfg: FinetuneCfg, asked: Dict[str, Any], folder: Path) -> Plan:
         _logger.info('The comparison in %s goes on.', folder)
         return plan
     check_optimizer(cfg)
-    side = min(image_size(cfg.img_size or recipe('compare')['img_size']))
+    side = min(image_size(cfg.img_size or recipe(RECIPE)['img_size']))
     arms = {name: parse_arm(name, side) for name in asked['models']}
     mode = image_mode(cfg.in_chans or 3)
     images = reserve(cfg, mode, asked['test_split'], asked['test_frac'])

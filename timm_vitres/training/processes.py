@@ -114,7 +114,8 @@ class Processes:
 
     def bar(self, batches: Any, what: str) -> Any:
         """Return a progress bar over batches, in the first process; one in a file is written seldom."""
-        seconds = 0.1 if sys.stderr.isatty() else 10.0
+        is_terminal = getattr(sys.stderr, 'isatty', bool)()  # what a program puts in its place may lack it
+        seconds = 0.1 if is_terminal else 10.0
         return tqdm(batches, desc=what, leave=False, disable=not self.is_first, mininterval=seconds)
 
     def device(self, name: str) -> str:

@@ -148,7 +148,8 @@ def _check_number(count: int, where: str) -> None:
 
 
 def _targets(rows: List[List[Any]], label_names: List[str]) -> List[int]:
-    return [label_names.index(label) for _, label, _ in rows]
+    indices = {name: index for index, name in enumerate(label_names)}
+    return [indices[label] for _, label, _ in rows]
 
 
 def images_of(images: Dict[str, Any], val_frac: float, seed: int) -> Optional[Dict[str, Any]]:

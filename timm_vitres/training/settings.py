@@ -61,6 +61,8 @@ def _option(default: Any, help: str, **kwargs: Any) -> Any:
 class FinetuneCfg:
     """Settings of a fine-tuning run; the names are those of timm's train.py where it has them.
 
+    `timm-vitres finetune --help` says what each one means; there they have hyphens.
+
     Raises:
         ValueError, TypeError: for a setting that no run can have; the message names it and says what is allowed.
     """
