@@ -84,6 +84,7 @@ def test_mistakes_in_calls(model):
     for topk in ('3', 2.5):
         with pytest.raises(ValueError, match=f'topk: got {topk!r}, expected a whole number from 1'):
             predict(model, [], topk=topk)
+    assert predict(model, set()) == predict(model, {}.keys()) == ([], [])
     for images, kind in ((5, 'int'), (['x.png', Image.new('L', (4, 4))], 'Image'), ([3], 'int')):
         with pytest.raises(TypeError, match=f'images: got {kind}, expected a list of paths'):
             predict(model, images)

@@ -5,7 +5,7 @@ paths -> `predict` -> the likeliest classes of each image, and a sentence for ea
 
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Iterator, List, NamedTuple, Sequence, Tuple, Union
+from typing import Annotated, Any, Collection, Iterator, List, Mapping, NamedTuple, Tuple, Union
 
 import torch
 from timm.utils import unwrap_model
@@ -43,11 +43,12 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def _is_list(images: Any) -> bool:
-    return isinstance(images, Sequence) or hasattr(images, '__array__')
+    is_many = isinstance(images, Collection) and not isinstance(images, (str, bytes, Mapping))
+    return is_many or hasattr(images, '__array__')
 
 
 def predict(
-    model: nn.Module, images: Sequence[Union[str, Path]], topk: int = 5, tta: str = ''
+    model: nn.Module, images: Collection[Union[str, Path]], topk: int = 5, tta: str = ''
 ) -> Tuple[List[Prediction], List[str]]:
     """Classify image files.
 

@@ -290,6 +290,15 @@ def test_the_name_of_the_file_says_the_format(name, format, tmp_path):
         assert relative_difference(load(tmp_path / name, format)(x), model(x)) < 1e-5
 
 
+def test_an_empty_file_is_filled(tmp_path):
+    """tempfile makes such; one of another name is left alone."""
+    for name in ('a.ts', 'a.txt'):
+        (tmp_path / name).touch()
+    assert export(create('vitresnet', **LAYERS), tmp_path / 'a.ts').path.stat().st_size
+    with pytest.raises(FileExistsError, match=r'a\.txt: holds no export'):
+        export(create('vitresnet', **LAYERS), tmp_path / 'a.txt', format='torchscript')
+
+
 def test_what_is_no_export_is_not_written_over(tmp_path):
     model = create('vitresnet', **LAYERS)
     hub.save(model, tmp_path / 'model')

@@ -240,6 +240,21 @@ def test_what_the_user_set_in_the_head_stays():
     assert f'---\n{index}' in merged and 'Mine.' in merged and cards.merge_cards(merged, ours) == merged
 
 
+def test_what_this_package_wrote_in_the_head_is_brought_up_to_date():
+    facts = dict(model_name='x', description='A.', recipe='B.', source='local-dir:.')
+    headless, classifier = (
+        cards.render_card(randomise_(timm.create_model('test_vitresnet', num_classes=count)), **facts)
+        for count in (0, 2)
+    )
+    for old, new in ((headless, classifier), (classifier, headless)):
+        merged, expected = ModelCard(cards.merge_cards(old, new)).data, ModelCard(new).data
+        assert merged.pipeline_tag == expected.pipeline_tag and set(merged.tags) == set(expected.tags)
+    theirs = '---\nlibrary_name: transformers\npipeline_tag: depth-estimation\ntags: [vision]\n---\nMine.\n'
+    merged = ModelCard(cards.merge_cards(theirs, classifier))
+    assert (merged.data.library_name, merged.data.pipeline_tag) == ('timm', 'image-classification')
+    assert 'vision' in merged.data.tags and 'Mine.' in merged.text
+
+
 def test_a_head_on_one_line_is_written_anew():
     card = cards.set_field('---\n{license: mit, tags: [a]}\n---\nMine.\n', 'model_sha256', 'ab' * 32)
     assert ModelCard(card).data.license == 'mit' and ModelCard(card).data['model_sha256'] == 'ab' * 32

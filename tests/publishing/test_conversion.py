@@ -284,7 +284,7 @@ def test_preprocessing_is_that_of_the_model_that_was_trained(name, size, tmp_pat
         assert tuple(value) == tuple(wanted) if key in ('mean', 'std') else value == wanted, key
 
 
-def test_a_config_of_another_model_beside_a_file_is_left_alone(tmp_path):
+def test_a_config_of_another_model_beside_a_file_is_left_alone(tmp_path, caplog):
     model = randomise_(timm.create_model('test_vitresnet', num_classes=2))
     torch.save(model.state_dict(), tmp_path / 'mine.pth')
     (tmp_path / 'config.json').write_text(json.dumps(dict(model_type='bert', id2label={'0': 'no', '1': 'yes'})))
@@ -294,6 +294,11 @@ def test_a_config_of_another_model_beside_a_file_is_left_alone(tmp_path):
     )
     assert 'label_names' not in config
     assert tuple(config['pretrained_cfg']['mean']) == tuple(model.pretrained_cfg['mean'])
+    assert f'{tmp_path / "config.json"}: is of another model than mine.pth, and left alone' in caplog.text
+    (tmp_path / 'config.json').write_text(json.dumps(dict(id2label={'0': 'no', '1': 'yes'})))  # of no other
+    folder = convert(tmp_path / 'mine.pth', tmp_path / 'out', 'test_vitresnet')
+    config = json.loads((folder / 'config.json').read_text())
+    assert config['label_names'] == ['no', 'yes'] and config['pretrained_cfg']['mean'] == [0, 0, 0]
 
 
 @pytest.mark.parametrize(

@@ -357,6 +357,33 @@ def test_weights_of_an_earlier_model_do_not_stay_beside(faulty, folder):
     }
 
 
+def test_the_same_weights_in_another_form_stay_beside(server, folder, run):
+    """As timm pushes them; and weights of another model do not."""
+    files = {name: folder[1] / name for name in ('config.json', 'model.safetensors')}
+    server.put('me/name', {**files, 'pytorch_model.bin': b'old'})
+    run(PUSH, folder[1], '{}', token='token-me')
+    assert 'pytorch_model.bin' in server.files('me/name')
+    server.put('me/name', {'model.safetensors': b'others'})
+    run(PUSH, folder[1], '{}', token='token-me')
+    assert 'pytorch_model.bin' not in server.files('me/name')
+
+
+def test_a_run_begins_with_the_file_that_it_is_given(server, folder, run, tmp_path):
+    server.put('me/x', {name: folder[1] / name for name in ('config.json', 'model.safetensors')})
+    start = randomise_(timm.create_model('test_vitresnet', num_classes=3), 5)
+    torch.save(start.state_dict(), tmp_path / 'start.pth')
+    code = """
+import sys, torch
+from timm_vitres.training.creation import create_finetune_model
+from timm_vitres.training.settings import FinetuneCfg
+cfg = FinetuneCfg(data_dir='x', model='hf-hub:me/x', pretrained_path=sys.argv[1])
+torch.save(create_finetune_model(cfg, 3).state_dict(), sys.argv[2])
+"""
+    run(code, tmp_path / 'start.pth', tmp_path / 'out.pt')
+    found = torch.load(tmp_path / 'out.pt', weights_only=True)
+    assert all(torch.equal(found[key], value) for key, value in start.state_dict().items() if 'head' not in key)
+
+
 def test_config_and_weights_are_of_one_commit(server, run, tmp_path):
     """Where the Hub does not answer for one of them, the cache's is taken, and the other must be of its commit."""
     first, folder = saved(tmp_path / 'first')

@@ -372,3 +372,6 @@ def test_descriptions_of_other_classes_are_forgotten(tmp_path):
     for names, kept in ((None, True), (['cat', 'dog'], True), (['x', 'y'], False)):
         text = (timm_vitres.save(model, tmp_path / str(names), names) / 'config.json').read_text()
         assert ('a cat' in text) == kept
+    model.pretrained_cfg['label_names'] = {'n01440764': 'cat', 'n01443537': 'dog'}  # whose order nobody knows
+    text = (timm_vitres.save(model, tmp_path / 'named', ['x', 'y']) / 'config.json').read_text()
+    assert json.loads(text)['label_names'] == ['x', 'y'] and 'a cat' not in text

@@ -153,6 +153,14 @@ def test_weights_of_a_file_arrive(name, tmp_path):
         assert not torch.equal(found['head.weight'][:3], start['head.weight'])
 
 
+def test_a_file_is_taken_in_place_of_the_weights_of_a_folder(tmp_path):
+    path, start = saved(tmp_path, 'test_vitresnet', num_classes=3)
+    other = timm_vitres.save(timm.create_model('test_vitresnet', num_classes=3), tmp_path / 'other')
+    cfg = FinetuneCfg(data_dir='x', model=f'local-dir:{other}', img_size=32, pretrained_path=path)
+    found = create_finetune_model(cfg, 3).state_dict()
+    assert all(torch.equal(found[key], start[key]) for key in start if not key.startswith('head.'))
+
+
 def test_a_file_that_gives_only_a_part_is_told(tmp_path, caplog):
     path, start = saved(tmp_path, 'test_vit')
     cfg = FinetuneCfg(data_dir='x', model='test_vit', img_size=32, pretrained_path=path)

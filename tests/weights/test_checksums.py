@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import timm
@@ -203,6 +204,14 @@ def test_what_stands_beside_a_file_says_what_it_must_be(tmp_path):
     for name, blob, published in (('a.bin', OTHER, OTHER), ('b.bin', '2' * 40, None)):
         (tmp_path / name).symlink_to(tmp_path / 'blobs' / blob)
         assert checksums.published_sha256(tmp_path / name) == published
+    # where repositories share a store, a blob is a link into it
+    (tmp_path / 'blobs' / OTHER).unlink()
+    (tmp_path / 'blobs' / 'ab').mkdir()
+    (tmp_path / 'blobs' / 'ab' / ONE).touch()
+    (tmp_path / 'blobs' / OTHER).symlink_to(Path('ab') / ONE)
+    assert checksums.published_sha256(tmp_path / 'a.bin') == OTHER
+    with pytest.raises(OSError, match=rf'ab/{ONE} is damaged, .*not {OTHER}. Remove it and load again'):
+        checksums.check(tmp_path / 'a.bin')
 
 
 @pytest.mark.parametrize(

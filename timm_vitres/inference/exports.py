@@ -214,7 +214,8 @@ def _check_replaceable(path: Path, row: Format, is_named_so: bool) -> None:
     """Raise FileExistsError where a file that is no export would be written over."""
     is_export = path.is_file() and is_named_so and row.is_export(path)
     for file in _files(path, row):
-        if file.exists() and not (is_export and file.is_file()):
+        is_empty = is_named_so and file.is_file() and not file.stat().st_size  # as tempfile makes them
+        if file.exists() and not is_empty and not (is_export and file.is_file()):
             raise FileExistsError(f'{file}: holds no export, by its name or content, and is not written over.')
 
 

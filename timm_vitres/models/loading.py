@@ -64,6 +64,8 @@ def build_hybrid(model_cls: Type[ModelT], variant: str, pretrained: bool, cfg: A
     create: Any = model_cls
     if pretrained:  # timm would initialise the whole model, and then copy the weights into it
         source = resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay'))
+        if (kwargs.get('pretrained_cfg_overlay') or {}).get('hf_hub_id'):  # no config.json was read of that repository
+            source = dataclasses.replace(source, source='', file=None)
         args = kwargs.get('pretrained_model_args')
         img_size = (args or {}).get('img_size')
         if args is None and kwargs.get('pretrained_cfg_overlay'):

@@ -21,6 +21,8 @@ TEMPLATE = Path(__file__).with_name('card.md')
 # this package writes its part of a card between these marks, and replaces that part when it writes again
 # (a mark that lost its fellow is text of the user's)
 OURS = re.compile(r'<!-- timm-vitres:(?:(?!<!-- timm-vitres:).)*?<!-- end of timm-vitres -->', re.DOTALL)
+PACKAGE_TAG = 'timm-vitres'
+TASKS = {'image-classification', 'image-feature-extraction'}  # of a model with a head, and without
 TEXT_FIELD = 'card_text_sha256'  # of a pushed card's head: the user's text as it was pushed
 
 
@@ -51,7 +53,7 @@ def render_card(
     card_data = ModelCardData(
         library_name='timm',
         pipeline_tag=task,
-        tags=['timm', 'timm-vitres', task],
+        tags=['timm', PACKAGE_TAG, task],
         license=license,
         model_name=model_name,
         eval_results=list(results) or None,
@@ -128,12 +130,16 @@ def merge_cards(old: str, new: str) -> str:
     head, text = _split(old)
     theirs = ModelCard(old) if head is not None else ModelCard('---\nlibrary_name: timm\n---\n')
     ours = ModelCard(new)
-    data = ours.data
-    about = (SHA256_FIELD, TEXT_FIELD)
+    data, tags = ours.data, theirs.data.tags or []
+    task, is_ours = theirs.data.get('pipeline_tag'), PACKAGE_TAG in tags
+    stale = {task} & TASKS & set(tags) if is_ours and task != data.get('pipeline_tag') else set()  # of another head
+    about = {SHA256_FIELD, TEXT_FIELD} | ({'pipeline_tag'} if stale else set())
+    if not is_ours and theirs.data.get('library_name') == 'transformers':  # whose weights are replaced by timm's
+        about |= {'pipeline_tag', 'library_name'}
     for key, value in theirs.data.to_dict().items():
         if key not in ('model-index', 'tags') and (key not in about or data.get(key) is None):
             data[key] = value
-    data.tags = list(dict.fromkeys([*(theirs.data.tags or []), *(ours.data.tags or [])]))
+    data.tags = list(dict.fromkeys([*(tag for tag in tags if tag not in stale), *(ours.data.tags or [])]))
     replaced = {_about(result) for result in ours.data.eval_results or []}
     results = [result for result in theirs.data.eval_results or [] if _about(result) not in replaced]
     data.eval_results = [*results, *(ours.data.eval_results or [])] or None

@@ -8,6 +8,7 @@ caller says otherwise.
 import argparse
 import dataclasses
 import json
+import logging
 import os
 import re
 from contextlib import suppress
@@ -46,6 +47,7 @@ from ..weights.sources import hub_weights, local_weights
 from .cards import OURS, read_card, render_card
 from .saving import save
 
+_logger = logging.getLogger(__name__)
 PREPROCESSOR_NAME = 'preprocessor_config.json'  # transformers stores the preprocessing under this name
 PRETRAINED_FIELDS = {field.name for field in dataclasses.fields(PretrainedCfg)}
 # datasets of timm's that are image folders, and how they order the classes: timm by numbers, torchvision by letters
@@ -162,7 +164,8 @@ def _find(source: str) -> Tuple[Path, Dict[str, Any], Dict[str, Any], Optional[s
         if hub_id:
             with suppress(NotInRepository):  # not every repository has both
                 beside = hub_file(at_commit(hub_id, path.parent.name), (name,))
-        found.append(_read_json(beside) if beside.is_file() else {})
+        content = _read_json(beside) if beside.is_file() else {}
+        found.append(content if found else _nested(content))
     config, preprocessor = found
     if (
         not hub_id
@@ -170,8 +173,11 @@ def _find(source: str) -> Tuple[Path, Dict[str, Any], Dict[str, Any], Optional[s
         and path.name not in (*WEIGHTS_NAMES, *INDEX_NAMES)
     ):
         # a folder of downloads may hold the config.json of any other model
-        config, preprocessor = (config, preprocessor) if _is_of_layout(config) else ({}, {})
-    return path, _nested(config), preprocessor, None
+        names_another = (config.get('architecture') or config.get('model_type')) and not _is_of_layout(config)
+        if names_another:
+            _logger.warning('%s: is of another model than %s, and left alone.', path.with_name(CONFIG_NAME), path.name)
+            config, preprocessor = {}, {}
+    return path, config, preprocessor, None
 
 
 def _is_of_layout(config: Dict[str, Any]) -> bool:

@@ -76,7 +76,8 @@ def push(
     """Push a model to the Hub, as safetensors, in one commit, so that nobody ever sees half of it.
 
     The repository is created if it is missing; a card that is there is updated, not replaced. Weights under the other
-    names that libraries look for (`pytorch_model.bin`, shards) are of an earlier model, and deleted by the same commit.
+    names that libraries look for (`pytorch_model.bin`, shards) are of an earlier model, and deleted by the same commit,
+    unless `model.safetensors` there is the same already.
     The Hub's checksums are then compared with those of the files that were sent. After a failure the same call
     completes what is missing.
 
@@ -150,6 +151,8 @@ def _commit(
     sent: Dict[str, Union[Path, bytes]] = {path.name: path for path in push_files(folder)}
     sent[CARD_NAME] = (merge_cards(old, card) if old else card).encode()
     others = [file.rfilename for file in info.siblings or () if OTHER_WEIGHTS.fullmatch(file.rfilename)]
+    if others and _has_same_weights(api, repo_id, parent, folder / WEIGHTS_NAME):
+        others = []  # they are these weights in another form, as timm pushes them
 
     def commit() -> CommitInfo:
         # an operation works only once
@@ -190,6 +193,13 @@ def _read_card(api: HfApi, repo_id: str, revision: Optional[str]) -> Optional[st
         except EntryNotFoundError:
             return None
         return read_card(Path(path))
+
+
+def _has_same_weights(api: HfApi, repo_id: str, revision: Optional[str], path: Path) -> bool:
+    """Return whether a repository has the weights of a file under its name."""
+    entries = _ask('look at its weights', repo_id, lambda: api.get_paths_info(repo_id, [path.name], revision=revision))
+    pairs = [_checksums(entry, path) for entry in entries if isinstance(entry, RepoFile)]
+    return any(found == own for found, own in pairs)
 
 
 def _compare(api: HfApi, repo_id: str, revision: str, sent: Dict[str, Union[Path, bytes]]) -> None:

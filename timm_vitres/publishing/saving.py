@@ -6,8 +6,9 @@ model -> `save` -> folder/{model.safetensors, config.json, README.md} -> timm.cr
 import json
 import tempfile
 import warnings
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, Dict, Optional, Sequence, Tuple, Union
+from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
 
 import numpy as np
 import timm
@@ -111,8 +112,10 @@ def render_config(
     # config.json has both fields at its top already; transformers would pass num_classes on twice
     config.get('model_args', {}).pop('num_classes', None)
     config['pretrained_cfg'].pop('label_names', None)
-    own = _own_label_names(model)
-    if names and (own is None or names != normalise_label_names(own, model.num_classes)):
+    own: Optional[List[str]] = None
+    with suppress(ValueError):  # names that the model has without an order are not these
+        own = normalise_label_names(_own_label_names(model), model.num_classes)
+    if names and names != own:
         config['pretrained_cfg'].pop('label_descriptions', None)  # those are of classes with other names
     return config
 

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import logging
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple, Union
 
@@ -14,6 +15,7 @@ from torch import nn
 
 from ..checks import is_installed, on_one_line
 from ..folders import composed
+from ..labels import normalise_label_names
 from ..models.base import Hybrid
 from .settings import FinetuneCfg
 
@@ -71,8 +73,11 @@ def create_finetune_model(cfg: FinetuneCfg, num_classes: int, label_names: Optio
 
 def _order_head_(model: nn.Module, name: str, label_names: List[str]) -> None:
     """Bring a head that knows the run's classes into their order; tell of one that knows as many others."""
-    known = list((getattr(model, 'pretrained_cfg', None) or {}).get('label_names') or ())
-    known, label_names = ([composed(str(label)) for label in labels] for labels in (known, label_names))
+    known: List[str] = []
+    with suppress(ValueError):  # it has no names, or they have no order
+        cfg = getattr(model, 'pretrained_cfg', None) or {}
+        known = normalise_label_names(cfg.get('label_names'), len(label_names))
+    known, label_names = ([composed(label) for label in labels] for labels in (known, label_names))
     if len(known) != len(label_names) or known == label_names:
         return  # what came has another number of classes, and the head is new
     if sorted(known) != sorted(label_names):
@@ -100,7 +105,8 @@ def _weights(cfg: FinetuneCfg) -> Dict[str, Any]:
     if len(given) == 2 or (cfg.initial_checkpoint and cfg.pretrained):
         raise ValueError('initial_checkpoint: give only one of initial_checkpoint, pretrained_path and pretrained.')
     if cfg.pretrained_path:  # timm compares the classes of a file by its cfg, and -1 are no model's
-        overlay = dict(file=cfg.pretrained_path, num_classes=-1)
+        # a model that has a name on the Hub, or is shipped, would have its own weights without a word
+        overlay = dict(file=cfg.pretrained_path, source='', hf_hub_id=None, url=None, num_classes=-1)
         return dict(pretrained=True, pretrained_cfg_overlay=overlay)
     return dict(pretrained=cfg.pretrained, checkpoint_path=cfg.initial_checkpoint)
 

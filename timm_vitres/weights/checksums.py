@@ -94,14 +94,29 @@ def published_sha256(path: Path) -> Optional[str]:
     """
     if is_shipped(path):
         return shipped_sha256(path)
-    blob = Path(os.path.realpath(path))
-    if blob.parent.name == 'blobs' and re.fullmatch(r'[0-9a-f]{64}', blob.name):
+    blob = _blob(path)
+    if blob is not None:
         return blob.name
     if path.name != WEIGHTS_NAME:
         return None
     if re.fullmatch(rf'{re.escape(TEMPORARY)}[0-9a-f]{{64}}', path.parent.name):  # the name ends in the sha256
         return path.parent.name.removeprefix(TEMPORARY)
     return told_sha256(path.parent)
+
+
+def _blob(path: Path) -> Optional[Path]:
+    """Return the place in the Hub's cache that a link leads to and that is named by a sha256, if there is one.
+
+    It may be a link itself: into a store that repositories share, whose names are no sha256.
+    """
+    path = Path(os.path.abspath(path))
+    for _ in range(40):  # the system follows no more of them
+        if path.parent.name == 'blobs' and re.fullmatch(r'[0-9a-f]{64}', path.name):
+            return path
+        if not path.is_symlink():
+            return None
+        path = Path(os.path.normpath(path.parent / os.readlink(path)))
+    return None
 
 
 def check(path: Path, published: Optional[str] = None) -> str:
@@ -116,7 +131,7 @@ def check(path: Path, published: Optional[str] = None) -> str:
     actual, published = sha256(path), published or published_sha256(path)
     if published and not actual.startswith(published):
         remedy = 'Remove it and load again'
-        if Path(os.path.realpath(path)).parent.name == 'blobs':  # removing only the link to the blob would not help
+        if _blob(path) is not None:  # removing only the link to the blob would not help
             path = Path(os.path.realpath(path))
         elif is_shipped(path):
             remedy = REINSTALL
