@@ -5,7 +5,6 @@ import gzip
 import numpy as np
 import pytest
 import timm
-import torch
 
 
 @pytest.fixture
@@ -51,24 +50,10 @@ def test_every_arm_is_as_large_as_the_first(fmnist):
             settings['model'], num_classes=10, in_chans=1, img_size=28, **settings.get('model_kwargs', {})
         )
         sizes[arm] = sum(parameter.numel() for parameter in model.parameters())
-    assert abs(sizes['resnet'] / sizes['interleaved'] - 1) < 0.05
+    assert all(abs(sizes[arm] / sizes['wide'] - 1) < 0.05 for arm in ('resnet', 'vit', 'serial')), sizes
     assert max(sizes.values()) < 1.5e6
 
 
 def test_missing_data_are_told(fmnist, tmp_path):
     with pytest.raises(SystemExit, match='apt-get install dataset-fashion-mnist'):
         fmnist.unpack(tmp_path, tmp_path / 'data')
-
-
-def test_a_grown_model_begins_as_the_shipped_one(fmnist, tmp_path):
-    own = fmnist.ARMS['deeper']
-    path = fmnist.grow(tmp_path / 'grown.safetensors', own['model_kwargs'])
-    first = path.read_bytes()
-    assert fmnist.grow(path, own['model_kwargs']).read_bytes() == first
-    shipped = timm.create_model('vitresnet_mix_nano.fmnist', pretrained=True).eval()
-    fits = dict(num_classes=10, in_chans=1, img_size=28)
-    grown = timm.create_model(own['model'], checkpoint_path=str(path), **fits, **own['model_kwargs']).eval()
-    x = torch.randn(2, 1, 28, 28)
-    with torch.inference_mode():
-        torch.testing.assert_close(grown(x), shipped(x))
-    assert sum(p.numel() for p in grown.parameters()) > sum(p.numel() for p in shipped.parameters())
