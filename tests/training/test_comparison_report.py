@@ -42,7 +42,7 @@ def test_rows_are_read_as_they_were_written(tmp_path):
         read_rows(tmp_path)
 
 
-@pytest.mark.parametrize('names', [['x.png', 'y.png', 'z.png'], []])
+@pytest.mark.parametrize('names', [['x\udce9.png', 'y.png', 'z.png'], []])  # a name in Latin-1, and none
 def test_answers_are_read_as_they_were_written(names, tmp_path):
     answers = Answers(np.arange(3), np.array([0, 1, 1]), np.array([0, 0, 1]), np.ones(3), np.ones(3))
     write_answers(tmp_path, answers, ['cat', 'dog'], names)

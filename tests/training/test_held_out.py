@@ -34,6 +34,12 @@ def test_answers_are_those_of_the_logits():
     assert found.truth.tolist() == pytest.approx([math.exp(1) / total, even, 0])
 
 
+def test_answers_keep_nothing_of_a_batch():
+    """A batch that came from a loader's process is an open file until nothing shares its memory."""
+    labels = torch.tensor([0, 1])
+    assert not np.shares_memory(Answers.of(torch.eye(2), labels, range(2)).labels, labels.numpy())
+
+
 def test_answers_of_batches_and_processes_are_joined():
     """Images are in their order, and those that several processes were given count once."""
     logits = torch.randn(7, 4, generator=torch.Generator().manual_seed(0))

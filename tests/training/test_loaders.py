@@ -8,7 +8,7 @@ from test_loop import settings
 
 from timm_vitres import cli
 from timm_vitres.training.datasets import Data, load_data
-from timm_vitres.training.loaders import check_policy, create_loaders, mend_, padded_crop, seeded
+from timm_vitres.training.loaders import check_cutmix, check_policy, create_loaders, mend_, padded_crop, seeded
 
 CONFIG = dict(
     input_size=(3, 32, 32), interpolation='bicubic', mean=(0.5,) * 3, std=(0.5,) * 3, crop_pct=1.0, crop_mode='center'
@@ -196,6 +196,16 @@ def test_images_of_every_mode_are_jittered(mode, tmp_path):
         found.append(torch.cat([x for x, _ in create_loaders(cfg, data, config, data.record())[0]]))
     changed = (found[0] != found[1]).flatten(2).any(2)  # by channel
     assert changed[:, :3].any(1).all() and not changed[:, 3:].any()
+
+
+@pytest.mark.parametrize('minmax, fits', [(None, True), ((0.2, 0.8), True), ((0.5, 0.5), False), ((0.3, 0.31), False)])
+def test_cutmix_needs_a_whole_pixel(minmax, fits):
+    if fits:
+        return check_cutmix(minmax, (3, 32, 48))
+    with pytest.raises(
+        ValueError, match=r'^cutmix_minmax: got 0\.\d and 0\.\d+, .* 32 x 48 pixels have no whole pixel'
+    ):
+        check_cutmix(minmax, (3, 32, 48))
 
 
 def test_a_padded_crop_is_a_shift_over_black(tmp_path):

@@ -168,6 +168,18 @@ def test_clipping():
             assert change['head.weight'].norm() > 1e-2
 
 
+def test_clipping_units_spares_every_head():
+    options = cfg(model='test_vitresnet_dual', clip_grad=1e-3, clip_mode='agc', opt='momentum', momentum=0.0)
+    model = timm.create_model('test_vitresnet_dual', num_classes=3, img_size=32)
+    task = create_task(options, model, list('abc'), None, {}, CPU)
+    stepper = Stepper(options, task, create_optimizer(options, model, 1.0), CPU, False)
+    before = {name: value.detach().clone() for name, value in model.named_parameters()}
+    stepper.backward(stepper.loss(*batches([4])[0]), 1, True)
+    moved = {name: (value.detach() - before[name]).norm() for name, value in model.named_parameters()}
+    assert moved['head_resnet.bias'] > 1e-4 and moved['head_vit.bias'] > 1e-4  # clipped, they would be 1e-6
+    assert moved['units.0.block.norm1.bias'] < 1e-4
+
+
 def test_what_is_not_finite_is_found():
     fine = [torch.ones(3), torch.tensor([2**31]), torch.empty(0), torch.zeros(2, dtype=torch.bfloat16)]
     assert are_finite(fine) and are_finite([])

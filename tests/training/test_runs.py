@@ -501,3 +501,15 @@ def test_a_run_keeps_the_precision_of_muon_that_it_began_with(images, tmp_path, 
             monkeypatch.setattr(torch.backends.cpu, 'get_cpu_capability', lambda told=capability: told)
             finetune(small(images, tmp_path / name, opt='nmuon', epochs=epochs, resume=epochs == 2))
     assert seen == [True, True, False, False]
+
+
+def test_limits_that_are_infinite_are_no_divergence(images, tmp_path, monkeypatch, no_pictures):
+    create = starting.create_finetune_model
+
+    def limited(*args, **kwargs):
+        model = create(*args, **kwargs)
+        model.register_buffer('limit', torch.tensor(float('inf')), persistent=False)
+        return model
+
+    monkeypatch.setattr(starting, 'create_finetune_model', limited)
+    assert len(rows(finetune(small(images, tmp_path / 'run', epochs=1)))) == 1

@@ -10,6 +10,7 @@ from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 
 import numpy as np
 
+from ..folders import shown
 from ..measure import as_minutes, as_ms
 from ..pictures import draws_curves, plot_comparison
 from ..writing import replacing
@@ -53,7 +54,7 @@ def write_answers(folder: Path, answers: Answers, label_names: Sequence[str], na
         writer = csv.writer(file, lineterminator='\n')
         writer.writerow(['image', 'class', 'predicted', 'right'])
         for index, true, found in zip(answers.indices, answers.labels, answers.predicted):
-            name = names[index] if names else str(index)
+            name = shown(names[index]) if names else str(index)
             writer.writerow([name, label_names[true], label_names[found], int(true == found)])
 
 

@@ -39,7 +39,8 @@ class Answers(NamedTuple):
         probabilities = logits.detach().float().softmax(-1).nan_to_num(0.0)
         confidence, predicted = probabilities.max(-1)
         truth = probabilities.gather(-1, labels[:, None].to(logits.device))[:, 0]
-        arrays = [values.cpu().numpy() for values in (labels, predicted, confidence, truth)]
+        # copies: a batch's labels from a loader's process hold an open file as long as anything shares their memory
+        arrays = [values.cpu().numpy().copy() for values in (labels, predicted, confidence, truth)]
         return cls(np.asarray(list(indices), dtype=np.int64), *arrays)
 
     @classmethod

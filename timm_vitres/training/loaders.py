@@ -365,3 +365,13 @@ class Batches:
 
 def _collate(samples: List[Any]) -> Any:
     return next((sample for sample in samples if isinstance(sample, Failure)), None) or default_collate(samples)
+
+
+def check_cutmix(minmax: Optional[Tuple[float, ...]], input_size: Sequence[int]) -> None:
+    """Raise ValueError where no rectangle of whole pixels has a side between two parts of an image's (C, H, W)."""
+    if minmax is not None and not all(int(side * minmax[0]) < int(side * minmax[1]) for side in input_size[-2:]):
+        size = ' x '.join(map(str, input_size[-2:]))
+        raise ValueError(
+            f'cutmix_minmax: got {minmax[0]:g} and {minmax[1]:g}, between which images of {size} pixels have no whole '
+            'pixel; give parts farther apart.'
+        )

@@ -23,7 +23,7 @@ from ..pictures import draws_curves
 from ..publishing.saving import save
 from .creation import Frozen, create_finetune_model, merged, state_of, still_norms, without_weights
 from .held_out import Answers, remove_report, write_report
-from .loaders import create_loaders, names_of
+from .loaders import check_cutmix, create_loaders, names_of
 from .optimisation import Stepper, are_finite, create_optimizer, create_scheduler, learning_rate, unscaled_lr
 from .processes import Processes, joined
 from .report import CURVES_NAME, Best, best_epoch, evaluate, run_card, write_summary
@@ -82,6 +82,7 @@ def finetune(
         run = _Run(start.record, start.folder, setup, processes)
         if start.state is not None:
             run.restore(start.state)
+            start.state = None  # it is as large as model, optimizer and averages together
         stack.callback(run.close)
         processes.of_first(run.begin)
         return run.train()
@@ -104,6 +105,7 @@ class _Run:
         self.train_batches, self.val_batches = create_loaders(cfg, self.data, record.data_config, lists, processes)
         self.mixup = None
         if cfg.mixes:
+            check_cutmix(cfg.cutmix_minmax, record.data_config['input_size'])
             self.mixup = Mixup(
                 cfg.mixup,
                 cfg.cutmix,
@@ -131,6 +133,9 @@ class _Run:
             self.task.setup_ema(decay=cfg.model_ema_decay, use_warmup=cfg.model_ema_warmup)
         if cfg.torchcompile:
             self._compile(cfg.torchcompile)
+        # some models have infinite buffers on purpose, as limits
+        buffers = [buffer for buffer in self.model.buffers() if are_finite([buffer])]
+        self.watched = [*self.model.parameters(), *buffers]
         self.trackers: Optional[Trackers] = None
         self.is_new = False  # whether this call, in this process, began the run
 
@@ -198,7 +203,6 @@ class _Run:
             self.mixup.mixup_enabled = not self.cfg.mixup_off_epoch or epoch < self.cfg.mixup_off_epoch
         losses = AverageMeter()
         num_updates = epoch * self.num_updates
-        tensors = [*self.model.parameters(), *self.model.buffers()]
         plan = self.stepper.plan(len(self.train_batches))
         name = f'epoch {epoch + 1}/{self.cfg.epochs}'
         self.optimizer.zero_grad()
@@ -213,7 +217,7 @@ class _Run:
                 bar.set_postfix(loss=f'{losses.avg:.3f}', refresh=False)
                 if not is_last:
                     continue
-                if self.processes.any(not are_finite(tensors)):
+                if self.processes.any(not are_finite(self.watched)):
                     raise self._diverged('the weights became infinite, or no numbers,', epoch)
                 num_updates += 1
                 self.task.update_ema(step=num_updates)

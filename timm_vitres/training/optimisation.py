@@ -9,10 +9,11 @@ import torch
 from timm.optim import create_optimizer_v2, get_optimizer_info, muon
 from timm.scheduler import create_scheduler_v2
 from timm.task.task import TrainingTask
-from timm.utils import NativeScaler, dispatch_clip_grad
+from timm.utils import NativeScaler, dispatch_clip_grad, unwrap_model
 from torch import nn
 from torch.nn.utils import get_total_norm
 
+from .creation import head_parameters
 from .settings import FinetuneCfg
 
 
@@ -129,6 +130,9 @@ class Stepper:
         self.autocast = (lambda: torch.autocast(device.type, dtype)) if cfg.amp else nullcontext
         self.scaler = NativeScaler(device.type) if cfg.amp and cfg.amp_dtype == 'float16' else None
         self.stepping = _muon_in_float32 if is_muon_in_float32 else nullcontext
+        module = unwrap_model(task.get_trainable_module())
+        # timm knows of one head, the last two parameters of a model
+        self.heads = {id(value) for value in head_parameters(module)} if hasattr(module, 'get_classifier') else set()
 
     def updates(self, num_batches: int) -> int:
         """Return how many steps so many batches make; the last one may be of fewer."""
@@ -152,8 +156,9 @@ class Stepper:
         clip = self.cfg.clip_grad
         parameters: Any = None
         if clip is not None:
+            spared = self.heads if self.cfg.clip_mode == 'agc' else set()
             parameters = list(self.task.get_clip_parameters(exclude_head=self.cfg.clip_mode == 'agc'))
-            parameters = [parameter for parameter in parameters if parameter.requires_grad]
+            parameters = [value for value in parameters if value.requires_grad and id(value) not in spared]
         if self.scaler is not None:
             with self.stepping():
                 self.scaler(

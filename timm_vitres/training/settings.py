@@ -208,7 +208,9 @@ class FinetuneCfg:
     bce_sum: bool = _option(False, 'sum of the classes, not mean, in bce_loss')
     bce_target_thresh: Optional[float] = _option(None, 'soft targets above this are 1 in bce_loss', low=0, below=1)
     bce_pos_weight: Optional[float] = _option(None, 'weight of the positive part of bce_loss', above=0, high=1e6)
-    balance_classes: bool = _option(False, 'weight the loss by inverse class frequency')
+    balance_classes: bool = _option(
+        False, 'weight the loss by inverse class frequency (normalised in each batch, as torch does)'
+    )
     # Augmentation
     no_aug: bool = _option(False, 'no augmentation')
     scale: Tuple[float, ...] = _option(

@@ -144,13 +144,16 @@ def stratified_split(
     check_fraction(fraction, seed)
     generator = np.random.default_rng(seed)
     labels = np.asarray(targets)
+    counts = sorted(Counter(labels.tolist()).items())
+    order = np.argsort(labels, kind='stable')  # classes one behind the other, each in the order of its images
+    own = np.split(order, np.cumsum([count for _, count in counts])[:-1])
     first: List[int] = []
     second: List[int] = []
-    for target, count in sorted(Counter(labels.tolist()).items()):
+    for (target, count), images in zip(counts, own):
         if count < 2:
             name = repr(names[target]) if names else target
             raise ValueError(f'val_frac: class {name} has {count} image, which cannot be split in two; add some.')
-        indices = generator.permutation(np.flatnonzero(labels == target)).tolist()
+        indices = generator.permutation(images).tolist()
         cut = min(max(round(count * fraction), 1), count - 1)
         second += indices[:cut]
         first += indices[cut:]
