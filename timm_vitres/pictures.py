@@ -24,6 +24,7 @@ NUMBERED, NAMED = (
     30,
     100,
 )  # a confusion matrix of up to so many classes has numbers in its cells, and names at its sides
+MOST_DRAWN = 400  # images on one picture, four in a row
 MATRIX = 11.0  # inches of the side of a larger one
 
 
@@ -84,10 +85,21 @@ def new_figure(purpose: str, width: float, height: float):
 
 
 def plot_predictions(predictions: Sequence[Prediction], path: Path, titles: Sequence[str] = ()) -> None:
-    """Draw images with their predicted classes as a PNG; `titles` are further lines above each."""
+    """Draw images with their predicted classes as a PNG; `titles` are further lines above each.
+
+    Raises:
+        ValueError: for more images than a picture can hold.
+    """
+    check_drawn(len(predictions))
     best = [f'{prediction.labels[0]}  {100 * prediction.probabilities[0]:.0f}%' for prediction in predictions]
     lines = ['\n'.join([*titles[index : index + 1], line]) for index, line in enumerate(best)]
     plot_images((open_image(prediction.image) for prediction in predictions), lines, path)
+
+
+def check_drawn(count: int) -> None:
+    """Raise ValueError for more images than one picture shall show."""
+    if count > MOST_DRAWN:
+        raise ValueError(f'plot: got {count} images, expected at most {MOST_DRAWN} on one picture.')
 
 
 def plot_images(images: Iterable[Image.Image], titles: Sequence[str], path: Path, heading: str = '') -> None:

@@ -7,7 +7,7 @@ import os
 import secrets
 import stat
 import tempfile
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Iterator, Union
 
@@ -59,7 +59,9 @@ def replacing(path: Path) -> Iterator[Path]:
         try:
             mode = _create(beside)
             yield beside
-            beside.chmod(mode)  # safetensors makes files that only their owner may read
+            if stat.S_IMODE(beside.stat().st_mode) != mode:  # safetensors makes files that only their owner may read
+                with suppress(OSError):  # a mounted folder may have one owner and one mode for all
+                    beside.chmod(mode)
             sync(beside)
             os.replace(beside, path)
         except BaseException:

@@ -255,6 +255,26 @@ def test_what_this_package_wrote_in_the_head_is_brought_up_to_date():
     assert 'vision' in merged.data.tags and 'Mine.' in merged.text
 
 
+def test_what_the_hub_takes_for_no_head_is_none():
+    for card, message in (
+        ('--- \nlicense: mit\n---\nMine.\n', 'the Hub sees no head where spaces follow'),
+        ('---\na: b\n', 'no end'),
+    ):
+        with pytest.raises(ValueError, match=message):
+            cards.check_card(card)
+    rule = '--- \nWelcome\n\n---\nMine.\n'
+    merged = cards.merge_cards(rule, cards.set_field('Text.', 'license', 'mit'))
+    assert rule in merged and ModelCard(merged).data.license == 'mit'
+
+
+def test_names_that_are_no_text_stand_in_cards_escaped():
+    model = timm.create_model('test_vitresnet', num_classes=2)
+    card = cards.render_card(
+        model, model_name='Fl\udcfcgel', description='Of `\udcfc`.', recipe='R.', source='local-dir:.'
+    )
+    assert r'Of `\udcfc`.' in card and ModelCard(card.encode().decode()).data.library_name == 'timm'
+
+
 def test_a_head_on_one_line_is_written_anew():
     card = cards.set_field('---\n{license: mit, tags: [a]}\n---\nMine.\n', 'model_sha256', 'ab' * 32)
     assert ModelCard(card).data.license == 'mit' and ModelCard(card).data['model_sha256'] == 'ab' * 32

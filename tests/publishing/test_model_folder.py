@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -130,6 +131,40 @@ def test_a_model_of_timm_is_never_mixed(after, die, tmp_path):
         if not die(lambda folder=folder: save(second, folder, **same), count, after):
             break
         assert fingerprint(folder) in (old, new)
+
+
+@pytest.mark.parametrize('name', ['test_vitresnet', 'test_resnet'])
+def test_what_clears_up_may_be_killed_too(name, die, tmp_path):
+    """Each state that a killed save leaves, then a kill at each write of the one who comes next, then another."""
+    (first, of_first), (second, of_second) = two(name)
+    models = [
+        fingerprint(save(first, tmp_path / 'old', **of_first)),
+        fingerprint(save(second, tmp_path / 'new', **of_second)),
+    ]
+    count, deaths = 0, 0
+    while True:
+        count += 1
+        folder = save(first, tmp_path / str(count), **of_first)
+        if not die(lambda folder=folder: save(second, folder, **of_second), count):
+            break
+        if not any(path.is_dir() for path in folder.iterdir()):
+            continue  # nothing to clear up
+
+        def enter(folder):
+            with model_folder.locked(folder):
+                pass
+
+        for write in range(1, 20):
+            copy = shutil.copytree(folder, tmp_path / f'{count}-{write}')
+            if not die(lambda copy=copy: enter(copy), write):
+                break
+            deaths += 1
+            with suppress(FileNotFoundError):  # timm's may be refused until it is complete
+                assert fingerprint(copy) in models, f'write {count}, then {write}'
+            enter(copy)
+            assert fingerprint(copy) in models
+            assert {path.name for path in copy.iterdir()} == {'model.safetensors', 'config.json', 'README.md'}
+    assert deaths > 10
 
 
 def test_a_first_save_that_is_killed_leaves_no_model_or_the_model(die, tmp_path):

@@ -32,12 +32,13 @@ def add_predict(subparsers) -> None:
 
 def run_predict(args: argparse.Namespace) -> int:
     """Print names and probabilities of the likeliest classes of every image; 1 if an image could not be read."""
-    from ..pictures import plot_predictions
+    from ..pictures import check_drawn, plot_predictions
     from ..prediction import predict
 
     check_count('topk', args.topk)
     if args.plot is not None:
         check_picture('plot', args.plot, args.images)
+        check_drawn(len(args.images))
     model = load_model(args.model, args.device)
     predictions, unreadable = predict(model, args.images, topk=args.topk, tta=args.tta)
     if args.json and predictions:
@@ -46,6 +47,7 @@ def run_predict(args: argparse.Namespace) -> int:
         _print_table(predictions)
     for sentence in unreadable:
         print(f'timm-vitres: {sentence}', file=sys.stderr)
+    sys.stdout.flush()  # whatever becomes of the picture
     if args.plot and predictions:
         plot_predictions(predictions, args.plot)
         print(f'{args.plot} shows them.', file=sys.stderr)

@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 from ..arguments import (
@@ -62,7 +63,9 @@ def add_push(subparsers) -> None:
 
 def run_push(args: argparse.Namespace) -> int:
     """Say what would be pushed, or push it."""
+    from ..publishing.cards import read_card
     from ..publishing.hub import check_folder, model_name, push, push_files
+    from ..publishing.model_folder import locked
     from ..weights.checksums import sha256
 
     check_repo_id('repo_id', args.repo_id)
@@ -74,11 +77,14 @@ def run_push(args: argparse.Namespace) -> int:
         name = model_name(args.repo_id, args.revision)
         print(f"{address}\ntimm.create_model('{name}', pretrained=True) loads it, anywhere.")
         return 0
-    check_folder(args.folder)
+    with locked(args.folder) if args.folder.is_dir() else nullcontext():  # which completes what a killed writer left
+        check_folder(args.folder)
+        card = read_card(args.folder / 'README.md')
+        files = [(path, path.stat().st_size, sha256(path)) for path in push_files(args.folder)]
     print(f'Would push to {args.repo_id} (branch {args.revision or "main"}), in one commit:')
-    for path in push_files(args.folder):
-        print(f'  {path.name:20} {path.stat().st_size:>14,} bytes  sha256 {sha256(path)}')
-    if not (args.folder / 'README.md').is_file():
+    for path, size, digest in files:
+        print(f'  {path.name:20} {size:>14,} bytes  sha256 {digest}')
+    if card is None:
         print('  README.md            a card that says nothing was measured')
     print('Weights of an earlier model under other names (pytorch_model.bin, shards) would be deleted there.')
     print('Nothing was sent; repeat with --yes to do it.')

@@ -76,7 +76,7 @@ def render_card(
         recipe=recipe + (f'\n\n![Loss and accuracy by epoch]({picture})' if picture else ''),
         source=repr(source),
     )
-    return str(card)
+    return str(card).encode('utf-8', 'backslashreplace').decode('utf-8')  # files may have names that are no text
 
 
 def read_card(path: Path) -> Optional[str]:
@@ -100,7 +100,9 @@ def read_card(path: Path) -> Optional[str]:
 def check_card(card: str, name: str = CARD_NAME) -> None:
     """Raise ValueError, naming the card, if it has a head that is not YAML that the Hub understands."""
     head, _ = _split(card)
-    if head is None and re.match(r'\s*---[ \t]*\r?\n\w+: ', card):
+    if head is None and re.match(r'\s*---[ \t]+\r?\n\w+:', card):
+        raise ValueError(f'{name}: the Hub sees no head where spaces follow its first ---; take them away.')
+    if head is None and re.match(r'\s*---\r?\n\w+: ', card):
         raise ValueError(f"{name}: the head of the card has no end; close it with a line '---'.")
     try:
         ModelCard(card)

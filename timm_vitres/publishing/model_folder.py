@@ -97,12 +97,14 @@ def _recover(folder: Path) -> None:
             continue
         begun = not (path / WEIGHTS_NAME).exists() or not (path / CONFIG_NAME).exists()
         if _READY.fullmatch(path.name) and (begun or not (folder / CONFIG_NAME).exists()):
-            _move(path, folder)
+            _move(path, folder, config_first=False)  # where there is no config yet, nothing loads before it
         else:
-            shutil.rmtree(path)
+            doomed = folder / f'{TEMPORARY}{secrets.token_hex(8)}'
+            os.replace(path, doomed)  # half removed under its old name, it would be half put in place the next time
+            shutil.rmtree(doomed)
 
 
-def _move(ready: Path, folder: Path, config_first: bool = True) -> None:
+def _move(ready: Path, folder: Path, config_first: bool) -> None:
     names = (CONFIG_NAME, WEIGHTS_NAME) if config_first else (WEIGHTS_NAME, CONFIG_NAME)
     for name in (*names, CARD_NAME):
         if (ready / name).exists():

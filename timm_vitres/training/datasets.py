@@ -229,7 +229,7 @@ def _reload_folder(cfg: FinetuneCfg, mode: str, recorded: Dict[str, Any]) -> Dat
     for split, files in lists.items():
         samples[split] = []
         for name, label, size in files:
-            path = start + name
+            path = start + name.replace('/', os.sep)
             samples[split].append((path, class_to_idx[label]))
             file = found.files.get(path) or _file(path)
             if file is None:

@@ -22,7 +22,7 @@ WEIGHTS_NAMES = (WEIGHTS_NAME, 'pytorch_model.bin', 'pytorch_model.pth', 'model.
 WEIGHTS_SUFFIXES = ('.safetensors', '.pth', '.pth.tar', '.bin', '.npz')
 ALIGNMENT = 64  # bytes
 # the head of a card, its group 1, as huggingface_hub finds it: empty lines may come before it
-CARD_HEAD = re.compile(r'\ufeff?\s*---[ \t]*\r?\n(.*?)(?<=\n)---[ \t]*(?:\r?\n|$)', re.DOTALL)
+CARD_HEAD = re.compile(r'\ufeff?\s*---\r?\n(.*?)(?<=\n)---[ \t]*(?:\r?\n|$)', re.DOTALL)
 _DTYPES = {
     **{torch.float32: 'F32', torch.float16: 'F16', torch.bfloat16: 'BF16', torch.float64: 'F64'},
     **{torch.int64: 'I64', torch.int32: 'I32', torch.int16: 'I16', torch.int8: 'I8', torch.uint8: 'U8'},
