@@ -219,6 +219,16 @@ def test_layers_that_two_blocks_share(path, door):
 
 
 @DOORS
+def test_attention_that_two_blocks_share(door):
+    """Each merges its own BatchNorm."""
+    model = create('vitresnet_mix_nano', attn_blocks=(0, 0, 0, 2))
+    model.stages[3][2].self_attn = model.stages[3][1].self_attn
+    folded = door(model)
+    assert not left_over(folded)
+    check_same(folded, model)
+
+
+@DOORS
 def test_convolutions_that_two_blocks_share(door):
     model = create('test_vitresnet_dual')
     blocks = [model.units[1].conv_block, model.units[1].fusion_block]

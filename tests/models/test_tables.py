@@ -45,6 +45,25 @@ WAYS = {
 }
 
 
+def test_of_two_grids_of_as_many_tokens_the_models_own_is_taken(tmp_path):
+    """18 x 32 tokens of 288 x 512 pixels, or 24 x 24 of 384 x 384: a file says nothing, a name and a cfg do."""
+    args = dict(model_name='vitresnet', backbone='', patch_size=16, depth=1, embed_dim=8, num_heads=1, num_classes=3)
+    wide = randomise_(timm.create_model(**args, img_size=(288, 512)))
+    torch.save(wide.state_dict(), tmp_path / 'weights.pth')
+    overlay = dict(file=str(tmp_path / 'weights.pth'), num_classes=3)
+    cfg = dict(args, pretrained=True, pretrained_cfg=dict(input_size=(3, 384, 384), url='https://elsewhere'))
+    found = timm.create_model(**cfg, pretrained_cfg_overlay=overlay, img_size=(288, 512))
+    assert torch.equal(found.pos_embed, wide.pos_embed)
+    told = timm.create_model(
+        **cfg, pretrained_cfg_overlay={**overlay, 'input_size': (3, 384, 384)}, img_size=(288, 512)
+    )
+    expected = resample_abs_pos_embed(wide.pos_embed, [18, 32], [24, 24], num_prefix_tokens=wide.num_prefix_tokens)
+    torch.testing.assert_close(told.pos_embed, expected)
+    cfg['pretrained_cfg'] = dict(cfg['pretrained_cfg'], url=None, file=str(tmp_path / 'weights.pth'), num_classes=3)
+    larger = timm.create_model(**cfg, pretrained_cfg_overlay=dict(input_size=(3, 288, 512)))  # of preprocessing alone
+    torch.testing.assert_close(larger.pos_embed, expected)
+
+
 @pytest.mark.parametrize('way', WAYS)
 def test_a_table_that_fits_is_kept(way, wide, tmp_path):
     reference, path = wide
@@ -163,6 +182,14 @@ def test_the_size_that_a_table_was_made_for(tokens, candidates, size):
     assert model.table_size({'pos_embed': table}, candidates) == size
     made = timm.create_model('test_vitresnet', img_size=size, reg_tokens=1, device='meta')
     assert made.pos_embed.shape == table.shape
+
+
+def test_a_square_table_of_patches_that_are_not():
+    model = timm.create_model('test_vitresnet', patch_size=(1, 2), img_size=(96, 192), device='meta')
+    size = model.table_size({'pos_embed': model.pos_embed})
+    assert timm.create_model('test_vitresnet', patch_size=(1, 2), img_size=size, device='meta').pos_embed.shape == (
+        model.pos_embed.shape
+    )
 
 
 def test_a_table_of_no_size_is_named():

@@ -208,6 +208,10 @@ def test_save_refuses_mistakes(tmp_path):
         save(timm.create_model('test_vitresnet', num_classes=2), tmp_path, label_names=['one'])
     with pytest.raises(ValueError, match='expected a model made by'):
         save(torch.nn.Linear(1, 1), tmp_path)
+    heads = timm.create_model('test_vitresnet').cfg.num_heads
+    with pytest.raises(ValueError, match=f'model: its cfg has num_heads={2 * heads}, which it does not remember'):
+        save(timm.models.model_entrypoint('test_vitresnet')(num_heads=2 * heads), tmp_path)
+    save(timm.create_model('test_vitresnet', num_heads=2 * heads), tmp_path)
 
 
 def test_a_full_disk_leaves_the_last_good_file(tmp_path):

@@ -172,7 +172,9 @@ def resample_pos_embed(
             table = table.float().reshape(old_grid[0], old_grid[1], -1)
             rows = _resize_matrix(old_grid[0], grid[0], pos_embed.device)
             columns = _resize_matrix(old_grid[1], grid[1], pos_embed.device)
-            table = torch.einsum('ih,hwd,jw->ijd', rows, table, columns).reshape(1, grid[0] * grid[1], -1)
+            with torch.autocast(pos_embed.device.type, enabled=False):  # it would make products of 16 bits of it
+                table = torch.einsum('ih,hwd,jw->ijd', rows, table, columns)
+            table = table.reshape(1, grid[0] * grid[1], -1)
             return torch.cat([prefix, table.to(pos_embed.dtype)], dim=1)
     return resample_abs_pos_embed(
         pos_embed, [grid[0], grid[1]], [old_grid[0], old_grid[1]], num_prefix_tokens=num_prefix_tokens

@@ -7,9 +7,10 @@ does not give (a new head, buffers that no file holds) is initialised.
 """
 
 import dataclasses
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, Dict, Optional, Type, TypeVar, Union
+from typing import Any, Dict, Optional, Sequence, Type, TypeVar, Union
 
 import torch
 from timm.models import (
@@ -32,6 +33,7 @@ from ..weights.sources import find_weights
 from .base import Hybrid
 
 ModelT = TypeVar('ModelT', bound=Hybrid)
+SOURCES = ('state_dict', 'file', 'hf_hub_id', 'url')  # of a pretrained cfg: where weights are
 HALVES = (torch.float16, torch.bfloat16)
 
 
@@ -63,17 +65,24 @@ def build_hybrid(model_cls: Type[ModelT], variant: str, pretrained: bool, cfg: A
             feature_cfg['out_indices'] = conform_indices('out_indices', indices, len(twin.feature_info), distinct=True)
     create: Any = model_cls
     if pretrained:  # timm would initialise the whole model, and then copy the weights into it
-        source = resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay'))
-        if (kwargs.get('pretrained_cfg_overlay') or {}).get('hf_hub_id'):  # no config.json was read of that repository
-            source = dataclasses.replace(source, source='', file=None)
-        args = kwargs.get('pretrained_model_args')
-        img_size = (args or {}).get('img_size')
-        if args is None and kwargs.get('pretrained_cfg_overlay'):
-            source_cfg = cfg  # nothing tells of what model the weights are
+        source, overlay = kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay') or {}
+        img_sizes, args = [resolve_pretrained_cfg(variant, source).input_size[-2:]], kwargs.get('pretrained_model_args')
+        source = resolve_pretrained_cfg(variant, source, overlay)
+        given = {name: overlay[name] for name in SOURCES if overlay.get(name)}
+        if given:  # they take the place of what the cfg names, and nothing else tells of what model they are
+            given['hf_hub_filename'] = overlay.get('hf_hub_filename')
+            source = dataclasses.replace(source, **{**dict.fromkeys(SOURCES), 'source': '', **given})
+            img_sizes = [kwargs.get('img_size'), *img_sizes]
+            if overlay.get('input_size'):
+                img_sizes = [source.input_size[-2:]]
+        elif args and args.get('img_size'):
+            img_sizes = [args['img_size']]
+        if given or (args is None and overlay):
+            source_cfg = cfg
         elif args:
             source_cfg = dataclasses.replace(source_cfg, **{name: args[name] for name in fields & args.keys()})
         source_cfg = source_cfg if source_cfg != cfg else None
-        create = partial(create_pretrained, model_cls, source, kwargs.get('cache_dir'), img_size, mmap, source_cfg)
+        create = partial(create_pretrained, model_cls, source, kwargs.get('cache_dir'), img_sizes, mmap, source_cfg)
     model = build_model_with_cfg(create, variant, False, model_cfg=cfg, feature_cfg=feature_cfg, **kwargs)
     _forget_other_labels(model)
     return model
@@ -106,7 +115,7 @@ def create_pretrained(
     model_cls: Type[ModelT],
     source: PretrainedCfg,
     cache_dir: Union[None, str, Path] = None,
-    source_img_size: Any = None,
+    img_sizes: Sequence[Any] = (),
     mmap: Optional[bool] = None,
     source_cfg: Any = None,
     device: Union[None, str, torch.device] = None,
@@ -118,7 +127,7 @@ def create_pretrained(
 
     Args:
         source: Where the weights are, and what they were made for.
-        source_img_size: Height and width that the checkpoint's position table was made for; by default, of `source`.
+        img_sizes: What the checkpoint's position table may have been made for; the first with as many tokens is it.
         mmap: Whether weights are mapped into memory, where their file allows it; see `is_mapped`.
         source_cfg: The config of the model that they were saved of, where it is known, and not this one's.
         device: Where the model shall be.
@@ -155,7 +164,10 @@ def create_pretrained(
         if source.source == 'local-dir':
             check_noted(source.notes, Path(source.file or ''))
     state_dict = _widened(state_dict, dtype or torch.get_default_dtype())
-    size = source_img_size or source.input_size[-2:]
+    size = img_sizes[0] if img_sizes else None
+    if len(img_sizes) > 1:
+        with suppress(ValueError):  # it is of none of them, which is told where it is fitted
+            size = model.table_size(state_dict, img_sizes) or size
     if source_cfg is not None:
         size = model.size_of_tokens(source_cfg, size)
     state_dict = model.filter_state_dict(state_dict, size)

@@ -81,9 +81,9 @@ def merge_batch_norm_(module: nn.Module, layer: str, norm: str) -> None:
 
     The activation that timm's BatchNormAct has stays, and a convolution's weight is laid out for speed. Where it is
     done already, or the BatchNorm has no statistics but those of each batch, nothing happens. A norm of fewer channels
-    than the layer has is that of the last ones, as of the values behind queries and keys. The layer is replaced, not
-    changed, since another block may share it. The mode of the module is not asked for, as in timm's own hooks:
-    timm's validate.py reparameterizes a model before it calls `eval()`.
+    than the layer has is that of the last ones, as of the values behind queries and keys. The layer, and what holds it,
+    are replaced, not changed, since another block may share them. The mode of the module is not asked for, as in timm's
+    own hooks: timm's validate.py reparameterizes a model before it calls `eval()`.
 
     Raises:
         ValueError: where the layer or the BatchNorm is not plain (see `check_plain`).
@@ -108,6 +108,9 @@ def merge_batch_norm_(module: nn.Module, layer: str, norm: str) -> None:
     merged = _with_weights(before, weight, bias)
     if weight.ndim == 4:
         make_channels_last_(merged)
+    parent = layer.rpartition('.')[0]
+    if parent:
+        module.set_submodule(parent, _twin(module.get_submodule(parent)))
     module.set_submodule(layer, merged)
     module.set_submodule(norm, getattr(batch_norm, 'act', nn.Identity().eval()))
 

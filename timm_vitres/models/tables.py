@@ -96,7 +96,8 @@ def table_size(table: torch.Tensor, embed: ResNetEmbed, num_prefix_tokens: int, 
             f'img_size: not given, and the {num_tokens} position embeddings of the checkpoint are no square grid; say '
             f'which height and width they are for.'
         )
-    return side * int(embed.feat_ratio())
+    height, width = embed.size_of_grid((side, side))
+    return height if height == width else (height, width)
 
 
 def _square_side(num_tokens: int) -> Optional[int]:

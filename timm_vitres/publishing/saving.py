@@ -143,7 +143,13 @@ def _state_dict(model: nn.Module) -> Dict[str, torch.Tensor]:
 def check_unchanged(model: nn.Module, config: Dict[str, Any]) -> None:
     """Raise ValueError unless `timm.create_model`, given this config.json, builds the same tensors and layers."""
     own = _state_dict(model)
-    built, kinds = _built(config)
+    built, kinds, cfg = _built(config)
+    if isinstance(model, Hybrid) and model.cfg != cfg:
+        fields = [f'{name}={value!r}' for name, value in vars(model.cfg).items() if value != getattr(cfg, name, None)]
+        raise ValueError(
+            f'model: its cfg has {", ".join(fields)}, which it does not remember as an argument, so it could not be '
+            'loaded again; make it by timm.create_model.'
+        )
     changed = sorted(own.keys() ^ built.keys())
     for key in own.keys() & built.keys():
         same = type(own[key]) is torch.Tensor and own[key].shape == built[key].shape
@@ -160,8 +166,8 @@ def check_unchanged(model: nn.Module, config: Dict[str, Any]) -> None:
         )
 
 
-def _built(config: Dict[str, Any]) -> Tuple[Dict[str, torch.Tensor], Dict[str, type]]:
-    """Return the tensors, and the classes of the layers, of the model that timm builds from a config.json."""
+def _built(config: Dict[str, Any]) -> Tuple[Dict[str, torch.Tensor], Dict[str, type], Any]:
+    """Return the tensors, the layers' classes, and the cfg, of the model that timm builds from a config.json."""
     with tempfile.TemporaryDirectory() as temporary:
         text = json.dumps(config, allow_nan=False)
         (Path(temporary) / CONFIG_NAME).write_text(text, encoding='utf-8')
@@ -172,4 +178,4 @@ def _built(config: Dict[str, Any]) -> Tuple[Dict[str, torch.Tensor], Dict[str, t
         except (RuntimeError, NotImplementedError, ValueError):  # some of timm's models can't be built on 'meta'
             twin = timm.create_model(f'local-dir:{temporary}')
     layers = {name: type(module) for name, module in twin.named_modules() if isinstance(module, (nn.Conv2d, nn.Linear))}
-    return twin.state_dict(), layers
+    return twin.state_dict(), layers, getattr(twin, 'cfg', None)
