@@ -209,3 +209,10 @@ def test_a_reader_that_leaves_early_is_no_error(arguments, workplace):
     result = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, env=environment)
     os.close(writing)
     assert (result.returncode, result.stderr) == (141, '')
+
+
+def test_a_file_of_the_users_named_compare_is_no_recipe(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'compare').write_text('no: [recipe')
+    assert cli.main(['compare', 'nowhere', '--output', 'out']) == 1
+    assert 'nowhere' in capsys.readouterr().err

@@ -295,6 +295,11 @@ def test_a_config_of_another_model_beside_a_file_is_left_alone(tmp_path, caplog)
     assert 'label_names' not in config
     assert tuple(config['pretrained_cfg']['mean']) == tuple(model.pretrained_cfg['mean'])
     assert f'{tmp_path / "config.json"}: is of another model than mine.pth, and left alone' in caplog.text
+    (tmp_path / 'config.json').unlink()  # a preprocessor alone is of nobody knows what
+    folder = convert(tmp_path / 'mine.pth', tmp_path / 'out', 'test_vitresnet')
+    assert tuple(json.loads((folder / 'config.json').read_text())['pretrained_cfg']['mean']) == tuple(
+        model.pretrained_cfg['mean']
+    )
     (tmp_path / 'config.json').write_text(json.dumps(dict(id2label={'0': 'no', '1': 'yes'})))  # of no other
     folder = convert(tmp_path / 'mine.pth', tmp_path / 'out', 'test_vitresnet')
     config = json.loads((folder / 'config.json').read_text())

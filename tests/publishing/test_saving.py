@@ -379,3 +379,4 @@ def test_descriptions_of_other_classes_are_forgotten(tmp_path):
     model.pretrained_cfg['label_names'] = {'n01440764': 'cat', 'n01443537': 'dog'}  # whose order nobody knows
     text = (timm_vitres.save(model, tmp_path / 'named', ['x', 'y']) / 'config.json').read_text()
     assert json.loads(text)['label_names'] == ['x', 'y'] and 'a cat' not in text
+    assert 'label_names' not in json.loads((timm_vitres.save(model, tmp_path / 'none') / 'config.json').read_text())

@@ -174,6 +174,7 @@ def test_clipping_units_spares_every_head():
     task = create_task(options, model, list('abc'), None, {}, CPU)
     stepper = Stepper(options, task, create_optimizer(options, model, 1.0), CPU, False)
     before = {name: value.detach().clone() for name, value in model.named_parameters()}
+    assert stepper.heads == {id(value) for head in model.get_classifier() for value in head.parameters()}
     stepper.backward(stepper.loss(*batches([4])[0]), 1, True)
     moved = {name: (value.detach() - before[name]).norm() for name, value in model.named_parameters()}
     assert moved['head_resnet.bias'] > 1e-4 and moved['head_vit.bias'] > 1e-4  # clipped, they would be 1e-6

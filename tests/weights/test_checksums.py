@@ -212,6 +212,12 @@ def test_what_stands_beside_a_file_says_what_it_must_be(tmp_path):
     assert checksums.published_sha256(tmp_path / 'a.bin') == OTHER
     with pytest.raises(OSError, match=rf'ab/{ONE} is damaged, .*not {OTHER}. Remove it and load again'):
         checksums.check(tmp_path / 'a.bin')
+    # from a folder that is a link, '..' leads out of what it is a link to
+    (tmp_path / 'store' / 'links').mkdir(parents=True)
+    (tmp_path / 'store' / 'links' / 'c.bin').symlink_to(Path('..') / '..' / 'blobs' / OTHER)
+    (tmp_path / 'elsewhere' / 'deep').mkdir(parents=True)
+    (tmp_path / 'elsewhere' / 'deep' / 'my').symlink_to(tmp_path / 'store' / 'links')
+    assert checksums.published_sha256(tmp_path / 'elsewhere' / 'deep' / 'my' / 'c.bin') == OTHER
 
 
 @pytest.mark.parametrize(

@@ -47,7 +47,7 @@ def run_predict(args: argparse.Namespace) -> int:
         _print_table(predictions)
     for sentence in unreadable:
         print(f'timm-vitres: {sentence}', file=sys.stderr)
-    sys.stdout.flush()  # whatever becomes of the picture
+    print(end='', flush=True)  # whatever becomes of the picture
     if args.plot and predictions:
         plot_predictions(predictions, args.plot)
         print(f'{args.plot} shows them.', file=sys.stderr)

@@ -2,7 +2,6 @@
 
 import argparse
 import sys
-from contextlib import nullcontext
 from pathlib import Path
 
 from ..arguments import (
@@ -65,7 +64,6 @@ def run_push(args: argparse.Namespace) -> int:
     """Say what would be pushed, or push it."""
     from ..publishing.cards import read_card
     from ..publishing.hub import check_folder, model_name, push, push_files
-    from ..publishing.model_folder import locked
     from ..weights.checksums import sha256
 
     check_repo_id('repo_id', args.repo_id)
@@ -77,16 +75,14 @@ def run_push(args: argparse.Namespace) -> int:
         name = model_name(args.repo_id, args.revision)
         print(f"{address}\ntimm.create_model('{name}', pretrained=True) loads it, anywhere.")
         return 0
-    with locked(args.folder) if args.folder.is_dir() else nullcontext():  # which completes what a killed writer left
-        check_folder(args.folder)
-        card = read_card(args.folder / 'README.md')
-        files = [(path, path.stat().st_size, sha256(path)) for path in push_files(args.folder)]
+    check_folder(args.folder)
+    card = read_card(args.folder / 'README.md')
     print(f'Would push to {args.repo_id} (branch {args.revision or "main"}), in one commit:')
-    for path, size, digest in files:
-        print(f'  {path.name:20} {size:>14,} bytes  sha256 {digest}')
+    for path in push_files(args.folder):
+        print(f'  {path.name:20} {path.stat().st_size:>14,} bytes  sha256 {sha256(path)}')
     if card is None:
         print('  README.md            a card that says nothing was measured')
-    print('Weights of an earlier model under other names (pytorch_model.bin, shards) would be deleted there.')
+    print('Weights under other names (pytorch_model.bin, shards), if of another model, would be deleted there.')
     print('Nothing was sent; repeat with --yes to do it.')
     return 0
 

@@ -83,7 +83,9 @@ def add_compare(subparsers) -> None:
         formatter_class=HelpFormatter,
     )
     parser.register('action', PAIRS, NamedValues)
-    parser.add_argument('-c', '--config', metavar='FILE', default='compare', help='as of finetune; other flags win')
+    parser.add_argument(
+        '-c', '--config', metavar='FILE', help='as of finetune, by default the recipe compare; other flags win'
+    )
     arms = '; '.join(f'{name}, {arm.text}' for name, arm in ARMS.items())
     told = dict(default=argparse.SUPPRESS)
     parser.add_argument(
@@ -118,11 +120,11 @@ def run_compare(args: argparse.Namespace) -> int:
     """Compare, and print the table and the sentence."""
     from ..training.comparing import compare
     from ..training.comparison_report import PICTURE_NAME, table_lines
-    from ..training.plans import OWN, REPORT_NAME
+    from ..training.plans import OWN, RECIPE, REPORT_NAME
     from ..training.recipes import recipe
     from ..training.settings import FinetuneCfg
 
-    given = _given(args, recipe(args.config))
+    given = _given(args, recipe(args.config or RECIPE))
     left_out = [name for name in OWN if name in given]
     if left_out:
         print(f'config: {args.config}: {", ".join(left_out)} left out, since every arm or run has its own.')

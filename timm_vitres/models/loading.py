@@ -77,7 +77,7 @@ def build_hybrid(model_cls: Type[ModelT], variant: str, pretrained: bool, cfg: A
                 img_sizes = [source.input_size[-2:]]
         elif args and args.get('img_size'):
             img_sizes = [args['img_size']]
-        if given or (args is None and overlay):
+        if given or overlay.get('hf_hub_filename'):
             source_cfg = cfg
         elif args:
             source_cfg = dataclasses.replace(source_cfg, **{name: args[name] for name in fields & args.keys()})
@@ -167,7 +167,7 @@ def create_pretrained(
     size = img_sizes[0] if img_sizes else None
     if len(img_sizes) > 1:
         with suppress(ValueError):  # it is of none of them, which is told where it is fitted
-            size = model.table_size(state_dict, img_sizes) or size
+            size = model.table_size(convert_layout(state_dict), img_sizes) or size
     if source_cfg is not None:
         size = model.size_of_tokens(source_cfg, size)
     state_dict = model.filter_state_dict(state_dict, size)

@@ -134,7 +134,7 @@ def merge_cards(old: str, new: str) -> str:
     ours = ModelCard(new)
     data, tags = ours.data, theirs.data.tags or []
     task, is_ours = theirs.data.get('pipeline_tag'), PACKAGE_TAG in tags
-    stale = {task} & TASKS & set(tags) if is_ours and task != data.get('pipeline_tag') else set()  # of another head
+    stale = {task} & TASKS & set(tags) if is_ours and data.get('pipeline_tag') not in tags else set()  # of another head
     about = {SHA256_FIELD, TEXT_FIELD} | ({'pipeline_tag'} if stale else set())
     if not is_ours and theirs.data.get('library_name') == 'transformers':  # whose weights are replaced by timm's
         about |= {'pipeline_tag', 'library_name'}

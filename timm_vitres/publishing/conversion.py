@@ -95,7 +95,8 @@ def convert(
     path, config, preprocessor, url = _find(str(source))
     published = read_name(url or path)  # a cache has names of its own
     if published:
-        config = config or published.config()
+        is_named = config.get('architecture') or config.get('model_type')
+        config = config if is_named else {**published.config(), **config}
     for file in checkpoint_files(path):
         check_once(file)
     weights, about = read_checkpoint(path, use_ema)
@@ -174,7 +175,9 @@ def _find(source: str) -> Tuple[Path, Dict[str, Any], Dict[str, Any], Optional[s
     ):
         # a folder of downloads may hold the config.json of any other model
         names_another = (config.get('architecture') or config.get('model_type')) and not _is_of_layout(config)
-        if names_another:
+        if not config:
+            preprocessor = {}  # which says of nothing what it is of
+        elif names_another:
             _logger.warning('%s: is of another model than %s, and left alone.', path.with_name(CONFIG_NAME), path.name)
             config, preprocessor = {}, {}
     return path, config, preprocessor, None

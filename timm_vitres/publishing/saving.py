@@ -99,8 +99,10 @@ def render_config(
     Raises:
         ValueError: for a value that it can't hold; the message names the argument.
     """
-    names = label_names if label_names is not None else _own_label_names(model)
-    names = normalise_label_names(names, model.num_classes) if names is not None else None
+    own: Optional[List[str]] = None
+    with suppress(ValueError):  # names that the model has without an order are no names
+        own = normalise_label_names(_own_label_names(model), model.num_classes)
+    names = own if label_names is None else normalise_label_names(label_names, model.num_classes)
     data_config = check_data_config('data_config', data_config) if data_config else model_data_config(model)
     model_config = {'label_names': names} if names else None
     with tempfile.TemporaryDirectory() as temporary:
@@ -112,9 +114,6 @@ def render_config(
     # config.json has both fields at its top already; transformers would pass num_classes on twice
     config.get('model_args', {}).pop('num_classes', None)
     config['pretrained_cfg'].pop('label_names', None)
-    own: Optional[List[str]] = None
-    with suppress(ValueError):  # names that the model has without an order are not these
-        own = normalise_label_names(_own_label_names(model), model.num_classes)
     if names and names != own:
         config['pretrained_cfg'].pop('label_descriptions', None)  # those are of classes with other names
     return config

@@ -105,7 +105,7 @@ def _weights(cfg: FinetuneCfg) -> Dict[str, Any]:
     if len(given) == 2 or (cfg.initial_checkpoint and cfg.pretrained):
         raise ValueError('initial_checkpoint: give only one of initial_checkpoint, pretrained_path and pretrained.')
     if cfg.pretrained_path:  # timm compares the classes of a file by its cfg, and -1 are no model's
-        # a model that has a name on the Hub, or is shipped, would have its own weights without a word
+        # a model of timm's that has a name on the Hub would have its own weights without a word
         overlay = dict(file=cfg.pretrained_path, source='', hf_hub_id=None, url=None, num_classes=-1)
         return dict(pretrained=True, pretrained_cfg_overlay=overlay)
     return dict(pretrained=cfg.pretrained, checkpoint_path=cfg.initial_checkpoint)

@@ -233,7 +233,9 @@ def _reload_folder(cfg: FinetuneCfg, mode: str, recorded: Dict[str, Any]) -> Dat
             samples[split].append((path, class_to_idx[label]))
             file = found.files.get(path) or _file(path)
             if file is None:
-                changed.append(f'{shown(name)} (gone)')
+                places = (path, *map(str, Path(path).parents))
+                reason = next((found.left_out[place] for place in places if place in found.left_out), 'gone')
+                changed.append(f'{shown(name)} ({reason})')
             elif file.size != size:
                 changed.append(f'{shown(name)} ({file.size} bytes, not {size})')
             else:

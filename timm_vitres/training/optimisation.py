@@ -131,6 +131,7 @@ class Stepper:
         self.scaler = NativeScaler(device.type) if cfg.amp and cfg.amp_dtype == 'float16' else None
         self.stepping = _muon_in_float32 if is_muon_in_float32 else nullcontext
         module = unwrap_model(task.get_trainable_module())
+        module = getattr(module, 'student', module)  # of a task that has a projection beside it
         # timm knows of one head, the last two parameters of a model
         self.heads = {id(value) for value in head_parameters(module)} if hasattr(module, 'get_classifier') else set()
 

@@ -109,13 +109,13 @@ def _blob(path: Path) -> Optional[Path]:
 
     It may be a link itself: into a store that repositories share, whose names are no sha256.
     """
-    path = Path(os.path.abspath(path))
     for _ in range(40):  # the system follows no more of them
+        path = path.parent.resolve() / path.name
         if path.parent.name == 'blobs' and re.fullmatch(r'[0-9a-f]{64}', path.name):
             return path
         if not path.is_symlink():
             return None
-        path = Path(os.path.normpath(path.parent / os.readlink(path)))
+        path = path.parent / os.readlink(path)
     return None
 
 

@@ -3,7 +3,6 @@
 pretrained cfg -> `find_weights` -> `local_weights`, `hub_weights` or `url_file` -> a file, or the index of shards.
 """
 
-import dataclasses
 from pathlib import Path
 from typing import Optional, Sequence, Union
 from urllib.parse import urlparse
@@ -66,8 +65,6 @@ def find_weights(cfg: PretrainedCfg, cache_dir: Union[None, str, Path] = None, t
         ValueError: where the cfg names something that can't be a file, repository or address.
         OSError: where a weight that the package holds is missing or damaged.
     """
-    if _is_replaced(cfg):
-        cfg = dataclasses.replace(cfg, file=None)
     if cfg.source == 'local-dir' or (cfg.file and cfg.source != 'hf-hub'):
         if not cfg.file or not isinstance(cfg.file, (str, Path)):
             raise ValueError(f'file: got {cfg.file!r:.80} in the pretrained_cfg, expected a path.')
@@ -86,15 +83,6 @@ def find_weights(cfg: PretrainedCfg, cache_dir: Union[None, str, Path] = None, t
     raise RuntimeError(
         f'No pretrained weights exist for {cfg.architecture}{ways}. Use `pretrained=False` for random init.'
     )
-
-
-def _is_replaced(cfg: PretrainedCfg) -> bool:
-    """Return whether a cfg names the package's own weights, and others that a caller gave in their place.
-
-    timm would take the file, and silently leave out the repository or address that its caller asked for.
-    """
-    is_ours = isinstance(cfg.file, (str, Path)) and is_shipped(Path(cfg.file))
-    return is_ours and bool(cfg.hf_hub_id or cfg.url)
 
 
 def local_weights(path: Union[str, Path]) -> Path:
