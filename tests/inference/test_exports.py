@@ -155,6 +155,18 @@ def test_compiled_training_at_changing_sizes(name, kwargs, monkeypatch):
             assert (gradients[1][key] - expected).norm() <= 1e-4 * expected.norm() + 1e-7, key
 
 
+def test_compiled_positions_are_resampled_in_float32_under_autocast():
+    torch._dynamo.reset()
+    table = torch.randn(1, 50, 8, requires_grad=True)
+
+    def resampled(table):
+        return layers.resample_pos_embed(table, (9, 11), (7, 7), 1)
+
+    with torch.autocast('cpu', torch.bfloat16):
+        found = torch.compile(resampled, backend='aot_eager')(table)
+    torch.testing.assert_close(found, resampled(table), rtol=0, atol=1e-5)
+
+
 @pytest.mark.slow
 def test_inductor():
     torch._dynamo.reset()
