@@ -6,10 +6,9 @@ The recipe, and each run's epoch, are chosen on 5% of the training images; the 1
 when a run is over, by a model that was loaded from its folder: as it is, and with six views of each image (`--tta
 shift`). A run that was killed goes on. --record appends a row per run to benchmarks/results/fmnist.csv. Any setting of
 the recipe may be given anew, as --set name=value; the row has it. `wide` is ResNet-20 of twice its width, all of its
-stages at 28, 14 and 7 pixels, and a block of attention behind them; its row is of the commit before it had a name of
-its own. The arm `deeper` of another row began with the weights of the first, and with more blocks, which began as the
-identity (Net2Net, arXiv:1511.05641). Data: the Debian package dataset-fashion-mnist, or --data-dir with its four .gz
-files.
+stages at 28, 14 and 7 pixels, and a block of attention behind them. The arm `deeper` of another row began with the
+weights of the first, and with more blocks, which began as the identity (Net2Net, arXiv:1511.05641). Data: the Debian
+package dataset-fashion-mnist, or --data-dir with its four .gz files.
 """
 
 import argparse
@@ -30,11 +29,12 @@ from timm_vitres.training.settings import FinetuneCfg
 from timm_vitres.views import averaged
 
 DATA = dict(dataset='torch/fashion_mnist', val_split='')
+WIDE = dict(stem_chs=32, channels=(32, 64, 128), strides=(1, 2, 2))
 # What an arm is, beside the recipe. All but the interleaved one are made to have as many parameters as the wide one,
 # to 5%: the same ResNet without the block that attends, six blocks of ViT on patches of 4 pixels, the serial hybrid
 ARMS: Dict[str, Dict[str, Any]] = {
-    'wide': dict(model='vitresnet_mix_pico'),
-    'resnet': dict(model='vitresnet_mix_pico', model_kwargs=dict(layers=(3, 3, 3), attn_blocks=(0, 0, 0))),
+    'wide': dict(model='vitresnet_mix_nano', model_kwargs=dict(WIDE, layers=(3, 3, 4), attn_blocks=(0, 0, 1))),
+    'resnet': dict(model='vitresnet_mix_nano', model_kwargs=dict(WIDE, layers=(3, 3, 3), attn_blocks=(0, 0, 0))),
     'vit': dict(
         model='vitresnet',
         model_kwargs=dict(backbone='', patch_size=4, embed_dim=124, depth=6, num_heads=4, class_token=False),

@@ -14,7 +14,7 @@ import timm
 OURS = ['test_vitresnet', 'vitresnet', 'vitresnet_nano', 'vitresnet_small', 'vitresnet_tiny']
 OURS += ['test_vitresnet_dual', 'vitresnet_dual_tiny']
 OURS += ['test_vitresnet_mix', 'vitresnet_mix', 'vitresnet_mix_nano', 'vitresnet_mix_eca_bot26ts']
-OURS += ['vitresnet_mix_se_bot33ts', 'vitresnet_mix_pico']
+OURS += ['vitresnet_mix_se_bot33ts']
 # timm's lists of models by name, and how they change to know ours: tokens come out of forward_features and pool_size is
 # None, as in its ViTs, but the pyramid's test is kept on; forward_intermediates is tested by module.
 PATCHES = [

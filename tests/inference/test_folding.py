@@ -20,7 +20,7 @@ from timm_vitres.models.layers import PadSameStdConv2d
 
 SIZES = [(224, 224), (97, 161), (33, 470)]
 NAMES = ['vitresnet_tiny', 'vitresnet_small', 'vitresnet_nano', 'vitresnet', 'test_vitresnet', 'test_vitresnet_dual']
-NAMES += ['test_vitresnet_mix', 'vitresnet_mix_nano', 'vitresnet_mix_pico']
+NAMES += ['test_vitresnet_mix', 'vitresnet_mix_nano']
 # ResNets whose blocks differ: norms before and after, pooled shortcuts, deep stems, anti-aliasing, attention, groups
 BACKBONES = ['resnet18', 'resnet26t', 'resnetv2_18', 'resnetblur18', 'seresnet50', 'resnet50_gn']
 SLOW_BACKBONES = ['resnetv2_50d_evos', 'resnext50_32x4d', 'resnet14t', 'ecaresnet26t', 'resnetv2_18d', 'resnetrs50']

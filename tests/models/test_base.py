@@ -76,7 +76,6 @@ MODELS = [
     (DUAL, dict(patch_size=32)),
     ('test_vitresnet_mix', {}),
     ('vitresnet_mix_nano', {}),
-    ('vitresnet_mix_pico', {}),
 ]
 
 

@@ -65,9 +65,9 @@ def build_hybrid(model_cls: Type[ModelT], variant: str, pretrained: bool, cfg: A
             feature_cfg['out_indices'] = conform_indices('out_indices', indices, len(twin.feature_info), distinct=True)
     create: Any = model_cls
     if pretrained:  # timm would initialise the whole model, and then copy the weights into it
-        source, overlay = kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay') or {}
-        img_sizes, args = [resolve_pretrained_cfg(variant, source).input_size[-2:]], kwargs.get('pretrained_model_args')
-        source = resolve_pretrained_cfg(variant, source, overlay)
+        own, overlay = kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay') or {}
+        img_sizes, args = [resolve_pretrained_cfg(variant, own).input_size[-2:]], kwargs.get('pretrained_model_args')
+        source = resolve_pretrained_cfg(variant, own, overlay)
         given = {name: overlay[name] for name in SOURCES if overlay.get(name)}
         if given:  # they take the place of what the cfg names, and nothing else tells of what model they are
             given['hf_hub_filename'] = overlay.get('hf_hub_filename')
@@ -77,7 +77,8 @@ def build_hybrid(model_cls: Type[ModelT], variant: str, pretrained: bool, cfg: A
                 img_sizes = [source.input_size[-2:]]
         elif args and args.get('img_size'):
             img_sizes = [args['img_size']]
-        if given or overlay.get('hf_hub_filename'):
+        is_tag = own is None or isinstance(own, str)
+        if given or overlay.get('hf_hub_filename') or (overlay and args is None and not is_tag):
             source_cfg = cfg
         elif args:
             source_cfg = dataclasses.replace(source_cfg, **{name: args[name] for name in fields & args.keys()})
@@ -167,7 +168,8 @@ def create_pretrained(
     size = img_sizes[0] if img_sizes else None
     if len(img_sizes) > 1:
         with suppress(ValueError):  # it is of none of them, which is told where it is fitted
-            size = model.table_size(convert_layout(state_dict), img_sizes) or size
+            state_dict = convert_layout(state_dict)
+            size = model.table_size(state_dict, img_sizes) or size
     if source_cfg is not None:
         size = model.size_of_tokens(source_cfg, size)
     state_dict = model.filter_state_dict(state_dict, size)

@@ -264,7 +264,6 @@ default_cfgs = generate_default_cfgs(
         ),
         # the name without a tag is one for colours and any classes; timm takes the last of those that could be it
         'vitresnet_mix_nano.untrained*': _cfg(input_size=(3, 64, 64), crop_pct=1.0),
-        'vitresnet_mix_pico.untrained': _cfg(input_size=(3, 64, 64), pool_size=(16, 16), crop_pct=1.0),
         'vitresnet_mix.untrained': _cfg(),
         'test_vitresnet_mix.untrained': _cfg(input_size=(3, 96, 96)),
     }
@@ -347,29 +346,6 @@ def vitresnet_mix_nano(pretrained: bool = False, **kwargs) -> VitResNetMix:
         stem_stride=1,
     )
     return build_with_tables(VitResNetMix, 'vitresnet_mix_nano', pretrained, cfg, **kwargs)
-
-
-@register_model
-def vitresnet_mix_pico(pretrained: bool = False, **kwargs) -> VitResNetMix:
-    """ResNet-20 of twice its width, for images of 28 to 64 pixels, and a block that attends; 1.2M parameters.
-
-    It has fewer parameters than `vitresnet_mix_nano`, and takes longer: its maps are as large as the image, a half and
-    a quarter of that.
-    """
-    cfg = VitResNetMixCfg(
-        layers=(3, 3, 4),
-        channels=(32, 64, 128),
-        strides=(1, 2, 2),
-        attn_blocks=(0, 0, 1),
-        block='basic',
-        bottle_ratio=1.0,
-        attn_ratio=0.5,
-        stem_type='',
-        stem_pool='',
-        stem_chs=32,
-        stem_stride=1,
-    )
-    return build_with_tables(VitResNetMix, 'vitresnet_mix_pico', pretrained, cfg, **kwargs)
 
 
 @register_model
