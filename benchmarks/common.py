@@ -43,10 +43,23 @@ def conditions() -> dict:
 
 
 def append_row(path: Path, row: dict) -> None:
-    """Append a row and its conditions to a CSV file, which it creates with a header."""
-    row = {**row, **conditions()}
+    """Append a row and its conditions to a CSV file, which it creates with a header; one that is there is not repeated.
+
+    A command that is started again finds its finished runs, and would count each as another seed.
+    """
+    whole = {**row, **conditions()}
     path.parent.mkdir(parents=True, exist_ok=True)
     new = not path.exists()
+    if not new:
+        with path.open(newline='') as file:
+            reader = csv.DictReader(file)
+            there = any(all(old.get(key) == str(value) for key, value in row.items()) for old in reader)
+        if reader.fieldnames != list(whole):
+            raise SystemExit(f'{path}: has the columns {reader.fieldnames}, not {list(whole)}; nothing was appended.')
+        if there:
+            print(f'{path.name} has this row: {told(row)}', flush=True)
+            return
+    row = whole
     with path.open('a', newline='') as file:
         writer = csv.DictWriter(file, fieldnames=list(row), lineterminator='\n')
         if new:

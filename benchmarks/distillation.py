@@ -93,7 +93,8 @@ def main() -> None:
     parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2])
     parser.add_argument('--record', action='store_true')
     args = parser.parse_args()
-    root = write_folder(args.output / 'images', unpack(args.data_dir, args.output), args.per_class)
+    source = unpack(args.data_dir, args.output)
+    root = write_folder(args.output / f'images-{args.per_class}', source, args.per_class)
     shared = dict(
         data_dir=str(root / 'train'),
         val_frac=0.1,
@@ -111,7 +112,9 @@ def main() -> None:
     of_teacher = args.teacher_per_class or args.per_class
 
     def run(name: str, seed: int, per_class: int = args.per_class, **settings) -> Path:
-        folder = train(FinetuneCfg(**{**shared, **settings}, seed=seed, output=str(args.output / f'{name} {seed}')))
+        cfg = {**shared, **settings}
+        place = f'{name} {per_class} {of_teacher} {cfg["epochs"]} {seed}'  # whatever makes it another run
+        folder = train(FinetuneCfg(**cfg, seed=seed, output=str(args.output / place)))
         rows = read_summary(folder)
         row = dict(arm=name, seed=seed, train_images=10 * per_class, teacher_images=10 * of_teacher, epochs=len(rows))
         row.update(val_top1=round(max(one['eval_top1'] for one in rows), 2), test_top1=test_top1(folder, root / 'test'))
@@ -121,7 +124,7 @@ def main() -> None:
 
     more = root
     if of_teacher != args.per_class:
-        more = write_folder(args.output / f'images-{of_teacher}', args.output, of_teacher)
+        more = write_folder(args.output / f'images-{of_teacher}', source, of_teacher)
     own = dict(data_dir=str(more / 'train'), epochs=args.teacher_epochs or args.epochs)
     teacher = run('teacher', 0, of_teacher, **{**TEACHER, **own})
     for seed in args.seeds:

@@ -17,7 +17,7 @@ from typing import Any, Dict
 
 import timm
 import torch
-from common import parse_changes, run_name, told, train, write_row
+from common import is_recorded, parse_changes, run_name, told, train, write_row
 from image_sets import FASHION, unpack
 from ship import images_of
 from torch.utils.data import DataLoader
@@ -93,8 +93,14 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     changes = parse_changes(args.set)
     root = unpack(args.data_dir, args.output / 'data')
+    if changes.get('pretrained') and args.seeds != [0]:
+        parser.error('seeds: got another than 0, with which weights of ours learnt; they know its validation images.')
     for seed in args.seeds:
         for arm in args.arms:
+            row = dict(arm=arm, seed=seed, changes=told(changes))
+            if args.record and is_recorded('fmnist', row):
+                print(f'fmnist.csv has its row, and the test images are looked at once: {told(row)}')
+                continue
             write_row('fmnist', {**run(arm, seed, root, args.output, changes), 'note': args.note}, args.record)
 
 

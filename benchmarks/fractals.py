@@ -99,6 +99,7 @@ def transfer(args: argparse.Namespace, changes: Dict[str, Any]) -> None:
         row = dict(set=name, arm=arm, seed=seed, model=args.model, changes=told(changes))
         row['pretraining'] = pretraining if start else ''
         if args.record and is_recorded('fractals', row):
+            print(f'fractals.csv has its row; without --record it is trained again: {told(row)}')
             continue
         data = write(name, args.output / 'data')
         folder = args.output / 'transfer' / run_name(args.model, name, arm, changes=changes, seed=seed)

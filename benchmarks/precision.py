@@ -81,7 +81,7 @@ def main() -> None:
     data = load_data(replace(cfg, val_split='validation'), 'RGB')  # whose validation split is the test set
     for seed in args.seeds:
         for setting in args.settings:
-            folder = args.output / f'{args.model}-{setting}-seed{seed}'
+            folder = args.output / f'{args.model}-{setting}-epochs{args.epochs}-seed{seed}'
             train(replace(cfg, output=str(folder), seed=seed, **SETTINGS[setting]))
             model = timm.create_model(f'local-dir:{folder}', pretrained=True).eval().to(args.device)
             config = data_config(model)
@@ -99,9 +99,8 @@ def main() -> None:
             row.update(train_seconds=round(seconds), device=args.device)
             write_row('precision_train', row, args.record)
 
-    model = timm.create_model(
-        f'local-dir:{args.output}/{args.model}-{args.settings[0]}-seed{args.seeds[0]}', pretrained=True
-    ).eval()
+    first = f'{args.model}-{args.settings[0]}-epochs{args.epochs}-seed{args.seeds[0]}'
+    model = timm.create_model(f'local-dir:{args.output / first}', pretrained=True).eval()
     example = next(iter(loader))[0]
     data.train.transform = loader.dataset.transform
     calibration = torch.stack([data.train[i][0] for i in range(64)])

@@ -79,6 +79,7 @@ def main() -> None:
             settings.update(dict(model_kwargs=None, pretrained=False), **changes)
         row = dict(set=args.name, seed=seed, changes=told(changes), model=settings['model'], epochs=settings['epochs'])
         if args.record and is_recorded('scratch', row):
+            print(f'scratch.csv has its row; without --record it is trained again: {told(row)}')
             continue
         folder = args.output / run_name(args.name, changes=changes, seed=seed)
         write_row('scratch', {**row, **run(data, folder, settings)}, args.record)

@@ -76,9 +76,10 @@ def measured(name: str, facts: Mapping[str, Any]) -> Measured:
     versions = ', '.join(f'{package.replace("_", "-")} {run[package]}' for package in ('torch', 'timm', 'timm_vitres'))
     threads = f'{run["threads"]} thread{"s" * (run["threads"] != "1")}'
     note = f': {run["note"]}' if run.get('note') else ''
+    command = run['command'].replace(' --record', '')  # with it, a row that is there is not made again
     recipe = (
         f'{facts["recipe"]}\n\n{run["epochs"]} epochs took {float(run["train_seconds"]) / 3600:.1f} hours with '
-        f'{threads} on {run["machine"]}{note} ({versions}; {run["date"]}):\n\n    {run["command"]}\n\n'
+        f'{threads} on {run["machine"]}{note} ({versions}; {run["date"]}):\n\n    {command}\n\n'
         f'Data: [{facts["dataset_name"]}]({facts["dataset_url"]}), licence {facts["dataset_license"]}.'
     )
     evaluation = EvalResult(
