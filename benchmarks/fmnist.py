@@ -12,6 +12,7 @@ package dataset-fashion-mnist, or --data-dir with its four .gz files.
 """
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any, Dict
 
@@ -66,11 +67,14 @@ def run(arm: str, seed: int, root: Path, output: Path, changes: Dict[str, Any]) 
     cfg = FinetuneCfg(**settings, data_dir=str(root), output=str(folder), seed=seed)
     train(cfg)
     rows = read_summary(folder)
+    chosen = json.loads((folder / 'run.json').read_text(encoding='utf-8'))['autotuned']
     return dict(
         arm=arm,
         model=cfg.model,
         seed=seed,
         changes=told(changes),
+        model_kwargs=told(cfg.model_kwargs or {}),
+        autotuned=told(chosen or {}),  # the precision and the memory format that were fastest here
         epochs=len(rows),
         val_top1=round(best_epoch(rows, 'top1').metric('top1'), 2),
         **test(folder, root),
