@@ -47,19 +47,17 @@ def append_row(path: Path, row: dict) -> None:
 
     A command that is started again finds its finished runs, and would count each as another seed.
     """
-    whole = {**row, **conditions()}
+    if _has(path, row):
+        print(f'{path.name} has this row: {told(row)}', flush=True)
+        return
+    row = {**row, **conditions()}
     path.parent.mkdir(parents=True, exist_ok=True)
     new = not path.exists()
     if not new:
         with path.open(newline='') as file:
-            reader = csv.DictReader(file)
-            there = any(all(old.get(key) == str(value) for key, value in row.items()) for old in reader)
-        if reader.fieldnames != list(whole):
-            raise SystemExit(f'{path}: has the columns {reader.fieldnames}, not {list(whole)}; nothing was appended.')
-        if there:
-            print(f'{path.name} has this row: {told(row)}', flush=True)
-            return
-    row = whole
+            columns = next(csv.reader(file))
+        if columns != list(row):
+            raise SystemExit(f'{path}: has the columns {columns}, not {list(row)}; nothing was appended.')
     with path.open('a', newline='') as file:
         writer = csv.DictWriter(file, fieldnames=list(row), lineterminator='\n')
         if new:
@@ -78,7 +76,10 @@ def write_row(name: str, row: dict, record: bool) -> None:
 
 def is_recorded(name: str, row: dict) -> bool:
     """Return whether benchmarks/results/NAME.csv has a row with these values, whatever its other columns say."""
-    path = RESULTS / f'{name}.csv'
+    return _has(RESULTS / f'{name}.csv', row)
+
+
+def _has(path: Path, row: dict) -> bool:
     if not path.is_file():
         return False
     with path.open(newline='') as file:

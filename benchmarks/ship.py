@@ -56,15 +56,15 @@ def load_run(folder: Path, name: str) -> nn.Module:
     """
     model = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
     architecture, found = split_model_name_tag(name)[0], model.pretrained_cfg['architecture']
+    if found != architecture:
+        raise ValueError(f'{folder}: holds a {found}, expected a {architecture} for {name}.')
     size = model.pretrained_cfg['input_size']
     args = dict(num_classes=model.num_classes, in_chans=size[0], img_size=size[-2:])
     plain = timm.create_model(architecture, **args).eval()
-    if type(plain) is not type(model):
-        raise ValueError(f'{folder}: holds a {found}, which is of another family than {name}.')
     own, told = dataclasses.asdict(plain.cfg), dataclasses.asdict(model.cfg)
     other = [f'{field}={value!r} for {own[field]!r}' for field, value in told.items() if value != own[field]]
     if other:
-        raise ValueError(f'{folder}: its {found} has {", ".join(other)}, which {name} would not be built with.')
+        raise ValueError(f'{folder}: its {architecture} has {", ".join(other)}, which {name} would not be built with.')
     shapes = ({key: value.shape for key, value in each.state_dict().items()} for each in (plain, model))
     if next(shapes) != next(shapes):
         raise ValueError(f'{folder}: its tables are not those of the {size[-2]}x{size[-1]} pixels of its data config.')

@@ -124,10 +124,11 @@ def run_compare(args: argparse.Namespace) -> int:
     from ..training.recipes import recipe
     from ..training.settings import FinetuneCfg
 
-    given = _given(args, recipe(args.config or RECIPE))
+    config = args.config or RECIPE
+    given = _given(args, recipe(config))
     left_out = [name for name in OWN if name in given]
     if left_out:
-        print(f'config: {args.config}: {", ".join(left_out)} left out, since every arm or run has its own.')
+        print(f'config: {config}: {", ".join(left_out)} left out, since every arm or run has its own.')
     own = {name: vars(args)[name] for name in FLAGS_OF_COMPARE if name in args}
     if 'minutes' in own and 'epochs' in args:
         raise ValueError('minutes: got minutes and epochs; give one.')

@@ -78,8 +78,8 @@ def _order_head_(model: nn.Module, name: str, label_names: List[str]) -> None:
         cfg = getattr(model, 'pretrained_cfg', None) or {}
         known = normalise_label_names(cfg.get('label_names'), len(label_names))
     known, label_names = ([composed(label) for label in labels] for labels in (known, label_names))
-    if len(known) != len(label_names) or known == label_names:
-        return  # what came has another number of classes, and the head is new
+    if not known or known == label_names:
+        return  # without names, or with another number of classes, whose head is new
     if sorted(known) != sorted(label_names):
         other = next(label for label in known if label not in label_names)
         _logger.warning('model: the head of %s begins with as many other classes, such as %r.', name, other)
