@@ -6,10 +6,14 @@ import importlib
 import pytest
 import timm
 import torch
-from conftest import randomise_
+from conformer_reference import heads
+from conftest import DUAL, randomise_
 from test_loop import rows, settings, weights
+from timm.layers import DropPath
+from timm.models.vision_transformer import Block
 
 import timm_vitres
+from timm_vitres.models.attention import AttnBlock
 from timm_vitres.training import creation
 from timm_vitres.training.creation import (
     Frozen,
@@ -45,6 +49,60 @@ def stepped_(model, seed=0):
 
 def copied(model):
     return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def run_cfg(name, **kwargs):
+    return FinetuneCfg(data_dir='images', model=name, img_size=64, **kwargs)
+
+
+@pytest.mark.parametrize('name', FAMILIES)
+def test_rates_of_a_run_reach_its_model(name):
+    model = create_finetune_model(run_cfg(name, drop=0.3, drop_path=0.2), 3)
+    rates = {module.drop_prob for module in model.modules() if isinstance(module, DropPath)}
+    assert max(rates) == pytest.approx(0.2)
+    assert 0.3 in {module.p for module in model.modules() if isinstance(module, torch.nn.Dropout)}
+
+
+@pytest.mark.parametrize('head_loss', ['sum', 'both', 'resnet', 'vit'])
+def test_what_a_model_in_training_returns_is_what_its_loss_is_of(head_loss):
+    model = create_finetune_model(run_cfg(DUAL, head_loss=head_loss), 3)
+    untaught = [value for value in model.parameters() if not value.requires_grad]
+    assert len(untaught) == (2 if head_loss in ('resnet', 'vit') else 0) and not any(map(torch.any, untaught))
+    randomise_(model).train()
+    for value in untaught:
+        torch.nn.init.zeros_(value)
+    for module in model.modules():  # its statistics are not to move between the calls
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.eval()
+    x = torch.randn(2, 3, 64, 64)
+    resnet, vit = heads(model, x)
+    assert not torch.allclose(resnet, vit, atol=1e-2)
+    expected = dict(sum=resnet + vit, both=(resnet, vit), resnet=resnet, vit=vit)[head_loss]
+    torch.testing.assert_close(model(x), expected)
+
+
+@pytest.mark.parametrize('enable', [False, True])
+@pytest.mark.parametrize('name', FAMILIES)
+def test_gradient_checkpointing_of_a_run_reaches_its_model(name, enable):
+    model = create_finetune_model(run_cfg(name, grad_checkpointing=enable), 3).train()
+    convs = {module: 0 for module in model.modules() if isinstance(module, torch.nn.Conv2d)}
+    blocks = {module: 0 for module in model.modules() if isinstance(module, (Block, AttnBlock))}
+
+    def count(module, args):
+        calls = convs if module in convs else blocks
+        calls[module] += 1
+
+    for module in [*convs, *blocks]:
+        module.register_forward_pre_hook(count)
+    model(torch.randn(2, 3, 64, 64)).sum().backward()
+    # what is checkpointed runs once more for its gradients
+    assert max(convs.values()) == max(blocks.values()) == 1 + enable
+
+
+def test_the_rank_of_adapters():
+    model = create_finetune_model(run_cfg('test_vitresnet', lora=3), 3)
+    assert {len(value) for name, value in model.named_parameters() if 'lora_A' in name} == {3}
+    assert {module.scaling['default'] for module in model.modules() if hasattr(module, 'scaling')} == {2.0}
 
 
 @pytest.mark.parametrize('name', FAMILIES)

@@ -8,7 +8,15 @@ from test_loop import settings
 
 from timm_vitres import cli
 from timm_vitres.training.datasets import Data, load_data
-from timm_vitres.training.loaders import check_cutmix, check_policy, create_loaders, mend_, padded_crop, seeded
+from timm_vitres.training.loaders import (
+    check_cutmix,
+    check_policy,
+    create_loaders,
+    mend_,
+    names_of,
+    padded_crop,
+    seeded,
+)
 
 CONFIG = dict(
     input_size=(3, 32, 32), interpolation='bicubic', mean=(0.5,) * 3, std=(0.5,) * 3, crop_pct=1.0, crop_mode='center'
@@ -34,6 +42,59 @@ def test_pixels_depend_on_seed_and_epoch_alone(tmp_path):
             assert torch.equal(train, again) and torch.equal(val, val_again)
         assert not torch.equal(train, pixels(tmp_path, 0, 2, **given)[0])
         assert not torch.equal(train, pixels(tmp_path, 0, 1, seed=1, **given)[0])
+
+
+# what every image goes through unless a test asks for more: its centre
+PLAIN = dict(hflip=0.0, color_jitter=0.0, scale=(1.0, 1.0), ratio=(1.0, 1.0))
+
+
+@pytest.mark.parametrize(
+    'name, given, without',
+    [
+        ('vflip', 1.0, {}),
+        ('aa', 'rand-m9-inc1', {}),
+        ('color_jitter_prob', 1.0, dict(color_jitter=0.4, color_jitter_prob=0.0)),
+        ('grayscale_prob', 1.0, {}),
+        ('gaussian_blur_prob', 1.0, {}),
+        ('scale', (0.1, 0.2), {}),
+        ('ratio', (2.0, 3.0), dict(scale=(0.5, 0.5))),
+        ('train_crop_mode', 'rkrc', dict(scale=(0.5, 0.5))),
+        ('train_interpolation', 'nearest', dict(scale=(0.5, 0.5))),
+        ('reprob', 1.0, {}),
+        ('remode', 'const', dict(reprob=1.0, remode='pixel')),
+        ('recount', 4, dict(reprob=1.0)),
+    ],
+)
+def test_a_setting_reaches_the_pixels(name, given, without, tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (8, 40, 40, 3), dtype=np.uint8)
+    for index, image in enumerate(noise):  # they would be alike when turned, were they stripes
+        (tmp_path / 'images' / 'ab'[index % 2]).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(tmp_path / 'images' / 'ab'[index % 2] / f'{index}.png')
+    options = {**PLAIN, **without}
+    plain, val = pixels(tmp_path, 0, 1, **options)
+    assert torch.equal(plain, pixels(tmp_path, 0, 1, **options)[0])
+    changed, same = pixels(tmp_path, 0, 1, **{**options, name: given})
+    assert plain.shape == changed.shape and torch.equal(val, same)
+    different = [not torch.equal(one, other) for one, other in zip(plain, changed)]
+    assert any(different) if name == 'aa' else all(different)  # what a policy draws may leave noise as it is
+    if name == 'vflip':
+        assert torch.equal(changed, plain.flip(-2))
+    if name == 'grayscale_prob':
+        assert torch.equal(changed[:, 0], changed[:, 1]) and not torch.equal(plain[:, 0], plain[:, 1])
+
+
+def test_validation_images_are_cut_as_the_model_says(tmp_path):
+    write_folder(tmp_path / 'images', per_class=8)
+    cfg = settings(tmp_path / 'images', tmp_path, workers=0, batch_size=6)
+    data = load_data(cfg, 'RGB')
+    record = data.record()
+    images = [Image.open(tmp_path / 'images' / name).convert('RGB') for name in names_of(record['validation'])]
+    assert len(images) == 4
+    for crop_mode in ('center', 'squash', 'border'):
+        config = dict(CONFIG, crop_mode=crop_mode, crop_pct=0.8)
+        expected = timm.data.create_transform(**config)
+        found = torch.cat([x for x, _ in create_loaders(cfg, data, config, record)[1]])
+        assert torch.equal(found, torch.stack([expected(image) for image in images]))
 
 
 def test_workers_that_stay_see_the_next_epoch(tmp_path):

@@ -1,5 +1,7 @@
 """Learning rates, schedules, optimizers and steps, against values computed by hand."""
 
+import math
+
 import pytest
 import timm
 import torch
@@ -67,6 +69,43 @@ def test_schedules_of_steps():
     found = rates(sched='multistep', decay_milestones=(1, 4), decay_rate=0.1)
     assert found == pytest.approx([0.1, 0.01, 0.01, 0.01, 0.001, 0.001])
     assert rates(sched='constant') == [0.1] * 6
+
+
+def test_the_cosine_falls_from_its_rate_to_the_least():
+    found = rates(sched='cosine', min_lr=0.02)
+    assert found == pytest.approx([0.02 + 0.04 * (1 + math.cos(math.pi * epoch / 6)) for epoch in range(6)])
+
+
+def test_warm_up_takes_at_most_half_of_a_run():
+    found = rates(sched='cosine', warmup_epochs=2, warmup_lr=0.01, min_lr=0.001)
+    assert found[:2] == pytest.approx([0.01, 0.055])
+    assert found[2:] == pytest.approx([0.001 + 0.0495 * (1 + math.cos(math.pi * epoch / 6)) for epoch in range(2, 6)])
+    found = rates(sched='constant', warmup_epochs=100, warmup_lr=0.01)
+    assert found == pytest.approx([0.01, 0.04, 0.07, 0.1, 0.1, 0.1])
+
+
+def test_weight_decay_is_that_of_matrices():
+    model, optimizer, _ = made(cfg(weight_decay=0.25))
+    decay = {id(value): group['weight_decay'] for group in optimizer.param_groups for value in group['params']}
+    found = {name: decay[id(value)] for name, value in model.named_parameters()}
+    assert found['blocks.0.attn.qkv.weight'] == found['head.weight'] == 0.25
+    assert found['blocks.0.attn.qkv.bias'] == found['norm.weight'] == 0.0 and {*found.values()} == {0.0, 0.25}
+
+
+@pytest.mark.parametrize(
+    'amp, name, dtype',
+    [
+        (False, 'float16', torch.float32),
+        (True, 'bfloat16', torch.bfloat16),
+        (True, 'float16', torch.float16),
+    ],
+)
+def test_a_step_computes_in_the_dtype_of_its_settings(amp, name, dtype):
+    model, _, stepper = made(cfg(amp=amp, amp_dtype=name))
+    seen = []
+    model.blocks[0].mlp.fc1.register_forward_hook(lambda module, args, output: seen.append(output.dtype))
+    stepper.loss(*batches([2])[0])
+    assert seen == [dtype] and (stepper.scaler is not None) == (dtype == torch.float16)
 
 
 def test_what_is_set_of_an_optimizer_arrives():

@@ -39,12 +39,23 @@ def images(student, size=32):
     return pixels, (pixels - mean) / std
 
 
-@pytest.mark.parametrize('kind', ['logit', 'feature', 'token'])
-def test_a_teacher_sees_the_images_its_own_way(tmp_path, kind):
+@pytest.mark.parametrize(
+    'kind, options',
+    [
+        ('logit', {}),
+        ('logit', dict(task_loss_weight=0.3)),
+        ('feature', dict(task_loss_weight=0.3)),
+        ('token', dict(kd_token_distill_type='soft')),
+        ('token', dict(kd_token_distill_type='hard', task_loss_weight=0.3)),
+    ],
+)
+def test_a_teacher_sees_the_images_its_own_way(tmp_path, kind, options):
     name, teacher = saved_teacher(tmp_path / 'teacher')
     student = model('test_vitresnet_dual' if kind == 'token' else 'test_vitresnet')
     config = dict(data_config(student), input_size=(3, 32, 32), mean=(0.1, 0.2, 0.3), std=(0.5, 0.6, 0.7))
-    settings = cfg(kd_model_name=name, kd_distill_type=kind, kd_temperature=3.0, distill_loss_weight=2.0, smoothing=0.0)
+    settings = cfg(
+        kd_model_name=name, kd_distill_type=kind, kd_temperature=3.0, distill_loss_weight=2.0, smoothing=0.0, **options
+    )
     task = create_task(settings, student, NAMES, None, config, CPU).eval()
     pixels, x = images(config)
     seen = F.interpolate(pixels, (48, 64), mode='bicubic', antialias=True, align_corners=False)
@@ -58,10 +69,12 @@ def test_a_teacher_sees_the_images_its_own_way(tmp_path, kind):
         else:
             logits = distilled = student(x)
         found = task(x, target)['loss']
-        loss = F.cross_entropy(logits, target)
+        loss = options.get('task_loss_weight', 1.0) * F.cross_entropy(logits, target)
         if kind == 'feature':
             own = student.forward_head(student.forward_features(x), pre_logits=True)
             loss += 2 * F.mse_loss(task.get_trainable_module().projection(own), features)
+        elif options.get('kd_token_distill_type') == 'hard':
+            loss += 2 * F.cross_entropy(distilled, expected.argmax(-1))
         else:
             soft = F.log_softmax(distilled / 3, -1), F.softmax(expected / 3, -1)
             loss += 2 * 9 * F.kl_div(*soft, reduction='batchmean')
