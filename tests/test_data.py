@@ -228,6 +228,16 @@ def test_arrays_that_are_no_images():
         open_image(np.zeros((0, 5), np.uint8))
 
 
+def test_example_images_are_taken_evenly(tmp_path, model):
+    root = write_folder(tmp_path / 'images', per_class=4)
+    for limit, names in (
+        (2, ['across/0.png', 'down/0.png']),
+        (4, ['across/0.png', 'across/2.png', 'down/0.png', 'down/2.png']),
+    ):
+        expected = torch.cat([timm_vitres.preprocess(root / name, model) for name in names])
+        assert torch.equal(example_images([root], model, limit=limit), expected)
+
+
 def test_example_images_are_found_as_a_folder_is_read(tmp_path, caplog):
     root = write_folder(tmp_path / 'images', per_class=2)
     with Image.open(root / 'down' / '1.png') as image:

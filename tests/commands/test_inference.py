@@ -4,7 +4,7 @@ import pytest
 import timm
 from PIL import Image
 
-from timm_vitres import cli
+from timm_vitres import cli, preprocess
 
 
 def test_predict_prints_a_table(model_folder, picture, capsys):
@@ -23,13 +23,25 @@ def test_predict_prints_json_and_draws(model_folder, picture, tmp_path, capsys):
     assert sum(predictions[0]['probabilities']) == pytest.approx(1, abs=1e-5)
     assert predictions[0]['probabilities'] == sorted(predictions[0]['probabilities'], reverse=True)
     model = timm.create_model(f'local-dir:{model_folder}', pretrained=True).eval()
-    from timm_vitres import preprocess
-
     expected = model(preprocess(picture, model))[0].softmax(-1)
     names = ['cat', 'dog', 'owl']
     assert predictions[0]['labels'][0] == names[expected.argmax()]
     with Image.open(drawing) as image:
         assert image.size[0] > 300
+
+
+@pytest.mark.parametrize('tta', ['', 'flip'])
+def test_predict_takes_the_views_it_is_asked_for(tta, model_folder, picture, capsys):
+    options = ['--tta', tta] if tta else []
+    assert cli.main(['predict', str(picture), '--model', f'local-dir:{model_folder}', '--json', *options]) == 0
+    [found] = json.loads(capsys.readouterr().out)
+    model = timm.create_model(f'local-dir:{model_folder}', pretrained=True).eval()
+    x = preprocess(picture, model)
+    logits = (model(x) + model(x.flip(-1))) / 2 if tta else model(x)
+    expected = logits[0].softmax(-1).sort(descending=True).values.tolist()
+    assert found['probabilities'] == pytest.approx(expected, abs=1e-5)
+    if tta:
+        assert model(x)[0].softmax(-1).max().item() != pytest.approx(expected[0], abs=1e-4)
 
 
 def test_predict_names_what_it_cannot_read_and_goes_on(model_folder, picture, tmp_path, capsys):

@@ -14,6 +14,7 @@ from torch import nn
 
 import timm_vitres
 from timm_vitres import prepare
+from timm_vitres.inference import preparation
 from timm_vitres.inference.exports import export
 from timm_vitres.inference.formats import ENGINES
 
@@ -52,6 +53,36 @@ def test_it_computes_the_same(name, precision):
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     if precision != 'fp32':
         assert fast.difference > 1e-5  # it is another precision
+
+
+@pytest.mark.parametrize('wanted', ['contiguous', 'channels-last'])
+def test_what_is_fastest_is_taken_and_what_is_measured_told(wanted, monkeypatch):
+    monkeypatch.setattr(
+        preparation,
+        'measure',
+        lambda functions, x: {key: 1.0 if key == 'after' or wanted in key else 2.0 for key in functions},
+    )
+    model = randomise_(timm.create_model('test_vitresnet_dual')).eval()
+    fast = prepare(model)
+    kernels = [value for value in fast.lowered.parameters() if value.ndim == 4 and min(value.shape) > 1]
+    is_last = {value.is_contiguous(memory_format=torch.channels_last) for value in kernels}
+    assert is_last == {wanted == 'channels-last'} and f'fp32, {wanted}' in fast.report
+    assert any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in fast.lowered.modules())
+    assert 'ratio 0.500' in fast.report
+
+
+def test_it_is_compiled_where_it_is_asked_for(monkeypatch):
+    seen = []
+    monkeypatch.setattr(nn.Module, 'compile', lambda module, **options: seen.append((module, options)))
+    fast = prepare(create('test_vitresnet', img_size=32), example=torch.randn(1, 3, 32, 32))
+    assert seen == [] and 'compiled' not in fast.report
+    fast = prepare(create('test_vitresnet', img_size=32), compile=True, example=torch.randn(1, 3, 32, 32))
+    assert seen == [(fast.lowered, dict(mode='default'))]
+
+
+def test_classes_that_stay_are_counted():
+    assert preparation._agreement(torch.eye(4), torch.eye(4)[[0, 1, 2, 0]]) == (3, 4)
 
 
 @pytest.mark.recent
@@ -140,9 +171,9 @@ def test_compiled(precision):
 def test_many_compiled_models_in_a_process():
     model = create('vitresnet', backbone='resnet18', stage=1, depth=1, embed_dim=32, num_heads=2)
     x = torch.randn(2, 3, 64, 64)
-    torch._dynamo.config.fail_on_recompile_limit_hit = True
-    for _ in range(10):
-        assert relative_difference(prepare(model, compile=True, example=x)(x), model(x)) < 1e-5
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        for _ in range(10):
+            assert relative_difference(prepare(model, compile=True, example=x)(x), model(x)) < 1e-5
 
 
 def test_it_is_for_inference(tmp_path):

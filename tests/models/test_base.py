@@ -36,6 +36,22 @@ def test_a_new_head_has_no_old_names(name, tmp_path):
     assert 'cat' not in (saved / 'config.json').read_text()
 
 
+RATES = {
+    'test_vitresnet': ('drop_rate', 'pos_drop_rate', 'proj_drop_rate', 'attn_drop_rate', 'drop_path_rate'),
+    'test_vitresnet_dual': ('drop_rate', 'proj_drop_rate', 'attn_drop_rate', 'drop_path_rate'),
+    'test_vitresnet_mix': ('drop_rate', 'drop_path_rate', 'drop_block_rate'),
+}
+
+
+@pytest.mark.parametrize('name, rate', [(name, rate) for name, rates in RATES.items() for rate in rates])
+def test_a_rate_drops_in_training_alone(name, rate):
+    x = torch.randn(4, 3, 128, 128, generator=torch.Generator().manual_seed(0))
+    for value in (0.0, 0.5):
+        model = randomise_(timm.create_model(name, num_classes=5, **{rate: value}))
+        assert torch.equal(model.eval()(x), model(x))
+        assert torch.equal(model.train()(x), model(x)) == (value == 0.0)
+
+
 @pytest.mark.parametrize('name', ['test_vitresnet', 'test_vitresnet_dual', 'test_vitresnet_mix'])
 def test_how_weights_were_read_is_not_saved(name, tmp_path):
     folder = timm_vitres.save(timm.create_model(name, num_classes=3, mmap=True), tmp_path / 'first')

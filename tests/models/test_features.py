@@ -368,6 +368,19 @@ def test_gradient_checkpointing_of_features():
         same(*gradients)
 
 
+def test_masks_reach_every_block():
+    model = randomise_(timm.create_model('test_vitresnet', global_pool='avg', num_classes=2)).eval()
+    x = torch.randn(2, 3, 64, 96)
+    plain = model.forward_intermediates(x, intermediates_only=True)[-1]
+    count = model.num_prefix_tokens + plain.shape[-2] * plain.shape[-1]
+    causal = model.forward_intermediates(x, intermediates_only=True, is_causal=True)[-1]
+    masked = model.forward_intermediates(
+        x, intermediates_only=True, attn_mask=torch.ones(count, count, dtype=torch.bool).tril()
+    )[-1]
+    torch.testing.assert_close(causal, masked, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(causal, plain, atol=1e-3)
+
+
 def test_patch_drop_leaves_no_map():
     model = timm.create_model('test_vitresnet', patch_drop_rate=0.5).train()
     x = torch.randn(1, 3, 128, 128)

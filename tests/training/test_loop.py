@@ -17,8 +17,8 @@ from PIL import Image
 from timm.task import ClassificationTask
 
 import timm_vitres
+from timm_vitres.training import datasets, starting
 from timm_vitres.training import loop as module
-from timm_vitres.training import starting
 from timm_vitres.training.datasets import load_data
 from timm_vitres.training.loop import finetune
 from timm_vitres.training.settings import FinetuneCfg
@@ -418,6 +418,82 @@ def test_the_better_weights_are_saved(best, image_folder, tmp_path, monkeypatch,
     card = ' '.join((folder / 'README.md').read_text().split())
     assert ('with the averaged weights.' in card) == (best == 'ema')
     assert ModelCard.load(folder / 'README.md').data.eval_results[0].metric_value == (63.0 if best == 'eval' else 64.0)
+
+
+def test_what_is_set_of_mixing_arrives(image_folder, tmp_path, monkeypatch, no_pictures):
+    seen = []
+
+    class Watched(module.Mixup):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            seen.append(self)
+
+    monkeypatch.setattr(module, 'Mixup', Watched)
+    mixing = dict(mixup=0.3, cutmix=0.7, mixup_prob=0.5, mixup_switch_prob=0.25, mixup_mode='elem')
+    finetune(settings(image_folder, tmp_path / 'run', epochs=1, smoothing=0.2, **mixing))
+    [mixup] = seen
+    found = (mixup.mixup_alpha, mixup.cutmix_alpha, mixup.mix_prob, mixup.switch_prob, mixup.mode)
+    assert found == (0.3, 0.7, 0.5, 0.25, 'elem') and mixup.label_smoothing == 0.2 and mixup.cutmix_minmax is None
+    finetune(settings(image_folder, tmp_path / 'minmax', epochs=1, cutmix=0.7, cutmix_minmax=(0.4, 0.6)))
+    assert tuple(seen[1].cutmix_minmax) == (0.4, 0.6)
+
+
+def test_a_run_is_validated_by_the_views_of_its_settings(image_folder, tmp_path, monkeypatch, no_pictures):
+    seen, evaluate = [], module.evaluate
+
+    def watched(model, batches, names, device, autocast, tta, processes):
+        seen.append(tta)
+        return evaluate(model, batches, names, device, autocast, tta, processes)
+
+    monkeypatch.setattr(module, 'evaluate', watched)
+    finetune(settings(image_folder, tmp_path / 'run', epochs=1, tta='flip'))
+    assert seen == ['flip']
+
+
+def test_statistics_of_many_processes_are_averaged_for_every_model(image_folder, tmp_path, monkeypatch, no_pictures):
+    """The arithmetic is timm's; that of two real processes is a slow test of test_processes.py."""
+    seen = []
+    monkeypatch.setattr(module, 'distribute_bn', lambda model, count, reduce: seen.append((model, count, reduce)))
+    trained = []
+
+    def train(run):
+        run._train_epoch(0)
+        assert not seen
+        run.processes = dataclasses.replace(run.processes, count=2)
+        run._train_epoch(0)
+        trained.extend([run.model, run.task.get_trainable_module(ema=True)])
+        return run.folder
+
+    monkeypatch.setattr(module._Run, 'train', train)
+    torch.distributed.init_process_group('gloo', store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        finetune(settings(image_folder, tmp_path / 'run', model='test_vitresnet_dual', model_ema=True))
+    finally:
+        torch.distributed.destroy_process_group()
+    assert seen == [(model, 2, True) for model in trained] and trained[0] is not trained[1]
+
+
+def test_many_images_are_opened_while_a_run_trains(image_folder, tmp_path, monkeypatch):
+    """One that can't be read ends the run after the epoch in which it was found, wherever it stands."""
+    monkeypatch.setattr(datasets, 'MANY', 4)
+    seen = []
+
+    class Watched(datasets.BackgroundCheck):
+        def raise_if_bad(self):
+            assert self.process is not None
+            self.process.join(30)
+            seen.append(self)
+            super().raise_if_bad()
+
+    monkeypatch.setattr(datasets, 'BackgroundCheck', Watched)
+    finetune(settings(image_folder, tmp_path / 'fine', epochs=2))
+    assert len(seen) == 2 and seen[0].is_done and not seen[0].process.is_alive()
+    (image_folder / 'down' / 'bad.png').write_bytes(b'no image')
+    monkeypatch.setattr(module._Run, '_train_epoch', lambda run, epoch: 0.0)  # it is not met in training
+    monkeypatch.setattr(module._Run, '_validate', lambda run, epoch: ({}, {}))
+    with pytest.raises(ValueError, match=r'bad\.png'):
+        finetune(settings(image_folder, tmp_path / 'bad', epochs=2))
+    assert len(seen) == 3
 
 
 def test_mixing_ends_with_an_epoch(image_folder, tmp_path, monkeypatch, no_pictures):

@@ -5,7 +5,7 @@ import pytest
 import timm
 import torch
 from conftest import randomise_
-from layouts import EXAMPLES, WITHOUT_HEAD
+from layouts import EXAMPLES, WITHOUT_HEAD, google_layout, hybrid_layout
 
 from timm_vitres.publishing.conversion import convert
 from timm_vitres.weights.layouts import LAYOUTS, TIMM, convert_layout, find_layout
@@ -26,6 +26,27 @@ def test_every_layout_is_read_back(name, caplog):
     assert caplog.messages == ([f'{name}: {WITHOUT_HEAD[name]}'] if name in WITHOUT_HEAD else [])
     for key, value in own.items():
         assert torch.equal(converted[key], value), key
+
+
+def test_googles_arrays_of_a_training_state():
+    """As flax names them; timm reads the same without a prefix, or below 'opt/target/' (test_checkpoints.py)."""
+    model = randomise_(timm.create_model('vitresnet_tiny', num_classes=3))
+    written = {key: torch.from_numpy(array.copy()) for key, array in google_layout(model, 'params/').items()}
+    assert all(key.startswith('params/') for key in written)
+    converted = convert_layout({**written, 'step': torch.tensor(3)})
+    assert converted.keys() == model.state_dict().keys()
+    assert all(torch.equal(converted[key], value) for key, value in model.state_dict().items())
+
+
+def test_a_vit_hybrid_without_its_classifier():
+    """transformers' ViTHybridModel: no 'vit.' before its names, no classifier, and a pooler that none uses."""
+    own = randomise_(timm.create_model('test_vitresnet', num_classes=0))
+    written = {key.removeprefix('vit.'): value for key, value in hybrid_layout(own).items()}
+    assert not any(key.startswith(('vit.', 'classifier')) for key in written)
+    pooler = {'pooler.dense.weight': torch.ones(4, 4), 'pooler.dense.bias': torch.ones(4)}
+    converted = convert_layout({**written, **pooler})
+    assert converted.keys() == own.state_dict().keys()
+    assert all(torch.equal(converted[key], value) for key, value in own.state_dict().items())
 
 
 @pytest.mark.parametrize('name', WITHOUT_HEAD)

@@ -1,6 +1,7 @@
 """Weights of the package load without a network, by their name; one that is damaged or missing is an error."""
 
 import dataclasses
+import math
 import pickle
 import re
 import shutil
@@ -105,6 +106,28 @@ def test_a_model_by_name(weight, no_network):
     assert outputs(model.eval(), images(model)).shape == (2, cfg.num_classes)
     half = timm.create_model(name, pretrained=True, dtype=torch.float16).eval()
     assert {parameter.dtype for parameter in half.parameters()} == {torch.float16}
+
+
+# what each answered when it was shipped, to images of a sine; a new file is a new weight, and has new numbers here
+ANSWERS = {
+    'vitresnet_mix_nano.fmnist': [
+        [24.7349, 23.0948, 24.278, 23.1241, 23.3051, 23.686, 23.2873, 23.6031, 28.0543, 23.6569],
+        [24.3701, 22.7702, 24.0403, 22.8856, 23.0191, 23.3154, 22.9231, 23.2421, 27.7755, 23.2926],
+    ],
+    'vitresnet_nano.openclipart': [
+        [-1.2522, 0.584, -0.572, 1.482, 0.182, -0.8495, -0.5022, 0.1081, 0.912, 0.9426, -0.5173, -1.0612],
+        [-1.2946, 0.5063, -0.6166, 1.4429, 0.2415, -0.6856, -0.4164, 0.1948, 0.7275, 1.0181, -0.5266, -1.019],
+    ],
+}
+
+
+@pytest.mark.parametrize('name', ENTRIES)
+def test_it_answers_as_when_it_was_shipped(name):
+    """Weights may fit a variant whose heads, activations or norms have become others."""
+    model = timm.create_model(name, pretrained=True).eval()
+    size = model.pretrained_cfg['input_size']
+    x = torch.sin(torch.arange(2 * math.prod(size), dtype=torch.float64) * 0.37).float().view(2, *size)
+    torch.testing.assert_close(outputs(model, x), torch.tensor(ANSWERS[name]), rtol=1e-3, atol=1e-3)
 
 
 def test_a_name_whose_default_has_no_weights(weight, monkeypatch):
