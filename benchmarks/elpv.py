@@ -63,7 +63,7 @@ def main() -> None:
     start = time.perf_counter()
     root = write('elpv_grades', args.output)
     test = root / 'test'
-    print(f'{len(ImageFolder(test, check=False))} cells are held out in {test}.')
+    print(f'{len(ImageFolder(test))} cells are held out in {test}.')
     for seed in args.seeds:
         output = args.output / f'model-seed{seed}'
         train(FinetuneCfg(data_dir=str(root), output=str(output), seed=seed, **RECIPE))

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from conftest import draw, stripes, write_folder
 
+from timm_vitres.folders import find_images, split_folder
 from timm_vitres.training.datasets import ImageFolder, load_data
 from timm_vitres.training.settings import FinetuneCfg
 
@@ -227,6 +228,30 @@ def test_everything_that_is_left_out_is_named(image_folder, tmp_path):
     data = load(image_folder, skip_bad=True)
     assert len(data.left_out) == 1011 and '993 more: no image, by its suffix' in data.skipped
     assert len(data.skipped) == 11 - 3 + 10 + 1
+
+
+def test_a_split_is_called_as_it_is_spelt(tmp_path):
+    """Where case does not count, 'train' opens a folder that is listed as 'Train'."""
+    (tmp_path / 'train').mkdir()
+    assert split_folder(tmp_path, ['Train', 'Val'], 'train', 'train_split', 'train') == 'Train'
+    assert split_folder(tmp_path, ['TRAIN', 'train'], 'train', 'train_split', 'train') == 'train'
+    (tmp_path / 'train' / 'a').mkdir()
+    assert split_folder(tmp_path, ['train'], 'train/a', 'train_split', 'train') == 'train/a'
+
+
+def test_a_file_system_without_inodes(image_folder, monkeypatch):
+    """Some of Windows' network drives say 0 for every file and folder."""
+    status = os.stat
+
+    def numberless(path, **kwargs):
+        return os.stat_result([*status(path, **kwargs)[:1], 0, *status(path, **kwargs)[2:]])
+
+    expected = find_images(image_folder)
+    (image_folder / 'down' / 'up').symlink_to(image_folder)
+    monkeypatch.setattr(os, 'stat', numberless)
+    found = find_images(image_folder)
+    assert found.images == expected.images and len(found.images) == 24
+    assert found.left_out == {str(image_folder / 'down' / 'up'): 'a link that leads in a circle'}
 
 
 def test_links_in_circles_and_to_other_folders(image_folder, tmp_path):

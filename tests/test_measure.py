@@ -64,6 +64,16 @@ def test_a_hopeless_function_is_called_once(monkeypatch):
     assert calls == ['slow', 'fair', 'fast'] + 3 * ['fair', 'fast']
 
 
+def test_what_needs_too_much_memory_is_not_taken():
+    def large(x):
+        raise torch.OutOfMemoryError('CUDA out of memory')
+
+    times = measure({'large': large, 'small': lambda x: x}, torch.ones(1), rounds=1, seconds=0, hopeless=5)
+    assert times['large'] == float('inf') and times['small'] < 1
+    with pytest.raises(torch.OutOfMemoryError):
+        measure({'large': large}, torch.ones(1))
+
+
 STEPS = [(False, 'channels-last'), (True, 'channels-last'), (False, 'contiguous'), (True, 'contiguous')]
 
 

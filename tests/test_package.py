@@ -126,8 +126,8 @@ def test_wheel_works_in_an_empty_environment(wheel, image_folder, tmp_path):
 
 
 def test_lowest_versions_are_the_floors():
-    floors = dict(re.findall(r'"([a-z_]+)>=([0-9.]+)"', (ROOT / 'pyproject.toml').read_text()))
-    lowest = dict(re.findall(r'^([a-z_]+)==([0-9.]+)$', (ROOT / 'tests' / 'lowest.txt').read_text(), re.MULTILINE))
+    floors = dict(re.findall(r'"([a-z0-9_]+)>=([0-9.]+)"', (ROOT / 'pyproject.toml').read_text()))
+    lowest = dict(re.findall(r'^([a-z0-9_]+)==([0-9.]+)$', (ROOT / 'tests' / 'lowest.txt').read_text(), re.MULTILINE))
 
     def number(version):
         return [int(part) for part in [*version.split('.'), '0', '0']][:3]

@@ -37,6 +37,34 @@ def test_a_file_is_replaced_when_the_block_ends_and_not_before(tmp_path):
     assert os.listdir(path.parent) == ['file.txt']
 
 
+def test_what_another_program_looks_at_is_tried_again(old, monkeypatch):
+    """Windows refuses to rename what is open, as in a virus scanner's hands for a moment."""
+    rename, refused = os.replace, []
+
+    def refuse(source, target):
+        if len(refused) < 2:
+            refused.append(target)
+            raise PermissionError(13, 'Access is denied')
+        rename(source, target)
+
+    monkeypatch.setattr(os, 'replace', refuse)
+    monkeypatch.setattr(writing, 'PAUSES', (0.0, 0.0))
+    with replacing(old) as beside:
+        beside.write_text('new')
+    assert old.read_text() == 'new' and len(refused) == 2
+    refused.clear()
+    monkeypatch.setattr(writing, 'PAUSES', (0.0,))
+    with pytest.raises(OSError, match='could not be written'), replacing(old) as beside:
+        beside.write_text('newer')
+    assert old.read_text() == 'new' and os.listdir(old.parent) == ['file.txt']
+
+
+def test_a_drive_that_is_not_there(monkeypatch):
+    monkeypatch.setattr(os.path, 'lexists', lambda path: False)
+    with pytest.raises(OSError, match=r'output: /nowhere/m\.onnx can not be written, since there is no /\.'):
+        check_output('output', '/nowhere/m.onnx')
+
+
 def test_two_writers_do_not_share_what_they_write(old):
     with replacing(old) as first, replacing(old) as second:
         first.write_text('first')

@@ -5,6 +5,7 @@ with a rule (`Annotated[int, between(1, 64)]`). `conform` compares a value with 
 Python: a list becomes a tuple, and a number of NumPy's becomes a number of Python's.
 """
 
+import codecs
 import difflib
 import functools
 import importlib.util
@@ -22,9 +23,14 @@ from timm.layers import get_act_layer, get_norm_act_layer, get_norm_layer
 
 
 def read_text(name: str, path: Path) -> str:
-    """Return an argument's file of text; ValueError where it is no UTF-8, OSError where it can't be read."""
+    """Return an argument's file of text; ValueError where it is no UTF-8, OSError where it can't be read.
+
+    What Windows' PowerShell writes (`>`) is UTF-16, which its first bytes tell.
+    """
     try:
-        return path.read_text(encoding='utf-8-sig')
+        content = path.read_bytes()
+        is_utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        return content.decode('utf-16' if is_utf16 else 'utf-8-sig')
     except UnicodeDecodeError as error:
         raise ValueError(f'{name}: {path} is no text in UTF-8 ({error}).') from error
     except OSError as error:

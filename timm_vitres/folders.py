@@ -12,7 +12,7 @@ import re
 import stat
 import unicodedata
 from pathlib import Path
-from typing import Dict, FrozenSet, Iterable, List, NamedTuple, Optional, Sequence, Set, Tuple, Union
+from typing import Any, Dict, FrozenSet, Iterable, List, NamedTuple, Optional, Sequence, Set, Tuple, Union
 
 from PIL import Image, ImageFile
 
@@ -121,6 +121,12 @@ def _identity(info: os.stat_result) -> Identity:
     return info.st_dev, info.st_ino
 
 
+def _place(folder: Union[str, Path]) -> Any:
+    """Return what tells a folder from all others, by whatever links it is reached."""
+    identity = _identity(os.stat(folder))
+    return identity if identity[1] else os.path.realpath(folder)  # a file system without inodes says 0
+
+
 class _Walk:
     """A walk through a folder: real folders come first, then sorted links, so that the result is always the same."""
 
@@ -131,8 +137,8 @@ class _Walk:
         self.files: List[Tuple[bool, str, File]] = []  # (whether a link leads to it, path, file)
         self.folders = [root]
         self.links: List[str] = []
-        self.seen: Dict[Identity, str] = {}
-        self.above = {_identity(os.stat(parent)) for parent in Path(root).resolve().parents}
+        self.seen: Dict[Any, str] = {}
+        self.above = {_place(parent) for parent in Path(root).resolve().parents}
 
     def found(self) -> Found:
         linked = False
@@ -154,11 +160,11 @@ class _Walk:
 
     def _read(self, folder: str, linked: bool) -> None:
         try:
-            identity = _identity(os.stat(folder))
-            if identity in self.above or identity in self.seen:
-                self.left_out[folder] = self._circle(folder, identity)
+            place = _place(folder)
+            if place in self.above or place in self.seen:
+                self.left_out[folder] = self._circle(folder, place)
                 return
-            self.seen[identity] = folder
+            self.seen[place] = folder
             with os.scandir(folder) as entries:
                 inside = sorted(entries, key=lambda entry: entry.name)
         except OSError as error:
@@ -170,8 +176,8 @@ class _Walk:
         for entry in inside:
             self._sort_in(start + entry.name, entry, linked)
 
-    def _circle(self, folder: str, identity: Identity) -> str:
-        before = self.seen.get(identity)
+    def _circle(self, folder: str, place: Any) -> str:
+        before = self.seen.get(place)
         if before is None or Path(before) in Path(folder).parents:
             return 'a link that leads in a circle'
         return f'a link to {shown(before)}, which is read already'
@@ -399,8 +405,9 @@ def split_folder(root: Path, names: Sequence[str], name: str, argument: str, def
         return None
     if Path(name).is_absolute() or '..' in Path(name).parts or not Path(name).parts:
         raise ValueError(f'{argument}: got {name!r}, expected the name of a folder in data_dir.')
-    if (root / name).is_dir():
-        return name
+    if (root / name).is_dir():  # where case does not count, it may be spelt otherwise
+        spelt = [other for other in names if other.casefold() == name.casefold()]
+        return name if name in names or not spelt else spelt[0]
     role = split_role(name)
     alike = [other for other in names if role and split_role(other) == role]
     if len(alike) > 1:

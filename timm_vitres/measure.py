@@ -2,6 +2,7 @@
 
 import copy
 import statistics
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, Callable, Dict, List, Tuple
 
@@ -54,7 +55,11 @@ def measure(
 ) -> Dict[Any, float]:
     """Return the median time of each function of x, in seconds; they take turns, `rounds` times.
 
-    One whose first call takes more than `hopeless` times as long as the fastest one's is not called again.
+    One whose first call takes more than `hopeless` times as long as the fastest one's, or more memory than there is, is
+    not called again.
+
+    Args:
+        x: On the device whose time is taken.
     """
     from torch.utils.benchmark import Timer  # it is imported late, since importing this package does not need it
 
@@ -62,14 +67,26 @@ def measure(
         name: Timer('function(x)', globals=dict(function=function, x=x), num_threads=torch.get_num_threads())
         for name, function in functions.items()
     }
-    once = {name: timer.timeit(1).mean for name, timer in timers.items()}  # this also warms up
-    limit = hopeless * min(once.values())
-    repeats = {name: max(1, round(seconds / value)) for name, value in once.items() if value <= limit}
-    times: Dict[Any, List[float]] = {name: [] if name in repeats else [value] for name, value in once.items()}
-    for _ in range(rounds):
-        for name, count in repeats.items():
-            times[name].append(timers[name].timeit(count).mean)
+    with torch.cuda.device(x.device) if x.is_cuda else nullcontext():  # a timer waits for the current GPU alone
+        once = {name: _first(timer, hopeless) for name, timer in timers.items()}  # this also warms up
+        limit = hopeless * min(once.values())
+        repeats = {name: max(1, round(seconds / value)) for name, value in once.items() if value <= limit}
+        times: Dict[Any, List[float]] = {name: [] if name in repeats else [value] for name, value in once.items()}
+        for _ in range(rounds):
+            for name, count in repeats.items():
+                times[name].append(timers[name].timeit(count).mean)
     return {name: statistics.median(values) for name, values in times.items()}
+
+
+def _first(timer: Any, hopeless: float) -> float:
+    """Return the seconds of a function's first call; infinitely many where memory does not suffice for it."""
+    try:
+        return timer.timeit(1).mean
+    except torch.OutOfMemoryError:
+        if hopeless == float('inf'):
+            raise
+        torch.cuda.empty_cache()
+        return float('inf')
 
 
 def as_ms(seconds: float) -> str:

@@ -7,6 +7,7 @@ import os
 import secrets
 import stat
 import tempfile
+import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Iterator, Union
@@ -14,6 +15,8 @@ from typing import Iterator, Union
 import safetensors
 
 TEMPORARY = '.timm-vitres-'  # the names of temporary files and folders begin with this
+# seconds between attempts to rename what another program has open, which Windows alone refuses
+PAUSES = (0.1, 0.2, 0.4, 0.8, 1.6, 3.2) if os.name == 'nt' else ()
 
 
 def check_output(name: str, path: Union[str, Path]) -> Path:
@@ -33,7 +36,9 @@ def check_output(name: str, path: Union[str, Path]) -> Path:
         raise IsADirectoryError(f'{name}: {path} is a folder, expected the path of a file.')
     if path.exists() and not path.is_file():
         raise OSError(f'{name}: {path} is no ordinary file, and is not written over.')
-    above = next(folder for folder in path.absolute().parents if os.path.lexists(folder))
+    above = next((folder for folder in path.absolute().parents if os.path.lexists(folder)), None)
+    if above is None:  # a drive of Windows that is not there
+        raise OSError(f'{name}: {path} can not be written, since there is no {path.absolute().anchor}.')
     if not above.is_dir():
         raise OSError(f'{name}: {path} can not be written, since {above} is no folder.')
     try:
@@ -63,10 +68,21 @@ def replacing(path: Path) -> Iterator[Path]:
                 with suppress(OSError):  # a mounted folder may have one owner and one mode for all
                     beside.chmod(mode)
             sync(beside)
-            os.replace(beside, path)
+            replace(beside, path)
         except BaseException:
             beside.unlink(missing_ok=True)
             raise
+
+
+def replace(source: Path, target: Path) -> None:
+    """Rename a file, or a folder, in the place of another; on Windows it is tried for some seconds."""
+    for pause in PAUSES:
+        try:
+            os.replace(source, target)
+            return
+        except PermissionError:  # some program looks at it: a virus scanner, an indexer
+            time.sleep(pause)
+    os.replace(source, target)
 
 
 def _create(path: Path) -> int:

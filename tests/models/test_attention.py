@@ -3,6 +3,7 @@
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from conftest import relative_difference
 
 from timm_vitres.models.attention import RelPosAttn, resample_rel_pos
@@ -52,6 +53,26 @@ def test_fused_or_not_in_every_precision(precision):
     layer.fused_attn = False
     assert fused.dtype == precision
     assert relative_difference(layer(x).float(), fused.float()) < (0.02 if precision == torch.bfloat16 else 1e-6)
+
+
+@pytest.mark.parametrize('size', [(25, 25), (23, 31), (32, 16)])
+def test_what_fused_attention_gets_is_what_kernels_of_gpus_take(size, monkeypatch):
+    """Widths that are multiples of 8, numbers of a row side by side; else they hold the matrix of all pairs."""
+    seen = []
+    kernel = F.scaled_dot_product_attention
+
+    def watched(queries, keys, values, **kwargs):
+        seen.extend([queries, keys, values])
+        return kernel(queries, keys, values, **kwargs)
+
+    monkeypatch.setattr(F, 'scaled_dot_product_attention', watched)
+    layer = RelPosAttn(64, feat_size=(5, 7), num_heads=2)
+    x = torch.randn(1, 64, *size)
+    fused = layer(x)
+    assert len({value.shape[-1] for value in seen}) == 1 and seen[0].shape[-1] % 8 == 0
+    assert len(seen) == 3 and all(value.stride(-1) == 1 for value in seen)
+    layer.fused_attn = False
+    assert relative_difference(layer(x), fused) < 1e-6
 
 
 def test_no_image_has_no_answer():

@@ -36,6 +36,45 @@ def test_a_new_head_has_no_old_names(name, tmp_path):
     assert 'cat' not in (saved / 'config.json').read_text()
 
 
+@pytest.mark.filterwarnings('ignore::torch.jit.TracerWarning')
+@pytest.mark.parametrize(
+    'name, example, others',
+    [
+        ('test_vitresnet', (128, 96), [(112, 160), (97, 161), (64, 64)]),
+        ('test_vitresnet_dual', (128, 96), [(112, 160)]),
+        ('test_vitresnet_mix', (128, 96), [(112, 160), (97, 161)]),
+    ],
+)
+def test_a_trace_is_right_or_fails_at_other_sizes(name, example, others):
+    """torch.jit.trace, and with it torch's older ONNX exporter, keeps one size's branches of every condition."""
+    model = randomise_(timm.create_model(name, num_classes=5)).eval()
+    x = torch.randn(2, 3, *example)
+    traced = torch.jit.trace(model, x, check_trace=False)
+    assert relative_difference(traced(x), model(x)) < 1e-5
+    for size in others:
+        x = torch.randn(2, 3, *size)
+        try:
+            found = traced(x)
+        except RuntimeError:
+            continue
+        assert relative_difference(found, model(x)) < 1e-5, size
+
+
+@pytest.mark.parametrize('name', ['test_vitresnet', 'test_vitresnet_dual'])
+def test_a_quantised_model_loads_its_own_state(name):
+    """It holds tuples and dtypes beside tensors."""
+    quantised = [
+        torch.ao.quantization.quantize_dynamic(randomise_(timm.create_model(name), seed).eval(), {torch.nn.Linear})
+        for seed in (0, 1)
+    ]
+    x = torch.randn(1, 3, 64, 64)
+    assert relative_difference(quantised[1](x), quantised[0](x)) > 1e-2
+    quantised[1].load_state_dict(quantised[0].state_dict())
+    assert torch.equal(quantised[1](x), quantised[0](x))
+    with pytest.raises(ValueError, match="'other' has tuple, expected names with tensors"):
+        quantised[1].load_state_dict({**quantised[0].state_dict(), 'other': ()})
+
+
 RATES = {
     'test_vitresnet': ('drop_rate', 'pos_drop_rate', 'proj_drop_rate', 'attn_drop_rate', 'drop_path_rate'),
     'test_vitresnet_dual': ('drop_rate', 'proj_drop_rate', 'attn_drop_rate', 'drop_path_rate'),

@@ -6,6 +6,7 @@ import torch
 from conftest import randomise_, relative_difference
 
 import timm_vitres
+from timm_vitres.models.layers import resample_pos_embed
 
 BACKBONES = ['resnet18', 'resnet26t', 'resnet50d', 'resnetblur18', 'resnetrs50', 'resnext50_32x4d', 'ecaresnet26t']
 BACKBONES += ['resnetv2_18', 'resnetv2_50d', 'resnetv2_50x1_bit']
@@ -27,6 +28,29 @@ def test_a_backbone_that_rounds_down_takes_multiples():
     assert model(torch.randn(1, 3, 96, 64)).shape == (1, 1000)
     with pytest.raises(ValueError, match='multiples of 32'):
         model(torch.randn(1, 3, 97, 64))
+
+
+def test_a_backbone_that_blurs_needs_what_it_can_mirror():
+    model = timm.create_model('vitresnet', backbone='resnetblur18', depth=0, num_classes=3).eval()
+    assert torch.isfinite(model(torch.randn(1, 3, 17, 17))).all()
+    with pytest.raises(ValueError, match=r'16x40 pixels, which is smaller than what this backbone can blur; .* 17x17'):
+        model(torch.randn(1, 3, 16, 40))
+    plain = timm.create_model('vitresnet', backbone='resnet18', depth=0, num_classes=3).eval()
+    assert torch.isfinite(plain(torch.randn(1, 3, 1, 1))).all()
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
+def test_positions_of_compiled_training_whatever_the_default_dtype(dtype, monkeypatch):
+    table = torch.randn(1, 1 + 12, 8, requires_grad=True)
+    expected = resample_pos_embed(table, (7, 5), (3, 4), 1)
+    monkeypatch.setattr(torch.compiler, 'is_compiling', lambda: True)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        found = resample_pos_embed(table, (7, 5), (3, 4), 1)
+    finally:
+        torch.set_default_dtype(before)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.fixture(scope='module')

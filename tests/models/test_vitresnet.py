@@ -7,7 +7,7 @@ import timm
 import torch
 from conftest import randomise_, relative_difference
 from timm.layers import DropPath
-from timm.models import group_parameters
+from timm.models import group_modules, group_parameters
 from timm.optim import create_optimizer_v2, param_groups_layer_decay
 
 import timm_vitres
@@ -294,6 +294,17 @@ def test_set_input_size_of_patches_survives_saving(tmp_path):
     for kwargs in (dict(img_size=(0, 32)), dict(patch_size=-1)):
         with pytest.raises(ValueError, match=next(iter(kwargs))):
             model.set_input_size(**kwargs)
+
+
+@pytest.mark.parametrize('backbone', ['resnetv2_18', 'resnet18'])
+def test_modules_are_in_the_group_of_their_parameters(backbone):
+    """What is frozen by the one, as statistics of norms are, is frozen by the other."""
+    model = timm.create_model('vitresnet', backbone=backbone, depth=1, embed_dim=32, num_heads=2)
+    modules = group_modules(model, model.group_matcher(), reverse=True)
+    for name, layer in group_parameters(model, model.group_matcher(), reverse=True).items():
+        owner = name.rpartition('.')[0]
+        assert modules.get(owner, layer) == layer, name
+    assert len({modules[name] for name in modules}) > 5
 
 
 @pytest.mark.parametrize('name', ['vitresnet_small', 'vitresnet', 'vitresnet_tiny', 'vitresnet_nano'])

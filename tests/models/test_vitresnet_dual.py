@@ -241,6 +241,10 @@ def test_pruning(level, units):
         got = model.forward_intermediates(x, indices=[level], intermediates_only=True)
         assert torch.equal(got[0], expected[0])
         assert torch.equal(model(x)[0], expected[0])  # and nothing comes after it
+    model.forward_intermediates(x, indices=[level], intermediates_only=True)[0].sum().backward()
+    if level == 0:  # DistributedDataParallel waits for the gradient of whatever is to be trained
+        untouched = [name for name, value in model.named_parameters() if value.grad is None and value.requires_grad]
+        assert untouched == []
     model.reset_classifier(5, 'token')
     assert model(x).shape == (1, 5)
     model.reset_classifier(0)

@@ -85,17 +85,19 @@ def test_googles_npz(tmp_path):
     assert 'Google JAX layout' in (folder / 'README.md').read_text()
 
 
-def test_transformers_folder(tmp_path):
+@pytest.mark.parametrize('resample, interpolation', [(2, 'bilinear'), (4, 'box'), (None, 'bicubic')])
+def test_transformers_folder(resample, interpolation, tmp_path):
     """Class names and preprocessing stand beside the weights."""
     model = randomise_(timm.create_model('vit_base_r50_s16_384', num_classes=3))
     safetensors.torch.save_file(hybrid_layout(model), tmp_path / 'model.safetensors')
     names = {'2': 'two', '0': 'zero', '1': 'one'}
     (tmp_path / 'config.json').write_text(json.dumps(dict(id2label=names, image_size=384, model_type='vit-hybrid')))
-    preprocessor = dict(image_mean=[0.5, 0.5, 0.5], image_std=[0.5, 0.5, 0.5], resample=2, size=dict(height=384))
+    preprocessor = dict(image_mean=[0.5, 0.5, 0.5], image_std=[0.5, 0.5, 0.5], size=dict(height=384))
+    preprocessor.update(dict(resample=resample) if resample else {})
     (tmp_path / 'preprocessor_config.json').write_text(json.dumps(preprocessor))
     loaded = timm.create_model(f'local-dir:{convert(tmp_path, tmp_path / "out")}', pretrained=True)
     assert loaded.pretrained_cfg['label_names'] == ['zero', 'one', 'two']
-    assert timm.data.resolve_model_data_config(loaded)['interpolation'] == 'bilinear'
+    assert timm.data.resolve_model_data_config(loaded)['interpolation'] == interpolation
     for key, value in model.state_dict().items():
         assert torch.equal(loaded.state_dict()[key], value), key
 

@@ -44,6 +44,11 @@ def test_processes_find_the_same(images, monkeypatch):
     expected = unreadable(many, 'RGB')
     monkeypatch.setattr(checking, 'FEW', 0)
     assert unreadable(many, 'RGB') == expected and len(expected) == 2
+    seen = []
+    monkeypatch.setattr(checking, 'DataLoader', lambda *args, num_workers, **kwargs: seen.append(num_workers) or [])
+    for workers in (0, 1):
+        unreadable(many, 'RGB', workers)
+    assert seen[0] == 0 < seen[1]
 
 
 def test_the_bar_may_be_switched_off(tmp_path, monkeypatch):

@@ -72,15 +72,16 @@ def test_what_names_tell_is_told_before_images_are_opened(image_folder, monkeypa
 def test_bad_images_are_named_or_skipped(image_folder):
     bad = image_folder / 'down' / '3.png'
     bad.write_bytes(bad.read_bytes()[:100])
+    folder = ImageFolder(image_folder)
     with pytest.raises(ValueError, match=r'3\.png.*--skip-bad'):
-        ImageFolder(image_folder)
-    folder = ImageFolder(image_folder, skip_bad=True)
-    assert len(folder) == 23 and folder.skipped == [str(bad)]
+        folder.check_images()
+    folder.check_images(skip_bad=True)
+    assert len(folder) == 23 and list(folder.left_out) == [str(bad)]
     assert folder.left_out[str(bad)].startswith('cannot be read as an image (')
     for path in (image_folder / 'down').iterdir():
         path.write_text('')
     with pytest.raises(ValueError, match="class 'down'"):
-        ImageFolder(image_folder, skip_bad=True)
+        ImageFolder(image_folder).check_images(skip_bad=True)
 
 
 def test_every_format_that_pillow_opens_is_taken(tmp_path):
@@ -126,7 +127,7 @@ def test_the_order_is_natural_and_only_by_names(tmp_path, monkeypatch):
     monkeypatch.setattr(os, 'scandir', Shuffled)
     monkeypatch.setattr(os, 'listdir', lambda path: chance.sample(listdir(path), len(listdir(path))))
     for _ in range(5):
-        folder = ImageFolder(tmp_path, check=False)
+        folder = ImageFolder(tmp_path)
         assert sorted(folder.classes) == sorted(expected)
         assert [name for name in folder.classes if name.isascii()] == expected[:5]
         nines = [name for name in names_of(folder) if 'class 09' in name]
@@ -138,7 +139,7 @@ def test_thousands_of_classes(tmp_path):
     for index in range(3000):
         (tmp_path / 'images' / f'n{index}').mkdir(parents=True)
         (tmp_path / 'images' / f'n{index}' / 'x.png').write_bytes(image)
-    folder = ImageFolder(tmp_path / 'images', check=False)
+    folder = ImageFolder(tmp_path / 'images')
     assert folder.classes == [f'n{index}' for index in range(3000)] and folder.targets == list(range(3000))
 
 
@@ -168,7 +169,7 @@ def test_an_interrupted_check_ends_at_once(image_folder, monkeypatch):
     for index in range(200):
         (image_folder / 'down' / f'{index}.png').write_text('')
     with pytest.raises(KeyboardInterrupt):
-        ImageFolder(image_folder)
+        ImageFolder(image_folder).check_images()
     assert len(opened) < 100
 
 

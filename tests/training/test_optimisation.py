@@ -1,6 +1,7 @@
 """Learning rates, schedules, optimizers and steps, against values computed by hand."""
 
 import math
+from contextlib import nullcontext
 
 import pytest
 import timm
@@ -16,6 +17,7 @@ from timm_vitres.training.optimisation import (
     check_optimizer,
     create_optimizer,
     create_scheduler,
+    lacks_bfloat16,
     learning_rate,
 )
 from timm_vitres.training.settings import FinetuneCfg
@@ -226,6 +228,21 @@ def test_what_is_not_finite_is_found():
     for bad in (float('nan'), float('inf'), -float('inf')):
         assert not are_finite([*fine, torch.tensor([0.0, bad])])
         assert not are_finite([torch.tensor(bad, dtype=torch.bfloat16), *fine])
+
+
+@pytest.mark.parametrize('is_native', [True, False])
+def test_a_gpu_without_bfloat16_is_known(is_native, monkeypatch):
+    """By its instructions: torch counts what it emulates, too."""
+    asked = []
+
+    def supported(including_emulation=True):
+        asked.append(including_emulation)
+        return including_emulation or is_native
+
+    monkeypatch.setattr(torch.cuda, 'is_bf16_supported', supported)
+    monkeypatch.setattr(torch.cuda, 'device', lambda device: nullcontext(asked.append(str(device))))
+    assert lacks_bfloat16(torch.device('cuda:1')) != is_native
+    assert asked == ['cuda:1', False]
 
 
 @pytest.mark.parametrize('capability, dtypes', [('AVX2', {torch.float32}), ('AVX512', {None})])

@@ -1,4 +1,5 @@
 import csv
+import multiprocessing
 import os
 import re
 import signal
@@ -11,7 +12,10 @@ import torch
 from conftest import write_folder
 from safetensors.torch import load_file
 
+import timm_vitres
+from timm_vitres.training import processes as module
 from timm_vitres.training.processes import FirstFailed, Processes, joined
+from timm_vitres.training.settings import FinetuneCfg
 
 ENV = dict(os.environ, OMP_NUM_THREADS='1', PYTHONUNBUFFERED='1')
 FLAGS = ['--model', 'test_vitresnet', '--img-size', '32', '-j', '0', '--device', 'cpu']
@@ -65,14 +69,66 @@ def test_one_process_agrees_with_itself():
             processes.of_first(lambda: {}['x'])
 
 
-def test_each_process_has_a_device(monkeypatch):
+def test_each_process_has_a_device(monkeypatch, caplog):
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
     assert Processes(rank=3, count=4, local_rank=1).device('cuda') == 'cuda:1'
-    assert Processes(rank=3, count=4, local_rank=1).device('cuda:0') == 'cuda:0'
     assert Processes(rank=3, count=4, local_rank=1).device('cpu') == 'cpu'
-    assert Processes().device('cuda') == 'cuda'
+    assert Processes().device('cuda') == 'cuda' and Processes().device('cuda:1') == 'cuda:1'
+    assert not caplog.messages
+    assert Processes(rank=3, count=4, local_rank=1).device('cuda:0') == 'cuda:1'
+    assert caplog.messages == ['device: cuda:0 is one GPU, but there are 4 processes; each takes its own.']
     with pytest.raises(ValueError, match='device: got cuda, but process 2 finds 2 GPUs'):
         Processes(rank=2, count=4, local_rank=2).device('cuda')
+
+
+@pytest.mark.parametrize('has_gpu', [False, True])
+def test_processes_are_left_together_or_by_the_end_of_one(has_gpu, monkeypatch):
+    """NCCL waits for all others when it is left, which one that failed alone would do before its error is told."""
+    left = []
+    monkeypatch.setenv('WORLD_SIZE', '2')
+    monkeypatch.setattr(module, '_init', lambda: None)
+    monkeypatch.setattr(module.dist, 'get_rank', lambda: 0)
+    monkeypatch.setattr(module.dist, 'get_world_size', lambda: 2)
+    monkeypatch.setattr(module.dist, 'destroy_process_group', lambda: left.append(True))
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: has_gpu)
+    with joined():
+        pass
+    assert left == [True]
+    with pytest.raises(KeyError), joined():
+        raise KeyError
+    assert left == ([True] if has_gpu else [True, True])
+
+
+def test_a_program_that_joined_by_itself_has_chosen_its_gpu(monkeypatch, tmp_path):
+    monkeypatch.delenv('LOCAL_RANK', raising=False)
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'current_device', lambda: 3)
+    monkeypatch.setattr(module.dist, 'new_group', lambda **kwargs: None)
+    monkeypatch.setattr(module.dist, 'is_initialized', lambda: True)
+    monkeypatch.setattr(module.dist, 'get_rank', lambda: 0)
+    monkeypatch.setattr(module.dist, 'get_world_size', lambda: 2)
+    with joined() as processes:
+        assert processes.local_rank == 3
+
+
+def test_a_script_that_its_workers_import_is_told_of(tmp_path):
+    """Where processes are started anew (Windows, macOS, Python 3.14), each worker runs the script once more."""
+    write_folder(tmp_path / 'images', per_class=20)
+    (tmp_path / 'script.py').write_text(
+        'import multiprocessing, timm_vitres\n'
+        "multiprocessing.set_start_method('spawn', force=True)\n"
+        "cfg = dict(data_dir='images', model='test_vitresnet', img_size=32, output='run', workers=1)\n"
+        'timm_vitres.finetune(timm_vitres.FinetuneCfg(**cfg))\n'
+    )
+    done = subprocess.run([sys.executable, 'script.py'], cwd=tmp_path, env=ENV, capture_output=True, text=True)
+    assert done.returncode and 'finetune: a worker imports this script' in done.stderr, done.stderr
+    assert "below if __name__ == '__main__':" in done.stderr
+
+
+def test_a_worker_compares_nothing(monkeypatch):
+    monkeypatch.setattr(multiprocessing.current_process(), '_inheriting', True, raising=False)
+    with pytest.raises(RuntimeError, match='compare: a worker imports this script'):
+        timm_vitres.compare(FinetuneCfg(data_dir='images', output='answer'))
 
 
 def test_others_that_can_not_be_reached(monkeypatch):
@@ -92,7 +148,8 @@ def test_two_processes_agree(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    'more', [[], ['--fsdp'], ['--grad-accum-steps', '2'], ['--freeze', 'resnet', '--freeze-epochs', '1']]
+    'more',
+    [[], ['--fsdp', '--channels-last'], ['--grad-accum-steps', '2'], ['--freeze', 'resnet', '--freeze-epochs', '1']],
 )
 def test_two_processes_train_and_validate_as_one(tmp_path, more):
     images = write_folder(tmp_path / 'images', per_class=14)

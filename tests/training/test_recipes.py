@@ -63,6 +63,11 @@ def test_a_file_is_read_as_flags_are(tmp_path):
     assert type(found['warmup_epochs']) is float
 
 
+def test_what_powershell_writes_is_read(tmp_path):
+    (tmp_path / 'mine.yaml').write_bytes('lr: 1e-3\r\nepochs: 3\r\n'.encode('utf-16'))
+    assert recipe(str(tmp_path / 'mine.yaml')) == dict(lr=0.001, epochs=3)
+
+
 def test_a_file_goes_before_a_recipe_of_its_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / 'distill').mkdir()
@@ -107,6 +112,7 @@ def test_a_file_goes_before_a_recipe_of_its_name(tmp_path, monkeypatch):
         ('lr: \t- @', 'mine.yaml is no plain YAML .line 1'),
         (f'model_kwargs: {"[" * 5000}', 'mine.yaml is no plain YAML'),
         (b'model: caf\xe9', 'mine.yaml is no text in UTF-8'),
+        (b'\xff\xfem', 'mine.yaml is no text in UTF-8'),
         (b'\x00\x01', 'mine.yaml is no plain YAML'),
     ],
 )

@@ -378,9 +378,10 @@ def huge_npz(path):
 
 
 def huge_old_torch(path):
-    torch.save({'a': torch.zeros(300)}, path, _use_new_zipfile_serialization=False)
+    few = {f'{index}': torch.zeros(2) for index in range(100)}  # pickle writes their places in its memo as numbers, too
+    torch.save({**few, 'a': torch.zeros(300)}, path, _use_new_zipfile_serialization=False)
     data = path.read_bytes()
-    assert b'M,\x01' in data  # 300 of the storage
+    assert data.count(b'M,\x01') == 2  # 300 of the storage, and of the tensor
     path.write_bytes(data.replace(b'M,\x01', b'\x8a\x06' + (2**46).to_bytes(6, 'little')))
 
 

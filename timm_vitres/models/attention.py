@@ -25,6 +25,9 @@ def resample_rel_pos(table: torch.Tensor, size: int) -> torch.Tensor:
 
 def _between_all(table: torch.Tensor, size: int) -> torch.Tensor:
     """Return the embedding of every pixel's distance to every other, along one side: (size, size, d)."""
+    if not torch.jit.is_scripting():  # noqa: SIM102 (a script leaves out what is behind this condition alone)
+        if torch.jit.is_tracing():
+            size = int(size)  # a trace keeps the table of its size, so that it shall fail at any other
     pixels = torch.arange(size, device=table.device)
     return resample_rel_pos(table, size)[pixels[None, :] - pixels[:, None] + (size - 1)]
 
@@ -109,11 +112,12 @@ class RelPosAttn(BottleneckAttn):
         place = torch.cat([is_row, is_column], dim=1).expand(keys.shape[0], keys.shape[1], -1, -1)
         queries = torch.cat([queries, rows.to(queries.dtype), columns.to(queries.dtype)], dim=-1)
         keys = torch.cat([keys, place], dim=-1)
-        # the kernels that hold no matrix want queries, keys and values of one width
+        # the kernels that hold no matrix want queries, keys and values of one width, on GPUs a multiple of 8
         wanted, own = queries.shape[-1], values.shape[-1]
-        width = max(wanted, own)
+        width = -(-max(wanted, own) // 8) * 8
         queries, keys = F.pad(queries, (0, width - wanted)), F.pad(keys, (0, width - wanted))
-        return F.scaled_dot_product_attention(queries, keys, F.pad(values, (0, width - own)), scale=1.0)[..., :own]
+        values = F.pad(values, (0, width - own)).contiguous()
+        return F.scaled_dot_product_attention(queries, keys, values, scale=1.0)[..., :own]
 
 
 class MergingConvNormAct(ConvNormAct):

@@ -166,9 +166,13 @@ class Hybrid(nn.Module):
             raise ValueError('model: it is folded for inference; load the weights into an original, and fold that.')
         if not isinstance(state_dict, Mapping):
             raise TypeError(f'state_dict: got {type(state_dict).__name__}, expected a dict of names with tensors.')
-        converted = convert_layout(dict(state_dict))
+        # torch's quantised layers store tuples and dtypes, too
+        own = {} if all(map(torch.is_tensor, state_dict.values())) else self.state_dict()
+        keys = {key for key, value in own.items() if not torch.is_tensor(value)}
+        others = {key: value for key, value in state_dict.items() if key in keys}
+        converted = convert_layout({key: value for key, value in state_dict.items() if key not in others})
         check_dtypes(converted, self)
-        converted = OrderedDict(self.fit_tables(converted))
+        converted = OrderedDict({**self.fit_tables(converted), **others})
         if hasattr(state_dict, '_metadata'):  # torch keeps the versions of its modules there
             converted._metadata = state_dict._metadata  # pyright: ignore[reportAttributeAccessIssue]
         return super().load_state_dict(converted, strict=strict, assign=assign)

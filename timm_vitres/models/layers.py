@@ -10,6 +10,7 @@ from typing import Any, List, Optional, Sequence, Tuple, Union, cast
 import torch
 import torch.nn.functional as F
 from timm.layers import (
+    BlurPool2d,
     HybridEmbed,
     StdConv2dSame,
     is_exporting,
@@ -53,6 +54,13 @@ def feature_take_indices(num_features: int, indices: Optional[Union[int, List[in
     return take_indices(num_features, indices)
 
 
+def is_captured() -> bool:
+    """Return whether a graph is exported or traced, which images of other sizes may be given to."""
+    if not torch.jit.is_scripting():
+        return is_exporting() or torch.jit.is_tracing()
+    return False
+
+
 def same_padding(size: int, kernel_size: int, stride: int, dilation: int = 1) -> int:
     """Return the zeros that TensorFlow's 'SAME' adds to `size` pixels, both ends together: timm's `get_same_padding`.
 
@@ -84,7 +92,7 @@ class PadSameConv2d(nn.Conv2d):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: (B, C, H, W) -> (B, C', ceil(H / stride), ceil(W / stride))."""
-        if self.kernel_size != (1, 1) or is_exporting():
+        if self.kernel_size != (1, 1) or is_captured():
             x = pad_same(x, self.kernel_size, self.stride, self.dilation)
         return F.conv2d(x, self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
 
@@ -99,7 +107,7 @@ class PadSameStdConv2d(StdConv2dSame):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: (B, C, H, W) -> (B, C', ceil(H / stride), ceil(W / stride))."""
-        if self.pads and (self.kernel_size != (1, 1) or is_exporting()):
+        if self.pads and (self.kernel_size != (1, 1) or is_captured()):
             x = pad_same(x, self.kernel_size, self.stride, self.dilation)
         return F.conv2d(x, self.standardized_weight(), self.bias, self.stride, self.padding, self.dilation, self.groups)
 
@@ -202,7 +210,7 @@ def crop_pos_embed(
 
 def _resize_matrix(old: int, new: int, device: torch.device) -> torch.Tensor:
     with torch.no_grad():
-        points = torch.eye(old, device=device)[None, None]
+        points = torch.eye(old, dtype=torch.float32, device=device)[None, None]
         return F.interpolate(points, size=(new, old), mode='bicubic', antialias=True)[0, 0]
 
 
@@ -225,7 +233,7 @@ def unflatten_tokens(x: torch.Tensor, grid: Tuple[int, int]) -> torch.Tensor:
 def pad_to(x: torch.Tensor, size: Tuple[int, int]) -> torch.Tensor:
     """Repeat the last pixels to the right and below until a map has `size`. (B, C, h, w) -> (B, C, *size)."""
     pad_h, pad_w = size[0] - x.shape[-2], size[1] - x.shape[-1]
-    if is_exporting() or pad_h > 0 or pad_w > 0:  # padding tells a captured graph the size that it has then
+    if is_captured() or pad_h > 0 or pad_w > 0:  # padding tells a captured graph the size that it has then
         x = F.pad(x, (0, pad_w, 0, pad_h), mode='replicate')
     return x
 
@@ -297,6 +305,7 @@ class ResNetEmbed(HybridEmbed):
         )
         self.num_levels = len(backbone.feature_info)
         self.crops_positions = False  # the ViT has positions for `img_size` and smaller images alone
+        self.blurs = any(isinstance(module, BlurPool2d) for module in backbone.modules())
         # anti-aliasing by average pooling (timm's resnetaa*) rounds down where everything else rounds up
         self.only_multiples = any(isinstance(m, nn.AvgPool2d) and not m.ceil_mode for m in backbone.modules())
 
@@ -330,9 +339,12 @@ class ResNetEmbed(HybridEmbed):
         min_h, min_w = self.feature_ratio[0] * patch_h, self.feature_ratio[1] * patch_w
         if isinstance(self.proj, nn.Identity):  # the ResNet alone takes a single pixel
             min_h = min_w = 1
+            if self.blurs:  # by padding that mirrors, which a map of one pixel has not
+                min_h = min_w = self.backbone.feature_info[-1]['reduction'] // 2 + 1
         if height < min_h or width < min_w:
             raise ValueError(
-                f'{name}: got an image of {height}x{width} pixels, which is smaller than one token; '
+                f'{name}: got an image of {height}x{width} pixels, which is smaller than '
+                f'{"what this backbone can blur" if self.blurs else "one token"}; '
                 f'height and width must be at least {min_h}x{min_w}.'
             )
         largest = self.largest_image(patch_size)
@@ -352,7 +364,7 @@ class ResNetEmbed(HybridEmbed):
         """Project the ResNet's map to tokens. x: (B, C, h, w) -> (B, H', W', D)."""
         pad_h = same_padding(x.shape[-2], self.patch_size[0], self.patch_size[0])
         pad_w = same_padding(x.shape[-1], self.patch_size[1], self.patch_size[1])
-        if self.patch_size != (1, 1) and (is_exporting() or pad_h > 0 or pad_w > 0):
+        if self.patch_size != (1, 1) and (is_captured() or pad_h > 0 or pad_w > 0):
             x = F.pad(x, (0, pad_w, 0, pad_h))
         return self.proj(x).permute(0, 2, 3, 1)
 

@@ -104,7 +104,7 @@ class ResNetV2Backbone(ResNetV2):
     timms: Type[nn.Module] = ResNetV2
     stem_types = ('', 'fixed', 'same', 'deep', 'deep_fixed', 'deep_same', 'tiered')
     width_multiple = 8
-    stem_pattern = r'(?!stages\.|norm\.)'
+    stem_pattern = r'(?!stages\b|norm\b)'
     stage_pattern = r'stages\.(\d+)'
 
     @classmethod

@@ -9,11 +9,11 @@ from typing import Any, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
-from timm.layers import LayerNorm, is_exporting, register_notrace_module
+from timm.layers import LayerNorm, register_notrace_module
 from timm.models.resnet import Bottleneck, downsample_conv
 from torch import nn
 
-from .layers import checked_images, pad_to, unflatten_tokens
+from .layers import checked_images, is_captured, pad_to, unflatten_tokens
 from .merging import merge_batch_norm_
 
 Norm = partial(nn.BatchNorm2d, eps=1e-6)  # the stem alone has torch's eps in the paper's code
@@ -107,7 +107,7 @@ class Up(nn.Module):
         x = self.act(self.norm(unflatten_tokens(self.proj(tokens[:, 1:]), grid)))
         if self.stride > 1:
             x = F.interpolate(x, size=(grid[0] * self.stride, grid[1] * self.stride))
-        if is_exporting():  # a captured graph would have to prove that a slice is smaller
+        if is_captured():  # a captured graph would have to prove that a slice is smaller
             return F.pad(x, (0, size[1] - x.shape[-1], 0, size[0] - x.shape[-2]))
         return x[:, :, : size[0], : size[1]]
 

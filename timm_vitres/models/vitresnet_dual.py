@@ -325,6 +325,7 @@ class VitResNetDual(Hybrid):
             self.units_of_level = self.units_of_level[: max_index + 1]
             if max_index == 0:
                 self.maxpool = nn.Identity()
+                self.cls_token.requires_grad_(False)  # nothing depends on it: DDP would wait for its gradient
             self.reset_classifier(0, '')
         return take_indices
 

@@ -17,6 +17,7 @@ from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
 from urllib.parse import unquote
 
 import timm
+from PIL import Image
 from timm.data import resolve_input_data_config
 from timm.layers import to_2tuple
 from timm.models import (
@@ -52,7 +53,7 @@ PREPROCESSOR_NAME = 'preprocessor_config.json'  # transformers stores the prepro
 PRETRAINED_FIELDS = {field.name for field in dataclasses.fields(PretrainedCfg)}
 # datasets of timm's that are image folders, and how they order the classes: timm by numbers, torchvision by letters
 FOLDERS = {'': natural_key, 'folder': natural_key, 'torch/image_folder': str, 'torch/folder': str}
-RESAMPLING = {0: 'nearest', 1: 'lanczos', 2: 'bilinear', 3: 'bicubic'}  # transformers writes PIL's numbers
+RESAMPLING = {mode.value: mode.name.lower() for mode in Image.Resampling}  # transformers writes PIL's numbers
 
 
 def convert(

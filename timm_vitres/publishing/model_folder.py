@@ -19,7 +19,7 @@ import torch
 
 from ..weights.checksums import SHA256_FIELD, remember
 from ..weights.files import CARD_HEAD, CARD_NAME, CONFIG_NAME, WEIGHTS_NAME, write_safetensors
-from ..writing import TEMPORARY, sync
+from ..writing import TEMPORARY, replace, sync
 
 try:
     import fcntl
@@ -100,7 +100,7 @@ def _recover(folder: Path) -> None:
             _move(path, folder, config_first=False)  # where there is no config yet, nothing loads before it
         else:
             doomed = folder / f'{TEMPORARY}{secrets.token_hex(8)}'
-            os.replace(path, doomed)  # half removed under its old name, it would be half put in place the next time
+            replace(path, doomed)  # half removed under its old name, it would be half put in place the next time
             shutil.rmtree(doomed)
 
 
@@ -108,7 +108,7 @@ def _move(ready: Path, folder: Path, config_first: bool) -> None:
     names = (CONFIG_NAME, WEIGHTS_NAME) if config_first else (WEIGHTS_NAME, CONFIG_NAME)
     for name in (*names, CARD_NAME):
         if (ready / name).exists():
-            os.replace(ready / name, folder / name)
+            replace(ready / name, folder / name)
     ready.rmdir()
 
 
@@ -150,7 +150,7 @@ def replace_model(
         for path in stage.iterdir():
             sync(path)
         ready = folder / f'{TEMPORARY}{digest}'
-        os.replace(stage, ready)
+        replace(stage, ready)
     except (OSError, RuntimeError) as error:  # torch raises a RuntimeError if memory runs out
         shutil.rmtree(stage, ignore_errors=True)
         message = f'{folder / WEIGHTS_NAME} could not be written ({error}); the model that is there, if any, stays.'

@@ -45,10 +45,14 @@ class _Problems(Dataset):
         return problem(self.paths[index], self.mode)
 
 
-def unreadable(paths: Sequence[str], mode: str) -> Dict[str, str]:
-    """Open all images, with a bar; return the reason for each that can't be read."""
+def unreadable(paths: Sequence[str], mode: str, workers: int = 1) -> Dict[str, str]:
+    """Open all images, with a bar; return the reason for each that can't be read.
+
+    Args:
+        workers: 0 opens them in this process; otherwise many are opened by as many processes as there are cores.
+    """
     # Processes open small images several times as fast as threads do, which wait for Python's lock
-    workers = min(os.cpu_count() or 1, MOST_WORKERS) if len(paths) > FEW else 0
+    workers = min(os.cpu_count() or 1, MOST_WORKERS) if workers and len(paths) > FEW else 0
     loader = DataLoader(_Problems(paths, mode), batch_size=64, num_workers=workers, collate_fn=list)
     with tqdm(total=len(paths), desc='checking images', leave=False) as bar:
         bad: Dict[str, str] = {}

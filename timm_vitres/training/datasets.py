@@ -62,7 +62,7 @@ def _load_folder(cfg: FinetuneCfg, mode: str) -> Data:
     names = read_class_map(cfg.class_map) if cfg.class_map else []
     class_map = {name: index for index, name in enumerate(names)}
     known_to = f'class_map {shown(cfg.class_map)}' if names else 'the training data'
-    shared = dict(input_img_mode=mode, check=False, known_to=known_to)
+    shared = dict(input_img_mode=mode, known_to=known_to)
     # names are checked first, since opening all images takes long
     train = val = ImageFolder(splits.train, class_map, any_name=splits.train != root or not cfg.train_split, **shared)
     if len(train.classes) < 2:
@@ -80,7 +80,7 @@ def _load_folder(cfg: FinetuneCfg, mode: str) -> Data:
     if is_checked_now and count > MANY:
         _logger.info('skip_bad: all %d images are opened before training, which may take minutes.', count)
     for folder in folders if is_checked_now else []:
-        folder.check_images(cfg.skip_bad)
+        folder.check_images(cfg.skip_bad, cfg.workers)
     copies = _copies(folders)
     if splits.validation is None:
         train_indices, val_indices = _split(cfg, train, copies)
@@ -325,13 +325,13 @@ class LabelledImages(ImageDataset):
         image = open_image(path, self.input_img_mode)
         return image if self.transform is None else self.transform(image), target
 
-    def check(self, advice: str) -> None:
+    def check(self, advice: str, workers: int = 1) -> None:
         """Open every image; raise ValueError, with an advice, for the first that can't be read."""
-        raise_for(self.unreadable(), advice)
+        raise_for(self.unreadable(workers), advice)
 
-    def unreadable(self) -> Dict[str, str]:
+    def unreadable(self, workers: int = 1) -> Dict[str, str]:
         """Open every image; return the reason for each path that can't be read."""
-        return unreadable([path for path, _ in self.reader.samples], self.input_img_mode)
+        return unreadable([path for path, _ in self.reader.samples], self.input_img_mode, workers)
 
 
 class ImageFolder(LabelledImages):
@@ -340,8 +340,6 @@ class ImageFolder(LabelledImages):
     Args:
         root: The folder.
         class_map: Class name -> index; by default the sub-folders' names in natural order.
-        check: Open every image now: an unreadable one is an error.
-        skip_bad: Leave unreadable images out (they are listed in `left_out`) instead of failing.
         any_name: Let a class have the name of a split, such as 'train'.
         known_to: What has all the classes of `class_map`, in the words of an error message.
 
@@ -351,7 +349,7 @@ class ImageFolder(LabelledImages):
     Raises:
         FileNotFoundError: for a missing or empty folder.
         ValueError: for images outside class folders, a class without an image, an unknown class, folders that can be
-            read in two ways, or an unreadable image; the message names it.
+            read in two ways; the message names it.
     """
 
     def __init__(
@@ -359,8 +357,6 @@ class ImageFolder(LabelledImages):
         root: Union[str, Path],
         class_map: Optional[Dict[str, int]] = None,
         input_img_mode: str = 'RGB',
-        check: bool = True,
-        skip_bad: bool = False,
         any_name: bool = False,
         known_to: str = 'the training data',
     ):
@@ -373,19 +369,12 @@ class ImageFolder(LabelledImages):
         samples = [(path, indices[composed(name)]) for path, name in found.samples]
         super().__init__(FolderReader(root, samples, class_map, found.files), input_img_mode)
         self.left_out = found.left_out
-        if check:
-            self.check_images(skip_bad)
 
-    @property
-    def skipped(self) -> List[str]:
-        """The paths that are left out."""
-        return list(self.left_out)
-
-    def check_images(self, skip_bad: bool = False) -> None:
+    def check_images(self, skip_bad: bool = False, workers: int = 1) -> None:
         """Open every image; raise ValueError if one is unreadable or, with `skip_bad`, if all of a class are."""
         if not skip_bad:
-            return self.check(UNREADABLE)
-        bad = self.unreadable()
+            return self.check(UNREADABLE, workers)
+        bad = self.unreadable(workers)
         missing = set(self.targets) - {target for path, target in self.reader.samples if path not in bad}
         if missing:
             name = shown(self.classes[min(missing)])

@@ -25,7 +25,7 @@ from .creation import Frozen, create_finetune_model, merged, state_of, still_nor
 from .held_out import Answers, remove_report, write_report
 from .loaders import check_cutmix, create_loaders, names_of
 from .optimisation import Stepper, are_finite, create_optimizer, create_scheduler, learning_rate, unscaled_lr
-from .processes import Processes, joined
+from .processes import Processes, check_main, joined
 from .report import CURVES_NAME, Best, best_epoch, evaluate, run_card, write_summary
 from .runs import CHECKPOINT_NAME, RECORD_NAME, Record, given_settings
 from .settings import FinetuneCfg
@@ -69,6 +69,7 @@ def finetune(
         OSError: where a file can't be written, or another process writes to the folder; the last whole epoch stays
             readable.
     """
+    check_main('finetune')
     given = given_settings(cfg) if given is None else given
     with joined() as processes, ExitStack() as stack:
         if not draws_curves():
@@ -99,7 +100,7 @@ class _Run:
         self.processes = processes
         self.history: List[Dict[str, float]] = []
         self.answers: Optional[Answers] = None  # of the best epoch
-        if cfg.channels_last:
+        if cfg.channels_last and not cfg.fsdp:  # what is sharded must be contiguous; the images decide of the kernels
             self.model.to(memory_format=torch.channels_last)
         lists = record.data
         self.train_batches, self.val_batches = create_loaders(cfg, self.data, record.data_config, lists, processes)

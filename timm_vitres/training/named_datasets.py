@@ -291,9 +291,6 @@ class OpenedReader(Reader):
             raise AttributeError(name)
         return getattr(self.reader, name)
 
-    def _filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:
-        raise NotImplementedError('a stream has no names')
-
 
 class ReaderImages(ImageDataset):
     """timm's `ImageDataset` of encoded images by their number; timm's own takes the next image for one that is bad."""

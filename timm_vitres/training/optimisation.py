@@ -92,7 +92,10 @@ def unscaled_lr(optimizer: torch.optim.Optimizer) -> float:
 
 
 def lacks_bfloat16(device: torch.device) -> bool:
-    """Return whether a device is a CPU without instructions for bfloat16, which computes in it many times slower."""
+    """Return whether a CPU or GPU has no instructions for bfloat16, and so computes in it many times slower."""
+    if device.type == 'cuda':
+        with torch.cuda.device(device):
+            return not torch.cuda.is_bf16_supported(including_emulation=False)
     return device.type == 'cpu' and torch.backends.cpu.get_cpu_capability() == 'AVX2'
 
 

@@ -276,7 +276,7 @@ def measure_arms_(cfg: FinetuneCfg, arms: Dict[str, ArmPlan], num_classes: int) 
             models.append(model)
         except (ValueError, TypeError, RuntimeError, OSError) as error:
             raise ValueError(f'models: {name} can not be trained here: {on_one_line(error)}') from error
-    nothing = torch.zeros(1)  # each arm has images of its own size
+    nothing = torch.zeros(1, device=device)  # each arm has images of its own size
     for name, seconds in measure(steps, nothing, ROUNDS, SECONDS).items():
         arms[name].step_seconds = seconds
     for model in models:

@@ -7,6 +7,7 @@ goes over gloo, between CPUs, wherever the model computes.
 import itertools
 import json
 import logging
+import multiprocessing
 import os
 import sys
 from contextlib import contextmanager, suppress
@@ -19,6 +20,7 @@ import torch
 from torch import distributed as dist
 from tqdm import tqdm
 
+_logger = logging.getLogger(__name__)
 T = TypeVar('T')
 BEGUN = 'timm-vitres/'  # how the keys begin under which torchrun's store has the runs that were begun
 _JOINED = itertools.count()  # each group of processes has keys of its own
@@ -121,9 +123,25 @@ class Processes:
     def device(self, name: str) -> str:
         """Return the device of this process: where a name is one of cuda, each process has its own."""
         name = name or ('cuda' if torch.cuda.is_available() else 'cpu')
+        if self.count > 1 and name.startswith('cuda:'):  # as timm does; one GPU can not be that of many processes
+            _logger.warning('device: %s is one GPU, but there are %d processes; each takes its own.', name, self.count)
+            name = 'cuda'
         if self.count > 1 and name == 'cuda' and self.local_rank >= torch.cuda.device_count():
             raise ValueError(f'device: got cuda, but process {self.local_rank} finds {torch.cuda.device_count()} GPUs.')
         return f'{name}:{self.local_rank}' if self.count > 1 and name == 'cuda' else name
+
+
+def check_main(what: str) -> None:
+    """Raise RuntimeError in a worker that was started anew, and imports the script that it belongs to.
+
+    Args:
+        what: The function that the script calls.
+    """
+    if getattr(multiprocessing.current_process(), '_inheriting', False):  # by which multiprocessing knows it itself
+        raise RuntimeError(
+            f'{what}: a worker imports this script and would start it again; write the call below if __name__ == '
+            "'__main__':."
+        )
 
 
 def _init() -> None:
@@ -158,6 +176,8 @@ def joined() -> Iterator[Processes]:
         yield Processes(store=_torchruns_store())
         return
     local_rank = int(os.environ.get('LOCAL_RANK') or 0)
+    if not is_ours and 'LOCAL_RANK' not in os.environ and torch.cuda.is_available():
+        local_rank = torch.cuda.current_device()  # a program that was not started by torchrun has chosen it
     try:
         if is_ours:
             if local_rank < torch.cuda.device_count():  # others compute on CPUs
@@ -177,9 +197,12 @@ def joined() -> Iterator[Processes]:
     level = logger.level
     if not processes.is_first:
         logger.setLevel(logging.ERROR)  # the first process says it
+    has_failed = True
     try:
         yield processes
+        has_failed = False
     finally:
         logger.setLevel(level)
-        if is_ours:
+        # NCCL is left by all processes together: one that failed alone would wait here, and its error never be told
+        if is_ours and not (has_failed and torch.cuda.is_available()):
             dist.destroy_process_group()

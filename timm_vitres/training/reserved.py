@@ -51,7 +51,7 @@ def reserve(cfg: FinetuneCfg, mode: str, test_split: str = TEST, test_frac: floa
         name = split_folder(root, folders_in(root), test_split, 'test_split', TEST)
     data = load_data(cfg, mode)
     if data.check is not None:  # a bad test image would end the comparison after its first run
-        raise_for(unreadable(data.check.paths, mode), UNREADABLE)
+        raise_for(unreadable(data.check.paths, mode, cfg.workers), UNREADABLE)
     rows = {'train': data.lists['train'], 'validation': data.lists['validation']}
     if splits.validation is None:
         rows = {'train': sorted(rows['train'] + rows['validation']), 'validation': None}
@@ -100,12 +100,12 @@ def _of_dataset(cfg: FinetuneCfg, mode: str, test_split: str) -> Dict[str, Any]:
 def _of_folder(cfg: FinetuneCfg, mode: str, root: Path, name: str, data: Data) -> List[List[Any]]:
     """Return what a record says of the images in a folder of test images."""
     class_map = data.train.dataset.reader.class_to_idx
-    test = ImageFolder(root / name, class_map, mode, check=False, any_name=True)
+    test = ImageFolder(root / name, class_map, mode, any_name=True)
     check_apart(data.train.dataset, test, TEST)
     if data.val.dataset is not data.train.dataset:
         check_apart(data.val.dataset, test, TEST)
     if not cfg.no_check:
-        test.check_images(cfg.skip_bad)
+        test.check_images(cfg.skip_bad, cfg.workers)
     return listed(root, Subset(test, range(len(test)), mode))
 
 

@@ -335,8 +335,6 @@ class FinetuneCfg:
             raise ValueError(f'cutmix_minmax: got {self.cutmix_minmax}, expected the smaller number first.')
         if self.min_lr > self.lr:
             raise ValueError(f'min_lr: got {self.min_lr:g}, expected at most lr, which is {self.lr:g}.')
-        if self.freeze_epochs is not None and not self.freeze:
-            raise ValueError(f'freeze_epochs: got {self.freeze_epochs}, but freeze names no part to freeze.')
         if self.mixes and self.batch_size % 2:
             raise ValueError(f'batch_size: got {self.batch_size}, but mixup and cutmix want an even number.')
         if not self.output:

@@ -163,11 +163,12 @@ def _check_size(model: nn.Module, name: str, input_size: Tuple[int, ...], device
 
 
 def _tell_of_bfloat16(cfg: FinetuneCfg, device: torch.device) -> None:
-    """Warn of mixed precision in bfloat16 on a CPU that has no instructions for it."""
+    """Warn of mixed precision in bfloat16 on a CPU or GPU that has no instructions for it."""
     if cfg.amp and cfg.amp_dtype == 'bfloat16' and lacks_bfloat16(device):
         _logger.warning(
-            'amp: mixed precision computes in bfloat16, which this CPU has no instructions for; that is several times '
-            'slower here than float32.'
+            'amp: mixed precision computes in bfloat16, which this %s has no instructions for; that is several times '
+            'slower here than float32%s.',
+            *(('GPU', ', and so than --amp-dtype float16') if device.type == 'cuda' else ('CPU', '')),
         )
 
 

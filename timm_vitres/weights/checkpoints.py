@@ -223,6 +223,10 @@ def _read_npz(archive: zipfile.ZipFile, path: Path) -> StateDict:
     return result
 
 
+# pickle's opcodes of whole numbers
+_NUMBERS = {'INT', 'BININT', 'BININT1', 'BININT2', 'LONG', 'LONG1', 'LONG4'}
+
+
 def _check_old_torch(path: Path) -> None:
     """Raise OSError where a file in torch's format before zip promises more than it has: torch would allocate all."""
     size = path.stat().st_size
@@ -230,7 +234,7 @@ def _check_old_torch(path: Path) -> None:
         for _ in range(4):  # the file holds a magic number, a version, the machine and the checkpoint
             number = 0
             for opcode, argument, _ in pickletools.genops(file):
-                if opcode.name.startswith(('INT', 'LONG', 'BININT')):
+                if opcode.name in _NUMBERS:
                     number = argument or 0
                 elif opcode.name == 'BINPERSID' and number > size:  # the last number is the storage's length
                     raise OSError(f'it promises {number} numbers and has {size} bytes')

@@ -4,7 +4,6 @@ Hub id -> `hub_file` -> a path in the Hub's cache; URL -> `url_file` -> a path i
 """
 
 import hashlib
-import os
 import secrets
 import time
 from contextlib import suppress
@@ -17,7 +16,7 @@ import torch
 from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-from ..writing import TEMPORARY
+from ..writing import TEMPORARY, replace
 from .checksums import check_once, hash_in_name
 from .files import WEIGHTS_NAMES, is_whole
 
@@ -148,7 +147,7 @@ def url_file(url: str, cache_dir: Union[None, str, Path] = None) -> Path:
         part = path.with_name(f'{TEMPORARY}{secrets.token_hex(8)}-{name}')
         try:
             retrying(lambda: _download(url, part, published))
-            os.replace(part, path)
+            replace(part, path)
         except RuntimeError as error:  # torch compares the hash before the file is in the cache
             raise OSError(f'{url}: what arrived is not what the name says ({error}); try again.') from error
         except OSError as error:
