@@ -125,7 +125,9 @@ def ablation() -> str:
     """Hybrids and their parents on the image sets, of equal parameters and equal time or epochs, the best first."""
     lines = []
     for name, arms, figures, behind in comparisons():
-        fastest = min(float(rows[0]['step_ms']) for rows in arms.values())
+        fastest, soonest = (
+            min(float(rows[0][column]) for rows in arms.values()) for column in ('step_ms', 'latency_ms')
+        )
         for place, arm in enumerate(sorted(arms, key=lambda arm: -statistics.mean(figures[arm]))):
             rows, found = arms[arm], behind.get(arm)
             lines.append(
@@ -138,9 +140,10 @@ def ablation() -> str:
                     f'{int(rows[0]["parameters"]) / 1e6:.2f}M',
                     rows[0]['epochs'],
                     f'{float(rows[0]["step_ms"]) / fastest:.2f}',
+                    f'{float(rows[0]["latency_ms"]) / soonest:.2f}',
                 ]
             )
-    costs = ('parameters', 'epochs', 'time of a step, by the fastest')
+    costs = ('parameters', 'epochs', 'time of a step, by the fastest', 'of one image')
     return table(['set', 'arm', 'test images (%)', 'behind the best (interval)', 'told apart', *costs], lines)
 
 

@@ -19,16 +19,29 @@ ROOT = Path(__file__).parent.parent
 
 
 def elpv() -> str:
-    """The demo's figures, by recipe: the one of today first; then those of longer runs on its images."""
-    runs, longer = defaultdict(list), defaultdict(list)
-    for row in read('elpv'):
-        runs[row['recipe']].append(row)
+    """The demo's figures, and those of longer runs on its images."""
+    longer = defaultdict(list)
     for row in read('scratch'):
         if row['set'] == 'elpv_grades':
             row.update(top1=row['test_top1_tta'], balanced=row['test_balanced_tta'])
             longer[f'`{row["model"]}`, {row["epochs"]} epochs', row['changes']].append(row)
-    names = ['the demo', *(f'the demo before, {row[-1]["date"]}' for row in list(runs.values())[-2::-1])]
-    found = [*zip(names, reversed(runs.values())), *((name, rows) for (name, _), rows in longer.items())]
+    return _cells([('the demo', demos()[0]), *((name, rows) for (name, _), rows in longer.items())])
+
+
+def elpv_before() -> str:
+    """What the demo came to by earlier recipes, the newest first."""
+    return _cells([(rows[-1]['date'], rows) for rows in demos()[1:]])
+
+
+def demos() -> list:
+    """The rows of the demo, by recipe, that of today first."""
+    runs = defaultdict(list)
+    for row in read('elpv'):
+        runs[row['recipe']].append(row)
+    return list(reversed(runs.values()))
+
+
+def _cells(found: list) -> str:
     lines = []
     for name, rows in found:
         minutes = statistics.mean(float(row['train_seconds']) for row in rows) / 60

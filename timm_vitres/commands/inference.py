@@ -96,11 +96,11 @@ def add_export(subparsers) -> None:
         'export', help='write a model for another runtime, such as onnxruntime', formatter_class=HelpFormatter
     )
     parser.add_argument('model', metavar='MODEL', help="a timm model's name.tag, local-dir:<folder>, hf-hub:<id>")
-    parser.add_argument('--output', required=True, type=Path, metavar='FILE', help='where to')
+    parser.add_argument('--output', required=True, type=Path, metavar='FILE', help='the file to write')
     parser.add_argument(
         '--format',
         choices=list(FORMATS),
-        help=f'that of {", ".join(runtimes)}, in this order; else what FILE ends in says',
+        help=f'format, by what runs it ({", ".join(runtimes)}); by default the suffix of FILE says',
     )
     lacking = {
         precision: [row.name for row in FORMATS.values() if precision not in row.precisions] for precision in PRECISIONS

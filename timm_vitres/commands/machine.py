@@ -9,7 +9,7 @@ def add_run(subparsers) -> None:
     """`timm-vitres run`; `scripts.split` keeps the arguments of the script from argparse."""
     parser = subparsers.add_parser(
         'run',
-        help='run a script of others that shall know the models, such as validate.py of timm',
+        help="run another program's script with the models registered, such as timm's validate.py",
         usage='%(prog)s [-h] (SCRIPT | -m MODULE) ...',
     )
     program = parser.add_mutually_exclusive_group(required=True)

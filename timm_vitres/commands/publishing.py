@@ -23,7 +23,7 @@ def add_convert(subparsers) -> None:
         'convert', help='turn a checkpoint into a folder that timm loads', formatter_class=HelpFormatter
     )
     parser.add_argument('source', metavar='FILE', help='checkpoint (torch, npz, safetensors), folder, hf-hub:<id>, URL')
-    parser.add_argument('--output', required=True, type=Path, metavar='FOLDER', help='where to')
+    parser.add_argument('--output', required=True, type=Path, metavar='FOLDER', help='the folder to write')
     parser.add_argument('--model', metavar='NAME', help='architecture; else what the checkpoint says or shows')
     parser.add_argument('--img-size', type=int, nargs='+', metavar='PIXELS', help='height and width it was trained at')
     parser.add_argument('--label-names', type=Path, metavar='TXT', help='names of the classes, one a line')

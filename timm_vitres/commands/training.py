@@ -109,7 +109,7 @@ def add_compare(subparsers) -> None:
         'has none, a part is held out',
         **told,
     )
-    parser.add_argument('--test-frac', type=float, help='that part of each class; 0.25', **told)
+    parser.add_argument('--test-frac', type=float, help='part of each class that is held out for testing; 0.25', **told)
     for field in dataclasses.fields(FinetuneCfg):
         if field.name not in OWN:
             _add_setting(parser, field)
