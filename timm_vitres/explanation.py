@@ -121,7 +121,7 @@ def grad_cam(model: Hybrid, x: torch.Tensor, target: int) -> torch.Tensor:
     """
     parts = model.explained_parts()
     if parts.resnet is None:
-        raise ValueError("model: with backbone='' there is no ResNet to look into.")
+        raise ValueError('model: it has no ResNet to look into.')
     maps: List[torch.Tensor] = []
 
     def keep(module, args, output):
@@ -147,7 +147,7 @@ def attention_rollout(model: Hybrid, x: torch.Tensor) -> torch.Tensor:
     """
     parts = model.explained_parts()
     if not parts.attentions:
-        raise ValueError('model: with depth=0 there is no ViT to look into.')
+        raise ValueError('model: it has no attention to look into.')
     rollout: List[torch.Tensor] = []
 
     def multiply(module, args, attention):  # (B, heads, N, N), too large to keep for all blocks

@@ -20,10 +20,8 @@ from .writing import replacing
 
 RESNET_TITLE = 'ResNet: Grad-CAM of its last stage'
 VIT_TITLE = 'ViT: attention rollout'
-NUMBERED, NAMED = (
-    30,
-    100,
-)  # a confusion matrix of up to so many classes has numbers in its cells, and names at its sides
+NUMBERED = 30  # a confusion matrix of up to so many classes has numbers in its cells
+NAMED = 100  # and names at its sides
 MOST_DRAWN = 400  # images on one picture, four in a row
 MATRIX = 11.0  # inches of the side of a larger one
 

@@ -2,7 +2,7 @@
 
 model in evaluation mode -> `fold` -> a copy: weights standardised once and for all, BatchNorms and LayerScales merged
 into the layers before them, padding that does not depend on the image static. Blocks say how, by the hooks of timm's
-`reparameterize_model`; this module holds what those hooks are made of.
+`reparameterize_model`; `merging` holds what those are made of.
 """
 
 import copy

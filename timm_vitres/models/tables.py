@@ -1,14 +1,85 @@
 """Tables that depend on a size: those of a checkpoint are fitted to the model, as timm does it."""
 
 import math
-from typing import Any, Optional, Sequence
+from typing import Any, Dict, Optional, Sequence
 
 import torch
 from timm.layers import resample_abs_pos_embed, resample_patch_embed, to_2tuple
 from torch import nn
 
+from ..checks import Size, checked
 from ..weights.layouts import StateDict
+from .composition import output_stride_with
+from .config import PatchSize, VitResNetCfg
 from .layers import ResNetEmbed, crop_pos_embed
+
+
+class SerialTables(nn.Module):
+    """The methods of a serial hybrid that make its tables those of another size; a base class beside timm's
+    `VisionTransformer`.
+    """
+
+    @torch.jit.ignore
+    def fit_tables(self, state_dict: StateDict, img_size: Optional[Sequence[int]] = None) -> StateDict:
+        """Fit position table and patch projection; see `Hybrid.fit_tables`."""
+        return fit_tables(fit_norm(state_dict, self), self.patch_embed, self._num_table_prefix(), img_size)
+
+    @torch.jit.ignore
+    def size_of_tokens(self, source_cfg: VitResNetCfg, img_size: Sequence[int]) -> Sequence[int]:
+        """See `Hybrid.size_of_tokens`."""
+        return self.patch_embed.size_of_grid(type(self)(source_cfg, img_size, device='meta').patch_embed.grid_size)
+
+    @torch.jit.ignore
+    def table_size(self, state_dict: StateDict, candidates: Sequence[Any] = ()) -> Any:
+        """See `Hybrid.table_size`."""
+        table, prefix = state_dict.get('pos_embed'), self._num_table_prefix()
+        if table is None or table.ndim != 3 or prefix is None:
+            return None
+        return table_size(table, self.patch_embed, prefix, candidates)
+
+    @torch.jit.ignore
+    def _num_table_prefix(self) -> Optional[int]:
+        """Return how many positions of the table are those of prefix tokens; None where there is no table."""
+        return None if self.pos_embed is None else 0 if self.no_embed_class else self.num_prefix_tokens
+
+    @checked
+    def set_input_size(self, img_size: Optional[Size] = None, patch_size: Optional[PatchSize] = None) -> None:
+        """Make the position table for another size, and the projection for other patches, both resampled as timm does.
+
+        With pos_embed_fit='crop' the table is cropped, and what is cut off is gone.
+
+        Args:
+            img_size: Height and width, in pixels; the present ones by default.
+            patch_size: Height and width of a patch in the ResNet's pixels; the present ones by default.
+
+        Raises:
+            ValueError: for an impossible size, or patches that the model's output_stride rules out.
+        """
+        changes: Dict[str, Any] = {}
+        if patch_size is not None:
+            if not isinstance(self.patch_embed.proj, nn.Conv2d):
+                is_alone = isinstance(self.patch_embed.proj, nn.Identity)
+                why = (
+                    'with depth=0 the model is the ResNet alone' if is_alone else 'proj has an adapter; merge it first'
+                )
+                raise ValueError(f'patch_size: got {patch_size}, but {why}.')
+            changes['patch_size'] = patch_size
+            if self.cfg.output_stride is not None:  # it is the stride of the tokens, so it goes with their size
+                ratio = self.patch_embed.feature_ratio[0]
+                changes['output_stride'] = output_stride_with(self.cfg, ratio, patch_size)
+        old_size, old_patch_size = self.patch_embed.img_size, self.patch_embed.patch_size
+        name = 'img_size' if img_size is not None else 'patch_size'
+        self.patch_embed.check_size(name, img_size or old_size, patch_size or old_patch_size)
+        table, grid, prefix = self.pos_embed, self.patch_embed.grid_size, self._num_table_prefix() or 0
+        if self.patch_embed.crops_positions:
+            self.pos_embed = None  # timm would resample it
+        super().set_input_size(img_size=img_size, patch_size=patch_size)
+        if self.patch_embed.crops_positions and table is not None:
+            cropped = crop_pos_embed(table.detach(), self.patch_embed.grid_size, grid, prefix)
+            self.pos_embed = nn.Parameter(cropped, requires_grad=table.requires_grad)
+        if changes:
+            self._change_cfg(**changes)
+            self._init_feature_info()
 
 
 def fit_tables(

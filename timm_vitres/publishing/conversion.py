@@ -43,7 +43,7 @@ from ..weights.checksums import check_once, is_of_this_package
 from ..weights.comparison import add_batch_counts, check_dtypes, check_keys
 from ..weights.downloads import NotInRepository, at_commit, hub_file, url_file
 from ..weights.files import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME, WEIGHTS_NAMES
-from ..weights.layouts import StateDict, convert_layout, find_layout
+from ..weights.layouts import LAYOUTS, StateDict, convert_layout, find_layout
 from ..weights.sources import hub_weights, local_weights
 from .cards import OURS, read_card, render_card
 from .saving import save
@@ -177,7 +177,7 @@ def _find(source: str) -> Tuple[Path, Dict[str, Any], Dict[str, Any], Optional[s
         # a folder of downloads may hold the config.json of any other model
         names_another = (config.get('architecture') or config.get('model_type')) and not _is_of_layout(config)
         if not config:
-            preprocessor = {}  # which says of nothing what it is of
+            preprocessor = {}  # it names no model, and so may be another's
         elif names_another:
             _logger.warning('%s: is of another model than %s, and left alone.', path.with_name(CONFIG_NAME), path.name)
             config, preprocessor = {}, {}
@@ -189,7 +189,8 @@ def _is_of_layout(config: Dict[str, Any]) -> bool:
     name = split_model_name_tag(str(config.get('architecture')))[0]
     patterns = [pattern for family in Hybrid.families for pattern in (*family.variants, *family.foreign_names)]
     is_ours = any(re.fullmatch(pattern, name) for pattern in patterns)
-    return is_ours or config.get('model_type') in ('vit-hybrid', 'dpt')
+    model_type = config.get('model_type')
+    return is_ours or (model_type is not None and any(layout.model_type == model_type for layout in LAYOUTS))
 
 
 def _read_json(path: Path) -> Dict[str, Any]:

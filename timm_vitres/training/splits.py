@@ -95,8 +95,8 @@ def class_names(dataset: Dataset) -> List[str]:
 class Subset(Dataset):
     """Some images of a map-style dataset in a PIL mode, with a transform of their own.
 
-    The dataset returns PIL images; `transform` is set by timm's `create_loader`, and `labels` returns the class index
-    of a label as the dataset stores it.
+    The dataset returns PIL images; `transform` is set by `create_loaders`, and `labels` returns the class index of a
+    label as the dataset stores it.
     """
 
     def __init__(

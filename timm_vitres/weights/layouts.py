@@ -1,4 +1,4 @@
-"""Conversion of state dicts from the layouts of timm, Google, transformers, MiDaS and Conformer to ours.
+"""Conversion of state dicts from the layouts of others, `LAYOUTS`, to ours.
 
 Our layout of the serial family is timm's.
 
@@ -31,6 +31,7 @@ class Layout(NamedTuple):
     convert: Callable[[StateDict], StateDict]
     left_out: str = r'(?!)'  # a regular expression for the beginning of keys; this one matches nothing
     license: Optional[str] = 'apache-2.0'  # of the weights that its writers published
+    model_type: Optional[str] = None  # in a config.json of transformers
 
 
 def convert_layout(state_dict: Dict[str, Any]) -> StateDict:
@@ -232,12 +233,18 @@ def _join_qkv(state_dict: StateDict) -> StateDict:
 TIMM = Layout('timm', r'^$', from_timm, license=None)  # anybody's
 LAYOUTS: List[Layout] = [
     Layout('Google JAX', r'(^|/)(conv_root|embedding)/kernel$', from_google),
-    Layout('transformers ViTHybrid', r'^(vit\.)?embeddings\.patch_embeddings\.', from_vit_hybrid),
+    Layout(
+        'transformers ViTHybrid',
+        r'^(vit\.)?embeddings\.patch_embeddings\.',
+        from_vit_hybrid,
+        model_type='vit-hybrid',
+    ),
     Layout(
         'transformers DPT-Hybrid',
         r'^(dpt\.)?embeddings\.backbone\.bit\.',
         from_dpt_hybrid,
         left_out=r'(neck|head|auxiliary_head|pooler)\b',
+        model_type='dpt',
     ),
     Layout(
         'MiDaS DPT',
