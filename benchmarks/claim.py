@@ -102,6 +102,9 @@ def comparisons() -> list:
     asked = ('set', 'models', 'cost', 'device', 'threads')
     for row in read('ablation'):
         groups[tuple(row[column] for column in asked)][row['arm']].append(row)
+    for arms in groups.values():
+        for arm, rows in arms.items():  # a seed that was trained again is no further seed
+            arms[arm] = list({row['seed']: row for row in rows}.values())
     verdicts: dict = defaultdict(list)
     for row in read('ablation_verdict'):
         verdicts[tuple(row[column] for column in asked)].append(row)

@@ -101,7 +101,7 @@ def transfer(args: argparse.Namespace, changes: Dict[str, Any]) -> None:
         if args.record and is_recorded('fractals', row):
             print(f'fractals.csv has its row; without --record it is trained again: {told(row)}')
             continue
-        data = write(name, args.output / 'data')
+        data = write(name, args.output / 'data', args.source)
         folder = args.output / 'transfer' / run_name(args.model, name, arm, changes=changes, seed=seed)
         settings = {**TRANSFER, **SETS[name], **start, **changes, 'model': args.model, 'seed': seed}
         train(FinetuneCfg(**settings, data_dir=str(data / 'train'), output=str(folder)))
@@ -124,6 +124,9 @@ def main() -> None:
     parser.add_argument('--arms', nargs='+', choices=ARMS, default=list(ARMS))
     parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2], help='of the transfer')
     parser.add_argument('--set', nargs='*', default=[], metavar='NAME=VALUE', help="settings in place of the recipe's")
+    parser.add_argument(
+        '--source', type=Path, help='where the data that the sets are made of lies, by default as installed'
+    )
     parser.add_argument('--threads', type=int, default=2)
     parser.add_argument('--record', action='store_true', help='append a row per run to benchmarks/results/fractals.csv')
     args = parser.parse_args()

@@ -112,7 +112,7 @@ INTERVALS = {
         'grad_accum_steps': '[1, inf)',
         'decay_epochs': '(0, inf)',
         'decay_milestones': '[1, inf)',
-        'decay_rate': '(0, 1]',
+        'decay_rate': '(0, 1]',  # of poly, to 10
         'model_ema_decay': '[0, 1)',
         'bce_target_thresh': '[0, 1)',
         'bce_pos_weight': '(0, 1000000]',

@@ -63,9 +63,9 @@ def test_a_comparison_is_recorded_once_and_told_in_a_table(script, results, tmp_
     ]
     assert 'It is so.' in capsys.readouterr().out
     assert claim.ablation().splitlines()[2:] == [
-        '| `pairs`, 2 min, accuracy | b | 83.00 ± 0.00 (2 seeds) | best |  | 1.29M | 7 | 2.50 |',
-        '|  | c | 82.00 ± 0.00 (2 seeds) | 1.00 (-1.00 to 3.00) | no | 1.29M | 7 | 2.50 |',
-        '|  | a | 80.50 ± 0.71 (2 seeds) | 2.50 (0.25 to 4.75) | yes | 1.29M | 7 | 1.00 |',
+        '| `pairs`, 2 min, accuracy | b | 83.00 ± 0.00 (2 seeds) | best |  | 1.29M | 7 | 2.50 | 1.00 |',
+        '|  | c | 82.00 ± 0.00 (2 seeds) | 1.00 (-1.00 to 3.00) | no | 1.29M | 7 | 2.50 | 1.00 |',
+        '|  | a | 80.50 ± 0.71 (2 seeds) | 2.50 (0.25 to 4.75) | yes | 1.29M | 7 | 1.00 | 1.00 |',
     ]
     header, _, line = claim.arms().splitlines()
     assert header == '| set | a | b | c | epochs of each | minutes of a run |'
@@ -125,15 +125,15 @@ def test_the_last_verdict_alone_is_told(script, results, monkeypatch):
     """With more seeds another arm may be the best; of too few there is no interval."""
     common, claim = script('common'), script('claim')
     asked = dict(set='pairs', models='a b', cost='2 min', device='default', threads='1')
-    shared = dict(parameters='1290000', epochs='7', seconds='90', step_ms='10', balanced='1')
+    shared = dict(parameters='1290000', epochs='7', seconds='90', step_ms='10', latency_ms='1', balanced='1')
     for arm, accuracy in (('a', '80'), ('b', '83')):
         common.write_row('ablation', {**asked, **shared, 'arm': arm, 'seed': '0', 'accuracy': accuracy}, True)
     verdict = dict(points='3.00', low='-inf', high='inf', is_told='False', measured='accuracy')
     for best, arm in (('a', 'b'), ('b', 'a')):
         common.write_row('ablation_verdict', {**asked, **verdict, 'best': best, 'arm': arm}, True)
     assert claim.ablation().splitlines()[2:] == [
-        '| `pairs`, 2 min, accuracy | b | 83.00 (1) | best |  | 1.29M | 7 | 1.00 |',
-        '|  | a | 80.00 (1) | 3.00 | no | 1.29M | 7 | 1.00 |',
+        '| `pairs`, 2 min, accuracy | b | 83.00 (1) | best |  | 1.29M | 7 | 1.00 | 1.00 |',
+        '|  | a | 80.00 (1) | 3.00 | no | 1.29M | 7 | 1.00 | 1.00 |',
     ]
 
 

@@ -12,6 +12,8 @@ from timm.data import create_transform, resolve_model_data_config
 
 import timm_vitres
 from timm_vitres.data import data_config, example_images, open_image
+from timm_vitres.folders import image_suffixes
+from timm_vitres.training.shards import open_bytes
 
 
 @pytest.fixture
@@ -226,6 +228,22 @@ def test_arrays_that_are_no_images():
             open_image(array)
     with pytest.raises(ValueError, match='it has 5 x 0 pixels'):
         open_image(np.zeros((0, 5), np.uint8))
+
+
+EPS = b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n{} loop\n'
+
+
+def test_a_program_is_no_image(tmp_path, monkeypatch):
+    """Pillow would run it by Ghostscript, whatever the suffix."""
+    path = tmp_path / 'cat.jpg'
+    path.write_bytes(EPS)
+    with Image.open(path) as image:
+        assert image.format == 'EPS'
+    with pytest.raises(ValueError, match=r'cat\.jpg cannot be read as an image \(cannot identify'):
+        open_image(path)
+    with pytest.raises(ValueError, match='its bytes are of no known format'):
+        open_bytes(EPS, 'RGB', 'cat')
+    assert not {'.eps', '.ps'} & image_suffixes() and '.png' in image_suffixes()
 
 
 def test_example_images_are_taken_evenly(tmp_path, model):

@@ -16,6 +16,7 @@ from timm.utils import ParseKwargs
 from torch import nn
 
 from .checks import read_text
+from .folders import shown
 from .labels import label_names
 from .pictures import new_figure
 from .publishing.config_file import read_config
@@ -153,7 +154,9 @@ def size_of(values: Optional[List[int]]) -> Any:
 
 def one_line(error: BaseException) -> str:
     """Return an error's message on one line; those of torch and the Hub may have many."""
-    told = ' '.join(str(error).split()) or ('there is not enough memory' if isinstance(error, MemoryError) else '')
+    told = shown(' '.join(str(error).split())) or (
+        'there is not enough memory' if isinstance(error, MemoryError) else ''
+    )
     if told and isinstance(error, MISTAKES):
         return told
     return f'{type(error).__name__} {told}'.strip()

@@ -30,7 +30,8 @@ def read_text(name: str, path: Path) -> str:
     try:
         content = path.read_bytes()
         is_utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-        return content.decode('utf-16' if is_utf16 else 'utf-8-sig')
+        text = content.decode('utf-16' if is_utf16 else 'utf-8-sig')
+        return text.replace('\r\n', '\n').replace('\r', '\n')
     except UnicodeDecodeError as error:
         raise ValueError(f'{name}: {path} is no text in UTF-8 ({error}).') from error
     except OSError as error:

@@ -20,7 +20,7 @@ from torch import nn
 from tqdm import tqdm
 
 from .checks import ImageSide, between, conform, on_one_line, show
-from .folders import find_images, shown
+from .folders import find_images, image_formats, shown
 from .weights.files import CONFIG_NAME
 
 _logger = logging.getLogger(__name__)
@@ -77,7 +77,7 @@ def open_image(image: ImageLike, mode: str = 'RGB') -> Image.Image:
     name = shown(image)
     _check_file(image)
     try:
-        with Image.open(image) as opened:
+        with Image.open(image, formats=image_formats()) as opened:
             return _upright_in_mode(opened, mode, name)
     except _ImageError:
         raise

@@ -25,7 +25,8 @@ SPLITS = {
 }
 # Operating systems add these folders; the thumbnails in them are images.
 SYSTEM_FOLDERS = ('__MACOSX', '@eaDir', '$RECYCLE.BIN', 'System Volume Information', 'lost+found')
-UNDECODABLE = ('MPEG',)  # Pillow recognises the format, but decodes none of its files
+# Pillow recognises MPEG, but decodes none of its files; EPS is a program, which Ghostscript would run
+UNDECODABLE = ('MPEG', 'EPS')
 DEFAULT_TRAIN, DEFAULT_VAL = 'train', 'validation'
 Identity = Tuple[int, int]  # device and inode
 
@@ -73,6 +74,12 @@ def natural_order(name: str) -> Tuple[list, str]:
     parts: list = re.split(r'(\d+)', name.lower())
     parts[1::2] = [int(number) for number in parts[1::2]]
     return parts, name
+
+
+def image_formats() -> List[str]:
+    """Return Pillow's names of the formats that an image may have, registered plug-ins included."""
+    Image.init()
+    return [name for name in Image.ID if name not in UNDECODABLE]
 
 
 def image_suffixes() -> FrozenSet[str]:

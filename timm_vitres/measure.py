@@ -2,7 +2,7 @@
 
 import copy
 import statistics
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from functools import partial
 from typing import Any, Callable, Dict, List, Tuple
 
@@ -32,8 +32,10 @@ def fastest_training(
         with torch.autocast(device.type, getattr(torch, amp_dtype), enabled=amp):
             y = copied(x.contiguous(memory_format=memory_format))
             loss = sum(nn.functional.cross_entropy(one, target) for one in ([y] if torch.is_tensor(y) else y))
-        loss.backward()
-        copied.zero_grad()
+        try:
+            loss.backward()
+        finally:  # memory may have run out
+            copied.zero_grad()
 
     steps = {}
     for name, memory_format in MEMORY_FORMATS.items():
@@ -80,13 +82,10 @@ def measure(
 
 def _first(timer: Any, hopeless: float) -> float:
     """Return the seconds of a function's first call; infinitely many where memory does not suffice for it."""
-    try:
+    with suppress(*([torch.OutOfMemoryError] if hopeless < float('inf') else ())):
         return timer.timeit(1).mean
-    except torch.OutOfMemoryError:
-        if hopeless == float('inf'):
-            raise
-        torch.cuda.empty_cache()
-        return float('inf')
+    torch.cuda.empty_cache()  # not before, since the error holds what was computed
+    return float('inf')
 
 
 def as_ms(seconds: float) -> str:

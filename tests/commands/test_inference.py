@@ -30,6 +30,15 @@ def test_predict_prints_json_and_draws(model_folder, picture, tmp_path, capsys):
         assert image.size[0] > 300
 
 
+def test_names_move_no_cursor(model_folder, picture, capsys):
+    config = json.loads((model_folder / 'config.json').read_text())
+    config['pretrained_cfg']['label_names'] = config['label_names'] = ['\x1b]0;title\x07', 'dog\n100%', 'owl']
+    (model_folder / 'config.json').write_text(json.dumps(config))
+    assert cli.main(['predict', str(picture), '--model', f'local-dir:{model_folder}']) == 0
+    printed = capsys.readouterr().out
+    assert '\x1b' not in printed and '\\x1b]0;title' in printed and len(printed.splitlines()) == 3
+
+
 @pytest.mark.parametrize('tta', ['', 'flip'])
 def test_predict_takes_the_views_it_is_asked_for(tta, model_folder, picture, capsys):
     options = ['--tta', tta] if tta else []

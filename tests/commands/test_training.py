@@ -40,6 +40,27 @@ def test_the_whole_way(image_folder, tmp_path, capsys):
     assert cli.main(resumed) == 0
 
 
+@pytest.mark.parametrize(
+    'recipe, flags, lr, lr_base',
+    [
+        ('lr: 0.01', ['--lr-base', '0.1'], 5e-4, 0.1),
+        ('lr_base: 0.1', ['--lr', '0.01'], 0.01, None),
+        ('lr: 0.01\nlr_base: 0.1', [], 0.01, 0.1),
+    ],
+)
+def test_a_rate_of_a_flag_wins_over_either_of_a_recipe(recipe, flags, lr, lr_base, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr('timm_vitres.training.loop.finetune', lambda cfg, given: seen.append(cfg) or tmp_path)
+    (tmp_path / 'mine.yaml').write_text(recipe)
+    assert cli.main(['finetune', 'images', '-c', str(tmp_path / 'mine.yaml'), *flags]) == 0
+    assert (seen[0].lr, seen[0].lr_base) == (lr, lr_base)
+
+
+def test_two_rates_are_one_too_many(capsys):
+    assert cli.main(['finetune', 'images', '--lr', '0.01', '--lr-base', '0.1']) == 1
+    assert 'lr: got 0.01, and lr_base 0.1, which tells another rate; give one.' in capsys.readouterr().err
+
+
 def test_every_setting_is_a_flag_and_explained(capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main(['finetune', '--help'])

@@ -37,25 +37,21 @@ def test_a_new_head_has_no_old_names(name, tmp_path):
 
 
 @pytest.mark.filterwarnings('ignore::torch.jit.TracerWarning')
-@pytest.mark.parametrize(
-    'name, example, others',
-    [
-        ('test_vitresnet', (128, 96), [(112, 160), (97, 161), (64, 64)]),
-        ('test_vitresnet_dual', (128, 96), [(112, 160)]),
-        ('test_vitresnet_mix', (128, 96), [(112, 160), (97, 161)]),
-    ],
-)
-def test_a_trace_is_right_or_fails_at_other_sizes(name, example, others):
-    """torch.jit.trace, and with it torch's older ONNX exporter, keeps one size's branches of every condition."""
-    model = randomise_(timm.create_model(name, num_classes=5)).eval()
+@pytest.mark.parametrize('example', [(128, 96), (96, 96)])
+@pytest.mark.parametrize('name', ['test_vitresnet', 'test_vitresnet_dual', 'test_vitresnet_mix'])
+def test_a_trace_is_right_or_fails_at_other_sizes(name, example):
+    """torch.jit.trace keeps one size's branches of every condition; 64 x 192 has as many tokens as 96 x 128."""
+    model = randomise_(timm.create_model(name, num_classes=5, **(dict(img_size=example) if 'mix' not in name else {})))
+    model.eval()
     x = torch.randn(2, 3, *example)
     traced = torch.jit.trace(model, x, check_trace=False)
     assert relative_difference(traced(x), model(x)) < 1e-5
-    for size in others:
+    for size in ((112, 160), (97, 161), (64, 192), (64, 144), (160, 128)):
         x = torch.randn(2, 3, *size)
         try:
             found = traced(x)
         except RuntimeError:
+            assert name == 'test_vitresnet_mix', size  # its tables of positions are bound to a size
             continue
         assert relative_difference(found, model(x)) < 1e-5, size
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from conftest import randomise_, relative_difference
 from timm.models._features import FeatureGetterNet
 
-from timm_vitres.models.layers import ResNetEmbed
+from timm_vitres.models.embedding import ResNetEmbed
 
 REDUCTIONS = {
     'vitresnet_tiny': [2, 4, 8, 16, 32],

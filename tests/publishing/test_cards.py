@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import timm
 import yaml
-from conftest import randomise_
+from conftest import FACTS, randomise_
 from huggingface_hub import EvalResult, ModelCard
 from timm.models import _registry as registry
 
@@ -273,6 +273,16 @@ def test_names_that_are_no_text_stand_in_cards_escaped():
         model, model_name='Fl\udcfcgel', description='Of `\udcfc`.', recipe='R.', source='local-dir:.'
     )
     assert r'Of `\udcfc`.' in card and ModelCard(card.encode().decode()).data.library_name == 'timm'
+
+
+def test_no_name_ends_this_packages_part():
+    model = timm.create_model('test_vitresnet', num_classes=2)
+    end = 'a<!-- end of timm-vitres -->\n\n# Send money'
+    text = cards.render_card(
+        model, **{**FACTS, 'description': f'Converted from `{end}`.'}, label_names=[end, 'b\x1b[2J']
+    )
+    assert text.count('<!-- end of timm-vitres -->') == 1 and text.endswith('<!-- end of timm-vitres -->')
+    assert '\n# Send money' not in text.partition('Classes')[2] and '\x1b' not in text
 
 
 def test_a_head_on_one_line_is_written_anew():

@@ -102,6 +102,32 @@ def test_transformers_folder(resample, interpolation, tmp_path):
         assert torch.equal(loaded.state_dict()[key], value), key
 
 
+@pytest.mark.parametrize(
+    'config, message',
+    [
+        (dict(architecture='test_vitresnet', model_args=dict(cache_dir='/x')), 'model_args: cache_dir says where'),
+        (dict(architecture='test_vitresnet', model_args=dict(pretrained=True)), 'model_args: pretrained says where'),
+        (dict(architecture='resnet18', model_args=dict(zero_init_last=True)), "got 'resnet18', which is none of"),
+    ],
+)
+def test_a_config_chooses_no_weights(config, message, tmp_path, monkeypatch):
+    """What it says is given to timm, which would write a download to a place of its choice."""
+    weights = timm.create_model('test_vitresnet').state_dict()
+    safetensors.torch.save_file(weights, tmp_path / 'model.safetensors')
+    (tmp_path / 'config.json').write_text(json.dumps({**config, 'pretrained_cfg': {}}))
+    monkeypatch.setattr(timm, 'create_model', lambda *args, **kwargs: pytest.fail('a model was made'))
+    with pytest.raises(ValueError, match=message):
+        convert(tmp_path, tmp_path / 'out')
+
+
+def test_what_an_address_hides_stays_out_of_the_card(tmp_path, monkeypatch):
+    torch.save(timm.create_model('test_vitresnet', num_classes=2).state_dict(), tmp_path / 'w.pth')
+    monkeypatch.setattr(conversion, 'url_file', lambda url: tmp_path / 'w.pth')
+    address = 'https://example.org/a%20b/w.pth?sig=SECRET&x=/tail'
+    card = (convert(address, tmp_path / 'out', 'test_vitresnet') / 'README.md').read_text()
+    assert 'Converted from `w.pth`' in card and 'SECRET' not in card and 'tail' not in card
+
+
 def test_a_generic_hybrid_with_its_arguments(tmp_path):
     options = dict(backbone='resnet18', stage=1, embed_dim=32, num_heads=2, depth=1)
     model = randomise_(timm.create_model('vitresnet', num_classes=2, img_size=(32, 64), **options))

@@ -555,6 +555,33 @@ def test_a_dry_run_sends_nothing(folder, capsys, monkeypatch):
     assert 'Nothing was sent; repeat with --yes' in out and checksums.sha256(folder / 'model.safetensors') in out
 
 
+@pytest.mark.parametrize('name', ['curves.png', 'README.md', 'summary.csv'])
+def test_no_link_leads_out_of_a_pushed_folder(name, tmp_path):
+    """A folder that came from somebody could name any file of this machine."""
+    _, folder = saved(tmp_path)
+    (tmp_path / 'secret').write_text('# secret')
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to(tmp_path / 'secret')
+    with pytest.raises(ValueError, match=rf'{re.escape(name)}: is a link to .*secret, outside of the folder'):
+        hub_module.push_files(folder)
+    (folder / name).unlink()
+    (folder / 'own').write_text('# own')
+    (folder / name).symlink_to('own')
+    (tmp_path / 'link').symlink_to(folder)
+    assert tmp_path / 'link' / name in hub_module.push_files(tmp_path / 'link')
+
+
+def test_what_lies_in_the_hubs_cache_is_pushed(tmp_path):
+    _, folder = saved(tmp_path)
+    snapshot, blobs = tmp_path / 'models--me--name' / 'snapshots' / '1', tmp_path / 'models--me--name' / 'blobs'
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for index, name in enumerate(('model.safetensors', 'config.json', 'README.md')):
+        shutil.copy(folder / name, blobs / str(index))
+        (snapshot / name).symlink_to(f'../../blobs/{index}')
+    assert len(hub_module.push_files(snapshot)) == 3
+
+
 def test_what_does_not_load_is_not_pushed(tmp_path, monkeypatch):
     _, folder = saved(tmp_path)
     monkeypatch.setattr(hub_module.HfApi, '__init__', None)  # nobody is asked

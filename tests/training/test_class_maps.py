@@ -60,7 +60,8 @@ def test_numbers_that_a_map_has_as_names_in_another_order_are_refused():
         ('a\n', 'has 1 class names'),
         ('', 'has 0 class names'),
         ('a\nb\x07\n', 'line 2'),
-        (b'\xff\xfe\x00', 'cannot be read as text'),
+        (b'\xff\xfe\x00', 'is no text in UTF-8'),
+        (b'caf\xe9', 'is no text in UTF-8'),
     ],
 )
 def test_what_is_no_class_map(content, message, tmp_path):

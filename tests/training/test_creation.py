@@ -105,6 +105,13 @@ def test_the_rank_of_adapters():
     assert {module.scaling['default'] for module in model.modules() if hasattr(module, 'scaling')} == {2.0}
 
 
+@pytest.mark.parametrize('name', ['cache_dir', 'pretrained', 'pretrained_cfg', 'checkpoint_path'])
+def test_arguments_of_a_model_do_not_say_where_weights_come_from(name, tmp_path):
+    """A recipe of somebody could otherwise let a download write any file."""
+    with pytest.raises(ValueError, match=f'model_kwargs: {name} is not for a run to choose so'):
+        create_finetune_model(run_cfg('test_vitresnet', model_kwargs={name: str(tmp_path)}), 3)
+
+
 @pytest.mark.parametrize('name', FAMILIES)
 def test_every_parameter_is_of_one_part(name):
     """By the modules that the parts are, rather than by names."""

@@ -83,6 +83,12 @@ def test_a_setting_reaches_the_pixels(name, given, without, tmp_path):
         assert torch.equal(changed[:, 0], changed[:, 1]) and not torch.equal(plain[:, 0], plain[:, 1])
 
 
+def test_what_is_not_augmented_is_resized_as_in_validation(tmp_path):
+    write_folder(tmp_path / 'images', per_class=8)
+    found = [pixels(tmp_path, 0, 1, no_aug=True, train_interpolation=name)[0] for name in ('', 'nearest', 'random')]
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
 def test_validation_images_are_cut_as_the_model_says(tmp_path):
     write_folder(tmp_path / 'images', per_class=8)
     cfg = settings(tmp_path / 'images', tmp_path, workers=0, batch_size=6)

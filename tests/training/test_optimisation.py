@@ -262,6 +262,30 @@ def test_a_cpu_without_bfloat16_runs_muon_in_float32(image_folder, tmp_path, mon
     assert muon.zeropower_via_newtonschulz is watched  # others' Muon is left as it was
 
 
+def test_gpus_are_set_as_by_train_py_while_a_run_lasts(image_folder, tmp_path, monkeypatch, no_pictures):
+    seen = []
+    monkeypatch.setattr(Stepper, 'loss', lambda self, x, target: seen.append(told()) or self.task(x, target)['loss'])
+
+    def told():
+        return torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.benchmark
+
+    before = told()
+    finetune(settings(image_folder, tmp_path / 'run', epochs=1))
+    assert {*seen} == {(True, True)} and told() == before == (False, False)
+
+
+def test_the_power_of_a_polynomial():
+    found = rates(sched='poly', decay_rate=2.0)
+    assert found == pytest.approx([0.1 * (1 - epoch / 6) ** 2 for epoch in range(6)])
+
+
+def test_the_least_rate_is_compared_with_the_one_that_is_used(image_folder, tmp_path, no_pictures):
+    options = dict(opt='sgd', lr=5e-4, lr_base=0.1, min_lr=0.001, epochs=1)
+    finetune(settings(image_folder, tmp_path / 'run', **options))
+    with pytest.raises(ValueError, match=r'min_lr: got 0\.9, expected at most the learning rate, which is 0\.003'):
+        finetune(settings(image_folder, tmp_path / 'high', **{**options, 'min_lr': 0.9}))
+
+
 def test_layer_decay_holds_without_a_schedule():
     options = cfg(sched='none', layer_decay=0.5, lr=0.1)
     optimizer = create_optimizer(options, timm.create_model('test_vitresnet'), 0.1)

@@ -77,6 +77,9 @@ def test_each_process_has_a_device(monkeypatch, caplog):
     assert not caplog.messages
     assert Processes(rank=3, count=4, local_rank=1).device('cuda:0') == 'cuda:1'
     assert caplog.messages == ['device: cuda:0 is one GPU, but there are 4 processes; each takes its own.']
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 1)  # as where CUDA_VISIBLE_DEVICES is each one's own
+    assert Processes(rank=3, count=4, local_rank=1).device('cuda:0') == 'cuda:0'
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
     with pytest.raises(ValueError, match='device: got cuda, but process 2 finds 2 GPUs'):
         Processes(rank=2, count=4, local_rank=2).device('cuda')
 
@@ -101,7 +104,7 @@ def test_processes_are_left_together_or_by_the_end_of_one(has_gpu, monkeypatch):
 
 def test_a_program_that_joined_by_itself_has_chosen_its_gpu(monkeypatch, tmp_path):
     monkeypatch.delenv('LOCAL_RANK', raising=False)
-    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'is_initialized', lambda: True)
     monkeypatch.setattr(torch.cuda, 'current_device', lambda: 3)
     monkeypatch.setattr(module.dist, 'new_group', lambda **kwargs: None)
     monkeypatch.setattr(module.dist, 'is_initialized', lambda: True)

@@ -239,6 +239,8 @@ def test_mistakes_of_splits(root):
         (dict(val_split='x-train-02.tar'), r"val_split: 'x-train-02\.tar' has the shard .*x-train-02\.tar"),
         (dict(fsdp=True), "fsdp: 'wds/x' is a stream"),
         (dict(data_dir=None), 'data_dir: no folder given'),
+        (dict(data_dir='pipe:touch ran; #'), "data_dir: got 'pipe:touch ran; #', a command"),
+        (dict(data_dir='PIPE:touch ran; #'), 'a command, expected the folder or address of shards'),
         (dict(dataset='wds/x', val_split='https://x.invalid/{0..1}.tar'), 'no _info.json says how many images .*https'),
     ):
         with pytest.raises(ValueError, match=message) as caught:

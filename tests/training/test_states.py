@@ -1,5 +1,8 @@
 """Checkpoints of a run: those that it goes on from, those that it keeps for others, and sharded ones."""
 
+import io
+import pickle
+
 import pytest
 import timm
 import torch
@@ -76,6 +79,45 @@ def test_shards_are_read_as_they_were_written(tmp_path):
         path.write_bytes(b'')
     with pytest.raises(ValueError, match=r'resume: .*last-3\.sharded does not fit the model of the run'):
         read_shards(tmp_path / name, other, steps)
+
+
+class Evil:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), 'w')
+
+
+def test_a_table_of_shards_runs_no_code(tmp_path):
+    name = write_shards(tmp_path, 3, *trained(0), Processes())
+    (tmp_path / name / '.metadata').write_bytes(pickle.dumps(Evil(tmp_path / 'ran')))
+    with pytest.raises(ValueError, match=r'does not fit .*holds (io|_io)\.open, which could run code'):
+        read_shards(tmp_path / name, *trained(1))
+    assert not (tmp_path / 'ran').exists()
+
+
+def test_shards_run_no_code(tmp_path, monkeypatch):
+    name = write_shards(tmp_path, 3, *trained(0), Processes())
+    read, evil = torch.load, io.BytesIO()
+    torch.save(Evil(tmp_path / 'ran'), evil)
+
+    def swapped(file, **options):
+        """Read tensors as they are, and something evil for all other values."""
+        value = read(file, **{**options, 'weights_only': True})
+        return value if torch.is_tensor(value) else read(io.BytesIO(evil.getvalue()), **options)
+
+    monkeypatch.setattr(torch, 'load', swapped)
+    with pytest.raises(ValueError, match=r'resume: .*last-3\.sharded does not fit the model of the run'):
+        read_shards(tmp_path / name, *trained(1))
+    assert not (tmp_path / 'ran').exists()
+
+
+@pytest.mark.parametrize('name', ['../other', '/etc', 'last-1.sharded/../..', ''])
+def test_shards_lie_in_the_runs_folder(name, tmp_path):
+    write_state(tmp_path, checkpoint(sharded=name))
+    with pytest.raises(ValueError, match='which is no folder of shards of a run'):
+        read_state(tmp_path, RECORD, has_model=True)
 
 
 def test_the_best_epochs_are_kept(tmp_path):

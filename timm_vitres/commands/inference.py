@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Sequence
 
 from ..arguments import HelpFormatter, check_count, check_picture, class_of, load_model, size_of
+from ..folders import shown
 from ..writing import check_output
 
 
@@ -46,7 +47,7 @@ def run_predict(args: argparse.Namespace) -> int:
     else:
         _print_table(predictions)
     for sentence in unreadable:
-        print(f'timm-vitres: {sentence}', file=sys.stderr)
+        print(f'timm-vitres: {shown(sentence)}', file=sys.stderr)
     print(end='', flush=True)  # whatever becomes of the picture
     if args.plot and predictions:
         plot_predictions(predictions, args.plot)
@@ -82,7 +83,9 @@ def run_explain(args: argparse.Namespace) -> int:
     model = load_model(args.model, args.device)
     explanation = explain(model, args.image, target=class_of(args.target, model), size=args.size)
     plot_explanation(explanation, args.output)
-    print(f'{explanation.label} ({100 * explanation.probability:.1f}%): {args.output} shows where the model looks.')
+    print(
+        f'{shown(explanation.label)} ({100 * explanation.probability:.1f}%): {args.output} shows where the model looks.'
+    )
     return 0
 
 
@@ -136,10 +139,11 @@ def run_export(args: argparse.Namespace) -> int:
 
 
 def _print_table(predictions: Sequence) -> None:
-    width = max((len(prediction.image) for prediction in predictions), default=0)
+    width = max((len(shown(prediction.image)) for prediction in predictions), default=0)
     for prediction in predictions:
         for rank, (label, probability) in enumerate(zip(prediction.labels, prediction.probabilities)):
-            print(f'{prediction.image if rank == 0 else "":{width}}  {100 * probability:6.2f}%  {label}')
+            image = shown(prediction.image) if rank == 0 else ''
+            print(f'{image:{width}}  {100 * probability:6.2f}%  {shown(label)}')
 
 
 def add_commands(subparsers) -> None:

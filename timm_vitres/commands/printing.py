@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Iterator
 
 from ..arguments import one_line
+from ..folders import shown
 
 
 def say(error: BaseException) -> None:
@@ -23,7 +24,8 @@ class _Printer(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Print a record; what goes wrong is for `main`, as with every other print."""
-        print(record.getMessage(), file=sys.stderr if record.levelno >= logging.WARNING else sys.stdout, flush=True)
+        text = '\n'.join(map(shown, record.getMessage().split('\n')))  # names may hold what moves a terminal's cursor
+        print(text, file=sys.stderr if record.levelno >= logging.WARNING else sys.stdout, flush=True)
 
 
 @contextmanager

@@ -11,7 +11,8 @@ from ..checks import Size, checked
 from ..weights.layouts import StateDict
 from .composition import output_stride_with
 from .config import PatchSize, VitResNetCfg
-from .layers import ResNetEmbed, crop_pos_embed
+from .embedding import ResNetEmbed
+from .layers import crop_pos_embed
 
 
 class SerialTables(nn.Module):

@@ -21,8 +21,8 @@ from ..weights.shipped import shipped
 from .base import ExplainedParts, Hybrid, ImageSizes
 from .composition import check_overrides, compose_backbone, resolve_vit
 from .config import MLP_LAYERS, NO_CLASS_TOKEN, GlobalPool, VitResNetCfg
+from .embedding import ResNetEmbed
 from .features import SerialFeatures
-from .layers import ResNetEmbed
 from .loading import build_with_tables
 from .merging import merge_layer_scale_
 from .tables import SerialTables

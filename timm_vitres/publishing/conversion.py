@@ -14,7 +14,7 @@ import re
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
-from urllib.parse import unquote
+from urllib.parse import unquote, urlparse
 
 import timm
 from PIL import Image
@@ -33,7 +33,7 @@ from timm.utils import natural_key
 from ..checks import Size as ImageSize
 from ..checks import conform, show
 from ..data import DATA_FIELDS, check_data_config
-from ..folders import split_role
+from ..folders import shown, split_role
 from ..labels import normalise_label_names
 from ..models.base import Hybrid
 from ..models.loading import assign_, fill_buffers_
@@ -44,7 +44,7 @@ from ..weights.comparison import add_batch_counts, check_dtypes, check_keys
 from ..weights.downloads import NotInRepository, at_commit, hub_file, url_file
 from ..weights.files import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME, WEIGHTS_NAMES
 from ..weights.layouts import LAYOUTS, StateDict, convert_layout, find_layout
-from ..weights.sources import hub_weights, local_weights
+from ..weights.sources import SOURCE_ARGUMENTS, hub_weights, local_weights
 from .cards import OURS, read_card, render_card
 from .saving import save
 
@@ -94,7 +94,8 @@ def convert(
         img_size = conform('img_size', img_size, ImageSize)
     _check_folder(Path(folder))
     path, config, preprocessor, url = _find(str(source))
-    published = read_name(url or path)  # a cache has names of its own
+    address = urlparse(url).path if url else None  # a query may hold a secret
+    published = read_name(address or path)  # a cache has names of its own
     if published:
         is_named = config.get('architecture') or config.get('model_type')
         config = config if is_named else {**published.config(), **config}
@@ -124,7 +125,7 @@ def convert(
     if layout.license:
         built.pretrained_cfg = {**built.pretrained_cfg, 'license': layout.license}
     data = _data_config(built, trained_size, args, config, preprocessor)
-    file_name = Path(unquote(url) if url else path).name
+    file_name = Path(unquote(address) if address else path).name
     card = render_card(
         built,
         model_name=Path(folder).resolve().name,
@@ -238,6 +239,8 @@ def _architecture(
 ) -> Tuple[str, Dict[str, Any]]:
     """Return the architecture's name and the arguments that go with it."""
     kwargs = dict(args.get('model_kwargs') or config.get('model_args') or {})
+    for key in sorted(SOURCE_ARGUMENTS & kwargs.keys()):
+        raise ValueError(f'model_args: {key} says where weights come from, and not what the checkpoint is of.')
     if args.get('gp'):
         kwargs['global_pool'] = args['gp']
     told = model or about.get('arch') or args.get('model') or config.get('architecture')
@@ -249,6 +252,8 @@ def _architecture(
                     return ours, kwargs
         if not timm.is_model(name):
             raise ValueError(f'model: got {told!r}, which timm does not know; give one of timm.list_models().')
+        if not any(name in family.variants for family in Hybrid.families):  # before it is made of another's arguments
+            raise ValueError(f"model: got '{name}', which is none of timm-vitres; see timm.list_models('vitresnet*').")
         return name, kwargs
     candidates = [name for family in Hybrid.families for name in family.variants if not name.startswith('test_')]
     for name in candidates:
@@ -291,8 +296,6 @@ def _on_meta(name: str, **kwargs: Any) -> Hybrid:
         model = timm.create_model(name, **kwargs, device='meta')
     except TypeError as error:
         raise TypeError(f'model: {name!r} does not take these arguments ({error}).') from error
-    if not isinstance(model, Hybrid):
-        raise ValueError(f"model: got '{name}', which is none of timm-vitres; see timm.list_models('vitresnet*').")
     return model
 
 
@@ -336,6 +339,11 @@ def _label_names(args: Dict[str, Any], config: Dict[str, Any], num_classes: int)
     if not names and folder and not args.get('class_map') and kind in FOLDERS:
         names = _class_folders(Path(folder), args.get('train_split') or 'train')
         names = names and sorted(names, key=FOLDERS[kind])
+        if names and len(names) == num_classes:
+            some = ', '.join(map(shown, names[:3])) + (', ...' if len(names) > 3 else '')
+            _logger.warning(
+                'label_names: taken from the folders in %s, where the checkpoint was trained: %s.', folder, some
+            )
     return normalise_label_names(names, num_classes) if names and len(names) == num_classes else None
 
 

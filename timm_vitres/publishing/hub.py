@@ -17,7 +17,7 @@ from timm.models import PretrainedCfg, get_pretrained_cfg, parse_model_name
 from torch import nn
 
 from ..weights.checkpoints import checkpoint_files
-from ..weights.checksums import SHA256_FIELD, check, git_sha1, hash_in_name, published_sha256, sha256
+from ..weights.checksums import SHA256_FIELD, check, git_sha1, hash_in_name, is_cached, published_sha256, sha256
 from ..weights.downloads import is_transient, retrying
 from ..weights.files import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME
 from ..weights.shipped import is_shipped
@@ -57,9 +57,21 @@ def check_folder(folder: Path) -> nn.Module:
 
 
 def push_files(folder: Path) -> List[Path]:
-    """Return the files of a folder that `push` sends: weights, config, card, and how the training went."""
+    """Return the files of a folder that `push` sends: weights, config, card, and how the training went.
+
+    Raises:
+        ValueError: for a link to a file that is neither in the folder nor in the Hub's cache: a folder that came from
+            somebody may name any file of this machine.
+    """
     names = (WEIGHTS_NAME, CONFIG_NAME, CARD_NAME, *EXTRA_NAMES)
-    return [folder / name for name in names if (folder / name).is_file()]
+    files = [folder / name for name in names if (folder / name).is_file()]
+    root = folder.resolve()
+    own = [root, root.parents[1] / 'blobs'] if root.parent.name == 'snapshots' else [root]
+    for file in files:
+        place = file.resolve()
+        if not any(place.is_relative_to(one) for one in own) and not is_cached(file):
+            raise ValueError(f'{file}: is a link to {place}, outside of the folder, and is not pushed; copy the file.')
+    return files
 
 
 def push(

@@ -8,6 +8,7 @@ from numbers import Integral
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence
 
+from ..checks import read_text
 from ..folders import composed, is_text, shown
 
 
@@ -24,10 +25,7 @@ def read_class_map(path: str) -> List[str]:
         raise ValueError(f'class_map: {shown(file)} is a pickle, expected a text file with one class name a line.')
     if not file.is_file():
         raise FileNotFoundError(f'class_map: there is no file {shown(file)}.')
-    try:
-        names = [line.strip() for line in file.read_text(encoding='utf-8-sig').rstrip().splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f'class_map: {shown(file)} cannot be read as text ({error}).') from error
+    names = [line.strip() for line in read_text('class_map', file).rstrip().splitlines()]
     lines: Dict[str, int] = {}
     for number, name in enumerate(names, 1):
         if not name or not is_text(name):

@@ -1,4 +1,4 @@
-"""Hybrids against their parents on one's own images: equal cost, one recipe, several seeds, what they allow to say.
+"""Hybrids against their parents on one's own images: equal epochs or time, one recipe, what several seeds allow to say.
 
 models, seeds, learning rates, one recipe -> `compare` -> folder/{compare.json, before the first run; runs/, each one of
 `finetune`; results.csv, a row for every finished run; README.md and comparison.png at the end}.
@@ -74,7 +74,7 @@ def compare(
     test_split: str = 'test',
     test_frac: Part = 0.25,
 ) -> Comparison:
-    """Train models by one recipe and equal cost, and say which are told apart by more than chance.
+    """Train models by one recipe, equal epochs or equal time, and say which are told apart by more than chance.
 
     Args:
         cfg: The recipe: images, augmentation, optimisation, epochs, and the folder of the comparison. What an arm or a

@@ -157,7 +157,8 @@ def _how(cfg: FinetuneCfg, plan: Plan, chosen: Mapping[str, float]) -> str:
     if len(plan.lrs) > 1:
         search = (
             f'The learning rate of each arm is that of {lrs} which was best on validation images, with seed '
-            f'{plan.seeds[0]} and a {"third" if SHORT == 3 else f"{SHORT}th"} of the epochs, or one.'
+            f'{plan.seeds[0]} and a {"third" if SHORT == 3 else f"{SHORT}th"} of the epochs, or one; the chance of '
+            'that choice is in no interval.'
         )
         ends = [name for name, lr in chosen.items() if f'{lr:g}' in (f'{min(plan.lrs):g}', f'{max(plan.lrs):g}')]
         if ends:

@@ -17,6 +17,7 @@ from ..checks import is_installed, on_one_line
 from ..folders import composed
 from ..labels import normalise_label_names
 from ..models.base import Hybrid
+from ..weights.sources import SOURCE_ARGUMENTS
 from .settings import FinetuneCfg
 
 _logger = logging.getLogger(__name__)
@@ -36,7 +37,7 @@ def create_finetune_model(cfg: FinetuneCfg, num_classes: int, label_names: Optio
         ValueError, TypeError, RuntimeError: for a model, arguments of it, or weights, that timm does not know.
     """
     kwargs = dict(cfg.model_kwargs or {})
-    for name in ('num_classes', 'pretrained', 'features_only'):
+    for name in ('num_classes', 'features_only', *sorted(SOURCE_ARGUMENTS)):
         if name in kwargs:
             raise ValueError(f'model_kwargs: {name} is not for a run to choose so; leave it out.')
     for name, value in (('in_chans', cfg.in_chans), ('drop_rate', cfg.drop), ('drop_path_rate', cfg.drop_path)):

@@ -49,8 +49,10 @@ def create_loaders(
     processes = processes or Processes()
     shared = {name: config[name] for name in ('input_size', 'interpolation', 'mean', 'std')}
     has_colours = config['input_size'][0] == 3
+    # images that are not augmented are resized as those of validation, as timm's train.py does it
+    interpolation = config['interpolation'] if cfg.no_aug else cfg.train_interpolation or config['interpolation']
     train = create_transform(
-        **{**shared, 'interpolation': cfg.train_interpolation or config['interpolation']},
+        **{**shared, 'interpolation': interpolation},
         is_training=True,
         no_aug=cfg.no_aug,
         scale=cfg.scale,
@@ -68,9 +70,7 @@ def create_loaders(
         re_count=cfg.recount,
     )
     if cfg.crop_padding is not None:  # timm has no such crop; what it begins with is a crop of its own
-        train.transforms[0] = padded_crop(
-            config['input_size'][-2:], cfg.crop_padding, cfg.train_interpolation or config['interpolation']
-        )
+        train.transforms[0] = padded_crop(config['input_size'][-2:], cfg.crop_padding, interpolation)
     data.train.transform = mend_(train)
     data.val.transform = create_transform(**shared, crop_pct=config['crop_pct'], crop_mode=config['crop_mode'])
     batch_size = cfg.batch_size

@@ -24,7 +24,15 @@ from ..publishing.saving import save
 from .creation import Frozen, create_finetune_model, merged, state_of, still_norms, without_weights
 from .held_out import Answers, remove_report, write_report
 from .loaders import check_cutmix, create_loaders, names_of
-from .optimisation import Stepper, are_finite, create_optimizer, create_scheduler, learning_rate, unscaled_lr
+from .optimisation import (
+    Stepper,
+    are_finite,
+    create_optimizer,
+    create_scheduler,
+    fast_kernels,
+    learning_rate,
+    unscaled_lr,
+)
 from .processes import Processes, check_main, joined
 from .report import CURVES_NAME, Best, best_epoch, evaluate, run_card, write_summary
 from .runs import CHECKPOINT_NAME, RECORD_NAME, Record, given_settings
@@ -71,7 +79,7 @@ def finetune(
     """
     check_main('finetune')
     given = given_settings(cfg) if given is None else given
-    with joined() as processes, ExitStack() as stack:
+    with joined() as processes, fast_kernels(), ExitStack() as stack:
         if not draws_curves():
             _logger.warning('%s is left out: it needs matplotlib, pip install "timm-vitres[plot]".', CURVES_NAME)
         setup = Setup(processes)

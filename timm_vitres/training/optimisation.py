@@ -1,7 +1,7 @@
 """Optimizer, schedule and steps of a run, on timm.optim and timm.scheduler."""
 
 import math
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from typing import Any, Iterator, List, Tuple
 
@@ -113,6 +113,22 @@ def _muon_in_float32() -> Iterator[None]:
         yield
     finally:
         muon.zeropower_via_newtonschulz = orthogonalise
+
+
+@contextmanager
+def fast_kernels() -> Iterator[None]:
+    """Let GPUs multiply in TensorFloat32 for float32, and choose convolutions by measurement, as train.py does."""
+    matmul, cudnn, changed = torch.backends.cuda.matmul, torch.backends.cudnn, []
+    for backend, name in ((matmul, 'allow_tf32'), (cudnn, 'benchmark')):
+        with suppress(RuntimeError):  # a program has chosen by torch's newer setting
+            changed.append((backend, name, getattr(backend, name)))
+            setattr(backend, name, True)
+    try:
+        yield
+    finally:
+        for backend, name, before in changed:
+            with suppress(RuntimeError):
+                setattr(backend, name, before)
 
 
 class Stepper:

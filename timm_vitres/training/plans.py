@@ -21,7 +21,14 @@ from ..measure import as_minutes, as_ms, measure
 from ..models.arms import ARMS
 from ..writing import replacing
 from .creation import create_finetune_model, image_size
-from .optimisation import Stepper, are_finite, check_optimizer, create_optimizer, needs_muon_in_float32
+from .optimisation import (
+    Stepper,
+    are_finite,
+    check_optimizer,
+    create_optimizer,
+    fast_kernels,
+    needs_muon_in_float32,
+)
 from .processes import Processes
 from .recipes import FOLDER, recipe
 from .reserved import num_training, reserve, training_counts
@@ -277,8 +284,9 @@ def measure_arms_(cfg: FinetuneCfg, arms: Dict[str, ArmPlan], num_classes: int) 
         except (ValueError, TypeError, RuntimeError, OSError) as error:
             raise ValueError(f'models: {name} can not be trained here: {on_one_line(error)}') from error
     nothing = torch.zeros(1, device=device)  # each arm has images of its own size
-    for name, seconds in measure(steps, nothing, ROUNDS, SECONDS).items():
-        arms[name].step_seconds = seconds
+    with fast_kernels():  # by which runs train
+        for name, seconds in measure(steps, nothing, ROUNDS, SECONDS).items():
+            arms[name].step_seconds = seconds
     for model in models:
         model.eval()
     for name, seconds in measure(views, nothing, ROUNDS, SECONDS).items():

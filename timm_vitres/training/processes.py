@@ -123,7 +123,8 @@ class Processes:
     def device(self, name: str) -> str:
         """Return the device of this process: where a name is one of cuda, each process has its own."""
         name = name or ('cuda' if torch.cuda.is_available() else 'cpu')
-        if self.count > 1 and name.startswith('cuda:'):  # as timm does; one GPU can not be that of many processes
+        # as timm does: one GPU can not be that of many processes; where each sees one alone, all call it cuda:0
+        if self.count > 1 and name.startswith('cuda:') and torch.cuda.device_count() > 1:
             _logger.warning('device: %s is one GPU, but there are %d processes; each takes its own.', name, self.count)
             name = 'cuda'
         if self.count > 1 and name == 'cuda' and self.local_rank >= torch.cuda.device_count():
@@ -176,7 +177,7 @@ def joined() -> Iterator[Processes]:
         yield Processes(store=_torchruns_store())
         return
     local_rank = int(os.environ.get('LOCAL_RANK') or 0)
-    if not is_ours and 'LOCAL_RANK' not in os.environ and torch.cuda.is_available():
+    if not is_ours and 'LOCAL_RANK' not in os.environ and torch.cuda.is_initialized():
         local_rank = torch.cuda.current_device()  # a program that was not started by torchrun has chosen it
     try:
         if is_ours:

@@ -200,7 +200,7 @@ class FinetuneCfg:
     decay_milestones: Tuple[int, ...] = _option(
         (90, 180, 270), 'epochs at which the multistep schedule steps', nargs='+', low=1, high=MAX_COUNT
     )
-    decay_rate: float = _option(0.1, 'factor of a step of the schedule', above=0, high=1)
+    decay_rate: float = _option(0.1, 'factor of a step of the schedule; of poly, its power', above=0, high=10)
     model_ema: bool = _option(False, 'average the weights; both are evaluated, and the best epoch is of either')
     model_ema_decay: float = _option(0.9998, 'decay of the average', low=0, below=1)
     model_ema_warmup: bool = _option(False, 'let the decay of the average grow from 0')
@@ -333,7 +333,9 @@ class FinetuneCfg:
             raise ValueError(f'decay_milestones: got {self.decay_milestones}, expected epochs that rise.')
         if self.cutmix_minmax is not None and self.cutmix_minmax[0] > self.cutmix_minmax[1]:
             raise ValueError(f'cutmix_minmax: got {self.cutmix_minmax}, expected the smaller number first.')
-        if self.min_lr > self.lr:
+        if self.decay_rate > 1 and self.sched != 'poly':
+            raise ValueError(f'decay_rate: got {self.decay_rate:g}, expected at most 1, but of sched poly.')
+        if self.lr_base is None and self.min_lr > self.lr:
             raise ValueError(f'min_lr: got {self.min_lr:g}, expected at most lr, which is {self.lr:g}.')
         if self.mixes and self.batch_size % 2:
             raise ValueError(f'batch_size: got {self.batch_size}, but mixup and cutmix want an even number.')

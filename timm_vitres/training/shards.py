@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from ..checks import on_one_line
 from ..data import open_image
-from ..folders import shown
+from ..folders import image_formats, shown
 from ..labels import normalise_label_names
 
 META = re.compile(r'__[^/]*__($|/)')  # webdataset skips files of these names
@@ -32,7 +32,7 @@ NAMES = ('label_names', 'class_names', 'classes')  # an info file may name the c
 def open_bytes(data: bytes, mode: str, name: str) -> Image.Image:
     """Open an encoded image upright and in a PIL mode; raise ValueError, which names it, if it can't be read."""
     try:
-        return open_image(Image.open(io.BytesIO(data)), mode)
+        return open_image(Image.open(io.BytesIO(data), formats=image_formats()), mode)
     except Exception as error:  # Pillow's plug-ins raise errors of any kind for damaged bytes
         text = on_one_line(error).removeprefix('image: the image that was given ').rstrip('.')
         if not text.startswith('cannot be read as an image'):

@@ -3,6 +3,8 @@
 `write_state` -> folder/last.pth.tar (and folder/last-<epoch>.sharded) -> `read_state`.
 """
 
+import pickle
+import re
 import shutil
 from pathlib import Path
 from typing import Any, Dict, List, Optional
@@ -41,6 +43,8 @@ def read_state(folder: Path, record: Record, has_model: bool) -> Optional[Dict[s
         raise ValueError(f'resume: {path} is not a checkpoint of a fine-tuning run (it lacks what one holds).')
     if state['id'] != record.id:
         raise ValueError(f'resume: {path} is of another run than {RECORD_NAME} beside it.')
+    if 'sharded' in state and not re.fullmatch(r'last-\d+\.sharded', str(state['sharded'])):
+        raise ValueError(f'resume: {path} names {state["sharded"]!r}, which is no folder of shards of a run.')
     if 'sharded' in state and not (folder / state['sharded']).is_dir():
         raise FileNotFoundError(f'resume: {folder} lacks {state["sharded"]}, which holds the weights to go on from.')
     return state
@@ -71,14 +75,45 @@ def write_shards(folder: Path, epoch: int, model: nn.Module, optimizer: Any, pro
     return name
 
 
+class _Metadata(pickle.Unpickler):
+    """Reads torch's table of shards, which is a pickle, and refuses whatever else is in it."""
+
+    known = {
+        'torch.distributed.checkpoint.metadata': (
+            *('Metadata', 'StorageMeta', 'MetadataIndex', 'ChunkStorageMetadata', 'BytesStorageMetadata'),
+            *('TensorStorageMetadata', 'TensorProperties', '_MEM_FORMAT_ENCODING'),
+        ),
+        'torch.distributed.checkpoint.filesystem': ('_StorageInfo',),
+        'torch.serialization': ('_get_layout',),
+        'torch': ('Size', *(name for name, value in vars(torch).items() if isinstance(value, torch.dtype))),
+        'pathlib': ('PosixPath', 'WindowsPath'),
+        'pathlib._local': ('PosixPath', 'WindowsPath'),  # of Python 3.13
+        'collections': ('OrderedDict',),
+    }
+
+    def find_class(self, module: str, name: str) -> Any:
+        if name not in self.known.get(module, ()):
+            raise pickle.UnpicklingError(f'it holds {module}.{name}, which could run code')
+        return super().find_class(module, name)
+
+
 def read_shards(path: Path, model: nn.Module, optimizer: Any) -> None:
     """Load model and optimizer from what any number of processes have written; ValueError where it does not fit."""
     from torch.distributed import checkpoint
     from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
+    class Planner(checkpoint.DefaultLoadPlanner):
+        def load_bytes(self, read_item: Any, value: Any) -> None:
+            torch.load(value, weights_only=True)  # torch itself takes any pickle here
+            value.seek(0)
+            super().load_bytes(read_item, value)
+
     weights, steps = get_state_dict(model, optimizer)
     try:
-        checkpoint.load(dict(model=weights, optimizer=steps), checkpoint_id=path)
+        for file in path.glob('*.metadata'):
+            with file.open('rb') as stream:
+                _Metadata(stream).load()
+        checkpoint.load(dict(model=weights, optimizer=steps), checkpoint_id=path, planner=Planner())
     except (Exception, checkpoint.CheckpointException) as error:  # the latter is a BaseException
         # a damaged shard fails in pickle, in torch, or in a collective, each its own way
         raise ValueError(f'resume: {path} does not fit the model of the run ({_reason(error)}).') from error

@@ -50,8 +50,9 @@ def judge(
     interval is rather too wide.
 
     The best arm is chosen by the same figures, so that any pair of arms might have been the one that is told apart:
-    the intervals are Bonferroni's for all pairs, and hold all together with a probability of 95%. With fewer than
-    `LEAST_SEEDS` seeds there is no interval, and no arm is called better.
+    the intervals are Bonferroni's for all pairs, and hold all together with a probability of 95%. The chance of what
+    was chosen once for all seeds, as learning rates are, is in none. With fewer than `LEAST_SEEDS` seeds there is no
+    interval, and no arm is called better.
 
     Args:
         correct: For every arm an array (seeds, images), 1 where the model of a seed was right on an image, else 0;
@@ -89,19 +90,19 @@ def judge(
             if num_seeds >= LEAST_SEEDS:
                 differences = (answers[best] - answers[name]).mean(0)
                 images = _images_error([differences[group] for group in groups], level)
-                half = math.hypot(_seeds_error(list(scores.values()), scores[best] - scores[name], level), images)
+                half = math.hypot(seeds_error(list(scores.values()), scores[best] - scores[name], level), images)
             behind[name] = Difference(*(100 * value for value in (mean, mean - half, mean + half)))
     start = f'By {measured} on these {num_images} test images'
     return Verdict(best, means, spreads, behind, _sentence(start, best, means, behind, *shape))
 
 
-def _seeds_error(scores: Sequence[np.ndarray], differences: np.ndarray, level: float) -> float:
+def seeds_error(scores: Sequence[np.ndarray], differences: np.ndarray, level: float) -> float:
     """Return half the width of the interval of a difference of two arms, as far as the seeds make it.
 
     What is left of the scores without the arms' and the seeds' means has the variance of a run: the analysis of
     variance of a design in blocks, which are the seeds. Few seeds know it only where it is pooled over the arms; but an
     arm that varies more than the others must not borrow their certainty, so that the pair's own is taken where it is
-    larger.
+    larger, with the quantile of its own degrees of freedom, for this pair alone, if that is the larger one.
 
     Args:
         scores: Of every arm, (seeds,).
@@ -111,8 +112,11 @@ def _seeds_error(scores: Sequence[np.ndarray], differences: np.ndarray, level: f
     arms, seeds = table.shape
     rest = table - table.mean(0) - table.mean(1, keepdims=True) + table.mean()
     freedom = (arms - 1) * (seeds - 1)
-    variance = max(2 * float((rest**2).sum()) / freedom, float(differences.var(ddof=1)))
-    return student((1 + level) / 2, freedom) * math.sqrt(variance / seeds)
+    pooled, own = 2 * float((rest**2).sum()) / freedom, float(differences.var(ddof=1))
+    quantile = student((1 + level) / 2, freedom)
+    if own > pooled:  # of few seeds: with Bonferroni's level for all pairs no difference of three would ever be told
+        quantile = max(quantile, student((1 + LEVEL) / 2, seeds - 1))
+    return quantile * math.sqrt(max(pooled, own) / seeds)
 
 
 def _images_error(groups: Sequence[np.ndarray], level: float) -> float:

@@ -104,6 +104,11 @@ def published_sha256(path: Path) -> Optional[str]:
     return told_sha256(path.parent)
 
 
+def is_cached(path: Path) -> bool:
+    """Return whether a path leads into the Hub's cache, to a file that is named by its sha256."""
+    return _blob(path) is not None
+
+
 def _blob(path: Path) -> Optional[Path]:
     """Return the place in the Hub's cache that a link leads to and that is named by a sha256, if there is one.
 

@@ -17,6 +17,11 @@ from .downloads import at_commit, hub_file, url_file
 from .files import WEIGHTS_NAME, WEIGHTS_NAMES, WEIGHTS_SUFFIXES
 from .shipped import is_shipped
 
+# arguments of timm.create_model that say where weights come from; what names a model must not choose them, too
+SOURCE_ARGUMENTS = frozenset(
+    ('pretrained', 'pretrained_cfg', 'pretrained_cfg_overlay', 'pretrained_model_args', 'checkpoint_path', 'cache_dir')
+)
+
 
 def weights_file(path: Union[str, Path]) -> Path:
     """Return a file itself, or the weights in a folder, whatever they are called.
