@@ -180,7 +180,7 @@ def test_whatever_decoding_raises_is_the_images_error(error, picture, tmp_path, 
             with pytest.raises(ValueError, match=r'picture\.png cannot be read as an image \(.+\)\.') as caught:
                 open_image(path)
             assert '\n' not in str(caught.value)
-    monkeypatch.setattr(Image, 'open', lambda path: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(Image, 'open', lambda path, formats: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         open_image(path)
 

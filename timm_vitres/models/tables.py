@@ -41,7 +41,8 @@ class SerialTables(nn.Module):
     @torch.jit.ignore
     def _num_table_prefix(self) -> Optional[int]:
         """Return how many positions of the table are those of prefix tokens; None where there is no table."""
-        return None if self.pos_embed is None else 0 if self.no_embed_class else self.num_prefix_tokens
+        num_prefix_tokens: Any = self.num_prefix_tokens
+        return None if self.pos_embed is None else 0 if self.no_embed_class else num_prefix_tokens
 
     @checked
     def set_input_size(self, img_size: Optional[Size] = None, patch_size: Optional[PatchSize] = None) -> None:

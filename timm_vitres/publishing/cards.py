@@ -60,7 +60,7 @@ def render_card(
         eval_results=list(results) or None,
     )
     lines: List[str] = [f'- {result.metric_name or result.metric_type}: {result.metric_value}' for result in results]
-    names = [_as_text(name) for name in label_names[:20]]
+    names = [_as_text(shown(str(name))) for name in label_names[:20]]
     card = ModelCard.from_template(
         card_data,
         template_str=TEMPLATE.read_text(encoding='utf-8'),

@@ -13,7 +13,7 @@ import os
 import re
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
+from typing import Any, Dict, List, Optional, Sequence, Tuple, Union, cast
 from urllib.parse import unquote, urlparse
 
 import timm
@@ -296,7 +296,7 @@ def _on_meta(name: str, **kwargs: Any) -> Hybrid:
         model = timm.create_model(name, **kwargs, device='meta')
     except TypeError as error:
         raise TypeError(f'model: {name!r} does not take these arguments ({error}).') from error
-    return model
+    return cast(Hybrid, model)
 
 
 def _add_shapes(

@@ -4,10 +4,10 @@ torchrun's environment -> `joined` -> `Processes`; without it a run is one proce
 goes over gloo, between CPUs, wherever the model computes.
 """
 
+import inspect
 import itertools
 import json
 import logging
-import multiprocessing
 import os
 import sys
 from contextlib import contextmanager, suppress
@@ -138,11 +138,15 @@ def check_main(what: str) -> None:
     Args:
         what: The function that the script calls.
     """
-    if getattr(multiprocessing.current_process(), '_inheriting', False):  # by which multiprocessing knows it itself
-        raise RuntimeError(
-            f'{what}: a worker imports this script and would start it again; write the call below if __name__ == '
-            "'__main__':."
-        )
+    frame = inspect.currentframe()
+    while frame is not None:
+        # multiprocessing runs the script under this name; what the script's functions do later is theirs
+        if frame.f_code.co_name == '<module>' and frame.f_globals.get('__name__') == '__mp_main__':
+            raise RuntimeError(
+                f'{what}: a worker imports this script and would start it again; write the call below if __name__ == '
+                "'__main__':."
+            )
+        frame = frame.f_back
 
 
 def _init() -> None:
