@@ -52,7 +52,7 @@ ELSEWHERE = ('output', 'workers', 'no_check')  # these change no result, and may
 RECIPE = str(FOLDER / 'compare.yaml')  # by its path: a file of the user's may have its name
 SHORT = 3  # the search for a learning rate takes the epochs divided by this
 UNEQUAL = 0.1  # part by which an arm's training time may miss what was asked for without a word
-ROUNDS, SECONDS = 5, 0.1  # of a measurement, for each arm
+ROUNDS, SECONDS = 11, 0.1  # of a measurement, for each arm
 
 
 @dataclasses.dataclass
