@@ -37,7 +37,8 @@ def main() -> None:
         scores = {arm: np.array(values) for arm, values in figures.items()}
         for arm, row in behind.items():
             differences = scores[row['best']] - scores[arm]
-            old, new = (how([*scores.values()], differences, level) for how in (before, seeds_error))
+            old = before([*scores.values()], differences, level)
+            new, _ = seeds_error([*scores.values()], differences, level)
             points, half = float(row['points']), float(row['high']) - float(row['points'])
             if new <= old + 1e-9 or row['date'] > '2026-11-29':
                 continue

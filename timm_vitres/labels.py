@@ -1,6 +1,7 @@
 """Names of classes: what users, config.json and transformers give -> a list of strings, one for each class."""
 
 import os
+import unicodedata
 from contextlib import suppress
 from numbers import Number
 from typing import Any, Iterable, List, Mapping, Sequence
@@ -22,6 +23,15 @@ def label_names(model: nn.Module) -> List[str]:
         info = ImageNetInfo(subset)
         return [info.index_to_description(index) for index in range(num_classes)]
     return [f'class {index}' for index in range(num_classes)]
+
+
+def printable(text: str) -> str:
+    """Return text whose control characters, bytes that are no text, and turns of direction are escaped."""
+    return ''.join(c.encode('unicode_escape').decode() if _moves(c) else c for c in text)
+
+
+def _moves(c: str) -> bool:
+    return unicodedata.category(c) in ('Cc', 'Cs') or c in '\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069'
 
 
 def check_logits(logits: torch.Tensor, names: Sequence[str]) -> None:

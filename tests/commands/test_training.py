@@ -45,6 +45,7 @@ def test_the_whole_way(image_folder, tmp_path, capsys):
     [
         ('lr: 0.01', ['--lr-base', '0.1'], 5e-4, 0.1),
         ('lr_base: 0.1', ['--lr', '0.01'], 0.01, None),
+        ('lr_base: 0.1\nlr_base_scale: linear\nlr_base_size: 64', ['--lr', '0.01'], 0.01, None),
         ('lr: 0.01\nlr_base: 0.1', [], 0.01, 0.1),
     ],
 )

@@ -565,6 +565,13 @@ def test_no_link_leads_out_of_a_pushed_folder(name, tmp_path):
     with pytest.raises(ValueError, match=rf'{re.escape(name)}: is a link to .*secret, outside of the folder'):
         hub_module.push_files(folder)
     (folder / name).unlink()
+    blob = folder / 'blobs' / ('0' * 64)  # called as in the Hub's cache
+    blob.parent.mkdir()
+    blob.symlink_to(tmp_path / 'secret')
+    (folder / name).symlink_to(f'blobs/{blob.name}')
+    with pytest.raises(ValueError, match='outside of the folder'):
+        hub_module.push_files(folder)
+    (folder / name).unlink()
     (folder / 'own').write_text('# own')
     (folder / name).symlink_to('own')
     (tmp_path / 'link').symlink_to(folder)

@@ -240,6 +240,7 @@ def test_mistakes_of_splits(root):
         (dict(fsdp=True), "fsdp: 'wds/x' is a stream"),
         (dict(data_dir=None), 'data_dir: no folder given'),
         (dict(data_dir='pipe:touch ran; #'), "data_dir: got 'pipe:touch ran; #', a command"),
+        (dict(data_dir="https://x/';touch ran;'"), 'an address with blanks or quotes'),
         (dict(data_dir='PIPE:touch ran; #'), 'a command, expected the folder or address of shards'),
         (dict(dataset='wds/x', val_split='https://x.invalid/{0..1}.tar'), 'no _info.json says how many images .*https'),
     ):

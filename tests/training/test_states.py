@@ -13,7 +13,7 @@ from timm_vitres.training.loop import finetune
 from timm_vitres.training.processes import Processes
 from timm_vitres.training.runs import Record
 from timm_vitres.training.settings import FinetuneCfg
-from timm_vitres.training.states import keep_best, read_shards, read_state, write_shards, write_state
+from timm_vitres.training.states import _Metadata, keep_best, read_shards, read_state, write_shards, write_state
 
 RECORD = Record(FinetuneCfg(data_dir='x'), {}, {}, id='1')
 
@@ -95,6 +95,24 @@ def test_a_table_of_shards_runs_no_code(tmp_path):
     with pytest.raises(ValueError, match=r'does not fit .*holds (io|_io)\.open, which could run code'):
         read_shards(tmp_path / name, *trained(1))
     assert not (tmp_path / 'ran').exists()
+
+
+def test_a_table_of_shards_may_name_members_of_enumerations(tmp_path):
+    """As Python 3.11.2 pickles them; of nothing else a pickle takes an attribute."""
+    from torch.distributed.checkpoint import metadata
+
+    class ByName:
+        def __init__(self, owner, name):
+            self.owner, self.name = owner, name
+
+        def __reduce__(self):
+            return getattr, (self.owner, self.name)
+
+    member = metadata._MEM_FORMAT_ENCODING.TORCH_CHANNELS_LAST
+    found = _Metadata(io.BytesIO(pickle.dumps(ByName(metadata._MEM_FORMAT_ENCODING, member.name)))).load()
+    assert found is member
+    with pytest.raises(pickle.UnpicklingError, match='could run code'):
+        _Metadata(io.BytesIO(pickle.dumps(ByName(torch.Size, 'numel')))).load()
 
 
 def test_shards_run_no_code(tmp_path, monkeypatch):

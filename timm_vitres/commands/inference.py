@@ -8,6 +8,7 @@ from typing import Sequence
 
 from ..arguments import HelpFormatter, check_count, check_picture, class_of, load_model, size_of
 from ..folders import shown
+from ..labels import printable
 from ..writing import check_output
 
 
@@ -47,7 +48,7 @@ def run_predict(args: argparse.Namespace) -> int:
     else:
         _print_table(predictions)
     for sentence in unreadable:
-        print(f'timm-vitres: {shown(sentence)}', file=sys.stderr)
+        print(f'timm-vitres: {printable(sentence)}', file=sys.stderr)
     print(end='', flush=True)  # whatever becomes of the picture
     if args.plot and predictions:
         plot_predictions(predictions, args.plot)
@@ -83,9 +84,8 @@ def run_explain(args: argparse.Namespace) -> int:
     model = load_model(args.model, args.device)
     explanation = explain(model, args.image, target=class_of(args.target, model), size=args.size)
     plot_explanation(explanation, args.output)
-    print(
-        f'{shown(explanation.label)} ({100 * explanation.probability:.1f}%): {args.output} shows where the model looks.'
-    )
+    label = printable(explanation.label)
+    print(f'{label} ({100 * explanation.probability:.1f}%): {args.output} shows where the model looks.')
     return 0
 
 
@@ -143,7 +143,7 @@ def _print_table(predictions: Sequence) -> None:
     for prediction in predictions:
         for rank, (label, probability) in enumerate(zip(prediction.labels, prediction.probabilities)):
             image = shown(prediction.image) if rank == 0 else ''
-            print(f'{image:{width}}  {100 * probability:6.2f}%  {shown(label)}')
+            print(f'{image:{width}}  {100 * probability:6.2f}%  {printable(label)}')
 
 
 def add_commands(subparsers) -> None:

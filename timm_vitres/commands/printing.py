@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Iterator
 
 from ..arguments import one_line
-from ..folders import shown
+from ..labels import printable
 
 
 def say(error: BaseException) -> None:
@@ -24,7 +24,7 @@ class _Printer(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Print a record; what goes wrong is for `main`, as with every other print."""
-        text = '\n'.join(map(shown, record.getMessage().split('\n')))  # names may hold what moves a terminal's cursor
+        text = '\n'.join(map(printable, record.getMessage().split('\n')))  # names may move a cursor
         print(text, file=sys.stderr if record.levelno >= logging.WARNING else sys.stdout, flush=True)
 
 

@@ -63,8 +63,9 @@ def _given(args: argparse.Namespace, recipe: Dict[str, Any]) -> Dict[str, Any]:
     given = dict(recipe)
     if 'lr' in vars(args) and 'lr_base' in vars(args):
         raise ValueError(f'lr: got {args.lr:g}, and lr_base {args.lr_base:g}, which tells another rate; give one.')
-    for name, other in (('lr', 'lr_base'), ('lr_base', 'lr')):
-        if name in vars(args):  # a flag wins over the recipe, which may say the same by the other
+    # a flag wins over the recipe, which may say the same by the other
+    for name, others in (('lr', ('lr_base', 'lr_base_size', 'lr_base_scale')), ('lr_base', ('lr',))):
+        for other in others if name in vars(args) else ():
             given.pop(other, None)
     for field in dataclasses.fields(FinetuneCfg):
         told = (vars(args).get(name) for name in (field.name, _without_flag(field)))

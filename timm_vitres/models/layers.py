@@ -205,8 +205,8 @@ def crop_pos_embed(
 
 
 def _exact(device: torch.device) -> torch.dtype:
-    """Return a dtype whose products no TensorFloat32 of a GPU rounds; Apple's have none."""
-    return torch.float32 if device.type == 'mps' else torch.float64
+    """Return a dtype whose products are not rounded to TensorFloat32, which is CUDA's; others may have no float64."""
+    return torch.float64 if device.type in ('cpu', 'cuda') else torch.float32
 
 
 def _resize_matrix(old: int, new: int, device: torch.device) -> torch.Tensor:

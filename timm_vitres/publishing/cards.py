@@ -14,7 +14,7 @@ from torch import nn
 
 from ..checks import on_one_line
 from ..data import data_config as model_data_config
-from ..folders import shown
+from ..labels import printable
 from ..weights.checksums import SHA256_FIELD
 from ..weights.files import CARD_HEAD, CARD_NAME
 
@@ -60,7 +60,7 @@ def render_card(
         eval_results=list(results) or None,
     )
     lines: List[str] = [f'- {result.metric_name or result.metric_type}: {result.metric_value}' for result in results]
-    names = [_as_text(shown(str(name))) for name in label_names[:20]]
+    names = [_as_text(printable(str(name))) for name in label_names[:20]]
     card = ModelCard.from_template(
         card_data,
         template_str=TEMPLATE.read_text(encoding='utf-8'),
@@ -73,8 +73,8 @@ def render_card(
         std=tuple(config['std']),
         num_classes=model.num_classes,
         classes=(', '.join(names) + (', ...' if len(label_names) > len(names) else '')) or 'not named',
-        result='\n'.join([*lines, '', result_note]) if lines else 'Not measured.',
-        recipe=recipe + (f'\n\n![Loss and accuracy by epoch]({picture})' if picture else ''),
+        result='\n'.join([*lines, '', _as_text(result_note)]) if lines else 'Not measured.',
+        recipe=_as_text(recipe) + (f'\n\n![Loss and accuracy by epoch]({picture})' if picture else ''),
         source=repr(source),
     )
     return str(card).encode('utf-8', 'backslashreplace').decode('utf-8')  # files may have names that are no text
@@ -82,7 +82,7 @@ def render_card(
 
 def _as_text(value: Any) -> str:
     """Return text whose lines hold no control characters and no tags, such as the marks of this package's part."""
-    return '\n'.join(map(shown, str(value).split('\n'))).replace('<', '&lt;')
+    return '\n'.join(map(printable, str(value).split('\n'))).replace('<', '&lt;')
 
 
 def read_card(path: Path) -> Optional[str]:

@@ -13,7 +13,7 @@ import os
 import re
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence, Tuple, Union, cast
+from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
 from urllib.parse import unquote, urlparse
 
 import timm
@@ -239,8 +239,8 @@ def _architecture(
 ) -> Tuple[str, Dict[str, Any]]:
     """Return the architecture's name and the arguments that go with it."""
     kwargs = dict(args.get('model_kwargs') or config.get('model_args') or {})
-    for key in sorted(SOURCE_ARGUMENTS & kwargs.keys()):
-        raise ValueError(f'model_args: {key} says where weights come from, and not what the checkpoint is of.')
+    for key in sorted(kwargs.keys() & {*SOURCE_ARGUMENTS, 'features_only'}):
+        raise ValueError(f'model_args: {key} says nothing of the model that the checkpoint is of; take it out.')
     if args.get('gp'):
         kwargs['global_pool'] = args['gp']
     told = model or about.get('arch') or args.get('model') or config.get('architecture')
@@ -252,8 +252,6 @@ def _architecture(
                     return ours, kwargs
         if not timm.is_model(name):
             raise ValueError(f'model: got {told!r}, which timm does not know; give one of timm.list_models().')
-        if not any(name in family.variants for family in Hybrid.families):  # before it is made of another's arguments
-            raise ValueError(f"model: got '{name}', which is none of timm-vitres; see timm.list_models('vitresnet*').")
         return name, kwargs
     candidates = [name for family in Hybrid.families for name in family.variants if not name.startswith('test_')]
     for name in candidates:
@@ -296,7 +294,9 @@ def _on_meta(name: str, **kwargs: Any) -> Hybrid:
         model = timm.create_model(name, **kwargs, device='meta')
     except TypeError as error:
         raise TypeError(f'model: {name!r} does not take these arguments ({error}).') from error
-    return cast(Hybrid, model)
+    if not isinstance(model, Hybrid):
+        raise ValueError(f"model: got '{name}', which is none of timm-vitres; see timm.list_models('vitresnet*').")
+    return model
 
 
 def _add_shapes(

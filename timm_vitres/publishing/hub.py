@@ -69,7 +69,7 @@ def push_files(folder: Path) -> List[Path]:
     own = [root, root.parents[1] / 'blobs'] if root.parent.name == 'snapshots' else [root]
     for file in files:
         place = file.resolve()
-        if not any(place.is_relative_to(one) for one in own) and not is_cached(file):
+        if not any(place.is_relative_to(one) for one in own) and not is_cached(file, place):
             raise ValueError(f'{file}: is a link to {place}, outside of the folder, and is not pushed; copy the file.')
     return files
 
@@ -126,7 +126,8 @@ def _push_folder(
     folder: Path, repo_id: str, revision: Optional[str], private: Optional[bool], token: Optional[str], message: str
 ) -> str:
     loaded = check_folder(folder)
-    card = read_card(folder / CARD_NAME)  # a broken card raises before anything is created
+    push_files(folder)  # like a broken card, a link out of the folder raises before anything is created
+    card = read_card(folder / CARD_NAME)
     digest = check(folder / WEIGHTS_NAME)
     api = HfApi(token=token, library_name='timm-vitres')
 

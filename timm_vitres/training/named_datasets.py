@@ -177,6 +177,10 @@ def _check_name(cfg: FinetuneCfg) -> None:
             raise ValueError(f'data_dir: no folder given; {cfg.dataset!r} is read from one, {how}.')
         if prefix == 'wds' and str(cfg.data_dir).lower().startswith('pipe:'):  # webdataset would run it in a shell
             raise ValueError(f'data_dir: got {cfg.data_dir!r}, a command, expected the folder or address of shards.')
+        if prefix == 'wds' and '://' in str(cfg.data_dir) and re.search(r'[\s\'"`\\]', str(cfg.data_dir)):
+            raise ValueError(
+                f'data_dir: got {cfg.data_dir!r}, an address with blanks or quotes; write them as %20, %27.'
+            )
         for name in ('input_key', 'target_key', 'train_num_samples', 'val_num_samples'):
             allowed = STREAMS if name.endswith('num_samples') else KEYED
             if getattr(cfg, name) is not None and prefix not in allowed:

@@ -6,6 +6,7 @@
 import pickle
 import re
 import shutil
+from enum import Enum
 from pathlib import Path
 from typing import Any, Dict, List, Optional
 
@@ -75,6 +76,12 @@ def write_shards(folder: Path, epoch: int, model: nn.Module, optimizer: Any, pro
     return name
 
 
+def _member(owner: Any, name: str) -> Any:
+    if not (isinstance(owner, type) and issubclass(owner, Enum)):
+        raise pickle.UnpicklingError(f'it asks for {name} of {owner!r}, which could run code')
+    return owner[name]
+
+
 class _Metadata(pickle.Unpickler):
     """Reads torch's table of shards, which is a pickle, and refuses whatever else is in it."""
 
@@ -89,12 +96,13 @@ class _Metadata(pickle.Unpickler):
         'pathlib': ('PosixPath', 'WindowsPath'),
         'pathlib._local': ('PosixPath', 'WindowsPath'),  # of Python 3.13
         'collections': ('OrderedDict',),
+        'builtins': ('getattr',),  # by which some releases of Python 3.11 name a member of an enumeration
     }
 
     def find_class(self, module: str, name: str) -> Any:
         if name not in self.known.get(module, ()):
             raise pickle.UnpicklingError(f'it holds {module}.{name}, which could run code')
-        return super().find_class(module, name)
+        return _member if module == 'builtins' else super().find_class(module, name)
 
 
 def read_shards(path: Path, model: nn.Module, optimizer: Any) -> None:
@@ -110,9 +118,8 @@ def read_shards(path: Path, model: nn.Module, optimizer: Any) -> None:
 
     weights, steps = get_state_dict(model, optimizer)
     try:
-        for file in path.glob('*.metadata'):
-            with file.open('rb') as stream:
-                _Metadata(stream).load()
+        with (path / '.metadata').open('rb') as stream:  # the file that torch reads
+            _Metadata(stream).load()
         checkpoint.load(dict(model=weights, optimizer=steps), checkpoint_id=path, planner=Planner())
     except (Exception, checkpoint.CheckpointException) as error:  # the latter is a BaseException
         # a damaged shard fails in pickle, in torch, or in a collective, each its own way

@@ -4,7 +4,7 @@ answers of every arm, seed and test image, right or wrong -> `judge` -> `Verdict
 """
 
 import math
-from typing import Dict, List, Mapping, NamedTuple, Optional, Sequence
+from typing import Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 
@@ -50,8 +50,9 @@ def judge(
     interval is rather too wide.
 
     The best arm is chosen by the same figures, so that any pair of arms might have been the one that is told apart:
-    the intervals are Bonferroni's for all pairs, and hold all together with a probability of 95%. The chance of what
-    was chosen once for all seeds, as learning rates are, is in none. With fewer than `LEAST_SEEDS` seeds there is no
+    the intervals are Bonferroni's for all pairs, and hold all together with a probability of 95% (but that
+    of an arm which varies much more than the others: see `seeds_error`; the sentence names it). The chance of what was
+    chosen once for all seeds, as learning rates are, is in none. With fewer than `LEAST_SEEDS` seeds there is no
     interval, and no arm is called better.
 
     Args:
@@ -82,7 +83,7 @@ def judge(
     best = max(means, key=lambda name: means[name])
     level = 1 - (1 - LEVEL) / pairs
     scores = {name: array.mean(1) for name, array in right.items()}
-    behind = {}
+    behind, alone = {}, []
     for name in right:
         if name != best:
             mean = float((right[best] - right[name]).mean())
@@ -90,14 +91,17 @@ def judge(
             if num_seeds >= LEAST_SEEDS:
                 differences = (answers[best] - answers[name]).mean(0)
                 images = _images_error([differences[group] for group in groups], level)
-                half = math.hypot(seeds_error(list(scores.values()), scores[best] - scores[name], level), images)
+                seeds, is_alone = seeds_error(list(scores.values()), scores[best] - scores[name], level)
+                alone += [name] if is_alone else []
+                half = math.hypot(seeds, images)
             behind[name] = Difference(*(100 * value for value in (mean, mean - half, mean + half)))
     start = f'By {measured} on these {num_images} test images'
-    return Verdict(best, means, spreads, behind, _sentence(start, best, means, behind, *shape))
+    return Verdict(best, means, spreads, behind, _sentence(start, best, means, behind, alone, *shape))
 
 
-def seeds_error(scores: Sequence[np.ndarray], differences: np.ndarray, level: float) -> float:
-    """Return half the width of the interval of a difference of two arms, as far as the seeds make it.
+def seeds_error(scores: Sequence[np.ndarray], differences: np.ndarray, level: float) -> Tuple[float, bool]:
+    """Return half the width of the interval of a difference of two arms, as far as the seeds make it, and whether it
+    holds for this pair alone.
 
     What is left of the scores without the arms' and the seeds' means has the variance of a run: the analysis of
     variance of a design in blocks, which are the seeds. Few seeds know it only where it is pooled over the arms; but an
@@ -113,10 +117,10 @@ def seeds_error(scores: Sequence[np.ndarray], differences: np.ndarray, level: fl
     rest = table - table.mean(0) - table.mean(1, keepdims=True) + table.mean()
     freedom = (arms - 1) * (seeds - 1)
     pooled, own = 2 * float((rest**2).sum()) / freedom, float(differences.var(ddof=1))
-    quantile = student((1 + level) / 2, freedom)
-    if own > pooled:  # of few seeds: with Bonferroni's level for all pairs no difference of three would ever be told
-        quantile = max(quantile, student((1 + LEVEL) / 2, seeds - 1))
-    return quantile * math.sqrt(max(pooled, own) / seeds)
+    quantile, alone = student((1 + level) / 2, freedom), student((1 + LEVEL) / 2, seeds - 1)
+    # for all pairs at once, by so few degrees of freedom, hardly any difference of three seeds would ever be told
+    is_alone = own > pooled and alone > quantile
+    return max(quantile, alone if is_alone else 0.0) * math.sqrt(max(pooled, own) / seeds), is_alone
 
 
 def _images_error(groups: Sequence[np.ndarray], level: float) -> float:
@@ -153,7 +157,13 @@ def student(probability: float, freedom: float) -> float:
 
 
 def _sentence(
-    start: str, best: str, means: Dict[str, float], behind: Dict[str, Difference], num_seeds: int, num_images: int
+    start: str,
+    best: str,
+    means: Dict[str, float],
+    behind: Dict[str, Difference],
+    alone: Sequence[str],
+    num_seeds: int,
+    num_images: int,
 ) -> str:
     order = sorted(behind, key=lambda name: -means[name])
     told = {name: f'{name} ({means[name]:.1f}%)' for name in means}
@@ -173,6 +183,8 @@ def _sentence(
     parts += [f'can not be told apart from {listed(alike, "; ")}'] if alike else []
     pairs = math.comb(len(means), 2)
     held = f'are 95% intervals, for all {pairs} pairs at once' if pairs > 1 else 'is the 95% interval'
+    if alone:
+        held += f' (that of {listed(alone)}, which varies more by its seeds, for one pair alone)'
     return (
         f'{start} {told[best]} {"; it ".join(parts)}. In brackets {held}, by the chance of {num_seeds} seeds and of '
         f'{num_images} images.'

@@ -104,9 +104,10 @@ def published_sha256(path: Path) -> Optional[str]:
     return told_sha256(path.parent)
 
 
-def is_cached(path: Path) -> bool:
-    """Return whether a path leads into the Hub's cache, to a file that is named by its sha256."""
-    return _blob(path) is not None
+def is_cached(path: Path, place: Path) -> bool:
+    """Return whether a path leads by a name that is the file's sha256 to its place, as in the Hub's cache."""
+    blob = _blob(path)
+    return blob is not None and sha256(place) == blob.name
 
 
 def _blob(path: Path) -> Optional[Path]:
