@@ -11,10 +11,10 @@ import tarfile
 import pytest
 import timm
 
-OURS = ['test_vitresnet', 'vitresnet', 'vitresnet_nano', 'vitresnet_small', 'vitresnet_tiny']
+OURS = ['test_vitresnet', 'vitresnet', 'vitresnet_nano', 'vitresnet_tiny']
 OURS += ['test_vitresnet_dual', 'vitresnet_dual_tiny']
 OURS += ['test_vitresnet_mix', 'vitresnet_mix', 'vitresnet_mix_nano', 'vitresnet_mix_eca_bot26ts']
-OURS += ['vitresnet_mix_se_bot33ts']
+LARGE = ['vitresnet_small', 'vitresnet_mix_se_bot33ts']
 # timm's lists of models by name, and how they change to know ours: tokens come out of forward_features and pool_size is
 # None, as in its ViTs, but the pyramid's test is kept on; forward_intermediates is tested by module.
 PATCHES = [
@@ -52,8 +52,9 @@ def suite(tmp_path_factory):
 
 
 @pytest.mark.recent
-def test_timms_suite(suite):
-    chosen = f'({" or ".join(OURS)}) and not ({" or ".join(DESELECTED)})'
+@pytest.mark.parametrize('names', [OURS, pytest.param(LARGE, marks=pytest.mark.slow)], ids=['small', 'large'])
+def test_timms_suite(names, suite):
+    chosen = f'({" or ".join(names)}) and not ({" or ".join(DESELECTED)})'
     command = [sys.executable, '-m', 'pytest', '-p', 'timm_vitres', '-p', 'no:cacheprovider', '-rs', '-v']
     command += ['-W', 'ignore', '-k', chosen, 'test_models.py', '--durations=8']
     result = subprocess.run(command, cwd=suite, capture_output=True, text=True)
@@ -72,7 +73,7 @@ def test_timms_suite(suite):
         *('test_model_forward_intermediates', 'test_model_forward_intermediates_features'),
         'test_prune_intermediate_layers_contract',
     ):
-        assert {name.split('.')[0] for found, name in passed if found == test} >= set(OURS), test
+        assert {name.split('.')[0] for found, name in passed if found == test} >= set(names), test
     # timm's own limits on size are the only reason to skip
     skipped = re.findall(r'^SKIPPED .*$', result.stdout, re.MULTILINE)
     assert all('size model > limit' in line for line in skipped), skipped

@@ -71,7 +71,9 @@ def test_torchscript(name, tmp_path):
 
 
 @pytest.mark.recent
-@pytest.mark.parametrize('name, features_only', [*CASES, ('vitresnet_mix_nano', False)])
+@pytest.mark.parametrize(
+    'name, features_only', [*CASES, pytest.param('vitresnet_mix_nano', False, marks=pytest.mark.slow)]
+)
 def test_torch_export(name, features_only, tmp_path):
     model = create(name, features_only)
     program = torch.export.export(model, (torch.randn(2, 3, 224, 224),), dynamic_shapes=(dynamic(),))
@@ -85,7 +87,7 @@ def test_torch_export(name, features_only, tmp_path):
     [
         pytest.param('vitresnet_small', False, marks=pytest.mark.slow),
         ('vitresnet_tiny', True),
-        ('test_vitresnet_dual', False),
+        pytest.param('test_vitresnet_dual', False, marks=pytest.mark.slow),
         pytest.param('test_vitresnet_mix', False, marks=pytest.mark.slow),
         pytest.param('vitresnet_dual_small_p32', True, marks=pytest.mark.slow),
     ],

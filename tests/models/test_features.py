@@ -251,7 +251,10 @@ def test_stopping_early_runs_no_more_than_it_must(name):
             assert ('patch_embed.proj' in ran) != resnet
 
 
-@pytest.mark.parametrize('name', ['vitresnet_tiny', 'vitresnet_small', 'vitresnet_nano', 'test_vitresnet'])
+@pytest.mark.parametrize(
+    'name',
+    ['vitresnet_tiny', pytest.param('vitresnet_small', marks=pytest.mark.slow), 'vitresnet_nano', 'test_vitresnet'],
+)
 def test_pruning_keeps_what_the_maps_need(name):
     """Every map alone: equal to the whole model's, by a model in which every weight has a gradient."""
     model = randomise_(timm.create_model(name))

@@ -93,7 +93,6 @@ def test_an_arm_that_varies_more_borrows_no_certainty_of_the_others():
     verdict = judge({**steady, 'restless': restless})
     found = verdict.behind['arm 0']
     assert 'pairs at once (that of ' in verdict.sentence and 'for one pair alone)' in verdict.sentence
-    assert 'alone' not in judge(steady).sentence
     own = (restless.mean(1) - steady['arm 0'].mean(1)).var(ddof=1)
     assert found.high - found.points >= 100 * student(0.975, 2) * math.sqrt(own / 3) > 0
 
@@ -114,7 +113,8 @@ def test_a_clear_difference_is_told():
     assert verdict.best == 'arm 0' and all(found.is_told and found.low > 0 for found in verdict.behind.values())
     assert verdict.sentence.startswith('By accuracy on these 400 test images arm 0 (')
     assert 'is better than arm ' in verdict.sentence and 'told apart' not in verdict.sentence
-    assert '95% intervals, for all 3 pairs at once, by the chance of 3 seeds and of 400 images.' in verdict.sentence
+    assert 'are 95% intervals, for all 3 pairs at once' in verdict.sentence
+    assert verdict.sentence.endswith(', by the chance of 3 seeds and of 400 images.')
 
 
 @pytest.mark.parametrize(

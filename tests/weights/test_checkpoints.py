@@ -85,7 +85,7 @@ def test_changes_in_the_same_call(name, theirs, tmp_path):
         ('vitresnet_tiny.augreg_in21k_ft_in1k', 'vit_tiny_r_s16_p8_224', 1000, ''),
         ('vitresnet_tiny.augreg_in21k_ft_in1k', 'vit_tiny_r_s16_p8_224', 1000, 'opt/target/'),
         ('vitresnet_small.augreg_in21k_ft_in1k', 'vit_small_r26_s32_224', 7, ''),
-        ('vitresnet_base.orig_in21k', 'vit_base_r50_s16_224', 11, ''),
+        pytest.param('vitresnet_base.orig_in21k', 'vit_base_r50_s16_224', 11, '', marks=pytest.mark.slow),
     ],
 )
 def test_googles_npz(name, theirs, classes, prefix, tmp_path):
