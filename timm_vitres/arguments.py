@@ -16,8 +16,7 @@ from timm.utils import ParseKwargs
 from torch import nn
 
 from .checks import read_text
-from .folders import shown
-from .labels import label_names
+from .labels import label_names, printable
 from .pictures import new_figure
 from .publishing.config_file import read_config
 from .weights.downloads import is_transient
@@ -154,7 +153,7 @@ def size_of(values: Optional[List[int]]) -> Any:
 
 def one_line(error: BaseException) -> str:
     """Return an error's message on one line; those of torch and the Hub may have many."""
-    told = shown(' '.join(str(error).split())) or (
+    told = printable(' '.join(str(error).split())) or (
         'there is not enough memory' if isinstance(error, MemoryError) else ''
     )
     if told and isinstance(error, MISTAKES):
