@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import signal
 from contextlib import suppress
+from functools import partial
 from typing import Any, Dict, List, Optional, Sequence
 
 from torch.utils.data import DataLoader, Dataset
@@ -15,6 +16,7 @@ from tqdm import tqdm
 
 from ..data import open_image
 from ..folders import shown
+from .plugins import Format, taught, teach
 
 _logger = logging.getLogger(__name__)
 MANY = 20_000  # opening more images than these takes minutes, so they are checked while the run trains
@@ -53,7 +55,10 @@ def unreadable(paths: Sequence[str], mode: str, workers: int = 1) -> Dict[str, s
     """
     # Processes open small images several times as fast as threads do, which wait for Python's lock
     workers = min(os.cpu_count() or 1, MOST_WORKERS) if workers and len(paths) > FEW else 0
-    loader = DataLoader(_Problems(paths, mode), batch_size=64, num_workers=workers, collate_fn=list)
+    begin = partial(teach, taught())
+    loader = DataLoader(
+        _Problems(paths, mode), batch_size=64, num_workers=workers, collate_fn=list, worker_init_fn=begin
+    )
     with tqdm(total=len(paths), desc='checking images', leave=False) as bar:
         bad: Dict[str, str] = {}
         rest = iter(paths)  # a bar that is switched off counts nothing
@@ -94,7 +99,7 @@ class BackgroundCheck:
         if self.process is not None:
             return
         self.results, sending = multiprocessing.Pipe(duplex=False)
-        arguments = (list(self.paths), self.mode, sending)
+        arguments = (list(self.paths), self.mode, taught(), sending)
         self.process = multiprocessing.Process(target=_open_all, args=arguments, name='checking images', daemon=True)
         self.process.start()
         sending.close()
@@ -131,10 +136,11 @@ class BackgroundCheck:
         self.stop()
 
 
-def _open_all(paths: List[str], mode: str, sending: Any) -> None:
+def _open_all(paths: List[str], mode: str, formats: Dict[str, Format], sending: Any) -> None:
     """Open the images in a process of its own; send {path: reason} of each bad one, and None at the end."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the run answers Ctrl-C, and then ends this process
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a forked process has the handlers of the run
+    teach(formats)
     if hasattr(os, 'nice'):
         os.nice(19)
     with suppress(OSError, AttributeError):  # Linux has this, and a sandbox may forbid it

@@ -11,6 +11,7 @@ import multiprocessing
 import random
 import re
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
@@ -24,6 +25,7 @@ from torchvision import transforms
 
 from ..checks import on_one_line
 from .datasets import Data
+from .plugins import taught, teach
 from .processes import Processes
 from .settings import FinetuneCfg
 
@@ -333,6 +335,7 @@ class Batches:
             num_workers=workers,
             persistent_workers=workers > 0,
             collate_fn=_collate,
+            worker_init_fn=partial(teach, taught()),
             generator=torch.Generator(),  # else starting the workers would draw from torch's own generator
             **options,
         )
