@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Tuple
 
 import torch
-from common import is_recorded, show_logs, write_row
+from common import show_logs, write_row
 from image_sets import write
 
 from timm_vitres import FinetuneCfg, compare, recipe
@@ -51,12 +51,6 @@ def peers(img_size: int) -> Tuple[str, ...]:
     )
 
 
-def record_once(name: str, row: dict, record: bool) -> None:
-    """Write a row, unless the file has it already, whatever its conditions were."""
-    if not is_recorded(name, row):
-        write_row(name, row, record)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('set', choices=list(SETTINGS))
@@ -86,12 +80,12 @@ def main() -> None:
     asked['threads'] = torch.get_num_threads()
     for row in told.rows:
         if row['part'] == 'run':
-            record_once('ablation', {**asked, **{name: row[name] for name in COLUMNS}}, args.record)
+            write_row('ablation', {**asked, **{name: row[name] for name in COLUMNS}}, args.record)
     if told.verdict is not None:
         shared = dict(**asked, seeds=' '.join(map(str, args.seeds)), measured=cfg.eval_metric, best=told.verdict.best)
         for name, found in told.verdict.behind.items():
             figures = {key: f'{value:.2f}' for key, value in found._asdict().items()}
-            record_once('ablation_verdict', {**shared, 'arm': name, **figures, 'is_told': found.is_told}, args.record)
+            write_row('ablation_verdict', {**shared, 'arm': name, **figures, 'is_told': found.is_told}, args.record)
     print(told.sentence)
 
 

@@ -50,10 +50,10 @@ def judge(
     interval is rather too wide.
 
     The best arm is chosen by the same figures, so that any pair of arms might have been the one that is told apart:
-    the intervals are Bonferroni's for all pairs, and hold all together with a probability of 95% (but that
-    of an arm which varies much more than the others: see `seeds_error`; the sentence names it). The chance of what was
-    chosen once for all seeds, as learning rates are, is in none. With fewer than `LEAST_SEEDS` seeds there is no
-    interval, and no arm is called better.
+    the intervals are Bonferroni's for all pairs, and hold all together with a probability of 95% (but that of an
+    arm which varies much more than the others: see `seeds_error`; the sentence names it). The chance of what was chosen
+    once for all seeds, as learning rates are, is in none. With fewer than `LEAST_SEEDS` seeds there is no interval, and
+    no arm is called better.
 
     Args:
         correct: For every arm an array (seeds, images), 1 where the model of a seed was right on an image, else 0;
@@ -120,7 +120,7 @@ def seeds_error(scores: Sequence[np.ndarray], differences: np.ndarray, level: fl
     quantile, alone = student((1 + level) / 2, freedom), student((1 + LEVEL) / 2, seeds - 1)
     # for all pairs at once, by so few degrees of freedom, hardly any difference of three seeds would ever be told
     is_alone = own > pooled and alone > quantile
-    return max(quantile, alone if is_alone else 0.0) * math.sqrt(max(pooled, own) / seeds), is_alone
+    return (alone if is_alone else quantile) * math.sqrt(max(pooled, own) / seeds), is_alone
 
 
 def _images_error(groups: Sequence[np.ndarray], level: float) -> float:
