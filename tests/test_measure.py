@@ -6,10 +6,12 @@ from types import SimpleNamespace
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from conftest import DUAL, randomise_
 
 from timm_vitres import measure as module
 from timm_vitres.measure import fastest_training, measure
+from timm_vitres.models.layers import fused_attentions
 
 
 def test_what_is_faster_is_found():
@@ -74,7 +76,7 @@ def test_what_needs_too_much_memory_is_not_taken():
         measure({'large': large}, torch.ones(1))
 
 
-STEPS = [(False, 'channels-last'), (True, 'channels-last'), (False, 'contiguous'), (True, 'contiguous')]
+STEPS = [(amp, layout, True) for layout in ('channels-last', 'contiguous') for amp in (False, True)]
 
 
 @pytest.mark.parametrize('fastest', STEPS)
@@ -82,9 +84,42 @@ def test_the_fastest_settings_are_returned(fastest, monkeypatch):
     times = {step: 0.25 if step == fastest else 0.5 for step in STEPS}
     monkeypatch.setattr(module, 'measure', lambda steps, images, hopeless: {step: times[step] for step in steps})
     found, text = fastest_training(torch.nn.Linear(1, 1), 1, (2, 3, 8, 8), 'float16')
-    assert found == dict(amp=fastest[0], channels_last=fastest[1] == 'channels-last')
+    assert found == dict(amp=fastest[0], channels_last=fastest[1] == 'channels-last', no_fused_attn=False)
     name = f'{"float16" if fastest[0] else "float32"} {fastest[1]}'
     assert f'{name} 250 ms' in text and text.count('500 ms') == 3
+
+
+@pytest.mark.parametrize('unfused', [False, True])
+@pytest.mark.parametrize('name', ['test_vitresnet', DUAL, 'vit_tiny_patch16_224'])
+def test_few_tokens_are_tried_with_attention_step_by_step(name, unfused, monkeypatch):
+    model = timm.create_model(name, num_classes=4, **({'depth': 2} if name.startswith('vit_') else {}))
+    layers = fused_attentions(model)
+    told, kernel = [], F.scaled_dot_product_attention
+    monkeypatch.setattr(
+        F, 'scaled_dot_product_attention', lambda *args, **kwargs: told.append(1) or kernel(*args, **kwargs)
+    )
+
+    def run(steps, images, hopeless):
+        for (_, _, fused), step in steps.items():
+            told.clear()
+            step(images)
+            assert len(told) == (len(layers) if fused else 0)
+        return {key: 0.5 if key[2] == unfused else 0.25 for key in steps}
+
+    monkeypatch.setattr(module, 'measure', run)
+    size = model.pretrained_cfg['input_size'][-1]
+    found, text = fastest_training(model, 4, (1, 3, size, size))
+    assert found['no_fused_attn'] is unfused and text.count('unfused 500 ms' if not unfused else 'unfused 250 ms') == 4
+    assert layers and all(layer.fused_attn for layer in layers)
+
+
+def test_many_tokens_are_not_tried_so(monkeypatch):
+    """What attention would then keep for the way back could take more memory than there is."""
+    model = timm.create_model('vit_tiny_patch16_224', depth=1, img_size=256, class_token=False, global_pool='avg')
+    monkeypatch.setattr(module, 'measure', lambda steps, images, hopeless: dict.fromkeys(steps, 1.0))
+    assert fastest_training(model, 1000, (1, 3, 256, 256))[1].count('unfused') == 4
+    with_class = timm.create_model('vit_tiny_patch16_224', depth=1, img_size=256)
+    assert 'unfused' not in fastest_training(with_class, 1000, (1, 3, 256, 256))[1]
 
 
 class Witness(torch.nn.Module):
@@ -130,7 +165,7 @@ def test_the_model_stays_as_it_is(name):
         model.set_distilled_training(True)
     before = copy.deepcopy(model.state_dict())
     found, text = fastest_training(model, 4, (2, 3, 32, 32))
-    assert found.keys() == {'amp', 'channels_last'} and text.count(' ms') == 4
+    assert found.keys() == {'amp', 'channels_last', 'no_fused_attn'} and text.count(' ms') == 8
     assert not model.training and all(parameter.grad is None for parameter in model.parameters())
     for key, value in model.state_dict().items():
         assert torch.equal(value, before[key]) and value.stride() == before[key].stride(), key

@@ -4,8 +4,7 @@ Papers: `Grad-CAM` (Selvaraju et al. 2017, arXiv:1610.02391), `Quantifying Atten
 Zuidema 2020, arXiv:2005.00928). image, uncropped -> (1, C, H, W) -> maps (1, H, W) -> `Explanation`.
 """
 
-from contextlib import contextmanager
-from typing import Iterator, List, NamedTuple, Optional, Sequence, Tuple, Union
+from typing import List, NamedTuple, Optional, Sequence, Tuple, Union
 
 import numpy as np
 import torch
@@ -16,6 +15,7 @@ from torch import nn
 from .data import ImageLike, data_config, image_mode, open_image, to_batch
 from .labels import check_logits, label_names
 from .models.base import Hybrid
+from .models.layers import unfused
 
 # larger images would take gigabytes, since attention has a value for every pair of tokens
 MAX_PIXELS = 4096 * 4096
@@ -155,7 +155,7 @@ def attention_rollout(model: Hybrid, x: torch.Tensor) -> torch.Tensor:
         attention = 0.5 * attention + 0.5 * torch.eye(attention.shape[-1], device=attention.device)
         rollout[:] = [attention @ rollout[0] if rollout else attention]
 
-    with torch.inference_mode(), _unfused(parts.attentions):
+    with torch.inference_mode(), unfused(parts.attentions):  # a fused kernel shows no attention
         hooks = [attention.attn_drop.register_forward_hook(multiply) for attention in parts.attentions]
         try:
             model.forward_features(x)
@@ -166,19 +166,6 @@ def attention_rollout(model: Hybrid, x: torch.Tensor) -> torch.Tensor:
     row = rollout[0][:, 0] if parts.class_token else rollout[0][:, prefix:].mean(1)
     grid = (-(-x.shape[-2] // stride_h), -(-x.shape[-1] // stride_w))
     return _to_pixels(row[:, prefix:].unflatten(1, grid), x, parts.token_stride)
-
-
-@contextmanager
-def _unfused(attentions: List[nn.Module]) -> Iterator[None]:
-    """Let attention be computed step by step, since a fused kernel shows none."""
-    fused = [attention.fused_attn for attention in attentions]
-    try:
-        for attention in attentions:
-            attention.fused_attn = False
-        yield
-    finally:
-        for attention, value in zip(attentions, fused):
-            attention.fused_attn = value
 
 
 def _to_pixels(values: torch.Tensor, x: torch.Tensor, stride: Tuple[int, int]) -> torch.Tensor:

@@ -2,14 +2,19 @@
 
 import copy
 import statistics
-from contextlib import nullcontext, suppress
+from contextlib import ExitStack, nullcontext, suppress
 from functools import partial
+from itertools import product
 from typing import Any, Callable, Dict, List, Tuple
 
 import torch
 from torch import nn
 
+from .models.layers import fused_attentions, unfused
+
 HOPELESS = 5  # times the fastest one's first call: bfloat16 on a CPU that has no instructions for it takes twenty
+# tokens, up to which the matrices of attention take no more memory than what else a block keeps for the way back
+FEW_TOKENS = 256
 MEMORY_FORMATS = {'channels-last': torch.channels_last, 'contiguous': torch.contiguous_format}
 
 
@@ -18,6 +23,9 @@ def fastest_training(
 ) -> Tuple[Dict[str, bool], str]:
     """Time training steps (forward, backward) on the model's device, in full and mixed precision, contiguous and
     channels-last, and return the settings of the fastest, and what was measured.
+
+    On a CPU also with attention step by step, where its layers see few tokens: there torch's fused kernel is the slower
+    one, above all in bfloat16, and on the way back.
 
     Args:
         model: Returns logits (B, num_classes), or, with two heads, a pair of them. It stays as it is.
@@ -28,8 +36,11 @@ def fastest_training(
     images = torch.randn(shape, device=device)
     target = torch.randint(num_classes, (shape[0],), device=device)
 
-    def step(copied: nn.Module, amp: bool, memory_format: torch.memory_format, x: torch.Tensor) -> None:
-        with torch.autocast(device.type, getattr(torch, amp_dtype), enabled=amp):
+    def step(copied: nn.Module, amp: bool, memory_format: torch.memory_format, fused: bool, x: torch.Tensor) -> None:
+        with ExitStack() as stack:
+            stack.enter_context(torch.autocast(device.type, getattr(torch, amp_dtype), enabled=amp))
+            if not fused:
+                stack.enter_context(unfused(fused_attentions(copied)))
             y = copied(x.contiguous(memory_format=memory_format))
             loss = sum(nn.functional.cross_entropy(one, target) for one in ([y] if torch.is_tensor(y) else y))
         try:
@@ -37,15 +48,37 @@ def fastest_training(
         finally:  # memory may have run out
             copied.zero_grad()
 
+    kernels = (True, False) if device.type == 'cpu' and _sees_few_tokens(model, images[:2]) else (True,)
     steps = {}
     for name, memory_format in MEMORY_FORMATS.items():
         copied = copy.deepcopy(model).to(memory_format=memory_format).train()
-        for amp in (False, True):
-            steps[amp, name] = partial(step, copied, amp, memory_format)
+        for amp, fused in product((False, True), kernels):
+            steps[amp, name, fused] = partial(step, copied, amp, memory_format, fused)
     times = measure(steps, images, hopeless=HOPELESS)
-    amp, name = min(times, key=lambda key: times[key])
-    text = ', '.join(f'{amp_dtype if amp else "float32"} {name} {as_ms(value)}' for (amp, name), value in times.items())
-    return dict(amp=amp, channels_last=name == 'channels-last'), text
+    amp, name, fused = min(times, key=lambda key: times[key])
+    text = ', '.join(
+        f'{amp_dtype if amp else "float32"} {name} {"" if fused else "unfused "}{as_ms(value)}'
+        for (amp, name, fused), value in times.items()
+    )
+    return dict(amp=amp, channels_last=name == 'channels-last', no_fused_attn=not fused), text
+
+
+def _sees_few_tokens(model: nn.Module, images: torch.Tensor) -> bool:
+    """Return whether the model attends in fused kernels, and none of them sees more than FEW_TOKENS."""
+    if not fused_attentions(model):
+        return False
+    counts: List[int] = []
+
+    def count(_: nn.Module, args: Tuple[torch.Tensor, ...]) -> None:
+        shape = args[0].shape  # (B, N, C) of tokens, (B, C, h, w) of maps
+        counts.append(shape[1] if len(shape) == 3 else shape[-2:].numel())
+
+    copied = copy.deepcopy(model).eval()  # a call in training mode would move statistics
+    for attention in fused_attentions(copied):
+        attention.register_forward_pre_hook(count)
+    with torch.no_grad():
+        copied(images)
+    return max(counts, default=0) <= FEW_TOKENS
 
 
 def measure(

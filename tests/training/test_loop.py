@@ -309,9 +309,9 @@ def test_autotune_trains_with_what_is_fastest_and_goes_on_with_it(
 
     def measured(*args):
         found, times = measure(*args)
-        assert set(found) == {'amp', 'channels_last'} and times.count(' ms') == 4
+        assert set(found) == {'amp', 'channels_last', 'no_fused_attn'} and times.count(' ms') == 8
         calls.append(found)
-        return dict(amp=True, channels_last=False), times
+        return dict(amp=True, channels_last=False, no_fused_attn=True), times
 
     monkeypatch.setattr(starting, 'fastest_training', measured)
     cfg = settings(image_folder, tmp_path / 'run', epochs=1, autotune=True)
@@ -319,7 +319,7 @@ def test_autotune_trains_with_what_is_fastest_and_goes_on_with_it(
         finetune(cfg)
     assert 'autotune: float32 channels-last' in caplog.text
     # the same run as one with these settings by name
-    named = settings(image_folder, tmp_path / 'named', epochs=1, amp=True)
+    named = settings(image_folder, tmp_path / 'named', epochs=1, amp=True, no_fused_attn=True)
     finetune(named)
     other = weights(tmp_path / 'named')
     assert all(torch.equal(value, other[key]) for key, value in weights(tmp_path / 'run').items())
@@ -328,6 +328,21 @@ def test_autotune_trains_with_what_is_fastest_and_goes_on_with_it(
     assert len(calls) == 1 and len(rows(tmp_path / 'run')) == 2
     with pytest.raises(ValueError, match=r'autotune: got True, but the run in .* was started with False'):
         finetune(dataclasses.replace(named, epochs=2, resume=True, autotune=True))
+
+
+def test_attention_step_by_step(image_folder, tmp_path, monkeypatch, no_pictures):
+    def kernel(*args, **kwargs):
+        assert not torch.is_grad_enabled(), 'trained in the fused kernel'
+        return attend(*args, **kwargs)
+
+    attend = torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(torch.nn.functional, 'scaled_dot_product_attention', kernel)
+    with pytest.raises(AssertionError, match='fused kernel'):
+        finetune(settings(image_folder, tmp_path / 'fused', epochs=1))
+    folder = finetune(settings(image_folder, tmp_path / 'run', epochs=1, no_fused_attn=True, model_ema=True))
+    assert 'no_fused_attn=True' in (folder / 'README.md').read_text()
+    model = timm.create_model(f'local-dir:{folder}', pretrained=True)
+    assert all(block.attn.fused_attn for block in model.blocks)  # a way to compute, not a model of another kind
 
 
 def test_a_cpu_without_bfloat16_is_told_of(image_folder, tmp_path, monkeypatch, caplog):

@@ -2,6 +2,7 @@ import dataclasses
 
 import pytest
 import timm
+import torch
 from conftest import write_folder
 
 import timm_vitres
@@ -250,6 +251,20 @@ def test_arms_are_measured_by_steps_of_training(cfg, monkeypatch):
         assert (arm.step_seconds, arm.latency_seconds) == (2.0, 3.0)
     facts = dict(parameters=str(arms['vit'].parameters), step_ms='2000', latency_ms='3000')
     assert arms['vit'].facts() == facts
+
+
+@pytest.mark.parametrize('fused', [True, False])
+def test_arms_are_measured_by_the_attention_that_they_train_with(cfg, fused, monkeypatch):
+    calls, attend = [], torch.nn.functional.scaled_dot_product_attention
+
+    def kernel(*args, **kwargs):
+        calls.append(torch.is_grad_enabled())
+        return attend(*args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, 'scaled_dot_product_attention', kernel)
+    monkeypatch.setattr(plans, 'SECONDS', 0.01)
+    measure_arms_(dataclasses.replace(cfg, no_fused_attn=not fused), {'vit': parse_arm('vit', 32)}, 2)
+    assert set(calls) == ({True, False} if fused else set())
 
 
 def test_an_arm_that_can_not_be_trained_is_named(cfg):

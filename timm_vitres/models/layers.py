@@ -1,6 +1,7 @@
 """Layers and functions that the families share; this module knows no config and no registry."""
 
-from typing import Any, List, Optional, Tuple, Union
+from contextlib import contextmanager
+from typing import Any, Iterable, Iterator, List, Optional, Tuple, Union
 
 import torch
 import torch.nn.functional as F
@@ -25,11 +26,14 @@ __all__ = [
     'checked_images',
     'crop_pos_embed',
     'feature_take_indices',
+    'fused_attentions',
     'is_captured',
     'pad_to',
     'resample_pos_embed',
     'same_padding',
     'unflatten_tokens',
+    'unfuse_',
+    'unfused',
 ]
 
 
@@ -50,6 +54,29 @@ def is_captured() -> bool:
     if not torch.jit.is_scripting():
         return is_exporting() or torch.jit.is_tracing()
     return False
+
+
+def fused_attentions(model: nn.Module) -> List[nn.Module]:
+    """Return the layers of a model, timm's or ours, that attend in torch's fused kernel."""
+    return [module for module in model.modules() if getattr(module, 'fused_attn', False)]
+
+
+def unfuse_(attentions: Iterable[nn.Module]) -> None:
+    """Let layers that `fused_attentions` returned attend step by step, holding the matrix of all pairs of tokens."""
+    for attention in attentions:
+        attention.fused_attn = False  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@contextmanager
+def unfused(attentions: List[nn.Module]) -> Iterator[None]:
+    """Let such layers, or others of their kind, attend step by step until the context ends."""
+    fused = [attention.fused_attn for attention in attentions]
+    try:
+        unfuse_(attentions)
+        yield
+    finally:
+        for attention, value in zip(attentions, fused):
+            attention.fused_attn = value  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def same_padding(size: int, kernel_size: int, stride: int, dilation: int = 1) -> int:

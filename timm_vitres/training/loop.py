@@ -19,6 +19,7 @@ from torch import nn
 
 from ..checks import on_one_line
 from ..folders import shown
+from ..models.layers import fused_attentions, unfuse_
 from ..pictures import draws_curves
 from ..publishing.saving import save
 from .creation import Frozen, create_finetune_model, merged, state_of, still_norms, without_weights
@@ -110,6 +111,8 @@ class _Run:
         self.answers: Optional[Answers] = None  # of the best epoch
         if cfg.channels_last and not cfg.fsdp:  # what is sharded must be contiguous; the images decide of the kernels
             self.model.to(memory_format=torch.channels_last)
+        if cfg.no_fused_attn:
+            unfuse_(fused_attentions(self.model))
         lists = record.data
         self.train_batches, self.val_batches = create_loaders(cfg, self.data, record.data_config, lists, processes)
         self.mixup = None

@@ -19,6 +19,7 @@ from ..checks import on_one_line, plain
 from ..data import data_config, image_mode
 from ..measure import as_minutes, as_ms, measure
 from ..models.arms import ARMS
+from ..models.layers import fused_attentions, unfuse_
 from ..writing import replacing
 from .creation import create_finetune_model, image_size
 from .optimisation import (
@@ -304,6 +305,8 @@ def _functions(
     """
     layout = torch.channels_last if cfg.channels_last else torch.contiguous_format
     model = model.to(device, memory_format=layout)
+    if cfg.no_fused_attn:
+        unfuse_(fused_attentions(model))
     x = torch.randn(cfg.batch_size, *shape, device=device).contiguous(memory_format=layout)
     target = torch.randint(num_classes, (cfg.batch_size,), device=device)
     plain_loss = dataclasses.replace(cfg, mixup=0.0, cutmix=0.0, cutmix_minmax=None, model_kwargs=None)

@@ -290,8 +290,13 @@ class FinetuneCfg:
     amp: bool = _option(False, 'mixed precision')
     amp_dtype: str = _option('bfloat16', 'mixed precision dtype', choices=('bfloat16', 'float16'))
     channels_last: bool = _option(False, 'channels-last memory format')
+    no_fused_attn: bool = _option(
+        False, "attention step by step, not in torch's fused kernel, which is slower for few tokens on a CPU"
+    )
     autotune: bool = _option(
-        False, 'time training steps with and without amp and channels_last, and train with what is fastest here'
+        False,
+        'time training steps with and without amp and channels_last (and, of few tokens on a CPU, with '
+        'no_fused_attn), and train with what is fastest here',
     )
     workers: int = _option(2, 'loader processes', short='-j', low=0, high=1024)
     seed: int = _option(42, 'random seed', low=0, high=MAX_COUNT)
