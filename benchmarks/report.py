@@ -271,6 +271,16 @@ def throughput_train() -> str:
     )
 
 
+def attention() -> str:
+    """Training steps on a CPU with attention step by step against torch's fused kernel."""
+    rows = newest('attention', 'model', 'img_size', 'precision').values()
+    columns = ('img_size', 'tokens', 'batch', 'precision', 'ratio')
+    return table(
+        ['model', 'image size', 'tokens', 'batch', 'precision', 'time of a step, unfused / fused'],
+        [[f'`{row["model"]}`', *(row[column] for column in columns)] for row in rows],
+    )
+
+
 def scale() -> str:
     """What fine-tuning costs with more processes, checkpointing, averaged and sharded weights."""
     rows = newest('scale', 'model', 'variant').values()

@@ -1,0 +1,86 @@
+"""Training steps with torch's fused kernel of attention, and with attention step by step (`--no-fused-attn`).
+
+    python benchmarks/attention.py [--record]
+
+Both sides are one model, in turns, in float32 and in bfloat16 (autocast), channels-last; forward, loss and backward.
+"""
+
+import argparse
+from contextlib import nullcontext
+from functools import partial
+
+import timm
+import torch
+from common import write_row
+from torch import nn
+
+import timm_vitres  # noqa: F401 (it registers the models)
+from timm_vitres.measure import measure
+from timm_vitres.models.arms import ARMS
+from timm_vitres.models.layers import fused_attentions, unfused
+
+# name, image size, batch size; the first two are arms of `timm-vitres compare`
+MODELS = (('vit', 28, 128), ('serial', 28, 128), ('vitresnet_small', 224, 16), ('vit_small_patch16_224', 224, 16))
+
+
+def create(name: str, size: int) -> nn.Module:
+    """Create a model, or an arm of a comparison, for images of a size."""
+    if name in ARMS:
+        return timm.create_model(ARMS[name].model, img_size=size, **ARMS[name].model_kwargs(size))
+    return timm.create_model(name, img_size=size)
+
+
+def tokens(model: nn.Module, x: torch.Tensor) -> int:
+    """Return how many tokens its attention sees."""
+    counts = []
+    hooks = [
+        layer.register_forward_pre_hook(lambda _, args: counts.append(args[0].shape[1]))
+        for layer in fused_attentions(model)
+    ]
+    with torch.no_grad():
+        model(x[:1])
+    for hook in hooks:
+        hook.remove()
+    return max(counts)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--record', action='store_true', help='append rows to benchmarks/results/attention.csv')
+    args = parser.parse_args()
+    for name, size, batch in MODELS:
+        model = create(name, size).eval()
+        x = torch.randn(batch, 3, size, size).contiguous(memory_format=torch.channels_last)
+        count = tokens(model, x)
+        model.train().to(memory_format=torch.channels_last)
+        target = torch.randint(10, (batch,))
+
+        def step(bf16: bool, fused: bool, images: torch.Tensor) -> None:
+            with torch.autocast('cpu', torch.bfloat16, enabled=bf16):
+                with nullcontext() if fused else unfused(fused_attentions(model)):
+                    loss = nn.functional.cross_entropy(model(images), target)
+            loss.backward()
+            model.zero_grad()
+
+        sides = {(bf16, fused): partial(step, bf16, fused) for bf16 in (False, True) for fused in (True, False)}
+        times = measure(sides, x, rounds=7, seconds=1.0)
+        for bf16 in (False, True):
+            write_row(
+                'attention',
+                dict(
+                    model=name,
+                    img_size=size,
+                    batch=batch,
+                    tokens=count,
+                    precision='bf16' if bf16 else 'fp32',
+                    fused_ms=round(1000 * times[bf16, True], 1),
+                    unfused_ms=round(1000 * times[bf16, False], 1),
+                    ratio=round(times[bf16, False] / times[bf16, True], 3),
+                    threads=torch.get_num_threads(),
+                ),
+                args.record,
+            )
+
+
+if __name__ == '__main__':
+    main()
