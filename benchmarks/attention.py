@@ -8,6 +8,7 @@ Both sides are one model, in turns, in float32 and in bfloat16 (autocast), chann
 import argparse
 from contextlib import nullcontext
 from functools import partial
+from itertools import product
 
 import timm
 import torch
@@ -44,6 +45,15 @@ def tokens(model: nn.Module, x: torch.Tensor) -> int:
     return max(counts)
 
 
+def step(model: nn.Module, target: torch.Tensor, bf16: bool, fused: bool, x: torch.Tensor) -> None:
+    """Train on a batch, but for the optimizer."""
+    attention = nullcontext() if fused else unfused(fused_attentions(model))
+    with torch.autocast('cpu', torch.bfloat16, enabled=bf16), attention:
+        loss = nn.functional.cross_entropy(model(x), target)
+    loss.backward()
+    model.zero_grad()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--record', action='store_true', help='append rows to benchmarks/results/attention.csv')
@@ -55,14 +65,7 @@ def main() -> None:
         model.train().to(memory_format=torch.channels_last)
         target = torch.randint(10, (batch,))
 
-        def step(bf16: bool, fused: bool, images: torch.Tensor) -> None:
-            with torch.autocast('cpu', torch.bfloat16, enabled=bf16):
-                with nullcontext() if fused else unfused(fused_attentions(model)):
-                    loss = nn.functional.cross_entropy(model(images), target)
-            loss.backward()
-            model.zero_grad()
-
-        sides = {(bf16, fused): partial(step, bf16, fused) for bf16 in (False, True) for fused in (True, False)}
+        sides = {key: partial(step, model, target, *key) for key in product((False, True), (True, False))}
         times = measure(sides, x, rounds=7, seconds=1.0)
         for bf16 in (False, True):
             write_row(

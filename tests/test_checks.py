@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+from collections import UserList
 from typing import Literal, Optional, Tuple
 
 import numpy as np
@@ -48,6 +49,8 @@ FITTING = [
     ([0.5, (1, 2)], Tuple[float, Tuple[int, int]], (0.5, (1, 2))),
     (np.int64(7), checks.Size, 7),
     ([7, 9], checks.Size, (7, 9)),
+    (range(2, 4), Tuple[int, ...], (2, 3)),
+    (UserList([7, 9]), checks.Size, (7, 9)),  # as the lists of configs are that Hydra reads
     (np.int64(2), Literal[1, 2], 2),
     (None, Literal['a', None], None),
     (0, checks.Rate, 0.0),
@@ -70,6 +73,8 @@ MISFITS = [
     (1j, float, 'a number'),
     (1, bool, 'True or False'),
     (b'a', str, 'a string'),
+    ('12', Tuple[int, ...], 'a tuple of values, each a whole number'),
+    (b'12', Tuple[int, ...], 'a tuple of values, each a whole number'),
     ((), Tuple[int, ...], 'a tuple of values, each a whole number'),
     ({1: 2}, Tuple[int, ...], 'a tuple of values, each a whole number'),
     ((1, 2, 3), Tuple[int, int], 'a tuple of 2 values, each a whole number'),

@@ -13,6 +13,7 @@ import inspect
 import math
 import numbers
 import typing
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Callable, Dict, Iterable, Literal, Optional, ParamSpec, Tuple, TypeVar, Union
@@ -268,7 +269,7 @@ def _fit(value: Any, annotation: Any) -> Any:
                 continue
         raise _Misfit
     if origin is tuple:
-        if not isinstance(value, (list, tuple)) or len(value) == 0:
+        if not isinstance(value, Sequence) or isinstance(value, (str, bytes)) or len(value) == 0:
             raise _Misfit
         options = args[:1] * len(value) if args[-1] is Ellipsis else args
         if len(options) != len(value):

@@ -104,6 +104,32 @@ def test_all_ways_to_the_pyramid_agree(name):
             assert relative_difference(hooked[..., : level.shape[2], : level.shape[3]], level) < 1e-6
 
 
+def test_indices_that_run_past_the_pyramid_are_told_of(caplog):
+    """Programs that count levels as a ResNet has them would take an early block for the deepest map."""
+    with caplog.at_level('WARNING'):
+        for indices in (None, 4, [0, 1, 2, 3], [-4, -1], [4, 5]):
+            timm.create_model('vitresnet_base', features_only=True, out_indices=indices, device='meta')
+        assert caplog.text == ''
+        timm.create_model('vitresnet_base', features_only=True, out_indices=[1, 2, 3, 4], device='meta')
+    assert 'out_indices: got [1, 2, 3, 4], but the pyramid ends with 3' in caplog.text
+    assert '3 blocks.11, 4 blocks.1, ' in caplog.text
+
+
+@pytest.mark.parametrize('name', SMALL)
+def test_maps_of_tokens_are_the_callers_own(name):
+    """As timm's: a caller may write into them before the backward, and view them as vectors."""
+    model = timm.create_model(name).train()
+    x = torch.randn(2, 3, *ODD)
+    logits = model(x)
+    maps = model.forward_intermediates(x, indices=len(model.blocks), intermediates_only=True)
+    for y in maps:
+        y.view(2, -1)
+        y.mul_(0)
+    (sum(y.sum() for y in maps) + logits.sum()).backward()
+    for y in model.get_intermediate_layers(x, n=range(1), reshape=True):
+        y.view(2, -1)
+
+
 @pytest.mark.parametrize('name', ['vitresnet_small', 'vitresnet', 'vitresnet_nano', 'test_vitresnet'])
 def test_the_pyramid_is_the_resnets_own(name):
     """Up to the tokens the levels are what timm's ResNet itself gives."""

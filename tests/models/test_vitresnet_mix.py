@@ -256,6 +256,10 @@ def test_all_ways_to_the_pyramid_agree():
     x = torch.randn(2, 3, *ODD)
     hook = timm.create_model(SMALL, features_only=True, feature_cls='hook').eval()
     hook.body.load_state_dict(model.state_dict(), strict=False)
+    nets = [timm.create_model(SMALL, features_only=True, feature_cls=feature_cls) for feature_cls in ('list', 'dict')]
+    for net in nets:  # their names have _ in place of the first dots
+        by_end = {key.replace('.', '_'): value for key, value in model.state_dict().items()}
+        net.load_state_dict({key: by_end[key.replace('.', '_')] for key in net.state_dict()})
     reference = timm.create_model(SMALL).eval()
     nn.Module.load_state_dict(reference, model.state_dict(), strict=False)
     with torch.inference_mode():
@@ -263,6 +267,8 @@ def test_all_ways_to_the_pyramid_agree():
         for others in (
             torch.jit.script(getter)(x),
             hook(x),
+            nets[0].eval()(x),
+            list(nets[1].eval()(x).values()),
             reference.forward_intermediates(x, intermediates_only=True),
             reference.forward_intermediates(x, indices=[0, 1, 2, 3, 4], stop_early=True)[1],
         ):
@@ -321,7 +327,9 @@ def test_the_final_convolution_may_be_left_out(name):
     x = torch.randn(2, 3, 64, 64)
     with torch.inference_mode():
         last, levels = model.forward_intermediates(x, exclude_final_conv=True)
-        assert torch.equal(last, levels[-1]) and torch.equal(model.final_conv(last), model.forward_features(x))
+        assert torch.equal(last, model.final_conv(levels[-1])) and torch.equal(last, model.forward_features(x))
+        early, _ = model.forward_intermediates(x, indices=[0], stop_early=True, exclude_final_conv=True)
+        assert torch.equal(early, model.forward_intermediates(x, indices=[0], stop_early=True)[0])
         assert torch.equal(model.forward_intermediates(x)[0], model.forward_features(x))
 
 
@@ -567,3 +575,23 @@ def test_attention_is_explained():
     assert all(module.fused_attn for module in model.modules() if isinstance(module, RelPosAttn))
     convolutional = create(attn_blocks=(0, 0, 0, 0))
     assert convolutional.explained_parts().attentions == []
+
+
+def test_a_trace_resizes_no_table_in_vain():
+    """Converters may not know that resize."""
+    model = randomise_(timm.create_model('vitresnet_mix_nano')).eval()
+    size = model.pretrained_cfg['input_size'][-1]
+    x = torch.randn(1, 3, size, size)
+    with torch.no_grad():
+        traced = torch.jit.trace(model, x, check_trace=False)
+        assert 'bicubic' not in str(traced.inlined_graph) and torch.equal(traced(x), model(x))
+        larger = torch.jit.trace(model, torch.randn(1, 3, 2 * size, 2 * size), check_trace=False)
+        assert 'bicubic' in str(larger.inlined_graph)
+
+
+def test_a_plain_trace_of_torch_fx_is_refused_with_what_works():
+    for name in ('test_vitresnet', 'test_vitresnet_dual', SMALL):
+        with pytest.raises(
+            TypeError, match=r'^input: got a torch.fx.Proxy, .*use timm.models.create_feature_extractor'
+        ):
+            torch.fx.symbolic_trace(timm.create_model(name))

@@ -28,8 +28,15 @@ def _between_all(table: torch.Tensor, size: int) -> torch.Tensor:
     if not torch.jit.is_scripting():  # noqa: SIM102 (a script leaves out what is behind this condition alone)
         if torch.jit.is_tracing():
             size = int(size)  # a trace keeps the table of its size, so that it shall fail at any other
-    pixels = torch.arange(size, device=table.device)
-    return resample_rel_pos(table, size)[pixels[None, :] - pixels[:, None] + (size - 1)]
+            if int(table.shape[0]) == 2 * size - 1:  # and no resize in vain, which converters may not know
+                return table[_distances(size, table.device)]
+    return resample_rel_pos(table, size)[_distances(size, table.device)]
+
+
+def _distances(size: int, device: torch.device) -> torch.Tensor:
+    """Return every pixel's distance to every other along one side, counted from 0: (size, size)."""
+    pixels = torch.arange(size, device=device)
+    return pixels[None, :] - pixels[:, None] + (size - 1)
 
 
 @register_notrace_module  # it looks at the size of the map

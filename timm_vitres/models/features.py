@@ -239,6 +239,7 @@ class SerialFeatures(nn.Module):
                 maps.append(patches)
             else:
                 y = self.patch_embed.enlarge(unflatten_tokens(patches, computed.grid), size, factor)
+                y = y.contiguous()  # and the caller's own: the next block still needs its tokens
                 maps.append(as_format(y, output_fmt))
         return maps, prefixes
 
@@ -252,13 +253,13 @@ class SerialFeatures(nn.Module):
         attn_mask: Optional[torch.Tensor] = None,
     ) -> List[torch.Tensor]:
         """Return the tokens after blocks (DINO's interface): the last `n` blocks, or those numbered in `n`."""
-        blocks, last_block = feature_take_indices(len(self.blocks), list(n) if isinstance(n, tuple) else n)
+        blocks, last_block = feature_take_indices(len(self.blocks), n if isinstance(n, int) else list(n))
         plan = Plan([], self.patch_embed.num_levels, True, last_block, blocks)
         computed = self._run(x, plan, norm, attn_mask, is_causal=False)
         layers: List[Any] = []
         for block in blocks:
             prefix, patches = computed.tokens[block].tensor_split([self.num_prefix_tokens], dim=1)
-            layer = unflatten_tokens(patches, computed.grid) if reshape else patches
+            layer = unflatten_tokens(patches, computed.grid).contiguous() if reshape else patches
             layers.append((layer, prefix) if return_prefix_tokens and self.num_prefix_tokens > 0 else layer)
         return layers
 

@@ -230,7 +230,7 @@ class InterleavedFeatures(nn.Module):
             stop_early: Leave out the stages that no map needs; the last map is then that of the last that ran.
             output_fmt: 'NCHW': maps (B, C, H / reduction, W / reduction); 'NLC': (B, N, C).
             intermediates_only: Return the maps alone.
-            exclude_final_conv: Leave the convolution behind the last stage out, in both.
+            exclude_final_conv: Leave the convolution behind the last stage out of the maps.
 
         Returns:
             (map, maps), or as the arguments say.
@@ -241,7 +241,10 @@ class InterleavedFeatures(nn.Module):
         maps = [as_format(levels[self.level_indices[i]], output_fmt) for i in take_indices]
         if intermediates_only:
             return maps
-        return levels[-1], maps
+        x = levels[-1]
+        if exclude_final_conv and len(levels) == self.num_levels:
+            x = self.final_conv(x)
+        return x, maps
 
     def prune_intermediate_layers(
         self,

@@ -268,10 +268,16 @@ def pad_to(x: torch.Tensor, size: Tuple[int, int]) -> torch.Tensor:
 
 def check_images(x: torch.Tensor, in_chans: int) -> None:
     """Raise ValueError unless x is a tensor (B, in_chans, H, W) of floating-point numbers."""
+    if isinstance(x, torch.fx.Proxy):
+        raise TypeError(
+            'input: got a torch.fx.Proxy, but this model looks at the size of images, which torch.fx can not follow; '
+            'use timm.models.create_feature_extractor.'
+        )
     if not isinstance(x, torch.Tensor):
         raise ValueError(f'input: got {type(x).__name__}, expected a tensor (B, {in_chans}, H, W).')
     if x.ndim != 4 or x.shape[1] != in_chans:
-        raise ValueError(f'input: got shape {tuple(x.shape)}, expected (B, {in_chans}, H, W).')
+        hint = f'; in_chans={x.shape[1]} makes a model for such images' if x.ndim == 4 else ''
+        raise ValueError(f'input: got shape {tuple(x.shape)}, expected (B, {in_chans}, H, W){hint}.')
     if not x.is_floating_point():
         raise ValueError(f'input: got {x.dtype}, expected floating-point numbers: images that are preprocessed.')
 

@@ -7,6 +7,7 @@ does not give (a new head, buffers that no file holds) is initialised.
 """
 
 import dataclasses
+import logging
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -32,6 +33,7 @@ from ..weights.layouts import StateDict, convert_layout
 from ..weights.sources import find_weights
 from .base import Hybrid
 
+_logger = logging.getLogger(__name__)
 ModelT = TypeVar('ModelT', bound=Hybrid)
 SOURCES = ('state_dict', 'file', 'hf_hub_id', 'url')  # of a pretrained cfg: where weights are
 HALVES = (torch.float16, torch.bfloat16)
@@ -56,6 +58,8 @@ def build_hybrid(model_cls: Type[ModelT], variant: str, pretrained: bool, cfg: A
     source_cfg = cfg
     cfg = dataclasses.replace(cfg, **{name: kwargs.pop(name) for name in fields & kwargs.keys()})
     feature_cfg: Dict[str, Any] = dict(feature_cls='getter')
+    if kwargs.get('feature_cls') in ('list', 'dict'):  # these look into an nn.Sequential if they are told to
+        feature_cfg['flatten_sequential'] = True
     if kwargs.get('features_only'):
         kwargs['num_classes'] = 0
         twin = model_cls(cfg, img_size=kwargs.get('img_size'), num_classes=0, device='meta')
@@ -63,6 +67,7 @@ def build_hybrid(model_cls: Type[ModelT], variant: str, pretrained: bool, cfg: A
         feature_cfg['out_indices'] = tuple(range(twin.num_pyramid))  # further features are for those who ask for them
         if indices is not None:
             feature_cfg['out_indices'] = conform_indices('out_indices', indices, len(twin.feature_info), distinct=True)
+            _tell_of_blocks(indices, twin)
     create: Any = model_cls
     if pretrained:  # timm would initialise the whole model, and then copy the weights into it
         own, overlay = kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay') or {}
@@ -100,6 +105,19 @@ def build_with_tables(model_cls: Type[ModelT], variant: str, pretrained: bool, c
     model = build_hybrid(model_cls, variant, pretrained, cfg, **kwargs)
     model.pretrained_cfg['first_conv'] = get_model_input_config(model)['first_conv']
     return model
+
+
+def _tell_of_blocks(indices: Any, model: Any) -> None:
+    """Warn of indices that run past the pyramid into the tokens of single blocks, which begin with an early one."""
+    first = model.num_pyramid
+    asked = [] if isinstance(indices, int) else list(indices)
+    if any(i >= first for i in asked) and any(0 <= i < first for i in asked):
+        maps = [f'{i} {entry["module"]}' for i, entry in enumerate(model.feature_info)]
+        _logger.warning(
+            'out_indices: got %s, but the pyramid ends with %d; what follows are tokens of single blocks, early ones '
+            'first: %s.',
+            *(asked, first - 1, ', '.join(maps)),
+        )
 
 
 def _forget_other_labels(model: nn.Module) -> None:

@@ -252,7 +252,8 @@ class VitResNetDual(Hybrid):
                 return x  # pyright: ignore[reportReturnType]
             raise RuntimeError("global_pool: got '', with which a script can't return (map, tokens).")
         resnet = x[0].mean((2, 3))
-        vit = x[1][:, 0] if self.global_pool == 'token' else x[1][:, 1:].mean(1)
+        has_patches = len(self.units) > 0  # of a pruned model the class token may be all there is
+        vit = x[1][:, 1:].mean(1) if self.global_pool == 'avg' and has_patches else x[1][:, 0]
         resnet, vit = self.head_drop(resnet), self.head_drop(vit)
         if pre_logits or self.num_classes == 0:
             return torch.cat([resnet, vit], dim=1)
