@@ -20,15 +20,7 @@ from timm_vitres.measure import measure
 from timm_vitres.models.arms import ARMS
 from timm_vitres.models.layers import fused_attentions, unfused
 
-# name, image size, batch size; the first two are arms of `timm-vitres compare`
-MODELS = (('vit', 28, 128), ('serial', 28, 128), ('vitresnet_small', 224, 16), ('vit_small_patch16_224', 224, 16))
-
-
-def create(name: str, size: int) -> nn.Module:
-    """Create a model, or an arm of a comparison, for images of a size."""
-    if name in ARMS:
-        return timm.create_model(ARMS[name].model, img_size=size, **ARMS[name].model_kwargs(size))
-    return timm.create_model(name, img_size=size)
+MODELS = (('vit', 28, 128), ('serial', 28, 128))  # arms of `timm-vitres compare`, image size, batch size
 
 
 def tokens(model: nn.Module, x: torch.Tensor) -> int:
@@ -59,7 +51,7 @@ def main() -> None:
     parser.add_argument('--record', action='store_true', help='append rows to benchmarks/results/attention.csv')
     args = parser.parse_args()
     for name, size, batch in MODELS:
-        model = create(name, size).eval()
+        model = timm.create_model(ARMS[name].model, img_size=size, **ARMS[name].model_kwargs(size)).eval()
         x = torch.randn(batch, 3, size, size).contiguous(memory_format=torch.channels_last)
         count = tokens(model, x)
         model.train().to(memory_format=torch.channels_last)

