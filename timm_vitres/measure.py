@@ -70,7 +70,7 @@ def _sees_few_tokens(model: nn.Module, images: torch.Tensor) -> bool:
     counts: List[int] = []
 
     def count(_: nn.Module, args: Tuple[torch.Tensor, ...]) -> None:
-        shape = args[0].shape  # (B, N, C) of tokens, (B, C, h, w) of maps
+        shape = args[0].shape if args else images.shape  # (B, N, C) of tokens, (B, C, h, w) of maps
         counts.append(shape[1] if len(shape) == 3 else shape[-2:].numel())
 
     copied = copy.deepcopy(model).eval()  # a call in training mode would move statistics

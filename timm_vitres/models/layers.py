@@ -276,7 +276,8 @@ def check_images(x: torch.Tensor, in_chans: int) -> None:
     if not isinstance(x, torch.Tensor):
         raise ValueError(f'input: got {type(x).__name__}, expected a tensor (B, {in_chans}, H, W).')
     if x.ndim != 4 or x.shape[1] != in_chans:
-        hint = f'; in_chans={x.shape[1]} makes a model for such images' if x.ndim == 4 else ''
+        are_chans = x.ndim == 4 and x.shape[1] <= 16  # more are rather the side of an image (B, H, W, C)
+        hint = f'; in_chans={x.shape[1]} makes a model for such images' if are_chans else ''
         raise ValueError(f'input: got shape {tuple(x.shape)}, expected (B, {in_chans}, H, W){hint}.')
     if not x.is_floating_point():
         raise ValueError(f'input: got {x.dtype}, expected floating-point numbers: images that are preprocessed.')
