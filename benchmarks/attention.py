@@ -16,25 +16,11 @@ from common import write_row
 from torch import nn
 
 import timm_vitres  # noqa: F401 (it registers the models)
-from timm_vitres.measure import measure
+from timm_vitres.measure import measure, most_tokens
 from timm_vitres.models.arms import ARMS
 from timm_vitres.models.layers import fused_attentions, unfused
 
 MODELS = (('vit', 28, 128), ('serial', 28, 128))  # arms of `timm-vitres compare`, image size, batch size
-
-
-def tokens(model: nn.Module, x: torch.Tensor) -> int:
-    """Return how many tokens its attention sees."""
-    counts = []
-    hooks = [
-        layer.register_forward_pre_hook(lambda _, args: counts.append(args[0].shape[1]))
-        for layer in fused_attentions(model)
-    ]
-    with torch.no_grad():
-        model(x[:1])
-    for hook in hooks:
-        hook.remove()
-    return max(counts)
 
 
 def step(model: nn.Module, target: torch.Tensor, bf16: bool, fused: bool, x: torch.Tensor) -> None:
@@ -51,9 +37,8 @@ def main() -> None:
     parser.add_argument('--record', action='store_true', help='append rows to benchmarks/results/attention.csv')
     args = parser.parse_args()
     for name, size, batch in MODELS:
-        model = timm.create_model(ARMS[name].model, img_size=size, **ARMS[name].model_kwargs(size)).eval()
+        model = timm.create_model(ARMS[name].model, img_size=size, **ARMS[name].model_kwargs(size))
         x = torch.randn(batch, 3, size, size).contiguous(memory_format=torch.channels_last)
-        count = tokens(model, x)
         model.train().to(memory_format=torch.channels_last)
         target = torch.randint(10, (batch,))
 
@@ -66,7 +51,7 @@ def main() -> None:
                     model=name,
                     img_size=size,
                     batch=batch,
-                    tokens=count,
+                    tokens=most_tokens(model, x[:1]),
                     precision='bf16' if bf16 else 'fp32',
                     fused_ms=round(1000 * times[bf16, True], 1),
                     unfused_ms=round(1000 * times[bf16, False], 1),
