@@ -10,7 +10,7 @@ from timm.utils import ModelEmaV3
 
 from timm_vitres.data import preprocess
 from timm_vitres.labels import label_names
-from timm_vitres.prediction import predict
+from timm_vitres.prediction import predict, predict_each
 
 
 def test_each_image_fails_for_itself(model, tmp_path):
@@ -84,6 +84,10 @@ def test_mistakes_in_calls(model):
     for topk in ('3', 2.5):
         with pytest.raises(ValueError, match=f'topk: got {topk!r}, expected a whole number from 1'):
             predict(model, [], topk=topk)
+    with pytest.raises(ValueError, match='batch_size: got 0, expected a whole number from 1'):
+        predict(model, [], batch_size=0)
+    with pytest.raises(ValueError, match='workers: got -1, expected a whole number from 0'):
+        predict_each(model, [], workers=-1)  # at once, not when its first result is asked for
     assert predict(model, set()) == predict(model, {}.keys()) == ([], [])
     for images, kind in ((5, 'int'), (['x.png', Image.new('L', (4, 4))], 'Image'), ([3], 'int')):
         with pytest.raises(TypeError, match=f'images: got {kind}, expected a list of paths'):
@@ -143,3 +147,40 @@ def test_a_model_that_keeps_what_it_computed_in_evaluation_drops_it(tmp_path):
                 parameter.normal_(std=20)
     told = predict(model, [tmp_path / 'a.png'])
     assert told == predict(model.train().eval(), [tmp_path / 'a.png'])
+
+
+@pytest.mark.parametrize(('batch_size', 'workers'), [(1, 0), (3, 0), (4, 2)])
+def test_images_in_batches_are_what_they_are_alone(batch_size, workers, model, tmp_path):
+    paths = [draw(tmp_path / f'{index}.png', index) for index in range(7)]
+    (tmp_path / 'bad.png').write_text('no picture')
+    paths[3:3] = paths[5:5] = [tmp_path / 'bad.png', tmp_path / 'none.png']
+    found = list(predict_each(model, paths, batch_size=batch_size, workers=workers))
+    assert len(found) == len(paths)
+    names = label_names(model)
+    for path, result in zip(paths, found):
+        if not path.name[0].isdigit():
+            assert isinstance(result, str) and str(path) in result
+            continue
+        expected = model(preprocess(path, model))[0].softmax(-1).tolist()
+        assert result.image == str(path)
+        assert dict(zip(result.labels, result.probabilities)) == pytest.approx(dict(zip(names, expected)), rel=1e-4)
+
+
+def test_one_image_without_finite_outputs_is_alone_in_its_batch(tmp_path):
+    """Its neighbours are predicted; here a layer adds NaN to the brighter image."""
+    Image.new('RGB', (32, 32), 'white').save(tmp_path / 'white.png')
+    Image.new('RGB', (32, 32), 'black').save(tmp_path / 'black.png')
+    model = randomise_(timm.create_model('test_vitresnet_mix', num_classes=3))
+    spoilt = torch.nn.Sequential(model)
+    spoilt.num_classes, spoilt.pretrained_cfg = 3, model.pretrained_cfg
+    spoilt.register_forward_pre_hook(lambda _, inputs: torch.where(inputs[0] > 0, torch.nan, inputs[0]))
+    dark, bright = predict_each(spoilt, [tmp_path / 'black.png', tmp_path / 'white.png'])
+    assert dark.image.endswith('black.png') and 'white.png the model gives no finite numbers' in bright
+
+
+def test_predictions_come_before_the_next_image_is_opened(model, tmp_path):
+    first = draw(tmp_path / 'first.png')
+    results = predict_each(model, [first, tmp_path / 'second.png'], batch_size=1)
+    assert next(results).image == str(first)
+    draw(tmp_path / 'second.png')
+    assert next(results).image.endswith('second.png')

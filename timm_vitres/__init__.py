@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from .inference.exports import export
     from .inference.folding import fold
     from .inference.preparation import prepare
-    from .prediction import predict
+    from .prediction import predict, predict_each
     from .publishing.conversion import convert
     from .publishing.hub import push, verify
     from .publishing.saving import save
@@ -38,6 +38,7 @@ _LAZY = {
     'finetune': 'training.loop',
     'fold': 'inference.folding',
     'predict': 'prediction',
+    'predict_each': 'prediction',
     'prepare': 'inference.preparation',
     'preprocess': 'data',
     'push': 'publishing.hub',
@@ -47,7 +48,7 @@ _LAZY = {
 }
 __all__ = ['FinetuneCfg', 'VitResNet', 'VitResNetCfg', 'VitResNetDual', 'VitResNetDualCfg']
 __all__ += ['VitResNetMix', 'VitResNetMixCfg']
-__all__ += ['compare', 'convert', 'explain', 'export', 'finetune', 'fold', 'predict', 'prepare']
+__all__ += ['compare', 'convert', 'explain', 'export', 'finetune', 'fold', 'predict', 'predict_each', 'prepare']
 __all__ += ['preprocess', 'push', 'recipe', 'save', 'verify']
 
 

@@ -198,19 +198,22 @@ def preprocess(image: ImageLike, model: nn.Module) -> torch.Tensor:
 
 def to_batch(image: Image.Image, model: nn.Module, config: Dict[str, Any]) -> torch.Tensor:
     """Turn an opened image into a batch of one, by a data config: (1, C, H, W), on the model's device, in its dtype."""
-    x = create_transform(**config, is_training=False)(image).unsqueeze(0)
+    return as_model_takes(create_transform(**config, is_training=False)(image).unsqueeze(0), model)
+
+
+def as_model_takes(x: torch.Tensor, model: nn.Module) -> torch.Tensor:
+    """Return images (B, C, H, W) on a model's device, and in its dtype."""
     parameter = next(model.parameters(), None)
     return x if parameter is None or parameter.is_meta else x.to(parameter.device, parameter.dtype)
 
 
-def example_images(paths: Sequence[Union[str, Path]], model: nn.Module, limit: int = 32) -> torch.Tensor:
-    """Return images for a model: (B, C, H, W), evenly taken from files and folders (with their sub-folders).
+def find_files(paths: Sequence[Union[str, Path]]) -> List[Union[str, Path]]:
+    """Return files as they are given, and in place of each folder the images in it, however deep; warn of what is none.
 
     Raises:
         FileNotFoundError: where there is no image.
+        OSError: for a folder that can't be read.
     """
-    if limit < 1:
-        raise ValueError(f'num_images: got {limit}, expected a number from 1 up.')
     files: List[Union[str, Path]] = []
     left_out: List[str] = []
     for path in map(Path, paths):
@@ -224,6 +227,18 @@ def example_images(paths: Sequence[Union[str, Path]], model: nn.Module, limit: i
         _logger.warning('images: %d files or folders are left out, such as %s.', len(left_out), left_out[0])
     if not files:
         raise FileNotFoundError(f'images: there is none in {", ".join(map(shown, paths))}.')
+    return files
+
+
+def example_images(paths: Sequence[Union[str, Path]], model: nn.Module, limit: int = 32) -> torch.Tensor:
+    """Return images for a model: (B, C, H, W), evenly taken from files and folders (with their sub-folders).
+
+    Raises:
+        FileNotFoundError: where there is no image.
+    """
+    if limit < 1:
+        raise ValueError(f'num_images: got {limit}, expected a number from 1 up.')
+    files = find_files(paths)
     step = max(1, len(files) / limit)
     chosen = [files[int(i * step)] for i in range(min(limit, len(files)))]
     return torch.cat([preprocess(file, model) for file in tqdm(chosen, desc='reading images', leave=False)])

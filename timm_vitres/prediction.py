@@ -1,24 +1,28 @@
 """Classification of images.
 
-paths -> `predict` -> the likeliest classes of each image, and a sentence for each image that failed.
+paths -> `predict_each` -> for each image, its likeliest classes, or a sentence that says why there are none, as they
+come; `predict` collects them.
 """
 
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Collection, Iterator, List, Mapping, NamedTuple, Tuple, Union
+from typing import Annotated, Any, Collection, Dict, Iterable, Iterator, List, Mapping, NamedTuple, Tuple, Union, cast
 
 import torch
+from timm.data import create_transform
 from timm.utils import unwrap_model
 from torch import nn
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from .checks import between, conform
-from .data import data_config, image_mode, open_image, to_batch
+from .data import as_model_takes, data_config, image_mode, open_image
 from .folders import shown
 from .labels import check_logits, label_names
 from .views import averaged, check_tta
 
 MAX_CLASSES = 2**31 - 1  # torch's
+MAX_BATCH, MAX_WORKERS = 2**20, 1024
 
 
 class Prediction(NamedTuple):
@@ -47,19 +51,71 @@ def _is_list(images: Any) -> bool:
     return is_many or hasattr(images, '__array__')
 
 
+class _Images(Dataset):
+    """Image files as a model takes them, (C, H, W); of one that can't be read, a sentence that says why."""
+
+    def __init__(self, paths: List[Union[str, Path]], config: Dict[str, Any]):
+        self.paths, self.mode = paths, image_mode(config['input_size'][0])
+        self.transform = create_transform(**config, is_training=False)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> Union[torch.Tensor, str]:
+        try:
+            return cast(torch.Tensor, self.transform(open_image(self.paths[index], self.mode)))
+        except (OSError, ValueError) as error:
+            return str(error)
+
+
 def predict(
-    model: nn.Module, images: Collection[Union[str, Path]], topk: int = 5, tta: str = ''
+    model: nn.Module,
+    images: Collection[Union[str, Path]],
+    topk: int = 5,
+    tta: str = '',
+    batch_size: int = 32,
+    workers: int = 0,
 ) -> Tuple[List[Prediction], List[str]]:
     """Classify image files.
+
+    Args: those of `predict_each`.
+
+    Returns:
+        Predictions, and a sentence for each image that could not be read, or whose outputs are not finite.
+
+    Raises: what `predict_each` raises.
+    """
+    predictions: List[Prediction] = []
+    failed: List[str] = []
+    for result in predict_each(model, images, topk, tta, batch_size, workers):
+        if isinstance(result, str):
+            failed.append(result)
+        else:
+            predictions.append(result)
+    return predictions, failed
+
+
+def predict_each(
+    model: nn.Module,
+    images: Collection[Union[str, Path]],
+    topk: int = 5,
+    tta: str = '',
+    batch_size: int = 32,
+    workers: int = 0,
+) -> Iterator[Union[Prediction, str]]:
+    """Classify image files one after the other, however many, with a progress bar.
 
     Args:
         model: A timm model with a head; it predicts as in evaluation mode, and its mode stays what it is.
         images: Paths.
         topk: Number of classes to return; all of them where there are fewer.
         tta: Test-time augmentation: '', 'flip' or 'shift' (`views.averaged`).
+        batch_size: Images that the model sees at once.
+        workers: Processes that read images; with 0 it is this one.
 
     Returns:
-        Predictions, and a sentence for each image that could not be read, or whose outputs are not finite.
+        An iterator: for each image, in their order, its prediction, or a sentence where it could not be read, or the
+        outputs are not finite.
 
     Raises:
         ValueError: for a model without classes, or one that takes no images, and an impossible `topk` or `tta`.
@@ -71,31 +127,43 @@ def predict(
     if wrong:
         raise TypeError(f'images: got {type(wrong[0]).__name__}, expected a list of paths.')
     topk = conform('topk', topk, Annotated[int, between(1, MAX_CLASSES)])
+    batch_size = conform('batch_size', batch_size, Annotated[int, between(1, MAX_BATCH)])
+    workers = conform('workers', workers, Annotated[int, between(0, MAX_WORKERS)])
     check_tta(tta)
     if not isinstance(model, nn.Module):
         raise TypeError(f'model: got {type(model).__name__}, expected a torch.nn.Module; timm.create_model makes one.')
     plain = unwrap_model(model)
     if not getattr(plain, 'num_classes', 0) or getattr(plain, 'global_pool', None) == '':
         raise ValueError('model: it has no classes, or does not pool, so it predicts none; load one with a head.')
-    names = label_names(plain)
-    config = data_config(model)
-    mode = image_mode(config['input_size'][0])
-    predictions: List[Prediction] = []
-    failed: List[str] = []
-    for path in tqdm(images, desc='predicting', leave=False, disable=len(images) < 10):
-        try:
-            x = to_batch(open_image(path, mode), model, config)
-        except (OSError, ValueError) as error:
-            failed.append(str(error))
-            continue
-        with torch.inference_mode(), _evaluating(model):
-            logits = averaged(model, x, tta)
-            check_logits(logits, names)
-            probabilities = logits[0].softmax(-1)
-        if not torch.isfinite(probabilities).all():
-            failed.append(f'image: for {shown(path)} the model gives no finite numbers, so there is no prediction.')
-            continue
-        best = probabilities.topk(min(topk, len(names)))
-        labels = [names[index] for index in best.indices.tolist()]
-        predictions.append(Prediction(str(path), labels, best.values.tolist()))
-    return predictions, failed
+    pictures = _Images(list(images), data_config(model))
+    loader = DataLoader(pictures, batch_size, num_workers=workers, collate_fn=list) if len(pictures) else ()
+    return _results(model, pictures.paths, loader, topk, tta)
+
+
+def _results(
+    model: nn.Module, paths: List[Union[str, Path]], loader: Iterable[list], topk: int, tta: str
+) -> Iterator[Union[Prediction, str]]:
+    names = label_names(unwrap_model(model))
+    remaining = iter(paths)
+    with tqdm(total=len(paths), desc='predicting', leave=False, disable=len(paths) < 10) as bar:
+        for batch in loader:
+            readable = [image for image in batch if not isinstance(image, str)]
+            rows = iter(_probabilities(model, torch.stack(readable), tta, names) if readable else ())
+            for image, path in zip(batch, remaining):
+                yield image if isinstance(image, str) else _best(path, next(rows), topk, names)
+            bar.update(len(batch))
+
+
+def _probabilities(model: nn.Module, x: torch.Tensor, tta: str, names: List[str]) -> torch.Tensor:
+    """Return the probabilities of classes (B, classes), on the CPU, of images (B, C, H, W) there."""
+    with torch.inference_mode(), _evaluating(model):
+        logits = averaged(model, as_model_takes(x, model), tta)
+        check_logits(logits, names)
+        return logits.softmax(-1).cpu()
+
+
+def _best(path: Union[str, Path], probabilities: torch.Tensor, topk: int, names: List[str]) -> Union[Prediction, str]:
+    if not torch.isfinite(probabilities).all():
+        return f'image: for {shown(path)} the model gives no finite numbers, so there is no prediction.'
+    best = probabilities.topk(min(topk, len(names)))
+    return Prediction(str(path), [names[index] for index in best.indices.tolist()], best.values.tolist())

@@ -61,6 +61,29 @@ def test_predict_names_what_it_cannot_read_and_goes_on(model_folder, picture, tm
     assert 'picture.png' in printed.out and 'bad.png' in printed.err and 'none.png' in printed.err
 
 
+def test_predict_takes_folders(model_folder, image_folder, tmp_path, capsys):
+    (image_folder / 'notes.txt').write_text('no picture')
+    files = sorted(str(path) for path in image_folder.rglob('*.png'))
+    broken = image_folder / 'broken.png'
+    command = ['predict', str(image_folder), '--model', f'local-dir:{model_folder}', '--batch-size', '3', '--json']
+    assert cli.main(command) == 0
+    printed = capsys.readouterr()
+    assert sorted(prediction['image'] for prediction in json.loads(printed.out)) == files
+    assert 'notes.txt (no image, by its suffix)' in printed.err
+    broken.write_text('no picture')
+    assert cli.main([*command, '--workers', '1']) == 1
+    printed = capsys.readouterr()
+    assert len(json.loads(printed.out)) == len(files) and str(broken) in printed.err
+    (tmp_path / 'empty').mkdir()
+    assert cli.main(['predict', str(tmp_path / 'empty'), '--model', 'nothing']) == 1
+    assert 'images: there is none in' in capsys.readouterr().err
+
+
+def test_json_of_nothing_readable_is_json(model_folder, tmp_path, capsys):
+    assert cli.main(['predict', str(tmp_path / 'a.png'), '--model', f'local-dir:{model_folder}', '--json']) == 1
+    assert json.loads(capsys.readouterr().out) == []
+
+
 def test_imagenet_classes_have_names():
     from timm_vitres.labels import label_names
 

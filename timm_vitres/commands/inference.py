@@ -3,8 +3,11 @@
 import argparse
 import json
 import sys
+import textwrap
 from pathlib import Path
-from typing import Sequence
+from typing import Any, List
+
+from tqdm import tqdm
 
 from ..arguments import HelpFormatter, check_count, check_picture, class_of, load_model, size_of
 from ..folders import shown
@@ -17,7 +20,7 @@ def add_predict(subparsers) -> None:
     from ..views import TTA
 
     parser = subparsers.add_parser('predict', help='classify images', formatter_class=HelpFormatter)
-    parser.add_argument('images', nargs='+', type=Path, metavar='IMAGE', help='image files')
+    parser.add_argument('images', nargs='+', type=Path, metavar='IMAGE', help='image files, or folders of them')
     parser.add_argument('--model', required=True, help="a timm model's name.tag, local-dir:<folder>, hf-hub:<id>")
     parser.add_argument('--topk', type=int, default=5, metavar='K', help='how many classes to name')
     parser.add_argument(
@@ -26,6 +29,8 @@ def add_predict(subparsers) -> None:
         choices=TTA,
         help='average over the image and its mirror image, or also over shifts of both',
     )
+    parser.add_argument('--batch-size', '-b', type=int, default=32, metavar='N', help='images the model sees at once')
+    parser.add_argument('--workers', '-j', type=int, default=0, metavar='N', help='processes that read images')
     parser.add_argument('--json', action='store_true', help='print JSON instead of a table')
     parser.add_argument('--plot', type=Path, metavar='PNG', help='draw the images with their predictions')
     parser.add_argument('--device', default='cpu', help='torch device')
@@ -34,26 +39,40 @@ def add_predict(subparsers) -> None:
 
 def run_predict(args: argparse.Namespace) -> int:
     """Print names and probabilities of the likeliest classes of every image; 1 if an image could not be read."""
+    from ..data import find_files
     from ..pictures import check_drawn, plot_predictions
-    from ..prediction import predict
+    from ..prediction import predict_each
 
-    check_count('topk', args.topk)
+    for name in ('topk', 'batch_size'):
+        check_count(name, getattr(args, name))
+    files = find_files(args.images)
     if args.plot is not None:
-        check_picture('plot', args.plot, args.images)
-        check_drawn(len(args.images))
+        check_picture('plot', args.plot, [Path(file) for file in files])
+        check_drawn(len(files))
     model = load_model(args.model, args.device)
-    predictions, unreadable = predict(model, args.images, topk=args.topk, tta=args.tta)
-    if args.json and predictions:
-        print(json.dumps([prediction._asdict() for prediction in predictions], indent=2))
-    else:
-        _print_table(predictions)
-    for sentence in unreadable:
-        print(f'timm-vitres: {printable(sentence)}', file=sys.stderr)
+    width = max(len(shown(file)) for file in files)
+    drawn: List[Any] = []
+    printed = failed = 0
+    for result in predict_each(model, files, args.topk, args.tta, args.batch_size, args.workers):
+        if isinstance(result, str):
+            tqdm.write(f'timm-vitres: {printable(result)}', file=sys.stderr)
+            failed += 1
+            continue
+        if args.json:
+            fields = textwrap.indent(json.dumps(result._asdict(), indent=2), '  ')
+            tqdm.write((',\n' if printed else '[\n') + fields, end='')
+        else:
+            tqdm.write(_table_rows(result, width), end='')
+        printed += 1
+        if args.plot is not None:
+            drawn.append(result)
+    if args.json:
+        print('\n]' if printed else '[]')
     print(end='', flush=True)  # whatever becomes of the picture
-    if args.plot and predictions:
-        plot_predictions(predictions, args.plot)
+    if drawn:
+        plot_predictions(drawn, args.plot)
         print(f'{args.plot} shows them.', file=sys.stderr)
-    return 1 if unreadable else 0
+    return 1 if failed else 0
 
 
 def add_explain(subparsers) -> None:
@@ -138,12 +157,11 @@ def run_export(args: argparse.Namespace) -> int:
     return 0
 
 
-def _print_table(predictions: Sequence) -> None:
-    width = max((len(shown(prediction.image)) for prediction in predictions), default=0)
-    for prediction in predictions:
-        for rank, (label, probability) in enumerate(zip(prediction.labels, prediction.probabilities)):
-            image = shown(prediction.image) if rank == 0 else ''
-            print(f'{image:{width}}  {100 * probability:6.2f}%  {printable(label)}')
+def _table_rows(prediction: Any, width: int) -> str:
+    """Return the lines of a prediction in the table, with the image's path, of so many characters, in the first."""
+    names = [shown(prediction.image)] + [''] * (len(prediction.labels) - 1)
+    rows = zip(names, prediction.probabilities, prediction.labels)
+    return ''.join(f'{name:{width}}  {100 * part:6.2f}%  {printable(label)}\n' for name, part, label in rows)
 
 
 def add_commands(subparsers) -> None:
