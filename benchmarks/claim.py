@@ -1,10 +1,14 @@
 """Tables about the claim that hybrids are better than their parents: published, and measured by this project."""
 
+import math
 import re
 import statistics
 from collections import defaultdict
 
+import numpy as np
 from rows import is_there, newest, read, spread, table
+
+from timm_vitres.training.verdict import LEAST_SEEDS, LEVEL, seeds_error
 
 ROBUSTNESS = dict(top1='ImageNet', real='ReaL', v2='V2', r='R', a='A', sketch='Sketch')  # timm's results files
 
@@ -115,7 +119,9 @@ def comparisons() -> list:
         behind = {row['arm']: row for row in verdicts[key] if row['best'] == last['best']}
         measured = last['measured']
         column, title = ('balanced', 'balanced accuracy') if measured == 'balanced' else ('accuracy', 'accuracy')
-        figures = {arm: [float(row[column]) for row in rows] for arm, rows in arms.items()}
+        # a run that diverged has no accuracy, and an arm of such a run no verdict
+        whole = {arm: rows for arm, rows in arms.items() if all(row[column] for row in rows)}
+        figures = {arm: [float(row[column]) for row in rows] for arm, rows in whole.items()}
         found.append((f'`{key[0]}`, {key[2]}, {title}', arms, figures, behind))
     return found
 
@@ -125,6 +131,18 @@ def _interval(found: dict) -> str:
     return found['points'] + known
 
 
+def _is_alone(figures: dict, best: str, arm: str) -> bool:
+    """Return whether the interval of an arm is one for its pair alone; see `seeds_error`."""
+    scores = {name: np.array(values) for name, values in figures.items()}
+    if len(scores[best]) < LEAST_SEEDS:
+        return False
+    return seeds_error(list(scores.values()), scores[best] - scores[arm], LEVEL)[1]
+
+
+def _place(figures: dict, arm: str) -> float:
+    return -statistics.mean(figures[arm]) if arm in figures else math.inf
+
+
 def ablation() -> str:
     """Hybrids and their parents on the image sets, of equal parameters and equal time or epochs, the best first."""
     lines = []
@@ -132,15 +150,19 @@ def ablation() -> str:
         fastest, soonest = (
             min(float(rows[0][column]) for rows in arms.values()) for column in ('step_ms', 'latency_ms')
         )
-        for place, arm in enumerate(sorted(arms, key=lambda arm: -statistics.mean(figures[arm]))):
+        for place, arm in enumerate(sorted(arms, key=lambda arm: _place(figures, arm))):
             rows, found = arms[arm], behind.get(arm)
+            told, interval = '', 'left out' if arm not in figures else 'best'
+            if found is not None:
+                told, interval = 'yes' if found['is_told'] == 'True' else 'no', _interval(found)
+                told += ' †' if _is_alone(figures, found['best'], arm) else ''
             lines.append(
                 [
                     '' if place else name,
                     arm,
-                    spread(figures[arm], 2),
-                    _interval(found) if found else 'best',
-                    ('yes' if found['is_told'] == 'True' else 'no') if found else '',
+                    spread(figures[arm], 2) if arm in figures else 'diverged',
+                    interval,
+                    told,
                     f'{int(rows[0]["parameters"]) / 1e6:.2f}M',
                     rows[0]['epochs'],
                     f'{float(rows[0]["step_ms"]) / fastest:.2f}',
@@ -158,7 +180,10 @@ def arms() -> str:
     lines = []
     for name, runs, figures, behind in found:
         told = {arm for arm, row in behind.items() if row['is_told'] == 'True'}
-        cells = {arm: spread(values) if arm in told else f'**{spread(values)}**' for arm, values in figures.items()}
+        cells = dict.fromkeys(runs, 'diverged')
+        for arm, values in figures.items():
+            alone = ' †' if arm in told and _is_alone(figures, behind[arm]['best'], arm) else ''
+            cells[arm] = f'{spread(values)}{alone}' if arm in told else f'**{spread(values)}**'
         epochs = ', '.join(runs[arm][0]['epochs'] if arm in runs else '-' for arm in names)
         seconds = {arm: statistics.mean(float(row['seconds']) for row in rows) for arm, rows in runs.items()}
         minutes = ', '.join(f'{seconds[arm] / 60:.1f}' if arm in seconds else '-' for arm in names)

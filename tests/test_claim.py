@@ -71,6 +71,13 @@ def test_a_comparison_is_recorded_once_and_told_in_a_table(script, results, tmp_
     assert header == '| set | a | b | c | epochs of each | minutes of a run |'
     cells = ('`pairs`, 2 min, accuracy', '80.5 ± 0.7 (2 seeds)', '**83.0 ± 0.0 (2 seeds)**', '**82.0 ± 0.0 (2 seeds)**')
     assert line == f'| {" | ".join(cells)} | 7, 7, 7 | 1.5, 1.5, 1.5 |'
+    figures = {arm: [*values, values[1] + place] for place, (arm, values) in enumerate(ACCURACY.items())}
+    assert [claim._is_alone(figures, 'b', arm) for arm in 'ac'] == [False, True]  # of three seeds
+    with (results / 'ablation.csv').open('a', newline='') as file:  # a run of one arm diverges
+        lost = {**rows(results / 'ablation.csv')[0], 'seed': '2', 'accuracy': '', 'balanced': '', 'state': 'diverged'}
+        csv.DictWriter(file, lost).writerow(lost)
+    assert claim.ablation().splitlines()[4] == '|  | a | diverged | left out |  | 1.29M | 7 | 1.00 | 1.00 |'
+    assert '| `pairs`, 2 min, accuracy | diverged | **83.0 ± 0.0 (2 seeds)** |' in claim.arms()
     for epochs in ('7', '9'):  # comparisons of one set that cost other than that one
         monkeypatch.setattr(sys, 'argv', [*command[:2], '--epochs', epochs, *command[4:]])
         ablation.main()

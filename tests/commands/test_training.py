@@ -93,6 +93,16 @@ def test_compare_prints_the_table_and_the_sentence(compared, capsys):
     assert lines[1:5] == ['| arm    |', '|--------|', '| vit    |', '| resnet |'] and 'None is better.' in lines
 
 
+def test_compare_of_pretrained_models_leaves_sizes_and_colours_to_their_weights(compared):
+    pretrained = ['compare', 'images', '--pretrained', '--models', 'resnet18', 'resnet34']
+    assert cli.main(pretrained) == cli.main([*pretrained, '--img-size', '96']) == 0
+    assert cli.main([*pretrained, '--config', 'compare']) == 0  # a recipe that was asked for is taken as it is
+    first, second, third = [cfg for cfg, _ in compared]
+    assert (first.img_size, first.mean, first.std, first.crop_pct) == (None, None, None, None)
+    assert first.epochs == recipe('compare')['epochs'] and second.img_size == (96,) and second.mean is None
+    assert third.mean == (0.5,) and third.img_size is not None
+
+
 def test_compare_leaves_out_what_a_recipe_says_of_one_model_and_says_so(compared, capsys):
     assert cli.main(['compare', 'images', '--config', 'small_from_scratch']) == 0
     assert 'config: small_from_scratch: model, lr left out' in capsys.readouterr().out

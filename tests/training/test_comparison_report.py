@@ -76,7 +76,7 @@ def test_the_report_says_how_the_figures_came_about(minutes, says, tmp_path):
     assert ('in whole epochs (a 2.2, b 2.2 and c 2.2).' in text) == (minutes is not None)
     assert ('others have as large a part' in text) == (minutes is not None)
     assert 'A better one may lie beyond that of a, b and c, which is the least or the largest of them.' in text
-    assert 'No model was trained on test images, and nothing' in text
+    assert 'No run was trained on test images, and nothing' in text
     told.asked['lrs'] = [lr * 1.00000001 for lr in told.lrs]  # rows have six digits of it
     write_comparison(tmp_path, cfg, told, ROWS, arm_figures(told, ROWS, None), 'A sentence.')
     assert 'may lie beyond that of a, b and c' in (tmp_path / 'README.md').read_text()
@@ -97,3 +97,23 @@ def test_without_matplotlib_there_is_no_picture_of_an_older_comparison(tmp_path,
     assert [path.name for path in tmp_path.iterdir()] == ['README.md'] and 'png' not in (
         tmp_path / 'README.md'
     ).read_text()
+
+
+def test_the_report_says_what_was_judged_and_of_which_size_images_are(tmp_path):
+    told, rows = plan(), {'a': [{**row('80.00'), 'best_epoch': '2'}, {**row('60.00'), 'best_epoch': '0'}]}
+    rows['b'] = [{**row('50.00'), 'best_epoch': '6'}] * 2
+
+    def text(cfg):
+        write_comparison(tmp_path, cfg, told, rows, arm_figures(told, rows, None), 'So.')
+        return (tmp_path / 'README.md').read_text()
+
+    cfg = FinetuneCfg(data_dir='x', eval_metric='balanced')
+    assert 'by balanced on validation images (a 1 to 3 of 7 and b 7 of 7).' in text(cfg)
+    assert ' pixels' not in text(cfg) and 'weights that arms began with' not in text(cfg)
+    for arm in told.arms.values():
+        arm.input_size = [3, 64, 96]
+    assert ' Images are of 64 x 96 pixels. ' in text(cfg)
+    told.arms['b'].input_size = [3, 128, 128]
+    assert '(a 64 x 96, b 128 x 128 and c 64 x 96 pixels)' in text(cfg)
+    begun = FinetuneCfg(data_dir='x', pretrained=True)
+    assert 'nothing was chosen by them, but what the weights that arms began with had seen before is' in text(begun)

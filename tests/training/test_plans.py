@@ -8,6 +8,7 @@ from conftest import write_folder
 import timm_vitres
 from timm_vitres.models.arms import ARMS
 from timm_vitres.training import plans, runs
+from timm_vitres.training.datasets import load_data
 from timm_vitres.training.plans import (
     ArmPlan,
     asked_for,
@@ -42,6 +43,17 @@ def times(monkeypatch):
             arm.parameters, arm.step_seconds, arm.latency_seconds = 1000, 1.0 + index, 0.01
 
     monkeypatch.setattr(plans, 'measure_arms_', measure_)
+
+
+def test_arms_that_begin_with_weights_may_not_know_test_images(cfg, times, tmp_path):
+    known = tmp_path / 'known'
+    known.mkdir()
+    runs.Record(cfg, load_data(cfg, 'RGB').record(), {}).write(known)
+    arms = ('resnet18', f'local-dir:{known}')
+    begun = dataclasses.replace(cfg, pretrained=True)
+    with pytest.raises(ValueError, match='known learnt from 6 of the 6 test images'):
+        make_plan(begun, asked(begun, arms), tmp_path)
+    assert list(make_plan(cfg, asked(cfg, arms), tmp_path).arms) == list(arms)  # from random weights nothing is known
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,15 @@ from test_named_datasets import fashion  # noqa: F401  (a fixture)
 
 from timm_vitres.training import datasets, named_datasets
 from timm_vitres.training.datasets import load_data
-from timm_vitres.training.reserved import for_verdict, images_of, num_training, reserve, training_counts
+from timm_vitres.training.reserved import (
+    check_unseen,
+    for_verdict,
+    images_of,
+    num_training,
+    reserve,
+    training_counts,
+)
+from timm_vitres.training.runs import Record
 from timm_vitres.training.settings import FinetuneCfg
 
 
@@ -165,3 +173,68 @@ def test_of_many_images_those_of_the_verdict_are_opened_first(tmp_path, monkeypa
     monkeypatch.setattr(datasets, 'MANY', 10)
     with pytest.raises(ValueError, match=r'^image: .* cannot be read as an image'):
         reserve(cfg(tmp_path), 'RGB')
+
+
+def write_run(folder, settings, **kwargs):
+    """Write the record of a run on images, which is all that is left of it."""
+    folder.mkdir()
+    Record(settings, load_data(settings, 'RGB').record(), {}, **kwargs).write(folder)
+    return f'local-dir:{folder}'
+
+
+def test_a_model_that_knows_test_images_is_refused(tmp_path):
+    photos = write_folder(tmp_path / 'photos', per_class=12)
+    images = reserve(cfg(photos), 'RGB')
+    known = write_run(tmp_path / 'known', cfg(photos))  # trained and chosen by all of the same photographs
+    with pytest.raises(
+        ValueError, match=r'^models: local-dir:.*known learnt from 6 of the 6 test images, or was chosen'
+    ):
+        check_unseen(cfg(photos), known, images)
+    later = write_run(tmp_path / 'later', cfg(write_folder(tmp_path / 'others', seed=5), model=known))
+    with pytest.raises(ValueError, match='later learnt from 6 of the 6'):
+        check_unseen(cfg(photos), later, images)
+    by_file = cfg(tmp_path / 'others', pretrained_path=str(tmp_path / 'known' / 'model.safetensors'))
+    with pytest.raises(ValueError, match='learnt from 6 of the 6'):
+        check_unseen(cfg(photos), write_run(tmp_path / 'by_file', by_file), images)
+
+
+def test_copies_of_test_images_under_other_names_are_known_too(tmp_path):
+    photos = write_folder(tmp_path / 'photos', per_class=12)
+    images = reserve(cfg(photos), 'RGB')
+    others = write_folder(tmp_path / 'others', seed=5)
+    shutil.copy(photos / images['test'][0][0], others / 'down' / 'copy.png')
+    known = write_run(tmp_path / 'known', cfg(others))
+    with pytest.raises(ValueError, match=f'learnt from 1 of the 6 test images.*{images["test"][0][0]}'):
+        check_unseen(cfg(photos), known, images)
+
+
+def test_a_model_that_moved_with_its_photographs_is_known(tmp_path):
+    photos = write_folder(tmp_path / 'photos', per_class=12)
+    known = write_run(tmp_path / 'known', cfg(photos))
+    photos.rename(tmp_path / 'moved')
+    with pytest.raises(ValueError, match='learnt from 6 of the 6'):
+        check_unseen(cfg(tmp_path / 'moved'), known, reserve(cfg(tmp_path / 'moved'), 'RGB'))
+
+
+def test_a_model_that_has_not_seen_test_images_goes_in(tmp_path):
+    photos = write_folder(tmp_path / 'photos', per_class=12)
+    images = reserve(cfg(photos), 'RGB')
+    check_unseen(cfg(photos), write_run(tmp_path / 'others', cfg(write_folder(tmp_path / 'data', seed=5))), images)
+    check_unseen(cfg(photos), 'resnet18', images)
+    check_unseen(cfg(photos), f'local-dir:{tmp_path}', images)  # no run
+    settings = cfg(photos)
+    folder = tmp_path / 'compared'
+    folder.mkdir()
+    Record(settings, images_of(images, 0.2, 0), {}).write(folder)  # a run of this comparison
+    check_unseen(settings, f'local-dir:{folder}', images)
+
+
+def test_of_a_dataset_by_name_indices_tell(fashion, tmp_path):  # noqa: F811
+    settings = FinetuneCfg(data_dir=str(fashion), dataset='torch/fashion_mnist')
+    images = reserve(settings, 'L')
+    ours = FinetuneCfg(data_dir=str(fashion), dataset='torch/fashion_mnist', val_split='')
+    check_unseen(settings, write_run(tmp_path / 'train', ours), images)
+    theirs = FinetuneCfg(data_dir=str(fashion), dataset='torch/fashion_mnist', val_split='validation')
+    count = images['test']['count']
+    with pytest.raises(ValueError, match=f'learnt from {count} of the {count} test images, or was chosen by them; '):
+        check_unseen(settings, write_run(tmp_path / 'both', theirs), images)

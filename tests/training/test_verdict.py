@@ -92,9 +92,37 @@ def test_an_arm_that_varies_more_borrows_no_certainty_of_the_others():
     restless = rng.random((3, 4000)) < scores[:, None]
     verdict = judge({**steady, 'restless': restless})
     found = verdict.behind['arm 0']
-    assert 'pairs at once (that of ' in verdict.sentence and 'for one pair alone)' in verdict.sentence
+    assert 'pairs at once (those of ' in verdict.sentence and ', each for one pair alone: ' in verdict.sentence
     own = (restless.mean(1) - steady['arm 0'].mean(1)).var(ddof=1)
     assert found.high - found.points >= 100 * student(0.975, 2) * math.sqrt(own / 3) > 0
+
+
+@pytest.mark.parametrize('seeds', [3, 4, 5, 8])
+def test_pairs_that_vary_more_are_named_with_any_number_of_seeds(seeds):
+    """The best arm is the restless one: the steady ones are not said to vary."""
+    steady = {name: np.tile(np.arange(1000) < 500 + place, (seeds, 1)) for place, name in enumerate('abc')}
+    scores = np.linspace(0.7, 0.9, seeds)
+    verdict = judge({**steady, 'restless': np.arange(1000) < 1000 * scores[:, None]})
+    assert verdict.best == 'restless'
+    assert verdict.sentence.endswith(
+        f'In brackets are 95% intervals, for all 6 pairs at once (those of c, b and a, each for one pair alone: these '
+        f'differences vary more by the seeds than others do), by the chance of {seeds} seeds and of 1000 images.'
+    )
+    half = verdict.behind['a'].high - verdict.behind['a'].points
+    assert half >= 100 * student(0.975, seeds - 1) * scores.std(ddof=1) / math.sqrt(seeds)
+
+
+@pytest.mark.parametrize('seeds', [3, 6])
+def test_of_two_arms_there_is_no_other_pair(seeds):
+    rng = np.random.default_rng(8)
+    for _ in range(50):
+        verdict = judge({name: rng.random((seeds, 30)) < 0.7 for name in 'ab'})
+        assert 'for one pair alone' not in verdict.sentence
+
+
+def test_an_interval_without_0_is_not_printed_with_it():
+    assert str(Difference(0.12, 0.04, 0.2)) == '0.12 points (0.04 to 0.20)'
+    assert str(Difference(0.12, -0.04, 0.28)) == '0.1 points (-0.0 to 0.3)'
 
 
 @pytest.mark.parametrize('images', [2, 50, 5000])

@@ -126,12 +126,15 @@ def run_compare(args: argparse.Namespace) -> int:
     """Compare, and print the table and the sentence."""
     from ..training.comparing import compare
     from ..training.comparison_report import PICTURE_NAME, table_lines
-    from ..training.plans import OWN, RECIPE, REPORT_NAME
+    from ..training.plans import OWN, RECIPE, REPORT_NAME, SEEN
     from ..training.recipes import recipe
     from ..training.settings import FinetuneCfg
 
     config = args.config or RECIPE
-    given = _given(args, recipe(config))
+    settings = recipe(config)
+    if not args.config and getattr(args, 'pretrained', False):  # weights have a size and a normalisation of their own
+        settings = {name: value for name, value in settings.items() if name not in SEEN}
+    given = _given(args, settings)
     left_out = [name for name in OWN if name in given]
     if left_out:
         print(f'config: {config}: {", ".join(left_out)} left out, since every arm or run has its own.')

@@ -81,7 +81,8 @@ def compare(
             run has of its own (model, lr, seed, ...) must be left at its default.
         models: Names of arms (`models.arms.ARMS`), or of timm models, with arguments after a colon:
             'vitresnet_nano:depth=3,embed_dim=96'.
-        seeds: Each trains every model once, with a validation split of its own. The first also chooses learning rates;
+        seeds: Each trains every model once, with a validation split of its own, unless there is a folder of validation
+            images. The first also chooses learning rates;
             others may be added later (how many there shall be is better settled before the first verdict is read).
         lrs: The learning rates to choose from.
         minutes: Let every model train for the epochs whose training steps take so long here, by a measurement in which

@@ -132,12 +132,35 @@ def write_comparison(
     lines = ['# A comparison', '', sentence, '', *table_lines(figures), '']
     lines += [f'![{column} of every run]({PICTURE_NAME})', ''] if draws else []
     lrs = {name: float(own[0]['lr']) for name, own in rows.items() if own and own[0]}
-    lines += [_how(cfg, plan, lrs), '']
+    lines += [_how(cfg, plan, lrs, rows), '']
     with replacing(folder / REPORT_NAME) as path:
         path.write_text('\n'.join(lines), encoding='utf-8')
 
 
-def _how(cfg: FinetuneCfg, plan: Plan, chosen: Mapping[str, float]) -> str:
+def _sizes(plan: Plan) -> str:
+    """Return the sentence that says of which size the arms' images are; nothing where it was not noted."""
+    sizes = {name: ' x '.join(map(str, arm.input_size[1:])) for name, arm in plan.arms.items() if arm.input_size}
+    if len(set(sizes.values())) > 1:
+        told = listed([f'{name} {size}' for name, size in sizes.items()])
+        return f' Images are not of one size ({told} pixels), nor are times of one image comparable.'
+    return f' Images are of {next(iter(sizes.values()))} pixels.' if sizes else ''
+
+
+def _judged(cfg: FinetuneCfg, plan: Plan, rows: Mapping[str, Sequence[Any]]) -> str:
+    """Return the sentence that says which epochs the models are of."""
+    told = []
+    for name, own in rows.items():
+        epochs = sorted(int(row['best_epoch']) + 1 for row in _ended_well(own) if row.get('best_epoch'))
+        if epochs:
+            first = f'{epochs[0]} to {epochs[-1]}' if epochs[0] < epochs[-1] else f'{epochs[0]}'
+            told.append(f'{name} {first} of {plan.arms[name].epochs}')
+    how = (
+        f'Judged is the epoch of a run that was best, or the first of these, by {cfg.eval_metric} on validation images'
+    )
+    return f' {how} ({listed(told)}).' if told else ''
+
+
+def _how(cfg: FinetuneCfg, plan: Plan, chosen: Mapping[str, float], rows: Mapping[str, Sequence[Any]]) -> str:
     """Return how the figures came about, in a few sentences; `chosen` has the learning rate of each arm."""
     minutes = plan.asked['minutes']
     cost = 'Every arm was trained for as many epochs.'
@@ -164,10 +187,14 @@ def _how(cfg: FinetuneCfg, plan: Plan, chosen: Mapping[str, float]) -> str:
         if ends:
             search += f' A better one may lie beyond that of {listed(ends)}, which is the least or the largest of them.'
     versions = ', '.join(f'{name} {version}' for name, version in plan.versions.items())
+    began = ', but what the weights that arms began with had seen before is not known' if cfg.pretrained else ''
     copies = '' if plan.images.get('copies_are_out', False) else ', unless as copies, for which nobody looked'
     return (
-        f'{plan.images["description"]}. {cost} {search} No model was trained on test images{copies}, and nothing was '
-        f'chosen by them. Seeds: {", ".join(map(str, plan.seeds))}; mean ± sample standard deviation. Times were '
+        f'{plan.images["description"]}. Each counts as independent of the others: where several show one thing, or are '
+        'of one series, the intervals are too narrow, unless these are on one side, in folders of their own.'
+        f'{_sizes(plan)} {cost}{_judged(cfg, plan, rows)} {search} No run was trained on test images{copies}, and '
+        f'nothing was chosen by them{began}. All runs learn from the same images, whose chance is in no interval. '
+        f'Seeds: {", ".join(map(str, plan.seeds))}; mean ± sample standard deviation. Times were '
         f'measured on {plan.machine}, in rounds in which the arms took turns: a training step of {cfg.batch_size} '
         f'images, and one image in evaluation. One recipe for all: {", ".join(given) or "the defaults"}. With '
         f'{versions}. Every run is in runs/, and a row of {RESULTS_NAME}.'

@@ -32,7 +32,7 @@ from .optimisation import (
 )
 from .processes import Processes
 from .recipes import FOLDER, recipe
-from .reserved import num_training, reserve, training_counts
+from .reserved import check_unseen, num_training, reserve, training_counts
 from .runs import current_versions, from_anywhere
 from .settings import FinetuneCfg
 from .tasks import create_criterion, create_task
@@ -67,6 +67,7 @@ class ArmPlan:
     latency_seconds: float = 0.0  # one image, in evaluation
     epochs: int = 0
     search_epochs: int = 0
+    input_size: List[int] = dataclasses.field(default_factory=list)  # (C, H, W); empty where it was not noted yet
 
     def cfg(self, recipe: FinetuneCfg) -> FinetuneCfg:
         """Return the recipe with this arm's model."""
@@ -218,6 +219,8 @@ def make_plan(cfg: FinetuneCfg, asked: Dict[str, Any], folder: Path) -> Plan:
     arms = {name: parse_arm(name, side) for name in asked['models']}
     mode = image_mode(cfg.in_chans or 3)
     images = reserve(cfg, mode, asked['test_split'], asked['test_frac'])
+    for arm in arms.values() if cfg.pretrained else ():
+        check_unseen(cfg, arm.model, images)
     _logger.info('%s.', images['description'])
     create_criterion(cfg, training_counts(images, cfg.val_frac, asked['seeds'][0]))  # whose error would come too late
     measure_arms_(cfg, arms, len(images['label_names']))
@@ -278,6 +281,7 @@ def measure_arms_(cfg: FinetuneCfg, arms: Dict[str, ArmPlan], num_classes: int) 
             model = create_finetune_model(own, num_classes)
             size = image_size(cfg.img_size) if cfg.img_size is not None else None
             shape = data_config(model, img_size=size, mean=cfg.mean, std=cfg.std)['input_size']
+            arm.input_size = list(shape)
             arm.parameters = sum(parameter.numel() for parameter in model.parameters())
             steps[name], views[name] = _functions(own, model, shape, num_classes, device)
             steps[name](None)

@@ -8,8 +8,9 @@ import dataclasses
 import logging
 import os
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, Iterable, List, Optional, Set
 
 from torch.utils.data import IterableDataset
 
@@ -17,6 +18,7 @@ from ..folders import find_splits, folders_in, shown, split_folder
 from .checking import MANY, raise_for, unreadable
 from .copies import check_copies, check_left, find_copies
 from .datasets import FOLDER_NAMES, UNREADABLE, ImageFolder, check_apart, listed, load_data
+from .runs import LOCAL, Record
 from .settings import FinetuneCfg
 from .splits import Data, Subset, class_counts, stratified_split, without
 
@@ -70,6 +72,61 @@ def reserve(cfg: FinetuneCfg, mode: str, test_split: str = TEST, test_frac: floa
     count = sum(len(part) for part in rows.values() if part)
     description = f'{count} images of {len(data.label_names)} classes in {shown(root.resolve().name)}; {how}'
     return {'label_names': data.label_names, 'description': description, 'copies_are_out': count <= MANY, **rows}
+
+
+def check_unseen(cfg: FinetuneCfg, model: str, images: Dict[str, Any]) -> None:
+    """Raise ValueError where a model of ours learnt from test images, or was chosen by them, as its run's record says.
+
+    Args:
+        cfg: Where the images are.
+        model: An arm that begins with its weights; of other than `local-dir:` nothing is known.
+        images: The result of `reserve`.
+    """
+    known: Dict[Path, Record] = {}
+    waiting = [model]
+    while waiting:  # what a run began with may be a run's, too
+        folder = Path(waiting.pop().removeprefix(LOCAL)).resolve()
+        if folder in known:
+            continue
+        with suppress(ValueError, OSError):  # no run of ours
+            known[folder] = record = Record.read(folder)
+            began = record.cfg
+            waiting += [name for name in (began.model, began.kd_model_name or '') if name.startswith(LOCAL)]
+            paths = (began.pretrained_path, began.initial_checkpoint)
+            waiting += [os.path.dirname(os.path.abspath(path)) for path in paths if path]
+    for record in known.values():
+        seen = _seen(cfg, record, images[TEST])
+        if seen:
+            example = f', such as {shown(min(seen))}' if isinstance(images[TEST], list) else ''
+            raise ValueError(
+                f'models: {model} learnt from {len(seen)} of the {_size(images[TEST])} test images, or was chosen by '
+                f'them{example}; compare it on images that it has not seen (test_split).'
+            )
+
+
+def _seen(cfg: FinetuneCfg, record: Record, test: Any) -> Set[Any]:
+    """Return the test images that are among a run's own: paths, or, of a named dataset, indices."""
+    own = [record.data[name] for name in ('train', 'validation')]
+    if isinstance(test, dict):
+        same = (record.cfg.dataset or '').lower() == (cfg.dataset or '').lower()
+        alike = [entry for entry in own if same and isinstance(entry, dict) and entry['split'] == test['split']]
+        return {index for entry in alike for index in _indices(entry)} & set(_indices(test))
+    if not all(isinstance(entry, list) for entry in own):
+        return set()
+    place = str(record.cfg.data_dir) if os.path.isdir(str(record.cfg.data_dir)) else str(cfg.data_dir)
+    root = os.path.realpath(str(cfg.data_dir))
+    theirs = {os.path.join(os.path.realpath(place), name): size for entry in own for name, _, size in entry}
+    ours = {os.path.join(root, name): size for name, _, size in test}
+    files = [*theirs.items(), *((path, size) for path, size in ours.items() if path not in theirs)]
+    return {path for path in ours if path in theirs} | {path for path in find_copies(files) if path in ours}
+
+
+def _indices(entry: Dict[str, Any]) -> Iterable[int]:
+    return range(entry['count']) if entry['indices'] is None else entry['indices']
+
+
+def _size(test: Any) -> int:
+    return len(list(_indices(test))) if isinstance(test, dict) else len(test)
 
 
 def _of_dataset(cfg: FinetuneCfg, mode: str, test_split: str) -> Dict[str, Any]:

@@ -25,8 +25,9 @@ class Difference(NamedTuple):
         return self.low > 0 or self.high < 0
 
     def __str__(self) -> str:
-        interval = f' ({self.low:.1f} to {self.high:.1f})' if math.isfinite(self.low) else ''
-        return f'{self.points:.1f} points{interval}'
+        digits = 2 if self.is_told and min(abs(self.low), abs(self.high)) < 0.05 else 1  # else 0.0 would seem inside
+        interval = f' ({self.low:.{digits}f} to {self.high:.{digits}f})' if math.isfinite(self.low) else ''
+        return f'{self.points:.{digits}f} points{interval}'
 
 
 class Verdict(NamedTuple):
@@ -50,9 +51,10 @@ def judge(
     interval is rather too wide.
 
     The best arm is chosen by the same figures, so that any pair of arms might have been the one that is told apart:
-    the intervals are Bonferroni's for all pairs, and hold all together with a probability of 95% (but that of an
-    arm which varies much more than the others: see `seeds_error`; the sentence names it). The chance of what was chosen
-    once for all seeds, as learning rates are, is in none. With fewer than `LEAST_SEEDS` seeds there is no interval, and
+    the intervals are Bonferroni's for all pairs, and hold all together with a probability of 95% (but those of pairs
+    whose difference varies more from seed to seed than that of the average pair: see `seeds_error`; the sentence names
+    them). The chance of what was chosen once for all seeds, as learning rates are, and of which images there were to
+    learn from, is in none. With fewer than `LEAST_SEEDS` seeds there is no interval, and
     no arm is called better.
 
     Args:
@@ -104,9 +106,9 @@ def seeds_error(scores: Sequence[np.ndarray], differences: np.ndarray, level: fl
     holds for this pair alone.
 
     What is left of the scores without the arms' and the seeds' means has the variance of a run: the analysis of
-    variance of a design in blocks, which are the seeds. Few seeds know it only where it is pooled over the arms; but an
-    arm that varies more than the others must not borrow their certainty, so that the pair's own is taken where it is
-    larger, with the quantile of its own degrees of freedom, for this pair alone, if that is the larger one.
+    variance of a design in blocks, which are the seeds. Few seeds know it only where it is pooled over the arms; but a
+    pair whose difference varies more must not borrow the others' certainty, so that its own variance is taken where it
+    is larger, with the larger one of the pooled quantile and that of its own degrees of freedom for this pair alone.
 
     Args:
         scores: Of every arm, (seeds,).
@@ -119,8 +121,8 @@ def seeds_error(scores: Sequence[np.ndarray], differences: np.ndarray, level: fl
     pooled, own = 2 * float((rest**2).sum()) / freedom, float(differences.var(ddof=1))
     quantile, alone = student((1 + level) / 2, freedom), student((1 + LEVEL) / 2, seeds - 1)
     # for all pairs at once, by so few degrees of freedom, hardly any difference of three seeds would ever be told
-    is_alone = own > pooled and alone > quantile
-    return (alone if is_alone else quantile) * math.sqrt(max(pooled, own) / seeds), is_alone
+    is_alone = arms > 2 and own > pooled
+    return (max(alone, quantile) if is_alone else quantile) * math.sqrt(max(pooled, own) / seeds), is_alone
 
 
 def _images_error(groups: Sequence[np.ndarray], level: float) -> float:
@@ -184,7 +186,10 @@ def _sentence(
     pairs = math.comb(len(means), 2)
     held = f'are 95% intervals, for all {pairs} pairs at once' if pairs > 1 else 'is the 95% interval'
     if alone:
-        held += f' (that of {listed(alone)}, which varies more by its seeds, for one pair alone)'
+        names = listed([name for name in order if name in alone])
+        each = f'those of {names}, each for one pair alone: these differences vary more by the seeds than others do'
+        one = f'that of {names} for one pair alone: this difference varies more by the seeds than others do'
+        held += f' ({each if len(alone) > 1 else one})'
     return (
         f'{start} {told[best]} {"; it ".join(parts)}. In brackets {held}, by the chance of {num_seeds} seeds and of '
         f'{num_images} images.'
