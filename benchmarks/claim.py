@@ -151,7 +151,7 @@ def ablation() -> str:
             min(float(rows[0][column]) for rows in arms.values()) for column in ('step_ms', 'latency_ms')
         )
         for place, arm in enumerate(sorted(arms, key=lambda arm: _place(figures, arm))):
-            rows, found = arms[arm], behind.get(arm)
+            rows, found = arms[arm], behind.get(arm) if arm in figures else None
             told, interval = '', 'left out' if arm not in figures else 'best'
             if found is not None:
                 told, interval = 'yes' if found['is_told'] == 'True' else 'no', _interval(found)

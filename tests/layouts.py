@@ -48,7 +48,8 @@ def google_layout(model, prefix=''):
     if isinstance(model.head, torch.nn.Linear):
         put_linear('head', model.head)
     width = model.embed_dim
-    put_linear('pre_logits', torch.nn.Linear(width, width))  # which in21k files have, and no model uses
+    if isinstance(model.head, torch.nn.Linear) and not model.head.weight.any():
+        put_linear('pre_logits', torch.nn.Linear(width, width))  # as files have whose head did not learn yet
     for i, block in enumerate(model.blocks):
         name = f'Transformer/encoderblock_{i}'
         put_norm(f'{name}/LayerNorm_0', block.norm1)

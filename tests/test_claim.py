@@ -71,8 +71,9 @@ def test_a_comparison_is_recorded_once_and_told_in_a_table(script, results, tmp_
     assert header == '| set | a | b | c | epochs of each | minutes of a run |'
     cells = ('`pairs`, 2 min, accuracy', '80.5 ± 0.7 (2 seeds)', '**83.0 ± 0.0 (2 seeds)**', '**82.0 ± 0.0 (2 seeds)**')
     assert line == f'| {" | ".join(cells)} | 7, 7, 7 | 1.5, 1.5, 1.5 |'
-    figures = {arm: [*values, values[1] + place] for place, (arm, values) in enumerate(ACCURACY.items())}
-    assert [claim._is_alone(figures, 'b', arm) for arm in 'ac'] == [False, True]  # of three seeds
+    figures = dict(a=[70.0, 80.0, 90.0], b=[93.0, 94.0, 93.0], c=[92.0, 93.0, 92.5])
+    assert [claim._is_alone(figures, 'b', arm) for arm in 'ac'] == [True, False]  # of three seeds
+    assert not claim._is_alone({arm: own[:2] for arm, own in figures.items()}, 'b', 'a')
     with (results / 'ablation.csv').open('a', newline='') as file:  # a run of one arm diverges
         lost = {**rows(results / 'ablation.csv')[0], 'seed': '2', 'accuracy': '', 'balanced': '', 'state': 'diverged'}
         csv.DictWriter(file, lost).writerow(lost)

@@ -260,11 +260,12 @@ DATA_FIELDS: Dict[str, Any] = {
 }
 
 
-def check_data_config(where: str, config: Mapping[str, Any]) -> Dict[str, Any]:
+def check_data_config(where: str, config: Mapping[str, Any], in_chans: int = 3) -> Dict[str, Any]:
     """Return a data config in plain Python; tensors and NumPy's values become numbers and tuples.
 
     Args:
         where: The beginning of an error message, which says whose config it is.
+        in_chans: Channels of an image, unless the config itself says them.
 
     Raises:
         ValueError: for a value that no image can be prepared with, or that JSON can't hold; the message names it.
@@ -273,7 +274,7 @@ def check_data_config(where: str, config: Mapping[str, Any]) -> Dict[str, Any]:
     for name, value in plain.items():
         if name in DATA_FIELDS:
             plain[name] = conform(f'{where}: {name}', value, DATA_FIELDS[name])
-    channels = plain.get('input_size', (3,))[0]
+    channels = plain.get('input_size', (in_chans,))[0]
     for name in ('mean', 'std'):
         value = plain.get(name)
         # timm takes the mean of three numbers where there is another number of channels

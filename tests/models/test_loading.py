@@ -6,6 +6,7 @@ import safetensors.torch
 import timm
 import torch
 from conftest import randomise_, relative_difference
+from timm.models import adapt_input_conv
 
 import timm_vitres
 from timm_vitres.models import loading, vitresnet
@@ -330,3 +331,45 @@ def test_what_timm_does_with_keys_is_no_argument():
     for name, value in (('pretrained_filter_fn', lambda *args: args[0]), ('pretrained_strict', False)):
         with pytest.raises(TypeError, match=f'^{name}: is no argument of VitResNet'):
             timm.create_model('vitresnet_nano.openclipart', pretrained=True, **{name: value})
+
+
+@pytest.mark.parametrize('channels', [1, 6])
+def test_other_channels_are_adapted_only_where_they_are_asked_for(channels, tmp_path):
+    model = randomise_(timm.create_model('test_vitresnet', num_classes=3, in_chans=channels))
+    torch.save(model.state_dict(), tmp_path / 'w.pth')
+    options = dict(pretrained=True, num_classes=3, pretrained_cfg_overlay=dict(file=str(tmp_path / 'w.pth')))
+    with pytest.raises(RuntimeError, match=f'is of images of {channels} channels, the model of 3; give in_chans='):
+        timm.create_model('test_vitresnet', **options)
+    loaded = timm.create_model('test_vitresnet', in_chans=channels, **options)
+    assert torch.equal(
+        loaded.get_parameter(f'{loaded.first_conv}.weight'), model.state_dict()[f'{model.first_conv}.weight']
+    )
+    adapted = timm.create_model('test_vitresnet', in_chans=3, **options)
+    expected = adapt_input_conv(3, model.state_dict()[f'{model.first_conv}.weight'], base_chans=channels)
+    assert torch.equal(adapted.get_parameter(f'{adapted.first_conv}.weight'), expected)
+
+
+@pytest.mark.parametrize('in_chans', [2, 4, 7])
+def test_what_is_adapted_can_be_saved_by_timm(in_chans, tmp_path):
+    torch.save(timm.create_model('test_vitresnet', num_classes=3).state_dict(), tmp_path / 'w.pth')
+    overlay = dict(file=str(tmp_path / 'w.pth'))
+    model = timm.create_model(
+        'test_vitresnet', pretrained=True, num_classes=3, in_chans=in_chans, pretrained_cfg_overlay=overlay
+    )
+    assert all(parameter.is_contiguous() for parameter in model.parameters())
+    timm.models.save_for_hf(model, tmp_path / 'hub', safe_serialization=True)
+
+
+def test_names_of_classes_are_of_the_weights_that_know_them(tmp_path):
+    """As many classes as those of weights in the registry are not those classes."""
+    name = 'vitresnet_mix_nano.fmnist'
+    known = timm.create_model(name, pretrained=True)
+    assert known.pretrained_cfg['label_names'][0] == 'T-shirt/top'
+    assert 'label_names' not in timm.create_model(name).pretrained_cfg
+    torch.save(known.state_dict(), tmp_path / 'mine.pth')
+    own = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=dict(file=str(tmp_path / 'mine.pth')))
+    assert 'label_names' not in own.pretrained_cfg
+    told = dict(file=str(tmp_path / 'mine.pth'), label_names=list('abcdefghij'))
+    assert timm.create_model(name, pretrained_cfg_overlay=told).pretrained_cfg['label_names'] == list('abcdefghij')
+    folder = timm_vitres.save(known, tmp_path / 'saved')
+    assert timm.create_model(f'local-dir:{folder}').pretrained_cfg['label_names'][0] == 'T-shirt/top'

@@ -11,7 +11,7 @@ from layouts import conformer_layout, google_layout, hybrid_layout, mmpretrain_l
 
 import timm_vitres
 from timm_vitres.cli import main
-from timm_vitres.publishing import conversion
+from timm_vitres.publishing import neighbours
 from timm_vitres.publishing.conversion import convert
 from timm_vitres.weights.augreg import read_name
 
@@ -122,7 +122,7 @@ def test_a_config_chooses_no_weights(config, message, tmp_path, monkeypatch):
 
 def test_what_an_address_hides_stays_out_of_the_card(tmp_path, monkeypatch):
     torch.save(timm.create_model('test_vitresnet', num_classes=2).state_dict(), tmp_path / 'w.pth')
-    monkeypatch.setattr(conversion, 'url_file', lambda url: tmp_path / 'w.pth')
+    monkeypatch.setattr(neighbours, 'url_file', lambda url: tmp_path / 'w.pth')
     address = 'https://example.org/a%20b/w.pth?sig=SECRET&x=/tail'
     card = (convert(address, tmp_path / 'out', 'test_vitresnet') / 'README.md').read_text()
     assert 'Converted from `w.pth`' in card and 'SECRET' not in card and 'tail' not in card
@@ -164,6 +164,97 @@ def test_what_is_refused(tmp_path, capsys):
         convert(tmp_path / 'e.pth', tmp_path / 'out')
     with pytest.raises(FileNotFoundError, match='there is no such file or folder'):
         convert(tmp_path / 'none.pth', tmp_path / 'out')
+
+
+def test_a_table_is_of_the_size_of_the_model_that_was_trained_not_of_its_images(tmp_path):
+    """Images of 32 x 288 pixels have as many tokens as those of 96 x 96, which the table is of."""
+    model = randomise_(timm.create_model('test_vitresnet', num_classes=2))
+    args = argparse.Namespace(model='test_vitresnet', input_size=[3, 32, 288])
+    torch.save(dict(arch='test_vitresnet', state_dict=model.state_dict(), args=args), tmp_path / 'last.pth.tar')
+    loaded = timm.create_model(f'local-dir:{convert(tmp_path / "last.pth.tar", tmp_path / "out")}', pretrained=True)
+    assert loaded.patch_embed.img_size == (96, 96)
+    x = torch.linspace(-1, 1, 3 * 32 * 288).view(1, 3, 32, 288)
+    with torch.inference_mode():
+        assert torch.equal(loaded.eval()(x), model.eval()(x))
+
+
+@pytest.mark.parametrize('by', ['argument', 'config'])
+def test_a_size_that_is_told_helps_to_find_the_architecture(by, tmp_path):
+    model = randomise_(timm.create_model('vitresnet_nano', num_classes=2, img_size=(32, 64)))
+    folder = tmp_path / 'source'
+    folder.mkdir()
+    safetensors.torch.save_file(model.state_dict(), folder / 'model.safetensors')
+    size = dict(img_size=(32, 64)) if by == 'argument' else {}
+    if by == 'config':
+        (folder / 'config.json').write_text(json.dumps(dict(image_size=[32, 64])))
+    loaded = timm.create_model(f'local-dir:{convert(folder, tmp_path / "out", **size)}', pretrained=True)
+    assert torch.equal(loaded.pos_embed, model.pos_embed) and loaded.patch_embed.img_size == (32, 64)
+
+
+def test_a_square_that_has_as_many_tokens_does_not_take_the_place_of_a_size_that_is_told(tmp_path):
+    model = randomise_(timm.create_model('vitresnet_nano', num_classes=2, img_size=(16, 64)))
+    grid = model.patch_embed.grid_size
+    assert grid[0] * grid[1] == (grid[0] * 2) ** 2
+    torch.save(model.state_dict(), tmp_path / 'w.pth')
+    loaded = timm.create_model(
+        f'local-dir:{convert(tmp_path / "w.pth", tmp_path / "out", img_size=(16, 64))}', pretrained=True
+    )
+    assert loaded.patch_embed.img_size == (16, 64)
+
+
+@pytest.mark.parametrize('begun', ['folder', 'gone'])
+def test_a_run_that_began_with_a_folder(begun, tmp_path, caplog):
+    """timm writes its name as the architecture's; arguments that no shape shows are in its config.json alone."""
+    model = randomise_(timm.create_model('vitresnet_nano', num_classes=2, num_heads=2, act_layer='relu'))
+    folder = tmp_path / 'vitresnet_small'  # by this name it would be another architecture
+    if begun == 'folder':
+        timm_vitres.save(model, folder, label_names=['cat', 'dog'])
+    args = argparse.Namespace(model=f'local-dir:{folder}', model_kwargs={})
+    torch.save(dict(arch=args.model, state_dict=model.state_dict(), args=args), tmp_path / 'last.pth.tar')
+    loaded = timm.create_model(f'local-dir:{convert(tmp_path / "last.pth.tar", tmp_path / "out")}', pretrained=True)
+    assert loaded.pretrained_cfg['architecture'] == 'vitresnet_nano'
+    assert torch.equal(logits(loaded, 32), logits(model, 32)) == (begun == 'folder')
+    assert ('is found by its tensors' in caplog.text) == (begun == 'gone')
+
+
+def test_settings_of_other_programs_and_channels(tmp_path):
+    """Conformer's own code, as DeiT's, calls the side of images input_size; means are one for each channel."""
+    model = randomise_(timm.create_model('test_vitresnet', num_classes=2, in_chans=4))
+    args = argparse.Namespace(
+        model='test_vitresnet', input_size=64, in_chans=4, mean=[0.1, 0.2, 0.3, 0.4], std=[0.5, 0.5, 0.5, 0.6]
+    )
+    torch.save(dict(model=model.state_dict(), args=args), tmp_path / 'checkpoint.pth')
+    loaded = timm.create_model(f'local-dir:{convert(tmp_path / "checkpoint.pth", tmp_path / "out")}', pretrained=True)
+    config = timm.data.resolve_model_data_config(loaded)
+    assert tuple(config['input_size']) == (4, 64, 64) and tuple(config['mean']) == (0.1, 0.2, 0.3, 0.4)
+    args.mean = [0.1, 0.2]
+    torch.save(dict(model=model.state_dict(), args=args), tmp_path / 'checkpoint.pth')
+    with pytest.raises(ValueError, match=r'mean: got \(0\.1, 0\.2\), expected one number, or one for each channel'):
+        convert(tmp_path / 'checkpoint.pth', tmp_path / 'out')
+
+
+def test_a_licence_is_the_sources_own(tmp_path):
+    folder = timm_vitres.save(timm.create_model('test_vitresnet', num_classes=2), tmp_path / 'source')
+    config = json.loads((folder / 'config.json').read_text())
+    config['pretrained_cfg'].update(license='cc-by-nc-4.0', tag='mine', description='of cats')
+    (folder / 'config.json').write_text(json.dumps(config))
+    told = json.loads((convert(folder, tmp_path / 'out') / 'config.json').read_text())['pretrained_cfg']
+    assert (told['license'], told['tag'], told['description']) == ('cc-by-nc-4.0', 'mine', 'of cats')
+    assert 'license: cc-by-nc-4.0' in (tmp_path / 'out' / 'README.md').read_text()
+    torch.save(timm.create_model('vitresnet_nano', num_classes=2).state_dict(), tmp_path / 'mine.pth')
+    told = json.loads((convert(tmp_path / 'mine.pth', tmp_path / 'b') / 'config.json').read_text())['pretrained_cfg']
+    assert not told.get('license') and not told.get('tag')  # those of the registry are of other weights
+
+
+def test_tokens_that_are_missing_or_too_many_are_named(tmp_path):
+    for options, said in ((dict(class_token=False, global_pool='avg'), 'cls_token'), (dict(reg_tokens=4), 'reg_token')):
+        model = timm.create_model('test_vitresnet', num_classes=2, **options)
+        torch.save(dict(arch='test_vitresnet', state_dict=model.state_dict()), tmp_path / 'w.pth')
+        with pytest.raises(RuntimeError, match=f'The checkpoint is not one of test_vitresnet.* keys: .*{said}'):
+            convert(tmp_path / 'w.pth', tmp_path / 'out')
+        overlay = dict(file=str(tmp_path / 'w.pth'), num_classes=2)
+        with pytest.raises(RuntimeError, match=f'The checkpoint is not one of test_vitresnet.* keys: .*{said}'):
+            timm.create_model('test_vitresnet', pretrained=True, num_classes=2, pretrained_cfg_overlay=overlay)
 
 
 @pytest.mark.parametrize('told', [True, False])
@@ -362,12 +453,12 @@ def test_the_layout_is_known_in_a_process_groups_wrapper(tmp_path):
 
 def test_a_file_that_was_downloaded_is_known_by_its_address(tmp_path, monkeypatch):
     """In a cache its folder is another one, by which files of the first paper are known."""
-    monkeypatch.setattr(conversion, 'url_file', lambda url: tmp_path / 'R50%2BViT-B_16.npz')
+    monkeypatch.setattr(neighbours, 'url_file', lambda url: tmp_path / 'R50%2BViT-B_16.npz')
 
     def stop(path):
         raise InterruptedError(read_name(path))
 
-    monkeypatch.setattr(conversion, 'read_name', stop)
+    monkeypatch.setattr('timm_vitres.publishing.conversion.read_name', stop)
     for source in ('imagenet21k/R50+ViT-B_16', 'gs://vit_models/imagenet21k/R50+ViT-B_16.npz'):
         with pytest.raises(InterruptedError, match='it was pretrained on imagenet21k'):
             convert(source, tmp_path / 'out')

@@ -380,3 +380,25 @@ def test_descriptions_of_other_classes_are_forgotten(tmp_path):
     text = (timm_vitres.save(model, tmp_path / 'named', ['x', 'y']) / 'config.json').read_text()
     assert json.loads(text)['label_names'] == ['x', 'y'] and 'a cat' not in text
     assert 'label_names' not in json.loads((timm_vitres.save(model, tmp_path / 'none') / 'config.json').read_text())
+
+
+def test_what_a_config_says_of_tests_survives_saving_again(tmp_path):
+    model = timm.create_model('test_vitresnet', num_classes=2)
+    config = {**timm.data.resolve_model_data_config(model), 'test_input_size': (3, 128, 128), 'test_crop_pct': 1.0}
+    save(model, tmp_path / 'a', data_config=config)
+    first = json.loads((tmp_path / 'a' / 'config.json').read_text())['pretrained_cfg']
+    save(timm.create_model(f'local-dir:{tmp_path / "a"}', pretrained=True), tmp_path / 'b')
+    assert json.loads((tmp_path / 'b' / 'config.json').read_text())['pretrained_cfg'] == first
+    loaded = timm.create_model(f'local-dir:{tmp_path / "b"}', pretrained=True)
+    assert timm.data.resolve_model_data_config(loaded, use_test_size=True)['input_size'] == (3, 128, 128)
+    other = timm.create_model(f'local-dir:{tmp_path / "a"}', pretrained=True, img_size=64)
+    save(other, tmp_path / 'c')  # of a model for another size, that of its tests is not known
+    assert 'test_input_size' not in json.loads((tmp_path / 'c' / 'config.json').read_text())['pretrained_cfg']
+
+
+def test_a_mean_for_each_channel(tmp_path):
+    model = timm.create_model('test_vitresnet', num_classes=2, in_chans=6)
+    save(model, tmp_path, data_config=dict(mean=[0.1] * 6, std=[0.2] * 6))
+    assert json.loads((tmp_path / 'config.json').read_text())['pretrained_cfg']['mean'] == [0.1] * 6
+    with pytest.raises(ValueError, match=r'mean: got .*one for each channel'):
+        save(model, tmp_path, data_config=dict(mean=[0.1] * 4))

@@ -116,3 +116,27 @@ def test_names_of_a_layout_with_other_shapes(weights, layout):
 def test_what_is_no_state_dict(weights):
     with pytest.raises(ValueError, match=r'state_dict: .* has \w+, expected names with tensors'):
         convert_layout(weights)
+
+
+@pytest.mark.parametrize('prefix', ['model.', 'net.', 'backbone.', 'timm_model.', 'model._orig_mod.'])
+@pytest.mark.parametrize('wrapper', ['state_dict', 'model_state_dict'])
+def test_names_below_a_module_that_held_the_model(prefix, wrapper):
+    model = timm.create_model('test_vitresnet', num_classes=3)
+    found = convert_layout({wrapper: {prefix + key: value for key, value in model.state_dict().items()}})
+    assert found.keys() == model.state_dict().keys()
+
+
+def test_averaged_weights_of_torch():
+    averaged = torch.optim.swa_utils.AveragedModel(timm.create_model('test_vitresnet', num_classes=3))
+    assert convert_layout(averaged.state_dict()).keys() == averaged.module.state_dict().keys()
+
+
+@pytest.mark.parametrize('layer', ['pre_logits.fc', 'pre_logits'])
+def test_a_head_that_learnt_behind_a_layer_which_we_lack_is_left_out(layer, caplog):
+    own = timm.create_model('test_vitresnet', num_classes=3).state_dict()
+    weights = {**own, f'{layer}.weight': torch.ones(64, 64), f'{layer}.bias': torch.ones(64)}
+    weights['head.weight'] = torch.ones_like(own['head.weight'])
+    assert own.keys() - convert_layout(weights).keys() == {'head.weight'}
+    assert 'the head behind it, too: head.weight' in caplog.text
+    weights['head.weight'] = torch.zeros_like(own['head.weight'])
+    assert convert_layout(weights).keys() == own.keys()

@@ -17,6 +17,7 @@ from ..weights.checkpoints import read_checkpoint
 from ..weights.comparison import add_batch_counts, check_dtypes, check_keys
 from ..weights.layouts import StateDict, convert_layout
 
+TABLES = ('pos_embed', 'patch_embed.proj.weight', '_rel')  # how the names of what is fitted to a size end
 LABEL_KEYS = ('label_names', 'label_descriptions')  # where a pretrained cfg has the names of classes
 
 
@@ -199,9 +200,19 @@ class Hybrid(nn.Module):
         """
         state_dict = add_batch_counts(convert_layout(state_dict), self)
         check_dtypes(state_dict, self)
-        state_dict = self.fit_tables(state_dict, img_size)
+        try:
+            state_dict = self.fit_tables(state_dict, img_size)
+        except RuntimeError:  # because of tokens that it lacks, or has besides
+            self.check_without_tables(state_dict)
+            raise
         check_keys(state_dict, self, {*self.head_keys(), f'{self.first_conv}.weight'})
         return state_dict
+
+    @torch.jit.ignore
+    def check_without_tables(self, state_dict: StateDict) -> None:
+        """Raise RuntimeError as `filter_state_dict` does, before tables are fitted, which are left out."""
+        others = {key for key in self.state_dict() if key.endswith(TABLES)}
+        check_keys(add_batch_counts(state_dict, self), self, {*self.head_keys(), f'{self.first_conv}.weight', *others})
 
     def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
         """Replace the head as timm does, and forget what the old one's classes were called."""

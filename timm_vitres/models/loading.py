@@ -69,11 +69,12 @@ def build_hybrid(model_cls: Type[ModelT], variant: str, pretrained: bool, cfg: A
             feature_cfg['out_indices'] = conform_indices('out_indices', indices, len(twin.feature_info), distinct=True)
             _tell_of_blocks(indices, twin)
     create: Any = model_cls
+    own, overlay = kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay') or {}
+    is_tag = own is None or isinstance(own, str)
+    given = {name: overlay[name] for name in SOURCES if overlay.get(name)}
     if pretrained:  # timm would initialise the whole model, and then copy the weights into it
-        own, overlay = kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay') or {}
         img_sizes, args = [resolve_pretrained_cfg(variant, own).input_size[-2:]], kwargs.get('pretrained_model_args')
         source = resolve_pretrained_cfg(variant, own, overlay)
-        given = {name: overlay[name] for name in SOURCES if overlay.get(name)}
         if given:  # they take the place of what the cfg names, and nothing else tells of what model they are
             given['hf_hub_filename'] = overlay.get('hf_hub_filename')
             source = dataclasses.replace(source, **{**dict.fromkeys(SOURCES), 'source': '', **given})
@@ -82,15 +83,17 @@ def build_hybrid(model_cls: Type[ModelT], variant: str, pretrained: bool, cfg: A
                 img_sizes = [source.input_size[-2:]]
         elif args and args.get('img_size'):
             img_sizes = [args['img_size']]
-        is_tag = own is None or isinstance(own, str)
         if given or overlay.get('hf_hub_filename') or (overlay and args is None and not is_tag):
             source_cfg = cfg
         elif args:
             source_cfg = dataclasses.replace(source_cfg, **{name: args[name] for name in fields & args.keys()})
         source_cfg = source_cfg if source_cfg != cfg else None
-        create = partial(create_pretrained, model_cls, source, kwargs.get('cache_dir'), img_sizes, mmap, source_cfg)
+        adapts = kwargs.get('in_chans') is not None
+        cache_dir = kwargs.get('cache_dir')
+        create = partial(create_pretrained, model_cls, source, cache_dir, img_sizes, mmap, source_cfg, adapts)
     model = build_model_with_cfg(create, variant, False, model_cfg=cfg, feature_cfg=feature_cfg, **kwargs)
-    _forget_other_labels(model)
+    # the registry's names are those of its weights' classes
+    _forget_other_labels(model, not is_tag or (pretrained and not given) or bool(overlay.get('label_names')))
     return model
 
 
@@ -120,13 +123,17 @@ def _tell_of_blocks(indices: Any, model: Any) -> None:
         )
 
 
-def _forget_other_labels(model: nn.Module) -> None:
-    """Take names out of a model's cfg that are not those of its classes: of another number, or before a new head."""
+def _forget_other_labels(model: nn.Module, are_of_weights: bool) -> None:
+    """Take names out of a model's cfg that are not those of its classes: of other weights, of another number, or before
+    a new head.
+    """
     if not isinstance(model, Hybrid):  # features have no classes
         return
     names = model.pretrained_cfg.get('label_names') or ()
     counted = isinstance(names, (list, tuple, dict)) and len(names) in (0, model.num_classes)
-    if not counted or (model.pretrained_cfg.get('num_classes') or 0) < 0:  # `_drop_other_head_` says what -1 means
+    if (
+        not are_of_weights or not counted or (model.pretrained_cfg.get('num_classes') or 0) < 0
+    ):  # `_drop_other_head_` says what -1 means
         model.forget_labels()
 
 
@@ -137,6 +144,7 @@ def create_pretrained(
     img_sizes: Sequence[Any] = (),
     mmap: Optional[bool] = None,
     source_cfg: Any = None,
+    adapts: bool = True,
     device: Union[None, str, torch.device] = None,
     dtype: Optional[torch.dtype] = None,
     weight_init: str = '',
@@ -149,6 +157,7 @@ def create_pretrained(
         img_sizes: What the checkpoint's position table may have been made for; the first with as many tokens is it.
         mmap: Whether weights are mapped into memory, where their file allows it; see `is_mapped`.
         source_cfg: The config of the model that they were saved of, where it is known, and not this one's.
+        adapts: Whether the caller asked for a number of image channels, so that the first convolution may be adapted.
         device: Where the model shall be.
         dtype: Of its parameters, whatever the file's; torch's default dtype by default.
         weight_init: How a new head is initialised: timm's names for it.
@@ -191,7 +200,7 @@ def create_pretrained(
     if source_cfg is not None:
         size = model.size_of_tokens(source_cfg, size)
     state_dict = model.filter_state_dict(state_dict, size)
-    _adapt_first_conv_(state_dict, model)
+    _adapt_first_conv_(state_dict, model, adapts)
     new_head = _drop_other_head_(state_dict, model, source)
     check_keys(state_dict, model, model.head_keys() if new_head else ())
     assign_(model, state_dict, device)
@@ -222,12 +231,20 @@ def assign_(model: nn.Module, state_dict: StateDict, device: Union[str, torch.de
     nn.Module.load_state_dict(model, tensors, strict=False, assign=True)  # the keys were compared before
 
 
-def _adapt_first_conv_(state_dict: StateDict, model: Hybrid) -> None:
-    """Sum or repeat the image channels of the first convolution, as timm does."""
+def _adapt_first_conv_(state_dict: StateDict, model: Hybrid, is_asked: bool) -> None:
+    """Sum or repeat the image channels of the first convolution, as timm does; refuse it where nobody asked for it."""
     key = f'{model.first_conv}.weight'
     weight, in_chans = state_dict.get(key), model.state_dict()[key].shape[1]
-    if weight is not None and weight.ndim == 4 and weight.shape[1] != in_chans:
-        state_dict[key] = adapt_input_conv(in_chans, weight, base_chans=weight.shape[1])
+    if weight is None or weight.ndim != 4 or weight.shape[1] == in_chans:
+        return
+    channels = weight.shape[1]
+    if not is_asked:
+        raise RuntimeError(
+            f'{key}: the checkpoint is of images of {channels} channels, the model of {in_chans}; give '
+            f'in_chans={channels}, or in_chans={in_chans} to have the first convolution adapted.'
+        )
+    # what timm returns may be a view, which safetensors does not write
+    state_dict[key] = adapt_input_conv(in_chans, weight, base_chans=channels).contiguous()
 
 
 def _drop_other_head_(state_dict: StateDict, model: Hybrid, source: PretrainedCfg) -> bool:

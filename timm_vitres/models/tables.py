@@ -165,9 +165,10 @@ def table_size(table: torch.Tensor, embed: ResNetEmbed, num_prefix_tokens: int, 
             return size
     side = _square_side(num_tokens)
     if side is None:
+        told = ', '.join(' x '.join(map(str, to_2tuple(size))) for size in candidates if size is not None)
         raise ValueError(
-            f'img_size: not given, and the {num_tokens} position embeddings of the checkpoint are no square grid; say '
-            f'which height and width they are for.'
+            f'img_size: {f"got {told}" if told else "not given"}, and the {num_tokens} position embeddings of the '
+            'checkpoint are no square grid; say which height and width they are for.'
         )
     height, width = embed.size_of_grid((side, side))
     return height if height == width else (height, width)

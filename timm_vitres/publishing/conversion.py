@@ -6,8 +6,6 @@ caller says otherwise.
 """
 
 import argparse
-import dataclasses
-import json
 import logging
 import os
 import re
@@ -21,8 +19,6 @@ from PIL import Image
 from timm.data import resolve_input_data_config
 from timm.layers import to_2tuple
 from timm.models import (
-    PretrainedCfg,
-    clean_state_dict,
     get_arch_pretrained_cfgs,
     get_model_input_config,
     get_pretrained_cfg,
@@ -37,20 +33,19 @@ from ..folders import shown, split_role
 from ..labels import normalise_label_names
 from ..models.base import Hybrid
 from ..models.loading import assign_, fill_buffers_
-from ..weights.augreg import PublishedName, read_name, url_of
-from ..weights.checkpoints import INDEX_NAMES, checkpoint_files, read_checkpoint
+from ..weights.augreg import PublishedName, read_name
+from ..weights.checkpoints import checkpoint_files, read_checkpoint
 from ..weights.checksums import check_once, is_of_this_package
 from ..weights.comparison import add_batch_counts, check_dtypes, check_keys
-from ..weights.downloads import NotInRepository, at_commit, hub_file, url_file
-from ..weights.files import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME, WEIGHTS_NAMES
-from ..weights.layouts import LAYOUTS, StateDict, convert_layout, find_layout
-from ..weights.sources import SOURCE_ARGUMENTS, hub_weights, local_weights
+from ..weights.files import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME
+from ..weights.layouts import StateDict, convert_layout, find_layout, plain_names
+from ..weights.sources import SOURCE_ARGUMENTS
 from .cards import OURS, read_card, render_card
+from .neighbours import STARTS, began_with, crop_of, find_beside
 from .saving import save
 
 _logger = logging.getLogger(__name__)
-PREPROCESSOR_NAME = 'preprocessor_config.json'  # transformers stores the preprocessing under this name
-PRETRAINED_FIELDS = {field.name for field in dataclasses.fields(PretrainedCfg)}
+ABOUT_WEIGHTS = ('license', 'tag', 'description', 'origin_url', 'paper_name', 'paper_ids', 'notes')
 # datasets of timm's that are image folders, and how they order the classes: timm by numbers, torchvision by letters
 FOLDERS = {'': natural_key, 'folder': natural_key, 'torch/image_folder': str, 'torch/folder': str}
 RESAMPLING = {mode.value: mode.name.lower() for mode in Image.Resampling}  # transformers writes PIL's numbers
@@ -93,7 +88,7 @@ def convert(
     if img_size is not None:
         img_size = conform('img_size', img_size, ImageSize)
     _check_folder(Path(folder))
-    path, config, preprocessor, url = _find(str(source))
+    path, config, preprocessor, url = find_beside(str(source))
     address = urlparse(url).path if url else None  # a query may hold a secret
     published = read_name(address or path)  # a cache has names of its own
     if published:
@@ -102,13 +97,13 @@ def convert(
     for file in checkpoint_files(path):
         check_once(file)
     weights, about = read_checkpoint(path, use_ema)
-    layout = find_layout(clean_state_dict(weights))
+    layout = find_layout(plain_names(weights))
     state_dict = convert_layout(weights)
     args = _settings(path, about)
-    name, kwargs = _architecture(model, args, about, config, state_dict)
+    sizes = img_size, img_size or _trained_size(args, config)
+    name, kwargs = _architecture(model, args, about, config, state_dict, sizes)
     kwargs.update(model_kwargs or {})
-    trained_size = img_size or _trained_size(args, config)
-    _add_shapes(name, kwargs, state_dict, img_size, trained_size)
+    _add_shapes(name, kwargs, state_dict, *sizes, _own_size(args))
 
     built = _on_meta(name, **kwargs)
     state_dict = add_batch_counts(state_dict, built)
@@ -122,9 +117,8 @@ def convert(
         label_names = normalise_label_names(label_names, built.num_classes)
     assign_(built, state_dict)
     fill_buffers_(built)
-    if layout.license:
-        built.pretrained_cfg = {**built.pretrained_cfg, 'license': layout.license}
-    data = _data_config(built, trained_size, args, config, preprocessor)
+    built.pretrained_cfg = _told_of_weights(built.pretrained_cfg, config.get('pretrained_cfg') or {}, layout.license)
+    data = _data_config(built, sizes[1], args, config, preprocessor)
     file_name = Path(unquote(address) if address else path).name
     card = render_card(
         built,
@@ -134,7 +128,7 @@ def convert(
         source=f'local-dir:{folder}',
         label_names=label_names or (),
         data_config=data,
-        license=layout.license,
+        license=built.pretrained_cfg.get('license'),
     )
     return save(built, folder, label_names, data, card)
 
@@ -151,76 +145,6 @@ def _check_folder(folder: Path) -> None:
         )
 
 
-def _find(source: str) -> Tuple[Path, Dict[str, Any], Dict[str, Any], Optional[str]]:
-    """Return the weights, what config.json and preprocessor_config.json beside them say, and a download's address."""
-    found: List[Dict[str, Any]] = []
-    hub_id = source.removeprefix('hf-hub:') if source.startswith('hf-hub:') else None
-    url = None if hub_id or Path(source).exists() else url_of(source)
-    if url:
-        return url_file(url), {}, {}, url
-    path = hub_weights(hub_id) if hub_id else local_weights(source.removeprefix('local-dir:'))
-    for name in (CONFIG_NAME, PREPROCESSOR_NAME):
-        beside = path.with_name(name)
-        if found and found[0].get('architecture') and found[0].get('pretrained_cfg'):  # timm's config says all
-            found.append({})
-            continue
-        if hub_id:
-            with suppress(NotInRepository):  # not every repository has both
-                beside = hub_file(at_commit(hub_id, path.parent.name), (name,))
-        content = _read_json(beside) if beside.is_file() else {}
-        found.append(content if found else _nested(content))
-    config, preprocessor = found
-    if (
-        not hub_id
-        and Path(source.removeprefix('local-dir:')).is_file()
-        and path.name not in (*WEIGHTS_NAMES, *INDEX_NAMES)
-    ):
-        # a folder of downloads may hold the config.json of any other model
-        names_another = (config.get('architecture') or config.get('model_type')) and not _is_of_layout(config)
-        if not config:
-            preprocessor = {}  # it names no model, and so may be another's
-        elif names_another:
-            _logger.warning('%s: is of another model than %s, and left alone.', path.with_name(CONFIG_NAME), path.name)
-            config, preprocessor = {}, {}
-    return path, config, preprocessor, None
-
-
-def _is_of_layout(config: Dict[str, Any]) -> bool:
-    """Return whether a config.json is one of a model whose weights we read."""
-    name = split_model_name_tag(str(config.get('architecture')))[0]
-    patterns = [pattern for family in Hybrid.families for pattern in (*family.variants, *family.foreign_names)]
-    is_ours = any(re.fullmatch(pattern, name) for pattern in patterns)
-    model_type = config.get('model_type')
-    return is_ours or (model_type is not None and any(layout.model_type == model_type for layout in LAYOUTS))
-
-
-def _read_json(path: Path) -> Dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding='utf-8-sig'))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f'{path} is no JSON ({error}); mend it, or take it away.') from error
-    if not isinstance(found, dict):
-        raise ValueError(
-            f'{path} holds {type(found).__name__}, expected an object with names; mend it, or take it away.'
-        )
-    for name in ('model_args', 'pretrained_cfg'):
-        if not isinstance(found.get(name) or {}, dict):
-            raise ValueError(f'{path}: {name}: got {show(found[name])}, expected names with values.')
-    return found
-
-
-def _nested(config: Dict[str, Any]) -> Dict[str, Any]:
-    """Return a config.json in timm's present form; the older form has the pretrained cfg at the top."""
-    if 'architecture' not in config or config.get('pretrained_cfg'):
-        return config
-    names = config.get('label_names') or config.get('labels')
-    return {
-        **config,
-        'pretrained_cfg': {key: config[key] for key in config.keys() & PRETRAINED_FIELDS},
-        'label_names': names,
-    }
-
-
 def _settings(path: Path, about: Dict[str, Any]) -> Dict[str, Any]:
     """Return the settings in a training checkpoint; raise ValueError, naming the file, if they are malformed."""
     args = about.get('args') or {}
@@ -229,21 +153,36 @@ def _settings(path: Path, about: Dict[str, Any]) -> Dict[str, Any]:
         raise ValueError(f'{path}: args: got {show(args)}, expected the settings of a training run.')
     if not isinstance(args.get('model_kwargs') or {}, dict):
         raise ValueError(f'{path}: model_kwargs: got {show(args["model_kwargs"])}, expected names with values.')
+    args = dict(args)
+    size = args.get('input_size')
+    if isinstance(size, int) or (isinstance(size, (list, tuple)) and len(size) == 2):  # as DeiT's and Conformer's code
+        args['img_size'] = args.pop('input_size')
     # timm's train.py records None or '' for a setting that was not given
-    check_data_config(str(path), {name: args[name] for name in DATA_FIELDS if args.get(name)})
-    return dict(args)
+    told = {name: args[name] for name in DATA_FIELDS if args.get(name)}
+    check_data_config(str(path), told, args.get('in_chans') or 3)
+    return args
 
 
 def _architecture(
-    model: Optional[str], args: Dict[str, Any], about: Dict[str, Any], config: Dict[str, Any], state_dict: StateDict
+    model: Optional[str],
+    args: Dict[str, Any],
+    about: Dict[str, Any],
+    config: Dict[str, Any],
+    state_dict: StateDict,
+    sizes: Tuple[Any, Any],
 ) -> Tuple[str, Dict[str, Any]]:
-    """Return the architecture's name and the arguments that go with it."""
+    """Return the architecture's name and the arguments that go with it; `sizes` are those that `_add_shapes` takes."""
+    told = model or about.get('arch') or args.get('model') or config.get('architecture')
+    if not model and str(args.get('model') or '').startswith(STARTS):  # the run began with a model of this name
+        began = began_with(str(args['model']))
+        told = began.get('architecture')
+        config = {**config, 'model_args': {**(began.get('model_args') or {}), **(config.get('model_args') or {})}}
+        args = {**args, 'model_kwargs': {**config['model_args'], **(args.get('model_kwargs') or {})}}
     kwargs = dict(args.get('model_kwargs') or config.get('model_args') or {})
     for key in sorted(kwargs.keys() & {*SOURCE_ARGUMENTS, 'features_only'}):
         raise ValueError(f'model_args: {key} says nothing of the model that the checkpoint is of; take it out.')
     if args.get('gp'):
         kwargs['global_pool'] = args['gp']
-    told = model or about.get('arch') or args.get('model') or config.get('architecture')
     if told:
         name = split_model_name_tag(str(told).rpartition(':')[2].rpartition('/')[2])[0]
         for family in Hybrid.families:
@@ -255,18 +194,36 @@ def _architecture(
         return name, kwargs
     candidates = [name for family in Hybrid.families for name in family.variants if not name.startswith('test_')]
     for name in candidates:
-        kwargs = {}
+        own = dict(kwargs)
         try:
-            _add_shapes(name, kwargs, state_dict)
-            built = _on_meta(name, **kwargs)
+            _add_shapes(name, own, state_dict, *sizes)
+            built = _on_meta(name, **own)
             check_keys(add_batch_counts(state_dict, built), built)
-        except (RuntimeError, ValueError):
+        except (RuntimeError, ValueError, TypeError):
             continue
         return name, kwargs
     raise ValueError(
         f'model: not given, and the checkpoint has the tensors of none of {", ".join(candidates)}; say which '
         f'architecture it is, and give its further arguments as model_kwargs.'
     )
+
+
+def _told_of_weights(cfg: Dict[str, Any], source: Dict[str, Any], license: Optional[str]) -> Dict[str, Any]:
+    """Return a pretrained cfg that tells of weights what their source does: the registry's tells of its own."""
+    others = {name: value for name, value in cfg.items() if name not in ABOUT_WEIGHTS}
+    told = {'license': license, **{name: source[name] for name in ABOUT_WEIGHTS if name in source}}
+    return {**others, **{name: value for name, value in told.items() if value is not None}}
+
+
+def _own_size(args: Dict[str, Any]) -> Any:
+    """Return the size of the position table of the model that timm's train.py names, where images of any size go in.
+
+    Its --img-size and --input-size change only the images of such a model.
+    """
+    with suppress(RuntimeError):  # a tag that timm does not know
+        cfg = get_pretrained_cfg(str(args.get('model')).rpartition('/')[2])
+        return None if cfg is None or cfg.fixed_input_size else cfg.input_size[-2:]
+    return None
 
 
 def _check_name(
@@ -300,13 +257,19 @@ def _on_meta(name: str, **kwargs: Any) -> Hybrid:
 
 
 def _add_shapes(
-    name: str, kwargs: Dict[str, Any], state_dict: StateDict, img_size: Any = None, trained_size: Any = None
+    name: str,
+    kwargs: Dict[str, Any],
+    state_dict: StateDict,
+    img_size: Any = None,
+    trained_size: Any = None,
+    own_size: Any = None,
 ) -> None:
     """Add what the shapes in a checkpoint say to a model's arguments: classes, channels, size of the position table.
 
     The table's size may differ from that of the training images: --img-size of timm's train.py changes only the images.
     A table is never resampled here. Where several sizes have as many tokens as the table, the caller's `img_size` comes
-    first, then the one in the model's arguments; the architecture's own comes last.
+    first, then the one in the model's arguments, and `own_size`, that of the model which a run of train.py names; the
+    architecture's own comes last.
     """
     model = _on_meta(name, **kwargs)
     head = state_dict.get(model.head_keys()[0])
@@ -315,8 +278,13 @@ def _add_shapes(
     if first_conv is not None and first_conv.ndim == 4:
         kwargs['in_chans'] = int(first_conv.shape[1])
     height, width = get_model_input_config(model)['input_size'][-2:]
-    own_size = (height, width) if height != width else None  # a square grid needs no candidate
-    size = model.table_size(state_dict, (img_size, kwargs.get('img_size'), trained_size, own_size))
+    last = (height, width) if height != width else None  # a square grid needs no candidate
+    candidates = img_size, kwargs.get('img_size'), own_size, trained_size, last
+    try:
+        size = model.table_size(state_dict, candidates)
+    except ValueError:  # because of tokens that it lacks, or has besides
+        model.check_without_tables(state_dict)
+        raise
     if size is not None:
         kwargs['img_size'] = size
 
@@ -371,7 +339,7 @@ def _data_config(
     told: Dict[str, Any] = named.to_dict() if named else dict(published[0] if published else model.pretrained_cfg)
     told.update(check_data_config(CONFIG_NAME, config.get('pretrained_cfg') or {}), input_size=input_size)
     if preprocessor:
-        told.update(_crop(preprocessor))
+        told.update(crop_of(preprocessor))
         told.update(
             {key: tuple(preprocessor[f'image_{key}']) for key in ('mean', 'std') if preprocessor.get(f'image_{key}')}
         )
@@ -380,24 +348,6 @@ def _data_config(
         key: value for key, value in args.items() if key not in ('img_size', 'input_size', 'in_chans', 'model_kwargs')
     }
     return resolve_input_data_config(model, args=asked, pretrained_cfg=told)
-
-
-def _crop(preprocessor: Dict[str, Any]) -> Dict[str, Any]:
-    """Return how transformers crops, in timm's words: resized to a size, of which the middle may be taken."""
-    size, crop = preprocessor.get('size'), preprocessor.get('crop_size')
-    crops = bool(preprocessor.get('do_center_crop', crop))
-    sides = [_side(size), _side(crop) if crops else None]
-    if None not in sides and 0 < sides[1] <= sides[0]:
-        return dict(crop_pct=sides[1] / sides[0])
-    is_exact = isinstance(size, dict) and 'height' in size and not preprocessor.get('keep_aspect_ratio')
-    return dict(crop_pct=1.0, **(dict(crop_mode='squash') if is_exact and not crops else {}))
-
-
-def _side(size: Any) -> Any:
-    """Return the shorter side that transformers' names for a size tell; None if they tell none."""
-    if isinstance(size, dict):
-        size = size.get('shortest_edge') or min(size.get('height') or 0, size.get('width') or 0)
-    return size if isinstance(size, (int, float)) and size else None
 
 
 def _recipe(args: Dict[str, Any], about: Dict[str, Any]) -> str:

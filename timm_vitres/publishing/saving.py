@@ -14,7 +14,7 @@ import numpy as np
 import timm
 import torch
 from timm.layers import FrozenBatchNormAct2d
-from timm.models import get_model_args
+from timm.models import get_model_args, get_model_input_config
 from timm.utils import unwrap_model
 from torch import nn
 from torchvision.ops import FrozenBatchNorm2d
@@ -28,6 +28,8 @@ from ..weights.checksums import SHA256_FIELD
 from ..weights.files import CARD_NAME, CONFIG_NAME
 from .cards import OURS, check_card, merge_cards, read_card, set_field
 from .model_folder import locked, replace_model, with_sha256
+
+TESTED = ('input_size', 'crop_pct')  # a pretrained cfg may name other ones for tests
 
 
 def save(
@@ -103,7 +105,14 @@ def render_config(
     with suppress(ValueError):  # names that the model has without an order are no names
         own = normalise_label_names(_own_label_names(model), model.num_classes)
     names = own if label_names is None else normalise_label_names(label_names, model.num_classes)
-    data_config = check_data_config('data_config', data_config) if data_config else model_data_config(model)
+    tested: Dict[str, Any] = {}
+    if data_config:
+        data_config = check_data_config('data_config', data_config, get_model_input_config(model)['input_size'][0])
+    else:
+        data_config = model_data_config(model)
+        cfg = model.pretrained_cfg
+        # timm leaves these out wherever a data config is given
+        tested = {f'test_{name}': cfg.get(f'test_{name}') for name in TESTED if data_config[name] == cfg.get(name)}
     model_config = {'label_names': names} if names else None
     with tempfile.TemporaryDirectory() as temporary:
         path = Path(temporary) / CONFIG_NAME
@@ -114,6 +123,7 @@ def render_config(
     # config.json has both fields at its top already; transformers would pass num_classes on twice
     config.get('model_args', {}).pop('num_classes', None)
     config['pretrained_cfg'].pop('label_names', None)
+    config['pretrained_cfg'].update({name: value for name, value in tested.items() if value is not None})
     if names and names != own:
         config['pretrained_cfg'].pop('label_descriptions', None)  # those are of classes with other names
     return config

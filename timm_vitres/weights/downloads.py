@@ -149,7 +149,10 @@ def url_file(url: str, cache_dir: Union[None, str, Path] = None) -> Path:
             retrying(lambda: _download(url, part, published))
             replace(part, path)
         except RuntimeError as error:  # torch compares the hash before the file is in the cache
-            raise OSError(f'{url}: what arrived is not what the name says ({error}); try again.') from error
+            raise OSError(
+                f'{url}: what arrived is not what the name says ({error}). Try again; if it is no sha256 that the name '
+                f"has, load the file by other means, and give pretrained_cfg_overlay=dict(file='...')."
+            ) from error
         except OSError as error:
             raise OSError(
                 f'{url}: could not be downloaded ({error}). Once it is here by other means, '

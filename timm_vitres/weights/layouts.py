@@ -17,7 +17,8 @@ _logger = logging.getLogger(__name__)
 
 StateDict = Dict[str, torch.Tensor]
 # a training checkpoint has its weights under one of these keys; averaged weights come first
-WRAPPERS = ('state_dict_ema', 'model_ema', 'state_dict', 'model')
+WRAPPERS = ('state_dict_ema', 'model_ema', 'state_dict', 'model_state_dict', 'model')
+PREFIXES = ('model.', 'net.', 'backbone.', 'timm_model.')  # of a module that held the model, such as Lightning's
 
 
 class Layout(NamedTuple):
@@ -49,7 +50,7 @@ def convert_layout(state_dict: Dict[str, Any]) -> StateDict:
     for key, value in state_dict.items():
         if not isinstance(key, str) or not isinstance(value, torch.Tensor):
             raise ValueError(f'state_dict: {key!r:.80} has {type(value).__name__}, expected names with tensors.')
-    state_dict = clean_state_dict(state_dict)
+    state_dict = plain_names(state_dict)
     layout = find_layout(state_dict)
     state_dict = _leave_out(state_dict, layout)
     try:
@@ -58,6 +59,15 @@ def convert_layout(state_dict: Dict[str, Any]) -> StateDict:
         raise RuntimeError(
             f'The checkpoint has the names of the {layout.name} layout, but not its shapes ({error}).'
         ) from error
+
+
+def plain_names(state_dict: StateDict) -> StateDict:
+    """Return a state dict without what a wrapper adds to all names: of DDP, torch.compile, averages, or a module."""
+    state_dict = {key: value for key, value in clean_state_dict(state_dict).items() if key != 'n_averaged'}
+    for prefix in PREFIXES if find_layout(state_dict) is TIMM else ():
+        if state_dict and all(key.startswith(prefix) for key in state_dict):
+            return clean_state_dict({key[len(prefix) :]: value for key, value in state_dict.items()})
+    return state_dict
 
 
 def find_layout(state_dict: StateDict) -> Layout:
@@ -79,7 +89,18 @@ def _leave_out(state_dict: StateDict, layout: Layout) -> StateDict:
 
 def from_timm(state_dict: StateDict) -> StateDict:
     """Leave out the representation layer before the head, which old files of timm's may still hold."""
-    return {key: value for key, value in state_dict.items() if not key.startswith('pre_logits.')}
+    if not any(key.startswith('pre_logits.') for key in state_dict):
+        return state_dict
+    return _without_pre_logits(state_dict, 'pre_logits.', 'head.')
+
+
+def _without_pre_logits(state_dict: StateDict, layer: str, head: str) -> StateDict:
+    """Leave out the layer before the head, and a head that learnt behind it: without it, its answers mean nothing."""
+    learnt = [key for key, value in state_dict.items() if key.startswith(head) and value.any()]
+    if learnt:
+        text = 'pre_logits: our models have no such layer; it is left out, and the head behind it, too: %s.'
+        _logger.warning(text, ', '.join(sorted(learnt)))
+    return {key: value for key, value in state_dict.items() if not key.startswith((layer, *learnt))}
 
 
 def from_google(arrays: StateDict) -> StateDict:
@@ -95,9 +116,9 @@ def from_google(arrays: StateDict) -> StateDict:
     encoder = r'Transformer/encoderblock_(\d+)/'
     attention, mlp = r'MultiHeadDotProductAttention_\d/', r'MlpBlock_\d/'
     result: StateDict = {}
+    if any(key.startswith('pre_logits/') for key in arrays):
+        arrays = _without_pre_logits(arrays, 'pre_logits/', 'head/')
     for key, value in arrays.items():
-        if key.startswith('pre_logits/'):
-            continue
         new = _renamed(
             key.replace('/kernel', '.weight').replace('/scale', '.weight').replace('/bias', '.bias'),
             (r'^conv_root', stem + 'conv'),

@@ -1,0 +1,128 @@
+"""What stands beside a checkpoint: config.json (timm's or transformers') and preprocessor_config.json.
+
+file, folder, 'hf-hub:owner/name' or URL -> `find_beside` -> the weights' path, and what its neighbours say.
+"""
+
+import dataclasses
+import json
+import logging
+import re
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Tuple
+
+from timm.models import PretrainedCfg, split_model_name_tag
+
+from ..checks import show
+from ..models.base import Hybrid
+from ..weights.augreg import url_of
+from ..weights.checkpoints import INDEX_NAMES
+from ..weights.downloads import NotInRepository, at_commit, hub_file, url_file
+from ..weights.files import CONFIG_NAME, WEIGHTS_NAMES
+from ..weights.layouts import LAYOUTS
+from ..weights.sources import hub_weights, local_weights
+
+_logger = logging.getLogger(__name__)
+PREPROCESSOR_NAME = 'preprocessor_config.json'  # transformers stores the preprocessing under this name
+STARTS = ('local-dir:', 'hf-hub:', 'hf_hub:')  # of names that timm takes for a folder, or a repository
+PRETRAINED_FIELDS = {field.name for field in dataclasses.fields(PretrainedCfg)}
+
+
+def find_beside(source: str) -> Tuple[Path, Dict[str, Any], Dict[str, Any], Optional[str]]:
+    """Return the weights, what config.json and preprocessor_config.json beside them say, and a download's address."""
+    found: List[Dict[str, Any]] = []
+    hub_id = source.removeprefix('hf-hub:') if source.startswith('hf-hub:') else None
+    url = None if hub_id or Path(source).exists() else url_of(source)
+    if url:
+        return url_file(url), {}, {}, url
+    path = hub_weights(hub_id) if hub_id else local_weights(source.removeprefix('local-dir:'))
+    for name in (CONFIG_NAME, PREPROCESSOR_NAME):
+        beside = path.with_name(name)
+        if found and found[0].get('architecture') and found[0].get('pretrained_cfg'):  # timm's config says all
+            found.append({})
+            continue
+        if hub_id:
+            with suppress(NotInRepository):  # not every repository has both
+                beside = hub_file(at_commit(hub_id, path.parent.name), (name,))
+        content = _read_json(beside) if beside.is_file() else {}
+        found.append(content if found else _nested(content))
+    config, preprocessor = found
+    if (
+        not hub_id
+        and Path(source.removeprefix('local-dir:')).is_file()
+        and path.name not in (*WEIGHTS_NAMES, *INDEX_NAMES)
+    ):
+        # a folder of downloads may hold the config.json of any other model
+        names_another = (config.get('architecture') or config.get('model_type')) and not _is_of_layout(config)
+        if not config:
+            preprocessor = {}  # it names no model, and so may be another's
+        elif names_another:
+            _logger.warning('%s: is of another model than %s, and left alone.', path.with_name(CONFIG_NAME), path.name)
+            config, preprocessor = {}, {}
+    return path, config, preprocessor, None
+
+
+def _is_of_layout(config: Dict[str, Any]) -> bool:
+    """Return whether a config.json is one of a model whose weights we read."""
+    name = split_model_name_tag(str(config.get('architecture')))[0]
+    patterns = [pattern for family in Hybrid.families for pattern in (*family.variants, *family.foreign_names)]
+    is_ours = any(re.fullmatch(pattern, name) for pattern in patterns)
+    model_type = config.get('model_type')
+    return is_ours or (model_type is not None and any(layout.model_type == model_type for layout in LAYOUTS))
+
+
+def _read_json(path: Path) -> Dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding='utf-8-sig'))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f'{path} is no JSON ({error}); mend it, or take it away.') from error
+    if not isinstance(found, dict):
+        raise ValueError(
+            f'{path} holds {type(found).__name__}, expected an object with names; mend it, or take it away.'
+        )
+    for name in ('model_args', 'pretrained_cfg'):
+        if not isinstance(found.get(name) or {}, dict):
+            raise ValueError(f'{path}: {name}: got {show(found[name])}, expected names with values.')
+    return found
+
+
+def _nested(config: Dict[str, Any]) -> Dict[str, Any]:
+    """Return a config.json in timm's present form; the older form has the pretrained cfg at the top."""
+    if 'architecture' not in config or config.get('pretrained_cfg'):
+        return config
+    names = config.get('label_names') or config.get('labels')
+    return {
+        **config,
+        'pretrained_cfg': {key: config[key] for key in config.keys() & PRETRAINED_FIELDS},
+        'label_names': names,
+    }
+
+
+def began_with(model: str) -> Dict[str, Any]:
+    """Return the config.json of the model that a run began with, of a folder or a repository; nothing if gone."""
+    _, _, place = model.partition(':')
+    with suppress(OSError, ValueError, RuntimeError):
+        path = Path(place) / CONFIG_NAME if model.startswith('local-dir:') else hub_file(place, (CONFIG_NAME,))
+        config = _nested(_read_json(path))
+        if config.get('architecture'):
+            return config
+    _logger.warning('%s: the run began with it, and it is not to be had; the model is found by its tensors.', model)
+    return {}
+
+
+def crop_of(preprocessor: Dict[str, Any]) -> Dict[str, Any]:
+    """Return how transformers crops, in timm's words: resized to a size, of which the middle may be taken."""
+    size, crop = preprocessor.get('size'), preprocessor.get('crop_size')
+    crops = bool(preprocessor.get('do_center_crop', crop))
+    sides = [_side(size), _side(crop) if crops else None]
+    if None not in sides and 0 < sides[1] <= sides[0]:
+        return dict(crop_pct=sides[1] / sides[0])
+    is_exact = isinstance(size, dict) and 'height' in size and not preprocessor.get('keep_aspect_ratio')
+    return dict(crop_pct=1.0, **(dict(crop_mode='squash') if is_exact and not crops else {}))
+
+
+def _side(size: Any) -> Any:
+    """Return the shorter side that transformers' names for a size tell; None if they tell none."""
+    if isinstance(size, dict):
+        size = size.get('shortest_edge') or min(size.get('height') or 0, size.get('width') or 0)
+    return size if isinstance(size, (int, float)) and size else None
