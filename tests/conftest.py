@@ -171,6 +171,6 @@ def no_pictures(monkeypatch) -> None:
     """Leave the pictures of runs out: drawing takes longer than the training here."""
     from timm_vitres.training import held_out, loop, report
 
-    monkeypatch.setattr(loop, 'draws_curves', lambda: True)  # what warns of it
+    monkeypatch.setattr(loop, 'can_draw', lambda: True)  # what warns of it
     for module in (report, held_out):
-        monkeypatch.setattr(module, 'draws_curves', lambda: False)
+        monkeypatch.setattr(module, 'can_draw', lambda: False)

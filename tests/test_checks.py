@@ -255,3 +255,15 @@ def test_arguments_of_a_model_belong_to_its_class_its_config_or_a_builder():
         checks.conform_arguments(Model, Cfg(), dict(dept=1))
     with pytest.raises(TypeError, match=r'^pretrained: is no argument of Model'):
         checks.conform_arguments(Model, Cfg(), dict(pretrained=True))
+
+
+def test_some_words_of_many():
+    assert (
+        checks.some([]) == 'none' and checks.some('abc') == 'a, b, c' and checks.some('abcde') == 'a, b, c and 2 more'
+    )
+    assert checks.some((word for word in 'abcde'), 4, between='; ') == 'a; b; c; d and 1 more'
+
+
+def test_the_first_sentence_of_an_error():
+    assert checks.first_sentence(ValueError('it is so.\nAnd more. Still more')) == 'it is so'
+    assert checks.first_sentence(ValueError('version 2.1 is needed')) == 'version 2.1 is needed'

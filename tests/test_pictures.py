@@ -14,7 +14,7 @@ from timm_vitres.explanation import Explanation
 from timm_vitres.pictures import (
     RESNET_TITLE,
     VIT_TITLE,
-    draws_curves,
+    can_draw,
     new_figure,
     plot_comparison,
     plot_confusion,
@@ -282,11 +282,11 @@ def test_a_drawing_that_fails_leaves_the_old_one(kind, tmp_path, monkeypatch):
 
 
 def test_without_matplotlib_it_is_said_for_what_it_is_needed(monkeypatch):
-    assert draws_curves()
+    assert can_draw()
     figure = new_figure('plot', 3, 2)
     assert tuple(figure.get_size_inches()) == (3, 2) and not figure.axes
     monkeypatch.setitem(sys.modules, 'matplotlib.figure', None)
     with pytest.raises(ValueError, match=r'^plot: needs matplotlib, pip install "timm-vitres\[plot\]"\.$'):
         new_figure('plot', 3, 2)
     monkeypatch.setattr('importlib.util.find_spec', lambda name: None)
-    assert not draws_curves()
+    assert not can_draw()

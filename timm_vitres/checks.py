@@ -1,4 +1,5 @@
-"""Arguments are what their annotations say: one checker for configs, constructors and methods.
+"""Arguments are what their annotations say: one checker for constructors, methods and the configs of models (those of a
+run have their own, in `training.settings`).
 
 An annotation is a plain type (bool, int, float, str), a choice (`Literal`), a tuple or `Optional` of them, or a type
 with a rule (`Annotated[int, between(1, 64)]`). `conform` compares a value with it, and returns the value in plain
@@ -37,6 +38,18 @@ def read_text(name: str, path: Path) -> str:
         raise ValueError(f'{name}: {path} is no text in UTF-8 ({error}).') from error
     except OSError as error:
         raise OSError(f'{name}: {path} can not be read ({error.strerror}).') from error
+
+
+def some(words: Iterable[str], limit: int = 3, between: str = ', ') -> str:
+    """Return the first words, and how many there are besides: 'a, b, c and 4 more'; 'none' of none."""
+    words = list(words)
+    more = f' and {len(words) - limit} more' if len(words) > limit else ''
+    return (between.join(words[:limit]) or 'none') + more
+
+
+def first_sentence(error: BaseException) -> str:
+    """Return the first sentence of what an error says, without its end."""
+    return on_one_line(error).partition('. ')[0].rstrip('.')
 
 
 def plain(name: str, value: Any) -> Any:

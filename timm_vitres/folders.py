@@ -15,6 +15,9 @@ from pathlib import Path
 from typing import Any, Dict, FrozenSet, Iterable, List, NamedTuple, Optional, Sequence, Set, Tuple, Union
 
 from PIL import Image, ImageFile
+from tqdm import tqdm
+
+from .checks import some
 
 _logger = logging.getLogger(__name__)
 # Split folders have these names, in lower case, once `split_role` took years, separators and words like 'set' off.
@@ -86,12 +89,9 @@ def image_suffixes() -> FrozenSet[str]:
     """Return the suffixes, in lower case, of the formats that Pillow decodes here, registered plug-ins included."""
     suffixes = Image.registered_extensions()  # this call imports Pillow's own plug-ins
     decoders = {name: factory for name, (factory, _) in Image.OPEN.items() if name not in UNDECODABLE}
-    stubs = {name for name, factory in decoders.items() if _is_stub(factory)}
+    kinds = {name: factory for name, factory in decoders.items() if isinstance(factory, type)}
+    stubs = {name for name, kind in kinds.items() if issubclass(kind, ImageFile.StubImageFile)}
     return frozenset(suffix.lower() for suffix, name in suffixes.items() if name in decoders.keys() - stubs)
-
-
-def _is_stub(factory: object) -> bool:
-    return isinstance(factory, type) and issubclass(factory, ImageFile.StubImageFile)
 
 
 def split_role(name: str) -> Optional[str]:
@@ -149,9 +149,11 @@ class _Walk:
 
     def found(self) -> Found:
         linked = False
-        while self.folders or self.links:
-            linked = linked or not self.folders
-            self._read(self.folders.pop() if self.folders else heapq.heappop(self.links), linked)
+        with tqdm(desc='looking for images', unit=' images', leave=False, delay=5) as bar:
+            while self.folders or self.links:
+                linked = linked or not self.folders
+                self._read(self.folders.pop() if self.folders else heapq.heappop(self.links), linked)
+                bar.update(len(self.files) - bar.n)
         first: Dict[Identity, str] = {}
         same: Dict[str, str] = {}
         files: Dict[str, File] = {}
@@ -445,5 +447,4 @@ def _beside_splits(root: Path, used: Set[str], train: str, custom: bool) -> Dict
 
 
 def _some(names: Iterable[str]) -> str:
-    names = [f'{shown(name)}/' for name in names]
-    return ', '.join(names[:5]) + (f' and {len(names) - 5} more' if len(names) > 5 else '')
+    return some((f'{shown(name)}/' for name in names), 5)

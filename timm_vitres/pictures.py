@@ -26,8 +26,8 @@ MOST_DRAWN = 400  # images on one picture, four in a row
 MATRIX = 11.0  # inches of the side of a larger one
 
 
-def draws_curves() -> bool:
-    """Return whether curves can be drawn: they need matplotlib."""
+def can_draw() -> bool:
+    """Return whether pictures can be drawn: they need matplotlib."""
     return is_installed('matplotlib')
 
 

@@ -42,7 +42,7 @@ def unbroken(images, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(plans, 'SECONDS', 0.001)
         for module in (report, held_out):
-            patch.setattr(module, 'draws_curves', lambda: False)
+            patch.setattr(module, 'can_draw', lambda: False)
         return compare(recipe(images, output), **FLAGS)
 
 

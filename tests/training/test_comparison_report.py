@@ -91,7 +91,7 @@ def test_the_report_says_how_the_figures_came_about(minutes, says, tmp_path):
 def test_without_matplotlib_there_is_no_picture_of_an_older_comparison(tmp_path, monkeypatch):
     from timm_vitres.training import comparison_report
 
-    monkeypatch.setattr(comparison_report, 'draws_curves', lambda: False)
+    monkeypatch.setattr(comparison_report, 'can_draw', lambda: False)
     (tmp_path / 'comparison.png').write_text('old')
     write_comparison(tmp_path, FinetuneCfg(data_dir='x'), plan(), ROWS, arm_figures(plan(), ROWS, None), 'So.')
     assert [path.name for path in tmp_path.iterdir()] == ['README.md'] and 'png' not in (

@@ -172,7 +172,7 @@ def test_pictures_are_never_of_other_answers(tmp_path, monkeypatch):
     write_report(tmp_path, mistaken, NAMES, None, [])
     assert there() == [True, False]
     write_report(tmp_path, mistaken, NAMES, picture, FILES)
-    monkeypatch.setattr(held_out, 'draws_curves', lambda: False)
+    monkeypatch.setattr(held_out, 'can_draw', lambda: False)
     write_report(tmp_path, mistaken, NAMES, picture, FILES)
     assert there() == [False, False]
 

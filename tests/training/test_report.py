@@ -134,7 +134,7 @@ HISTORY = [
 
 @pytest.mark.parametrize('draws', [True, False])
 def test_the_table_has_a_row_for_each_epoch(draws, tmp_path, monkeypatch):
-    monkeypatch.setattr(report, 'draws_curves', lambda: draws)
+    monkeypatch.setattr(report, 'can_draw', lambda: draws)
     assert count_epochs(tmp_path) == 0
     for number in (1, 2):
         write_summary(HISTORY[:number], tmp_path)
@@ -203,7 +203,7 @@ def test_a_card_names_the_weights_that_the_run_began_with(model):
 
 def test_a_card_tells_of_what_is_not_usual(model, monkeypatch):
     assert '](curves.png)' in card_of(model)
-    monkeypatch.setattr(report, 'draws_curves', lambda: False)
+    monkeypatch.setattr(report, 'can_draw', lambda: False)
     text = card_of(model, head_loss='both', dataset='torch/fashion_mnist')
     assert 'curves.png' not in text and 'seed=42, head_loss=both.' in text
     assert {result.dataset_name for result in ModelCard(text).data.eval_results} == {'torch/fashion_mnist'}

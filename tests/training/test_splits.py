@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from timm_vitres.training.settings import FinetuneCfg
 from timm_vitres.training.splits import (
     Data,
     Subset,
-    check_fraction,
     class_counts,
     class_names,
     read_record,
@@ -26,11 +26,6 @@ def test_stratified_split():
     assert stratified_split(targets, 0.2) == (first, second) != stratified_split(targets, 0.2, seed=1)
     with pytest.raises(ValueError, match='class 1 has 1 image'):
         stratified_split([0, 0, 1], 0.5)
-    for fraction in (1.0, 0.0, -0.1, float('nan'), float('inf'), '0.2', None):
-        with pytest.raises(ValueError, match='val_frac: got'):
-            stratified_split(targets, fraction)
-    with pytest.raises(ValueError, match='seed: got -1'):
-        stratified_split(targets, 0.2, seed=-1)
 
 
 def test_an_image_that_cannot_be_used_is_named_by_its_number():
@@ -63,12 +58,19 @@ def test_a_class_with_one_image_is_called_by_its_name():
         stratified_split([0, 0, 1], 0.5, names=['cat', 'dog'])
 
 
-def test_fractions_and_seeds_are_checked():
-    check_fraction(np.float32(0.5), 0)
-    with pytest.raises(ValueError, match=r'^val_frac: got 2, expected a fraction between 0 and 1'):
-        check_fraction(2, 0)
-    with pytest.raises(ValueError, match=r'^seed: got -1, expected 0 or more'):
-        check_fraction(0.5, -1)
+@pytest.mark.parametrize('fraction', [1.0, 0.0, -0.1, float('nan'), float('inf'), '0.2', None])
+def test_fractions_and_seeds_are_checked(fraction):
+    with pytest.raises((ValueError, TypeError), match=r'^val_frac: got .*, expected'):
+        FinetuneCfg(data_dir='x', val_frac=fraction)
+    with pytest.raises(ValueError, match=r'^seed: got -1, expected'):
+        FinetuneCfg(data_dir='x', seed=-1)
+
+
+def test_of_paths_left_out_for_one_reason_ten_are_named():
+    left_out = {**{f'{index}.txt': 'no image, by its suffix' for index in range(25)}, 'copy.png': 'a copy of first.png'}
+    sentences = Data(None, None, [], None, '', left_out, {}).skipped
+    assert sentences[0] == '0.txt: no image, by its suffix' and sentences[10] == '15 more: no image, by its suffix'
+    assert sentences[11:] == ['copy.png: a copy of first.png']
 
 
 def test_classes_are_counted_and_named_by_index():

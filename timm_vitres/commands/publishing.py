@@ -65,6 +65,7 @@ def run_push(args: argparse.Namespace) -> int:
     from ..publishing.cards import read_card
     from ..publishing.hub import check_folder, model_name, push, push_files
     from ..weights.checksums import sha256
+    from ..weights.files import CARD_NAME
 
     check_repo_id('repo_id', args.repo_id)
     check_branch('revision', args.revision)
@@ -76,12 +77,12 @@ def run_push(args: argparse.Namespace) -> int:
         print(f"{address}\ntimm.create_model('{name}', pretrained=True) loads it, anywhere.")
         return 0
     check_folder(args.folder)
-    card = read_card(args.folder / 'README.md')
+    card = read_card(args.folder / CARD_NAME)
     print(f'Would push to {args.repo_id} (branch {args.revision or "main"}), in one commit:')
     for path in push_files(args.folder):
         print(f'  {path.name:20} {path.stat().st_size:>14,} bytes  sha256 {sha256(path)}')
     if card is None:
-        print('  README.md            a card that says nothing was measured')
+        print(f'  {CARD_NAME:20} a card that says nothing was measured')
     print('Weights under other names (pytorch_model.bin, shards), if of another model, would be deleted there.')
     print('Nothing was sent; repeat with --yes to do it.')
     return 0

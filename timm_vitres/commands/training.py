@@ -125,7 +125,7 @@ def add_compare(subparsers) -> None:
 def run_compare(args: argparse.Namespace) -> int:
     """Compare, and print the table and the sentence."""
     from ..training.comparing import compare
-    from ..training.comparison_report import PICTURE_NAME, table_lines
+    from ..training.comparison_report import PICTURE_NAME, RESULTS_NAME, table_lines
     from ..training.plans import OWN, RECIPE, REPORT_NAME, SEEN
     from ..training.recipes import recipe
     from ..training.settings import FinetuneCfg
@@ -145,7 +145,7 @@ def run_compare(args: argparse.Namespace) -> int:
     comparison = compare(cfg, **own)
     print('', *table_lines(comparison.figures), '', comparison.sentence, sep='\n')
     picture = f'{PICTURE_NAME}, ' if (comparison.folder / PICTURE_NAME).is_file() else ''
-    print(f'{comparison.folder} holds {REPORT_NAME}, {picture}results.csv with a row for every run, and the runs.')
+    print(f'{comparison.folder} holds {REPORT_NAME}, {picture}{RESULTS_NAME} with a row for every run, and the runs.')
     return 0
 
 

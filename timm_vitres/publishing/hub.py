@@ -16,10 +16,11 @@ from huggingface_hub.hf_api import RepoFile
 from timm.models import PretrainedCfg, get_pretrained_cfg, parse_model_name
 from torch import nn
 
+from ..checks import some
 from ..weights.checkpoints import checkpoint_files
 from ..weights.checksums import SHA256_FIELD, check, git_sha1, hash_in_name, is_cached, published_sha256, sha256
 from ..weights.downloads import is_transient, retrying
-from ..weights.files import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME
+from ..weights.files import CARD_NAME, CONFIG_NAME, CURVES_NAME, SUMMARY_NAME, WEIGHTS_NAME
 from ..weights.shipped import is_shipped
 from ..weights.sources import find_weights
 from .cards import TEXT_FIELD, merge_cards, read_card, render_card, set_field, set_source, text_sha256
@@ -28,7 +29,7 @@ from .model_folder import locked
 from .saving import save
 
 # these files show how the training went; they are pushed beside weights, config and card
-EXTRA_NAMES = ('curves.png', 'summary.csv')
+EXTRA_NAMES = (CURVES_NAME, SUMMARY_NAME)
 # weights under the other names that libraries look for; a commit that left them there would hold two models
 OTHER_WEIGHTS = re.compile(
     r'pytorch_model\.(bin|pth)|model\.pth|(pytorch_model|model)-\d{5}-of-\d{5}\.(bin|safetensors)'
@@ -175,8 +176,8 @@ def _commit(
 
     done = _ask('commit', repo_id, commit)
     if others:
-        names = ', '.join(others[:3]) + (f' and {len(others) - 3} more' if len(others) > 3 else '')
-        _logger.warning('%s: %s went, weights of an earlier model; earlier commits still have them.', repo_id, names)
+        told = repo_id, some(others)
+        _logger.warning('%s: %s went, weights of an earlier model; earlier commits still have them.', *told)
     return done, sent
 
 

@@ -8,7 +8,7 @@ from numbers import Integral
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence
 
-from ..checks import read_text
+from ..checks import read_text, some
 from ..folders import composed, is_text, shown
 
 
@@ -69,8 +69,7 @@ class Labels:
         if class_map is not None and source:
             missing = [shown(name) for name in source if composed(name) not in self.indices]
             if missing:
-                more = f' and {len(missing) - 5} more' if len(missing) > 5 else ''
-                raise ValueError(f'class_map: the map lacks classes of the dataset: {", ".join(missing[:5])}{more}.')
+                raise ValueError(f'class_map: the map lacks classes of the dataset: {some(missing, 5)}.')
             self.moved = [self.indices[composed(name)] for name in source]
 
     def __call__(self, label: Any) -> int:

@@ -19,7 +19,7 @@ import numpy as np
 import timm
 import torch
 
-from ..checks import between, checked
+from ..checks import between, checked, some
 from ..data import image_mode
 from ..models.arms import ARMS
 from ..weights.files import WEIGHTS_NAME
@@ -114,8 +114,7 @@ def compare(
 def _check_own(folder: Path) -> None:
     names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
     if names and PLAN_NAME not in names:
-        shown = ', '.join(names[:3]) + (', ...' if len(names) > 3 else '')
-        raise ValueError(f'output: {folder} holds no comparison, but {shown}; name a new folder.')
+        raise ValueError(f'output: {folder} holds no comparison, but {some(names)}; name a new folder.')
 
 
 class _Comparing:

@@ -12,10 +12,11 @@ import numpy as np
 
 from ..folders import shown
 from ..measure import as_minutes, as_ms
-from ..pictures import draws_curves, plot_comparison
+from ..pictures import can_draw, plot_comparison
 from ..writing import replacing
 from .held_out import Answers
 from .plans import OWN, REPORT_NAME, SHORT, Plan
+from .runs import given_settings
 from .settings import FinetuneCfg
 from .verdict import Verdict, listed
 
@@ -119,7 +120,7 @@ def write_comparison(
     """Write the picture, where matplotlib is installed, and the report, the last thing."""
     column = 'balanced' if cfg.eval_metric == 'balanced' else 'accuracy'
     scores = {name: [float(row[column]) for row in _ended_well(own)] for name, own in rows.items()}
-    draws = draws_curves() and any(scores.values())
+    draws = can_draw() and any(scores.values())
     if draws:
         notes = {}
         for name, arm in plan.arms.items():
@@ -169,12 +170,8 @@ def _how(cfg: FinetuneCfg, plan: Plan, chosen: Mapping[str, float], rows: Mappin
         got = {name: as_minutes(arm.epochs * plan.batches * arm.step_seconds) for name, arm in plan.arms.items()}
         cost += f' ({listed([f"{name} {value}" for name, value in got.items()])}).' if plan.batches else '.'
         cost += ' Where the recipe counts epochs, it means those of the arm with the most; others have as large a part.'
-    default = type(cfg)(data_dir='.')
-    given = [
-        f'{name}={value}'
-        for name, value in vars(cfg).items()
-        if value != getattr(default, name) and name not in (*OWN, 'data_dir', 'output', 'epochs')
-    ]
+    elsewhere = (*OWN, 'data_dir', 'output', 'epochs')
+    given = [f'{name}={getattr(cfg, name)}' for name in given_settings(cfg) if name not in elsewhere]
     lrs = ', '.join(f'{lr:g}' for lr in plan.lrs)
     search = f'The learning rate is {lrs} for all.'
     if len(plan.lrs) > 1:

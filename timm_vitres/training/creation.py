@@ -85,7 +85,8 @@ def _order_head_(model: nn.Module, name: str, label_names: List[str]) -> None:
         other = next(label for label in known if label not in label_names)
         _logger.warning('model: the head of %s begins with as many other classes, such as %r.', name, other)
         return
-    order = [known.index(label) for label in label_names]
+    places = {label: index for index, label in enumerate(known)}
+    order = [places[label] for label in label_names]
     heads = model.get_classifier()
     for head in heads if isinstance(heads, tuple) else (heads,):
         for parameter in head.parameters():

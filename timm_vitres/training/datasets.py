@@ -13,6 +13,7 @@ from typing import Any, Dict, List, Optional, Sequence, Set, Tuple, Union
 from timm.data import ImageDataset
 from timm.data.readers.reader import Reader
 
+from ..checks import some
 from ..data import open_image
 from ..folders import File, below, composed, find_classes, find_images, find_splits, folders_in, shown
 from .checking import MANY, BackgroundCheck, raise_for, unreadable
@@ -20,14 +21,13 @@ from .class_maps import read_class_map
 from .copies import check_copies, check_left, find_copies, split_argument
 from .named_datasets import COMPARED, load_named, reload_named
 from .settings import FinetuneCfg
-from .splits import Data, Subset, check_fraction, class_counts, class_names, read_record, stratified_split
+from .splits import Data, Subset, class_counts, class_names, read_record, stratified_split
 
 _logger = logging.getLogger(__name__)
 SETS = ('train', 'validation')
 UNREADABLE = 'Mend or remove it, or leave such images out with --skip-bad.'
 FOUND_LATE = 'Mend or remove it, or leave such images out with --skip-bad; then begin another run.'
 # A dataset of one of these names is an image folder; timm would open it by its own reader or by torchvision's.
-FOLDER_NAMES = ('', 'folder', 'image_folder', 'imagefolder', 'torch/folder', 'torch/image_folder')
 
 
 def load_data(cfg: FinetuneCfg, mode: str, recorded: Optional[Dict[str, Any]] = None) -> Data:
@@ -43,10 +43,9 @@ def load_data(cfg: FinetuneCfg, mode: str, recorded: Optional[Dict[str, Any]] = 
         FileNotFoundError, ValueError: for missing or impossible data; the message says what, and what is allowed.
         OSError: for a folder that can't be read.
     """
-    is_folder = (cfg.dataset or '').lower() in FOLDER_NAMES
-    if is_folder and not cfg.data_dir:
+    if cfg.is_folder and not cfg.data_dir:
         raise ValueError('data_dir: no folder given; give an image folder.')
-    if not is_folder:
+    if not cfg.is_folder:
         return load_named(cfg, mode) if recorded is None else reload_named(cfg, mode, recorded)
     for name in ('input_key', 'target_key', 'train_num_samples', 'val_num_samples'):
         if getattr(cfg, name) is not None:
@@ -69,9 +68,7 @@ def _load_folder(cfg: FinetuneCfg, mode: str) -> Data:
         raise ValueError(
             f'data_dir: {shown(splits.train)} has the one class {shown(train.classes[0])!r}; at least two are needed.'
         )
-    if splits.validation is None:
-        check_fraction(cfg.val_frac, cfg.seed)
-    else:
+    if splits.validation is not None:
         val = ImageFolder(splits.validation, train.reader.class_to_idx, any_name=True, **shared)
         check_apart(train, val)
     folders = [train] if train is val else [val, train]
@@ -241,10 +238,9 @@ def _reload_folder(cfg: FinetuneCfg, mode: str, recorded: Dict[str, Any]) -> Dat
             else:
                 sizes[path] = file
     if changed:
-        more = f' and {len(changed) - 5} more' if len(changed) > 5 else ''
         raise ValueError(
-            f'data_dir: images of this run are gone or changed in {shown(root)}: {", ".join(changed[:5])}{more}; put '
-            'them back, or begin another run.'
+            f'data_dir: images of this run are gone or changed in {shown(root)}: {some(changed, 5)}; put them back, or '
+            'begin another run.'
         )
     known: Set[str] = {path for split in samples.values() for path, _ in split}
     if len(known) < sum(map(len, samples.values())):

@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from PIL import Image
 
+from ..checks import some
 from ..folders import shown
-from ..pictures import draws_curves, plot_confusion, plot_images, shortened
+from ..pictures import can_draw, plot_confusion, plot_images, shortened
 from ..writing import replacing
 
 TABLE_NAME = 'held_out.csv'
@@ -177,7 +178,7 @@ def write_report(
     """
     held_out = report(answers, label_names)
     lines = [*_lines(held_out), *([note] if note else [])]
-    draws = draws_curves()
+    draws = can_draw()
     title = f'balanced accuracy {held_out.balanced:.2f}%, macro F1 {held_out.macro_f1:.2f}%'
     if draws:
         title = f'{title}\n{note}' if note else title
@@ -223,9 +224,8 @@ def _lines(held_out: HeldOut) -> List[str]:
     ]
     absent = np.flatnonzero(support == 0)
     if len(absent):
-        more = f' and {len(absent) - 3} more' if len(absent) > 3 else ''
-        named = ', '.join(names[index] for index in absent[:3])
-        lines.append(f'Left out of the means, since they have no validation image: {named}{more}.')
+        named = some(names[index] for index in absent)
+        lines.append(f'Left out of the means, since they have no validation image: {named}.')
     if not held_out.confusions:
         return [*lines, 'There are no mistakes.']
     least = ', '.join(f'{names[i]} {recall[i]:.2f}% (of {support[i]})' for i in held_out.worst_classes[:3])

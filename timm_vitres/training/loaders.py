@@ -288,14 +288,14 @@ class _Share(Sampler):
     def __iter__(self) -> Iterator[int]:
         rank, count = self.processes.rank, self.processes.count
         if not self.shuffle:
-            order = list(range(self.length))
-            order += order[-1:] * (-self.length % count)
+            order = torch.arange(self.length)
+            order = torch.cat([order, order[-1:].repeat(-self.length % count)])
         else:
             generator = torch.Generator().manual_seed(derived(self.seed, self.epoch.get()))
-            order = torch.randperm(self.length, generator=generator).tolist()
+            order = torch.randperm(self.length, generator=generator)
             if self.repeats > 1:
-                order = [index + self.length * repeat for index in order for repeat in range(self.repeats)]
-        yield from order[rank::count][: len(self)]
+                order = (order[:, None] + self.length * torch.arange(self.repeats)).flatten()
+        yield from order[rank::count][: len(self)].tolist()
 
 
 class Batches:

@@ -17,11 +17,12 @@ from timm.data import Mixup
 from timm.utils import AverageMeter, distribute_bn, random_seed, unwrap_model
 from torch import nn
 
-from ..checks import on_one_line
+from ..checks import first_sentence, on_one_line
 from ..folders import shown
 from ..models.layers import fused_attentions, unfuse_
-from ..pictures import draws_curves
+from ..pictures import can_draw
 from ..publishing.saving import save
+from ..weights.files import CURVES_NAME
 from .creation import Frozen, create_finetune_model, merged, state_of, still_norms, without_weights
 from .held_out import Answers, remove_report, write_report
 from .loaders import check_cutmix, create_loaders, names_of
@@ -35,7 +36,7 @@ from .optimisation import (
     unscaled_lr,
 )
 from .processes import Processes, check_main, joined
-from .report import CURVES_NAME, Best, best_epoch, evaluate, run_card, write_summary
+from .report import Best, best_epoch, evaluate, run_card, write_summary
 from .runs import CHECKPOINT_NAME, RECORD_NAME, Record, given_settings
 from .settings import FinetuneCfg
 from .sharding import shard_, share_images_
@@ -81,7 +82,7 @@ def finetune(
     check_main('finetune')
     given = given_settings(cfg) if given is None else given
     with joined() as processes, fast_kernels(), ExitStack() as stack:
-        if not draws_curves():
+        if not can_draw():
             _logger.warning('%s is left out: it needs matplotlib, pip install "timm-vitres[plot]".', CURVES_NAME)
         setup = Setup(processes)
         start = processes.of_first(lambda: setup.begin(cfg, given, stack, images))
@@ -170,8 +171,9 @@ class _Run:
                 self.task.compile_ema(backend=backend, mode=self.cfg.torchcompile_mode)
         except Exception as error:  # torch raises errors of many kinds for a backend or a mode that it does not know
             mode = f' and mode {self.cfg.torchcompile_mode!r}' if self.cfg.torchcompile_mode else ''
-            reason = on_one_line(error).partition('. ')[0].rstrip('.')
-            raise ValueError(f'torchcompile: backend {backend!r}{mode} can not be used ({reason}).') from error
+            raise ValueError(
+                f'torchcompile: backend {backend!r}{mode} can not be used ({first_sentence(error)}).'
+            ) from error
 
     def train(self) -> Path:
         """Train the epochs that are left, and return the folder of the finished model."""
@@ -179,7 +181,8 @@ class _Run:
         if first(lambda: bool(self.history) and not is_whole(self.folder, self.history)):
             self._tell(self.history[-1])  # a kill came between the checkpoint and this
             self._write_results()
-        check = self.data.check if self.processes.is_first else None
+        # a whole epoch has opened all images, whose sizes are compared with the record
+        check = self.data.check if self.processes.is_first and not self.history else None
         with check if check is not None else nullcontext():
             while not is_over(cfg, self.history):
                 epoch = len(self.history)
@@ -249,8 +252,9 @@ class _Run:
             try:
                 loss = self.stepper.loss(x, target)
             except torch._dynamo.exc.TorchDynamoException as error:
-                reason = on_one_line(error).partition('. ')[0].rstrip('.')
-                raise ValueError(f'torchcompile: {self.cfg.model} can not be compiled here ({reason}).') from error
+                raise ValueError(
+                    f'torchcompile: {self.cfg.model} can not be compiled here ({first_sentence(error)}).'
+                ) from error
             if self.processes.any(not torch.isfinite(loss)):
                 raise self._diverged(f'the loss became {loss.item()}', epoch)
             self.stepper.backward(loss, share, is_last)

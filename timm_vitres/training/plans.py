@@ -15,7 +15,7 @@ from typing import Any, Dict, List, Optional, Sequence, Tuple
 import timm
 import torch
 
-from ..checks import on_one_line, plain
+from ..checks import on_one_line, plain, some
 from ..data import data_config, image_mode
 from ..measure import as_minutes, as_ms, measure
 from ..models.arms import ARMS
@@ -341,10 +341,9 @@ def _check_same(before: Dict[str, Any], now: Dict[str, Any], folder: Path) -> No
         old['seeds'] = new['seeds']
     changed = [name for name in {**old, **new} if old.get(name) != new.get(name)]
     if changed:
-        told = '; '.join(f'{name}: got {new.get(name)!r}, not {old.get(name)!r}' for name in changed[:3])
-        more = f' and {len(changed) - 3} more' if len(changed) > 3 else ''
+        told = some((f'{name}: got {new.get(name)!r}, not {old.get(name)!r}' for name in changed), between='; ')
         raise ValueError(
-            f'{told}{more}. The comparison in {folder} was begun otherwise; only seeds may be added at their end. Name '
+            f'{told}. The comparison in {folder} was begun otherwise; only seeds may be added at their end. Name '
             'another output for another comparison.'
         )
 

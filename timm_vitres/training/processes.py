@@ -24,7 +24,8 @@ _logger = logging.getLogger(__name__)
 T = TypeVar('T')
 BEGUN = 'timm-vitres/'  # how the keys begin under which torchrun's store has the runs that were begun
 _JOINED = itertools.count()  # each group of processes has keys of its own
-PATIENCE = timedelta(hours=2)  # the first process may look at every image while the others wait for it
+PATIENCE = timedelta(hours=2)  # until the images of a step have come in all processes
+START = timedelta(days=2)  # the first process may open every one of many million images while the others wait for it
 
 
 class FirstFailed(ValueError):
@@ -195,8 +196,7 @@ def joined() -> Iterator[Processes]:
         count=dist.get_world_size(),
         local_rank=local_rank,
         store=_torchruns_store(),
-        # ours speaks gloo on CPUs, too
-        group=None if is_ours else dist.new_group(backend='gloo', timeout=PATIENCE),
+        group=dist.new_group(backend='gloo', timeout=START),
     )
     logger = logging.getLogger(__name__.partition('.')[0])
     level = logger.level

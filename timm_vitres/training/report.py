@@ -13,18 +13,17 @@ from timm.task import ClassificationEvaluator
 from torch import nn
 
 from ..folders import shown
-from ..pictures import draws_curves, plot_curves
+from ..pictures import can_draw, plot_curves
 from ..publishing.cards import render_card
 from ..views import averaged
+from ..weights.files import CURVES_NAME, SUMMARY_NAME
 from ..writing import replacing
 from .held_out import Answers, report
 from .loaders import Batches
 from .optimisation import learning_rate
 from .processes import Processes
-from .runs import LOCAL, Record
+from .runs import LOCAL, Record, given_settings
 
-SUMMARY_NAME = 'summary.csv'
-CURVES_NAME = 'curves.png'
 ALWAYS_TOLD = ('epochs', 'batch_size', 'opt', 'lr', 'weight_decay', 'sched', 'layer_decay', 'smoothing', 'seed')
 # settings that a card's recipe leaves out: others of its sentences have them, or they say where, and not how
 TOLD_ELSEWHERE = (
@@ -90,7 +89,7 @@ def best_epoch(history: List[Dict[str, float]], eval_metric: str) -> Best:
 
 def write_summary(history: List[Dict[str, float]], folder: Path) -> None:
     """Write the curves of a run, and then the table of its epochs, so that a whole table means that all is written."""
-    if draws_curves():
+    if can_draw():
         with replacing(folder / CURVES_NAME) as path:
             plot_curves(history, path)
     names = list(dict.fromkeys(name for row in history for name in row))  # an older version wrote fewer
@@ -157,16 +156,14 @@ def run_card(record: Record, best: Best, model: nn.Module, name: str) -> str:
             f'images, by which this epoch was chosen ({cfg.eval_metric}), with {measured}.'
         ),
         license=model.pretrained_cfg.get('license') if cfg.pretrained else None,
-        picture=CURVES_NAME if draws_curves() else None,
+        picture=CURVES_NAME if can_draw() else None,
     )
 
 
 def _recipe(record: Record) -> str:
     """Return what a run was trained with, as name=value: what every run has, and what this one was given beside."""
     cfg = record.trained_cfg
-    default = type(cfg)(data_dir='.')
-    given = [name for name in vars(cfg) if getattr(cfg, name) != getattr(default, name)]
-    names = dict.fromkeys([*ALWAYS_TOLD, *(name for name in given if name not in TOLD_ELSEWHERE)])
+    names = dict.fromkeys([*ALWAYS_TOLD, *(name for name in given_settings(cfg) if name not in TOLD_ELSEWHERE)])
     values = {name: getattr(cfg, name) for name in names}
     values['lr'] = f'{learning_rate(cfg, cfg.batch_size * cfg.grad_accum_steps * record.processes):g}'
     if cfg.kd_model_name:

@@ -17,7 +17,7 @@ from torch.utils.data import IterableDataset
 from ..folders import find_splits, folders_in, shown, split_folder
 from .checking import MANY, raise_for, unreadable
 from .copies import check_copies, check_left, find_copies
-from .datasets import FOLDER_NAMES, UNREADABLE, ImageFolder, check_apart, listed, load_data
+from .datasets import UNREADABLE, ImageFolder, check_apart, listed, load_data
 from .runs import LOCAL, Record
 from .settings import FinetuneCfg
 from .splits import Data, Subset, class_counts, stratified_split, without
@@ -44,7 +44,7 @@ def reserve(cfg: FinetuneCfg, mode: str, test_split: str = TEST, test_frac: floa
         ValueError, OSError: where `load_data` raises them, for a class of too few images, for test images that are
             trained on, and for a stream, of which nothing can be held out.
     """
-    if (cfg.dataset or '').lower() not in FOLDER_NAMES:
+    if not cfg.is_folder:
         return _of_dataset(cfg, mode, test_split)
     root = Path(str(cfg.data_dir))
     splits = find_splits(root, cfg.train_split, cfg.val_split)

@@ -19,10 +19,9 @@ import timm
 import torch
 
 from .. import __version__
-from ..checks import plain
+from ..checks import plain, some
 from ..publishing.model_folder import locked
 from ..writing import replacing
-from .datasets import FOLDER_NAMES
 from .settings import FinetuneCfg
 
 _logger = logging.getLogger(__name__)
@@ -87,10 +86,9 @@ def check_place(cfg: FinetuneCfg, folder: Path) -> None:
     """Raise ValueError for a folder that would lie among the images, or holds the model that a run starts from."""
     if os.path.lexists(folder) and not folder.is_dir():
         raise ValueError(f'output: {folder} is no folder; name a new one.')
-    source = cfg.model.partition('local-dir:')[2]
-    if source and _is_inside(Path(source), folder):
+    if cfg.model.startswith(LOCAL) and _is_inside(Path(cfg.model.removeprefix(LOCAL)), folder):
         raise ValueError(f'output: {folder} holds the model that the run starts from ({cfg.model}); name a new folder.')
-    if cfg.data_dir and cfg.dataset.lower() in FOLDER_NAMES and _is_inside(folder, Path(cfg.data_dir)):
+    if cfg.data_dir and cfg.is_folder and _is_inside(folder, Path(cfg.data_dir)):
         raise ValueError(f'output: {folder} lies in the data folder {cfg.data_dir}, as a class would; name another.')
 
 
@@ -103,8 +101,7 @@ def _check_empty(cfg: FinetuneCfg, folder: Path) -> None:
     if RECORD_NAME in names:
         raise ValueError(f'output: {folder} holds a run already; go on with --resume, or name another folder.')
     if names:
-        shown = ', '.join(names[:3]) + (', ...' if len(names) > 3 else '')
-        raise ValueError(f'output: {folder} is not empty (it holds {shown}); name a new folder.')
+        raise ValueError(f'output: {folder} is not empty (it holds {some(names)}); name a new folder.')
 
 
 def check_writable(folder: Path) -> None:

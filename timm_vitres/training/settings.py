@@ -28,6 +28,8 @@ NOT_OF_NO_AUG = (
     'train_crop_mode',
 )
 MAX_BATCH = 2**20
+# what `dataset` is for a folder of images, in lower case
+FOLDER_NAMES = ('', 'folder', 'image_folder', 'imagefolder', 'torch/folder', 'torch/image_folder')
 MAX_COUNT = 2**31 - 1  # the sum of two such is a seed that numpy takes
 # settings that say nothing where another is left out
 NEEDED = {
@@ -309,6 +311,11 @@ class FinetuneCfg:
             raise ValueError("resume: got '', expected the folder of a run.")
         if not self.resume:  # a run that goes on is checked when its record has said the rest
             self._check_together()
+
+    @property
+    def is_folder(self) -> bool:
+        """Whether the images are a folder, and no dataset by name."""
+        return (self.dataset or '').lower() in FOLDER_NAMES
 
     @property
     def mixes(self) -> bool:

@@ -2,7 +2,6 @@
 
 import re
 from collections import Counter
-from numbers import Real
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
@@ -31,15 +30,15 @@ class Data(NamedTuple):
     @property
     def skipped(self) -> List[str]:
         """A sentence for each path that is left out; if a reason has many paths, a last sentence counts the rest."""
-        by_reason: Dict[str, List[str]] = {}
+        by_reason: Dict[str, List[Tuple[str, str]]] = {}
         for path, reason in self.left_out.items():
             kind = _NAMING.sub('', reason)  # a reason that names another file is of a kind with its like
-            by_reason.setdefault(kind, []).append(f'{shown(path)}: {reason}')
+            by_reason.setdefault(kind, []).append((path, reason))
         sentences: List[str] = []
-        for reason, named in by_reason.items():
-            sentences += named[:NAMED]
+        for kind, named in by_reason.items():
+            sentences += [f'{shown(path)}: {reason}' for path, reason in named[:NAMED]]
             if len(named) > NAMED:
-                sentences.append(f'{len(named) - NAMED} more: {reason}')
+                sentences.append(f'{len(named) - NAMED} more: {kind}')
         return sentences
 
     def record(self) -> Dict[str, Any]:
@@ -125,23 +124,18 @@ class Subset(Dataset):
         return image if self.transform is None else self.transform(image), target
 
 
-def check_fraction(fraction: float, seed: int) -> None:
-    """Raise ValueError for a fraction or a seed that can't split a set."""
-    if not isinstance(fraction, Real) or not 0 < fraction < 1:
-        raise ValueError(f'val_frac: got {fraction}, expected a fraction between 0 and 1.')
-    if seed < 0:
-        raise ValueError(f'seed: got {seed}, expected 0 or more.')
-
-
 def stratified_split(
     targets: Sequence[int], fraction: float, seed: int = 0, names: Sequence[str] = ()
 ) -> Tuple[List[int], List[int]]:
     """Split indices into two parts, class by class: the second holds `fraction` of each, and at least one.
 
+    Args:
+        fraction: From 0 to 1, without these two.
+        seed: 0 or more.
+
     Raises:
-        ValueError: for a fraction outside (0, 1), a seed below 0, or a class of fewer than two targets.
+        ValueError: for a class of fewer than two targets.
     """
-    check_fraction(fraction, seed)
     generator = np.random.default_rng(seed)
     labels = np.asarray(targets)
     counts = sorted(Counter(labels.tolist()).items())

@@ -11,7 +11,7 @@ from timm.models import resolve_model_input_args
 from timm.utils import random_seed
 from torch import nn
 
-from ..checks import on_one_line, plain
+from ..checks import first_sentence, on_one_line, plain
 from ..data import data_config, image_mode
 from ..measure import fastest_training
 from ..weights.files import CONFIG_NAME, WEIGHTS_NAME
@@ -177,7 +177,7 @@ def _check_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.zeros(1, device=device).item()  # 'meta' can't do this, nor can a device that is missing
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = on_one_line(error).partition('. ')[0].rstrip('.')
+        reason = first_sentence(error)
         raise ValueError(f'device: got {name!r}, which can not be used here ({reason}).') from error
     return device
 

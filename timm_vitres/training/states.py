@@ -18,7 +18,7 @@ from ..writing import replacing
 from .processes import Processes
 from .runs import CHECKPOINT_NAME, RECORD_NAME, Record
 
-WEIGHTS_NAMES = 'checkpoint-*.pth.tar'  # as timm's train.py calls them, for its avg_checkpoints.py
+KEPT_NAME = 'checkpoint-{}.pth.tar'  # of an epoch, as timm's train.py calls them, for its avg_checkpoints.py
 
 
 def read_state(folder: Path, record: Record, has_model: bool) -> Optional[Dict[str, Any]]:
@@ -142,12 +142,12 @@ def keep_best(folder: Path, state: Dict[str, Any], metrics: List[float], number:
         number: How many checkpoints to keep.
     """
     best = sorted(range(len(metrics)), key=lambda epoch: (-metrics[epoch], epoch))[:number]
-    names = {f'checkpoint-{epoch}.pth.tar' for epoch in best}
+    names = {KEPT_NAME.format(epoch) for epoch in best}
     epoch = state['epoch']
     if epoch in best:
         kept = {name: value for name, value in state.items() if name in ('epoch', 'state_dict', 'state_dict_ema')}
-        with replacing(folder / f'checkpoint-{epoch}.pth.tar') as path:
+        with replacing(folder / KEPT_NAME.format(epoch)) as path:
             torch.save(dict(kept, arch=arch, version=2, metric=metrics[epoch]), path)
-    for path in folder.glob(WEIGHTS_NAMES):
+    for path in folder.glob(KEPT_NAME.format('*')):
         if path.name not in names:
             path.unlink()

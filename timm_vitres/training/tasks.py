@@ -100,7 +100,8 @@ def create_teacher(cfg: FinetuneCfg, label_names: List[str], config: Dict[str, A
             if sorted(known) != sorted(wanted):
                 unknown = sorted(set(wanted) - set(known))[0]
                 raise ValueError(f'kd_model_name: {cfg.kd_model_name!r} has no class {unknown!r}, as the images have.')
-            order = [known.index(name) for name in wanted]
+            places = {name: index for index, name in enumerate(known)}
+            order = [places[name] for name in wanted]
     if cfg.channels_last:
         model.to(memory_format=torch.channels_last)
     return Teacher(model, config, data_config(model), order)

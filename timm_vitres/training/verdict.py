@@ -76,7 +76,7 @@ def judge(
     pairs = math.comb(len(correct), 2)
     classes = np.zeros(num_images) if classes is None else classes
     _, inverse, counts = np.unique(classes, return_inverse=True, return_counts=True)
-    groups = [inverse == index for index in range(len(counts))]
+    groups = np.split(np.argsort(inverse, kind='stable'), np.cumsum(counts)[:-1])  # the images of each class
     weights = num_images / (len(counts) * counts[inverse])  # 1 in the mean
     answers = {name: np.asarray(array, float) for name, array in correct.items()}
     right = {name: array * weights for name, array in answers.items()}

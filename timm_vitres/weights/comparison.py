@@ -3,12 +3,12 @@
 state dict in our layout -> `add_batch_counts` -> `check_dtypes`, `check_keys` -> a state dict that the model can load.
 """
 
-from typing import Sequence
-
 import torch
 
+from ..checks import some
 from .layouts import StateDict
 
+NAMED = 20  # keys of each kind in a message
 COMPLEX_DTYPES = (torch.complex32, torch.complex64, torch.complex128)
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -39,7 +39,7 @@ def check_dtypes(state_dict: StateDict, model: torch.nn.Module) -> None:
             wrong.append(f'{key} is {value.dtype} for {own.dtype}')
     if wrong:
         raise RuntimeError(
-            f'The checkpoint holds other numbers than weights ({_listed(wrong)}), which would not mean the same in '
+            f'The checkpoint holds other numbers than weights ({some(wrong, NAMED)}), which would not mean the same in '
             f'the model; expected one of {", ".join(map(str, FLOAT_DTYPES))}.'
         )
 
@@ -58,11 +58,6 @@ def check_keys(state_dict: StateDict, model: torch.nn.Module, adaptable=()) -> N
         architecture = getattr(model, 'pretrained_cfg', {}).get('architecture', type(model).__name__)
         raise RuntimeError(
             f'The checkpoint is not one of {architecture} as it was asked for: '
-            f'missing keys: {_listed(missing)}; unexpected keys: {_listed(unexpected)}; '
-            f'wrong shapes: {_listed(wrong)}.'
+            f'missing keys: {some(missing, NAMED)}; unexpected keys: {some(unexpected, NAMED)}; '
+            f'wrong shapes: {some(wrong, NAMED)}.'
         )
-
-
-def _listed(keys: Sequence[str], limit: int = 20) -> str:
-    more = f' and {len(keys) - limit} more' if len(keys) > limit else ''
-    return (', '.join(keys[:limit]) or 'none') + more

@@ -17,6 +17,7 @@ import torch
 WEIGHTS_NAME = 'model.safetensors'
 CONFIG_NAME = 'config.json'
 CARD_NAME = 'README.md'
+SUMMARY_NAME, CURVES_NAME = 'summary.csv', 'curves.png'  # how a run went, epoch by epoch
 # timm looks for a folder's weights under these names, in this order
 WEIGHTS_NAMES = (WEIGHTS_NAME, 'pytorch_model.bin', 'pytorch_model.pth', 'model.pth')
 WEIGHTS_SUFFIXES = ('.safetensors', '.pth', '.pth.tar', '.bin', '.npz')
