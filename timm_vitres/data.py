@@ -212,15 +212,14 @@ def find_files(paths: Sequence[Union[str, Path]]) -> List[Union[str, Path]]:
 
     Raises:
         FileNotFoundError: where there is no image.
-        OSError: for a folder that can't be read.
     """
     files: List[Union[str, Path]] = []
     left_out: List[str] = []
     for path in map(Path, paths):
-        if not path.is_dir():
+        if not os.path.isdir(path):  # pathlib raises for a path that is too long, or not to be looked at
             files.append(path)
             continue
-        found = find_images(path)
+        found = find_images(path, strict=False)
         files += found.images
         left_out += [f'{shown(name)} ({reason})' for name, reason in found.left_out.items()]
     if left_out:

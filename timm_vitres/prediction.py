@@ -6,7 +6,21 @@ come; `predict` collects them.
 
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Collection, Dict, Iterable, Iterator, List, Mapping, NamedTuple, Tuple, Union, cast
+from typing import (
+    Annotated,
+    Any,
+    Collection,
+    Dict,
+    Iterable,
+    Iterator,
+    List,
+    Mapping,
+    NamedTuple,
+    Optional,
+    Tuple,
+    Union,
+    cast,
+)
 
 import torch
 from timm.data import create_transform
@@ -66,6 +80,16 @@ class _Images(Dataset):
             return cast(torch.Tensor, self.transform(open_image(self.paths[index], self.mode)))
         except (OSError, ValueError) as error:
             return str(error)
+
+
+_Batch = Tuple[Optional[torch.Tensor], List[Optional[str]]]
+
+
+def _collate(images: List[Union[torch.Tensor, str]]) -> _Batch:
+    """Return what is readable as one tensor (a worker sends each with a file descriptor), and, of all, what failed."""
+    readable = [image for image in images if not isinstance(image, str)]
+    failures = [image if isinstance(image, str) else None for image in images]
+    return torch.stack(readable) if readable else None, failures
 
 
 def predict(
@@ -136,22 +160,22 @@ def predict_each(
     if not getattr(plain, 'num_classes', 0) or getattr(plain, 'global_pool', None) == '':
         raise ValueError('model: it has no classes, or does not pool, so it predicts none; load one with a head.')
     pictures = _Images(list(images), data_config(model))
-    loader = DataLoader(pictures, batch_size, num_workers=workers, collate_fn=list) if len(pictures) else ()
+    options = dict(collate_fn=_collate, generator=torch.Generator())  # starting workers would draw from torch's own
+    loader = DataLoader(pictures, batch_size, num_workers=workers, **options) if len(pictures) else ()
     return _results(model, pictures.paths, loader, topk, tta)
 
 
 def _results(
-    model: nn.Module, paths: List[Union[str, Path]], loader: Iterable[list], topk: int, tta: str
+    model: nn.Module, paths: List[Union[str, Path]], loader: Iterable[_Batch], topk: int, tta: str
 ) -> Iterator[Union[Prediction, str]]:
     names = label_names(unwrap_model(model))
     remaining = iter(paths)
     with tqdm(total=len(paths), desc='predicting', leave=False, disable=len(paths) < 10) as bar:
-        for batch in loader:
-            readable = [image for image in batch if not isinstance(image, str)]
-            rows = iter(_probabilities(model, torch.stack(readable), tta, names) if readable else ())
-            for image, path in zip(batch, remaining):
-                yield image if isinstance(image, str) else _best(path, next(rows), topk, names)
-            bar.update(len(batch))
+        for x, failures in loader:
+            rows = iter(() if x is None else _probabilities(model, x, tta, names))
+            for failure, path in zip(failures, remaining):
+                yield _best(path, next(rows), topk, names) if failure is None else failure
+            bar.update(len(failures))
 
 
 def _probabilities(model: nn.Module, x: torch.Tensor, tta: str, names: List[str]) -> torch.Tensor:

@@ -1,3 +1,4 @@
+import importlib
 import json
 
 import pytest
@@ -77,6 +78,27 @@ def test_predict_takes_folders(model_folder, image_folder, tmp_path, capsys):
     (tmp_path / 'empty').mkdir()
     assert cli.main(['predict', str(tmp_path / 'empty'), '--model', 'nothing']) == 1
     assert 'images: there is none in' in capsys.readouterr().err
+
+
+def test_json_is_whole_where_prediction_ends_early(model_folder, picture, monkeypatch, capsys):
+    prediction = importlib.import_module('timm_vitres.prediction')
+    whole = prediction.predict_each
+
+    def predict_each(model, images, *args):
+        yield from whole(model, images[:2])
+        raise ValueError('the third is one too many.')
+
+    monkeypatch.setattr(prediction, 'predict_each', predict_each)
+    command = ['predict', str(picture), str(picture), str(picture), '--model', f'local-dir:{model_folder}', '--json']
+    assert cli.main(command) == 1
+    printed = capsys.readouterr()
+    assert len(json.loads(printed.out)) == 2 and 'one too many' in printed.err
+
+
+def test_a_path_that_no_file_has_is_named_and_the_others_go_on(model_folder, picture, capsys):
+    assert cli.main(['predict', 'x' * 300, str(picture), '--model', f'local-dir:{model_folder}']) == 1
+    printed = capsys.readouterr()
+    assert str(picture) in printed.out and 'xxx cannot be opened' in printed.err
 
 
 def test_json_of_nothing_readable_is_json(model_folder, tmp_path, capsys):

@@ -2,6 +2,8 @@
 
 import copy
 import json
+import os
+import time
 
 import numpy as np
 import onnx
@@ -16,10 +18,13 @@ from torch.export import Dim
 from timm_vitres import cli
 from timm_vitres.data import example_images
 from timm_vitres.explanation import explain
+from timm_vitres.inference import exports
 from timm_vitres.inference.exports import check_target, export, load
 from timm_vitres.inference.formats import FORMATS
 from timm_vitres.models import layers
+from timm_vitres.models.base import ImageSizes
 from timm_vitres.publishing import hub
+from timm_vitres.writing import TEMPORARY
 
 NAMES = ['vitresnet_tiny', 'vitresnet_small', 'vitresnet_nano', 'test_vitresnet']
 NAMES += ['test_vitresnet_mix', 'test_vitresnet_dual', 'vitresnet_dual_tiny', 'vitresnet_dual_small_p32']
@@ -457,3 +462,48 @@ def test_a_file_of_a_model_that_takes_no_larger_images(tmp_path):
         x = torch.randn(2, 3, *size)
         with torch.inference_mode():
             assert relative_difference(run(x), model(x)) < 1e-5
+
+
+@pytest.mark.parametrize(
+    'sizes, shapes, own, expected',
+    [
+        (ImageSizes(32, 1), (2, 3), (224, 224), [65, 95]),
+        (ImageSizes(32, 1), (2, 3), (65, 95), [64, 94]),
+        (ImageSizes(32, 1), (3,), (32, 224), [32, 95]),
+        (ImageSizes(32, 32), (2, 3), (224, 224), [64, 96]),
+        (ImageSizes(32, 32), (2, 3), (64, 96), [64, 64]),
+        (ImageSizes(32, 1, (64, 64)), (2, 3), (64, 64), [63, 63]),
+        (ImageSizes(2, 1), (2, 3), (4, 4), [5, 5]),
+    ],
+)
+def test_what_is_compared_has_another_size(sizes, shapes, own, expected):
+    assert exports._other_size(sizes, dict.fromkeys((0, *shapes)), own) == expected
+
+
+def test_a_models_own_hooks_are_in_the_file_and_in_what_it_is_compared_with(tmp_path):
+    model = create('test_vitresnet_mix')
+    x = torch.randn(2, 3, 64, 64)
+    plain = model(x).detach()
+    model.register_forward_hook(lambda module, args, y: 2 * y)
+    exported = export(model, tmp_path / 'm.pt2', dynamic=False, example=x)
+    assert exported.difference < 1e-5
+    assert relative_difference(load(tmp_path / 'm.pt2', 'pt2')(x), 2 * plain) < 1e-5
+
+
+def test_timms_models_of_one_size_are_exported_for_it(tmp_path):
+    model = create('test_vit', num_classes=3)
+    exported = export(model, tmp_path / 'm.pt2')
+    height, width = model.patch_embed.img_size
+    assert f'for {height}x{width} pixels' in exported.report
+
+
+def test_what_a_killed_export_left_is_swept(tmp_path):
+    for name, age in (('m.pt2', 2), ('m.pt2', 0), ('other.pt2', 2)):
+        folder = tmp_path / f'{TEMPORARY}{name}-{age}'
+        folder.mkdir()
+        (folder / 'model.pt2').write_text('weights')
+        os.utime(folder, (time.time() - age * exports.DAY,) * 2)
+    export(create('test_vitresnet_mix', img_size=64), tmp_path / 'm.pt2', dynamic=False)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        *(f'{TEMPORARY}m.pt2-0', f'{TEMPORARY}other.pt2-2', 'm.pt2')
+    ]

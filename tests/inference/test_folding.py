@@ -474,3 +474,20 @@ def test_what_is_no_model_is_named():
         fold('vitresnet_nano')
     with pytest.raises(TypeError, match='model: got a TorchScript module'):
         fold(torch.jit.script(create('vitresnet', backbone='resnet18', depth=1, embed_dim=48)))
+
+
+@pytest.mark.parametrize('branch', ['attn', 'mlp'])
+def test_a_forward_from_outside_around_a_layer_scale_is_named(branch):
+    """It may be bound to parts that are not merged: the branch would be scaled by 1 in place of gamma."""
+    model = create('test_vitresnet', init_values=0.1)
+    part = getattr(model.blocks[0], branch)
+    part.forward = part.forward
+    with pytest.raises(ValueError, match=rf'^model: blocks\.0\.{branch} has a forward method set from outside'):
+        fold(model)
+
+
+def test_what_timms_models_computed_is_no_obstacle():
+    model = create('levit_128s', num_classes=3)
+    x = torch.randn(1, 3, 224, 224)
+    expected = model(x).detach()  # with gradients, of which the biases that it keeps are a part
+    assert relative_difference(outputs(fold(model), x)[0], expected) < 1e-4

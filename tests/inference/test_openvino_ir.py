@@ -75,10 +75,17 @@ def test_other_programs_read_it(net, tmp_path):
 def test_nothing_of_the_users_is_written_over(net, tmp_path):
     """Neither an .xml that is no model nor weights that are called .bin."""
     (tmp_path / 'notes.xml').write_text('<note>mine</note>')
+    (tmp_path / 'yolo.xml').write_text('<?xml version="1.0"?><net name="yolo" version="11"><layers/></net>')
+    (tmp_path / 'yolo.bin').write_text('weights')
     torch.save(net.state_dict(), tmp_path / 'pytorch_model.bin')
     (tmp_path / 'folder.bin').mkdir()
     before = {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
-    for name, other in (('notes', 'notes.xml'), ('pytorch_model', 'pytorch_model.bin'), ('folder', 'folder.bin')):
+    for name, other in (
+        ('notes', 'notes.xml'),
+        ('yolo', 'yolo.xml'),
+        ('pytorch_model', 'pytorch_model.bin'),
+        ('folder', 'folder.bin'),
+    ):
         with pytest.raises(FileExistsError, match=rf'{other}: holds no export, by its name or content'):
             export(net, tmp_path / f'{name}.xml')
     assert before == {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}

@@ -16,6 +16,7 @@ import timm_vitres
 from timm_vitres import prepare
 from timm_vitres.inference import preparation
 from timm_vitres.inference.exports import export
+from timm_vitres.inference.folding import fold
 from timm_vitres.inference.formats import ENGINES
 
 SMALL = dict(backbone='resnet18', stage=1, depth=1, embed_dim=32, num_heads=2, img_size=64)
@@ -299,3 +300,22 @@ def test_training_mode_and_missing_torchao_are_named():
     )
     result = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
     assert 'ValueError: precision: \'int8\' needs torchao, pip install "timm-vitres[int8]".' in result.stderr
+
+
+@pytest.mark.parametrize('feature_cls, kind', [('dict', dict), ('getter', list)])
+def test_a_pyramid_stays_what_it_is(feature_cls, kind):
+    model = randomise_(timm.create_model('test_vitresnet_mix', features_only=True, feature_cls=feature_cls)).eval()
+    x = torch.randn(1, 3, 64, 64)
+    got, expected = prepare(model, example=x)(x), model(x)
+    assert isinstance(got, kind)
+    names = list(expected) if kind is dict else range(len(expected))
+    assert names == (list(got) if kind is dict else range(len(got)))
+    assert all(relative_difference(got[name], expected[name]) < 1e-5 for name in names)
+
+
+def test_what_computes_something_else_is_no_preparation(monkeypatch):
+    model = randomise_(timm.create_model('test_vitresnet', num_classes=3)).eval()
+    wrong = randomise_(timm.create_model('test_vitresnet', num_classes=3), seed=1).eval()
+    monkeypatch.setattr('timm_vitres.inference.preparation.fold', lambda _: fold(wrong))
+    with pytest.raises(RuntimeError, match='model: what was made of it differs from it, by'):
+        prepare(model)

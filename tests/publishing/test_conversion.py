@@ -207,14 +207,21 @@ def test_a_run_that_began_with_a_folder(begun, tmp_path, caplog):
     """timm writes its name as the architecture's; arguments that no shape shows are in its config.json alone."""
     model = randomise_(timm.create_model('vitresnet_nano', num_classes=2, num_heads=2, act_layer='relu'))
     folder = tmp_path / 'vitresnet_small'  # by this name it would be another architecture
-    if begun == 'folder':
-        timm_vitres.save(model, folder, label_names=['cat', 'dog'])
+    if begun == 'folder':  # as timm itself saves, which writes num_classes into the arguments, too
+        first = timm.create_model('vitresnet_nano', num_classes=5, num_heads=2, act_layer='relu')
+        timm_vitres.save(first, folder, label_names=list('abcde'), data_config=dict(mean=(0.1,) * 3, crop_pct=0.5))
+        config = json.loads((folder / 'config.json').read_text())
+        config['model_args']['num_classes'] = 5
+        (folder / 'config.json').write_text(json.dumps(config))
     args = argparse.Namespace(model=f'local-dir:{folder}', model_kwargs={})
     torch.save(dict(arch=args.model, state_dict=model.state_dict(), args=args), tmp_path / 'last.pth.tar')
     loaded = timm.create_model(f'local-dir:{convert(tmp_path / "last.pth.tar", tmp_path / "out")}', pretrained=True)
     assert loaded.pretrained_cfg['architecture'] == 'vitresnet_nano'
     assert torch.equal(logits(loaded, 32), logits(model, 32)) == (begun == 'folder')
     assert ('is found by its tensors' in caplog.text) == (begun == 'gone')
+    data = timm.data.resolve_model_data_config(loaded)
+    assert (data['crop_pct'] == 0.5 and tuple(data['mean']) == (0.1, 0.1, 0.1)) == (begun == 'folder')
+    assert 'label_names' not in loaded.pretrained_cfg
 
 
 def test_settings_of_other_programs_and_channels(tmp_path):

@@ -37,6 +37,16 @@ def test_what_a_run_began_with_is_gone(text, tmp_path, caplog):
     assert caplog.text.count('the model is found by its tensors') == 2
 
 
+def test_timms_own_repositories_are_known_without_the_hub(monkeypatch):
+    def hub_file(*args):
+        raise OSError('no network')
+
+    monkeypatch.setattr('timm_vitres.publishing.neighbours.hub_file', hub_file)
+    found = began_with('hf-hub:timm/vit_small_r26_s32_224.augreg_in21k')
+    assert found == dict(architecture='vit_small_r26_s32_224')
+    assert began_with('hf-hub:me/vit_small_r26_s32_224') == {}
+
+
 def test_a_crop_in_timms_words():
     assert crop_of(dict(size=256, crop_size=224, do_center_crop=True)) == dict(crop_pct=224 / 256)
     assert crop_of(dict(size=dict(height=384, width=384))) == dict(crop_pct=1.0, crop_mode='squash')

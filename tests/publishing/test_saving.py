@@ -393,7 +393,11 @@ def test_what_a_config_says_of_tests_survives_saving_again(tmp_path):
     assert timm.data.resolve_model_data_config(loaded, use_test_size=True)['input_size'] == (3, 128, 128)
     other = timm.create_model(f'local-dir:{tmp_path / "a"}', pretrained=True, img_size=64)
     save(other, tmp_path / 'c')  # of a model for another size, that of its tests is not known
-    assert 'test_input_size' not in json.loads((tmp_path / 'c' / 'config.json').read_text())['pretrained_cfg']
+    told = json.loads((tmp_path / 'c' / 'config.json').read_text())['pretrained_cfg']
+    assert 'test_input_size' not in told and 'test_crop_pct' not in told
+    loaded.pretrained_cfg['input_size'] = list(loaded.pretrained_cfg['input_size'])  # as in a cfg of the Hub
+    save(loaded, tmp_path / 'd')
+    assert json.loads((tmp_path / 'd' / 'config.json').read_text())['pretrained_cfg'] == first
 
 
 def test_a_mean_for_each_channel(tmp_path):

@@ -225,6 +225,15 @@ def test_images_that_went_or_changed_are_named(image_folder):
         load(image_folder, recorded)
 
 
+def test_only_who_looks_walks_through_a_recorded_folder(image_folder, monkeypatch):
+    """Many processes of one machine take the images from the record."""
+    data = load(image_folder)
+    looked = load(image_folder, data.record())
+    monkeypatch.setattr('timm_vitres.training.datasets.find_images', lambda *_, **__: pytest.fail('a process looked'))
+    taken = load_data(cfg(image_folder), 'RGB', data.record(), looks=False)
+    assert paths_of(taken) == paths_of(looked) and taken.record() == looked.record() and taken.left_out == {}
+
+
 def test_what_a_run_does_not_use_may_be_unreadable(tmp_path, monkeypatch):
     write_folder(tmp_path / 'train', per_class=3)
     write_folder(tmp_path / 'val', per_class=2, size=41)

@@ -220,13 +220,26 @@ def test_a_model_that_has_not_seen_test_images_goes_in(tmp_path):
     photos = write_folder(tmp_path / 'photos', per_class=12)
     images = reserve(cfg(photos), 'RGB')
     check_unseen(cfg(photos), write_run(tmp_path / 'others', cfg(write_folder(tmp_path / 'data', seed=5))), images)
-    check_unseen(cfg(photos), 'resnet18', images)
+    check_unseen(cfg(photos), str(tmp_path / 'others'), images)  # no local-dir: stands before it
+    same_names = write_folder(tmp_path / 'same_names', per_class=12, seed=9, size=40)
+    moved = write_run(tmp_path / 'of_other_photos', cfg(same_names))
+    shutil.rmtree(same_names)
+    check_unseen(cfg(photos), moved, images)
     check_unseen(cfg(photos), f'local-dir:{tmp_path}', images)  # no run
     settings = cfg(photos)
     folder = tmp_path / 'compared'
     folder.mkdir()
     Record(settings, images_of(images, 0.2, 0), {}).write(folder)  # a run of this comparison
     check_unseen(settings, f'local-dir:{folder}', images)
+
+
+def test_test_images_that_are_copies_of_each_other_are_not_known_by_that(tmp_path):
+    write_folder(tmp_path / 'photos' / 'train', per_class=8)
+    test = write_folder(tmp_path / 'photos' / 'test', per_class=3, seed=2)
+    shutil.copy(test / 'down' / '0.png', test / 'down' / 'again.png')
+    images = reserve(cfg(tmp_path / 'photos'), 'RGB')
+    others = write_run(tmp_path / 'others', cfg(write_folder(tmp_path / 'data', seed=5)))
+    check_unseen(cfg(tmp_path / 'photos'), others, images)
 
 
 def test_of_a_dataset_by_name_indices_tell(fashion, tmp_path):  # noqa: F811

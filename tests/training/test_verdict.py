@@ -122,6 +122,7 @@ def test_of_two_arms_there_is_no_other_pair(seeds):
 
 def test_an_interval_without_0_is_not_printed_with_it():
     assert str(Difference(0.12, 0.04, 0.2)) == '0.12 points (0.04 to 0.20)'
+    assert str(Difference(-0.1, -0.2, -0.004)) == '-0.100 points (-0.200 to -0.004)'
     assert str(Difference(0.12, -0.04, 0.28)) == '0.1 points (-0.0 to 0.3)'
 
 

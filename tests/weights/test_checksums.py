@@ -119,6 +119,7 @@ def test_digests_are_those_of_hashlib_and_git(size, tmp_path):
         (f'weights-{OTHER}.safetensors', OTHER),
         ('a-5c106cde-0a1b2c3d.pth', '0a1b2c3d'),
         ('conformer_20211206-f6860372.pth', 'f6860372'),
+        ('model-2024-5c106cde.pth', '5c106cde'),
         ('ckpt-1b4e28ba-2fa1-11d2-883f-0016d3cca427.pth', None),  # a UUID
         ('model-20261124.pth', None),  # these digits are a date
         ('checkpoint-12.pth.tar', None),

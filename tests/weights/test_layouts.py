@@ -136,7 +136,8 @@ def test_a_head_that_learnt_behind_a_layer_which_we_lack_is_left_out(layer, capl
     own = timm.create_model('test_vitresnet', num_classes=3).state_dict()
     weights = {**own, f'{layer}.weight': torch.ones(64, 64), f'{layer}.bias': torch.ones(64)}
     weights['head.weight'] = torch.ones_like(own['head.weight'])
-    assert own.keys() - convert_layout(weights).keys() == {'head.weight'}
-    assert 'the head behind it, too: head.weight' in caplog.text
+    weights['head.bias'] = torch.zeros_like(own['head.bias'])
+    assert own.keys() - convert_layout(weights).keys() == {'head.weight', 'head.bias'}
+    assert 'the head behind it, too: head.bias, head.weight' in caplog.text
     weights['head.weight'] = torch.zeros_like(own['head.weight'])
     assert convert_layout(weights).keys() == own.keys()

@@ -4,8 +4,9 @@ import argparse
 import json
 import sys
 import textwrap
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, List
+from typing import Any, Callable, Iterator, List
 
 from tqdm import tqdm
 
@@ -52,22 +53,16 @@ def run_predict(args: argparse.Namespace) -> int:
     model = load_model(args.model, args.device)
     width = max(len(shown(file)) for file in files)
     drawn: List[Any] = []
-    printed = failed = 0
-    for result in predict_each(model, files, args.topk, args.tta, args.batch_size, args.workers):
-        if isinstance(result, str):
-            tqdm.write(f'timm-vitres: {printable(result)}', file=sys.stderr)
-            failed += 1
-            continue
-        if args.json:
-            fields = textwrap.indent(json.dumps(result._asdict(), indent=2), '  ')
-            tqdm.write((',\n' if printed else '[\n') + fields, end='')
-        else:
-            tqdm.write(_table_rows(result, width), end='')
-        printed += 1
-        if args.plot is not None:
-            drawn.append(result)
-    if args.json:
-        print('\n]' if printed else '[]')
+    failed = 0
+    with _json_list() if args.json else nullcontext(lambda result: _table_rows(result, width)) as line:
+        for result in predict_each(model, files, args.topk, args.tta, args.batch_size, args.workers):
+            if isinstance(result, str):
+                tqdm.write(f'timm-vitres: {printable(result)}', file=sys.stderr)
+                failed += 1
+                continue
+            tqdm.write(line(result), end='')
+            if args.plot is not None:
+                drawn.append(result)
     print(end='', flush=True)  # whatever becomes of the picture
     if drawn:
         plot_predictions(drawn, args.plot)
@@ -155,6 +150,25 @@ def run_export(args: argparse.Namespace) -> int:
     example = example_images(args.images, model, args.num_images) if args.images else None
     print(export(model, path, format, args.precision, not args.static, example).report)
     return 0
+
+
+@contextmanager
+def _json_list() -> Iterator[Callable[[Any], str]]:
+    """Print a list in JSON around a block, whole also where it ends early, of what a function returns for its elements.
+
+    Each ends with its line, since a progress bar clears what stands on its own.
+    """
+    held: List[str] = []
+
+    def line(result: Any) -> str:
+        held.append(textwrap.indent(json.dumps(result._asdict(), indent=2), '  '))
+        return f'{held.pop(0)},\n' if len(held) > 1 else ''
+
+    print('[')
+    try:
+        yield line
+    finally:
+        print(*held, ']', sep='\n')
 
 
 def _table_rows(prediction: Any, width: int) -> str:

@@ -5,10 +5,11 @@ model -> `fold` -> a row of `FORMATS` writes it -> the file, loaded again and co
 
 import shutil
 import tempfile
+import time
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Dict, Iterator, NamedTuple, Optional, Sequence, Tuple, Union
+from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 import torch
 import torch.nn.functional as F
@@ -20,11 +21,12 @@ from ..checks import check_choice
 from ..data import data_config
 from ..labels import check_logits, label_names
 from ..models.base import Hybrid, ImageSizes
-from ..writing import check_output, replacing
+from ..writing import TEMPORARY, check_output, replacing
 from .folding import copy_model, fold
 from .formats import FORMATS, Format, Run, Source
 from .lowering import check_example, check_outputs, difference, forward_only, worst
 
+DAY = 24 * 60 * 60.0  # seconds
 LARGEST = 4096  # pixels a side that a graph for all sizes is captured for
 # Outputs may be off by this part of their norm: runtimes add up in another order, and what a low precision costs is
 # reported, not judged. Outputs that are off by their whole norm are those of another model
@@ -53,7 +55,7 @@ def export(
     `dynamic`, on another size.
 
     Args:
-        model: A timm model of this package (also with features_only), in evaluation mode, on the CPU. One in another
+        model: A timm model (also with features_only), in evaluation mode, on the CPU. One in another
             precision is exported, and compared, as its copy in float32.
         path: The file. An older export there is replaced, a checkpoint or a model's config is not.
         format: 'onnx' for onnxruntime and others (`pip install timm-vitres[export]`); 'torchscript' for
@@ -65,7 +67,8 @@ def export(
             convolutions are, too: their activations' ranges are then those of the example's images. OpenVINO's are
             always, by nncf, and so need an example.
         dynamic: One graph for every height and width that has two tokens or more. If it is False, or the example has
-            but one token on a side, the size is that of the example. The batch may always be any.
+            but one token on a side, or the model is none of this package and takes one size alone, the size is that of
+            the example. The batch may always be any.
         example: Images (B, C, H, W) like those to come. By default noise of the model's own size.
 
     Raises:
@@ -81,12 +84,22 @@ def export(
     source = capture(model, precision, images, example is not None, dynamic)
     row = FORMATS[format]
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f'.{path.name}.', dir=path.parent) as folder:
+    prefix = f'{TEMPORARY}{path.name}-'
+    _sweep(path.parent, prefix)
+    with tempfile.TemporaryDirectory(prefix=prefix, dir=path.parent) as folder:
         file = Path(folder) / f'model{row.suffixes[0]}'
         error = write_compared(source, file, row, what=str(path))
         _put_in_place(file, path, row)
     report = f'{path}: {format}, {precision}, for {_shape(source)}; its outputs differ by {error:.1e} of their norm.'
     return Exported(path, error, report)
+
+
+def _sweep(folder: Path, prefix: str) -> None:
+    """Remove what an export to the same path left when it was killed, a day ago or longer."""
+    for path in folder.iterdir():
+        with suppress(OSError):
+            if path.name.startswith(prefix) and time.time() - path.stat().st_mtime > DAY:
+                shutil.rmtree(path)
 
 
 def capture(
@@ -112,23 +125,28 @@ def capture(
     if not isinstance(expected, (torch.Tensor, list)):
         raise ValueError(f'model: it returns a {type(expected).__name__}, expected logits, or the list of a pyramid.')
     check_outputs(expected)
-    sizes = _image_sizes(model)
+    net = getattr(model, 'model', model)  # timm wraps a model that returns features
+    sizes = net.image_sizes() if isinstance(net, Hybrid) else _guessed_sizes(net)
     captured = images[[0, -1]]  # a batch of one image would be taken for a constant
     compared = [(images, expected)]
-    shapes = _dynamic_shapes(model, images.shape) if dynamic else {0: Dim('batch')}
-    if len(shapes) > 1:
-        size = (2 * sizes.stride, 3 * sizes.stride)
-        size = map(min, size, sizes.largest or size)
-        size = [side if axis in shapes else images.shape[axis] for axis, side in zip((2, 3), size)]
-        other = F.interpolate(captured, size)
-        compared.append((other, own(other)))
-        check_outputs(compared[-1][1])
+    shapes: Dict[int, Any] = {0: Dim('batch')}
+    if dynamic and sizes is not None:
+        shapes = _dynamic_shapes(sizes, images.shape)
+    if sizes is not None and len(shapes) > 1:
+        other = F.interpolate(captured, _other_size(sizes, shapes, images.shape[2:]))
+        try:
+            compared.append((other, own(other)))
+            check_outputs(compared[-1][1])
+        except (AssertionError, RuntimeError, ValueError):
+            if isinstance(net, Hybrid):
+                raise
+            shapes = {0: shapes[0]}  # it takes the example's size alone
     return Source(
         folded,
         is_pyramid=isinstance(expected, list),
         images=captured,
         sizes=shapes,
-        largest=sizes.largest,
+        largest=sizes.largest if sizes is not None else None,
         precision=precision,
         calibration=images if calibrate else None,
         config=_config(model, [None if axis in shapes else images.shape[axis] for axis in (2, 3)], expected),
@@ -242,6 +260,8 @@ def _shape(source: Source) -> str:
     height, width = source.images.shape[-2:]
     if 2 not in source.sizes and 3 not in source.sizes:
         return f'{height}x{width} pixels'
+    if source.largest and 2 in source.sizes and 3 in source.sizes:
+        return f'any height and width up to {source.largest[0]}x{source.largest[1]}'
     rest = 'width' if 3 in source.sizes else f'width {width}'
     return f'any height and {rest}' if 2 in source.sizes else f'any width and height {height}'
 
@@ -264,18 +284,37 @@ def _config(model: nn.Module, sides: Sequence[Optional[int]], outputs: Any) -> D
     return config
 
 
-def _image_sizes(model: nn.Module) -> ImageSizes:
-    net = getattr(model, 'model', model)  # timm wraps a model that returns features
-    return net.image_sizes() if isinstance(net, Hybrid) else ImageSizes(net.feature_info[-1]['reduction'], 1)
+def _guessed_sizes(net: nn.Module) -> Optional[ImageSizes]:
+    """Return the sizes that a model of timm's may take, by its deepest map; None where it tells of no maps."""
+    info = getattr(net, 'feature_info', None)
+    return ImageSizes(info[-1]['reduction'], 1) if info else None
 
 
-def _dynamic_shapes(model: nn.Module, shape: Sequence[int]) -> Dict[int, Any]:
+def _other_size(sizes: ImageSizes, shapes: Dict[int, Any], own: Sequence[int]) -> List[int]:
+    """Return a height and width unlike those of the example, and, where a model takes such, no multiples of its stride.
+
+    Args:
+        shapes: The axes on which the graph takes any size.
+        own: Height and width of the example.
+    """
+    stride, multiple, largest = sizes
+    wanted = (2 * stride + 1, 3 * stride - 1) if multiple == 1 else (2 * stride, 3 * stride)
+    size = [min(side, top) for side, top in zip(wanted, largest or wanted)]
+    size = [side if axis in shapes else given for axis, side, given in zip((2, 3), size, own)]
+    if size == list(own):
+        step = 1 if multiple == 1 else stride
+        least = stride + 1 if multiple == 1 else 2 * stride
+        size = [max(side - step, least) if axis in shapes else side for axis, side in zip((2, 3), size)]
+    return size
+
+
+def _dynamic_shapes(sizes: ImageSizes, shape: Sequence[int]) -> Dict[int, Any]:
     """Every batch, height and width; torch.export takes one token a side for a constant, so from two on.
 
     An example, whose shape this is, that has one token on a side is taken for all images, but for the batch, unless
     the model takes no more there.
     """
-    stride, multiple, largest = _image_sizes(model)
+    stride, multiple, largest = sizes
     shapes: Dict[int, Any] = {0: Dim('batch')}
     tops = largest or (LARGEST, LARGEST)
     if any(side <= stride < top for side, top in zip(shape[2:], tops)):

@@ -40,7 +40,9 @@ def fold(model: ModelT) -> ModelT:
         folded = reparameterize_model(copied, inplace=True)[0]
     except CannotFold as error:
         name = names.get(id(error.module))
-        raise CannotFold(name, error.module, error.reason) from None if name else error
+        if not name:
+            raise
+        raise CannotFold(name, error.module, error.reason) from None
     for module in folded.modules():
         if hasattr(module, 'folded'):
             module.folded = True
@@ -50,8 +52,10 @@ def fold(model: ModelT) -> ModelT:
 def copy_model(model: ModelT) -> ModelT:
     """Return a copy of a model; CannotFold names a layer that torch can not copy."""
     for name, module in model.named_modules():
+        # timm's LeViT, EfficientViT and TinyViT keep what they computed here, and compute it again
+        getattr(module, 'attention_bias_cache', {}).clear()
         for key, value in vars(module).items():
             if torch.is_tensor(value) and value.grad_fn is not None:  # torch copies no tensor that was computed
-                remedy = 'torch.nn.utils.remove_weight_norm undoes weight_norm'
+                remedy = 'torch.nn.utils.remove_weight_norm undoes weight_norm, prune.remove undoes pruning'
                 raise CannotFold(name, module, f'computes its {key}, so it can not be copied; {remedy}.')
     return copy.deepcopy(model)

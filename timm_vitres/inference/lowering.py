@@ -25,7 +25,22 @@ class Lowered(nn.Module):
     def forward(self, x: torch.Tensor) -> Any:
         """x: (B, C, H, W) -> (B, num_classes), or whatever the model returns, in float32."""
         y = self.model(x.to(self.dtype).contiguous(memory_format=self.memory_format))
-        return y.float() if torch.is_tensor(y) else [one.float() for one in y]
+        return each(torch.Tensor.float, y)
+
+
+def each(function: Callable[[torch.Tensor], torch.Tensor], outputs: Any) -> Any:
+    """Return what a function makes of a tensor, or of each one in a list, tuple or dict of them."""
+    if torch.is_tensor(outputs):
+        return function(outputs)
+    if isinstance(outputs, dict):
+        return {name: function(one) for name, one in outputs.items()}
+    return type(outputs)(function(one) for one in outputs)
+
+
+def _parts(outputs: Any) -> List[torch.Tensor]:
+    if torch.is_tensor(outputs):
+        return [outputs]
+    return list(outputs.values() if isinstance(outputs, dict) else outputs)
 
 
 class LoweredLogits(Lowered):
@@ -109,18 +124,18 @@ def check_example(model: nn.Module, example: Optional[torch.Tensor]) -> torch.Te
 
 def check_outputs(outputs: Any) -> None:
     """Raise ValueError where a model's outputs for its example are not finite, since nothing can be compared then."""
-    if not all(one.isfinite().all() for one in ([outputs] if torch.is_tensor(outputs) else outputs)):
+    if not all(one.isfinite().all() for one in _parts(outputs)):
         raise ValueError('model: its outputs for the example are not finite (nan, inf); its weights are broken.')
 
 
 def forward_only(model: nn.Module) -> Callable[[torch.Tensor], Any]:
-    """Return a model's forward pass without gradients."""
-    return torch.no_grad()(model.forward)
+    """Return a model's forward pass, with its hooks, without gradients."""
+    return torch.no_grad()(model.__call__)
 
 
 def difference(y: Any, expected: Any) -> float:
     """Return the norm of the difference of outputs, relative to the norm of those expected; the worst of several."""
-    pairs = [(y, expected)] if torch.is_tensor(y) else list(zip(y, expected, strict=True))
+    pairs = zip(_parts(y), _parts(expected), strict=True)
     norms = [((one - other).norm() / other.norm().clamp_min(1e-30)).item() for one, other in pairs]
     return worst(norms)
 

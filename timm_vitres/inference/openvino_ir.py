@@ -100,9 +100,9 @@ def _quantised(model: Any, images: torch.Tensor) -> Any:
 
 
 def is_export(path: Path) -> bool:
-    """Return whether a file is a model of OpenVINO's, so that its .bin holds that model's weights."""
-    with path.open('rb') as file:
-        return b'<net ' in file.read(1000)
+    """Return whether a file is a model of OpenVINO's that we wrote, so that its .bin holds that model's weights."""
+    content = path.read_bytes()
+    return content == CUT_OFF.encode() or (b'<net ' in content[:1000] and f'<{INFO}>'.encode() in content)
 
 
 class Runner:

@@ -151,7 +151,8 @@ def merge_layer_scale_(block: nn.Module) -> None:
         parts = ((f'{branch}.{layer}', linear), (f'{branch}.{drop}', getattr(parent, drop)), (name, scale))
         for part, module in parts:
             check_plain(part, module)
-        if parent._forward_hooks:  # they would see outputs that are scaled already
+        # hooks would see outputs that are scaled already, and a forward from outside may be bound to other parts
+        if parent._forward_hooks or 'forward' in vars(parent):
             check_plain(branch, parent)
         _check_type(f'{branch}.{layer}', linear, (nn.Linear,))
         gamma = scale.gamma.detach()

@@ -26,6 +26,11 @@ class SerialTables(nn.Module):
         return fit_tables(fit_norm(state_dict, self), self.patch_embed, self._num_table_prefix(), img_size)
 
     @torch.jit.ignore
+    def check_without_tables(self, state_dict: StateDict) -> None:
+        """See `Hybrid.check_without_tables`."""
+        super().check_without_tables(fit_norm(state_dict, self))
+
+    @torch.jit.ignore
     def size_of_tokens(self, source_cfg: VitResNetCfg, img_size: Sequence[int]) -> Sequence[int]:
         """See `Hybrid.size_of_tokens`."""
         return self.patch_embed.size_of_grid(type(self)(source_cfg, img_size, device='meta').patch_embed.grid_size)

@@ -45,6 +45,7 @@ from .neighbours import STARTS, began_with, crop_of, find_beside
 from .saving import save
 
 _logger = logging.getLogger(__name__)
+BEGUN_FIELDS = (*DATA_FIELDS, 'fixed_input_size', 'license')  # what a run takes over from the model that it begins with
 ABOUT_WEIGHTS = ('license', 'tag', 'description', 'origin_url', 'paper_name', 'paper_ids', 'notes')
 # datasets of timm's that are image folders, and how they order the classes: timm by numbers, torchvision by letters
 FOLDERS = {'': natural_key, 'folder': natural_key, 'torch/image_folder': str, 'torch/folder': str}
@@ -100,6 +101,8 @@ def convert(
     layout = find_layout(plain_names(weights))
     state_dict = convert_layout(weights)
     args = _settings(path, about)
+    if not model:
+        about, config = _with_beginning(args, about, config)
     sizes = img_size, img_size or _trained_size(args, config)
     name, kwargs = _architecture(model, args, about, config, state_dict, sizes)
     kwargs.update(model_kwargs or {})
@@ -172,13 +175,8 @@ def _architecture(
     sizes: Tuple[Any, Any],
 ) -> Tuple[str, Dict[str, Any]]:
     """Return the architecture's name and the arguments that go with it; `sizes` are those that `_add_shapes` takes."""
-    told = model or about.get('arch') or args.get('model') or config.get('architecture')
-    if not model and str(args.get('model') or '').startswith(STARTS):  # the run began with a model of this name
-        began = began_with(str(args['model']))
-        told = began.get('architecture')
-        config = {**config, 'model_args': {**(began.get('model_args') or {}), **(config.get('model_args') or {})}}
-        args = {**args, 'model_kwargs': {**config['model_args'], **(args.get('model_kwargs') or {})}}
-    kwargs = dict(args.get('model_kwargs') or config.get('model_args') or {})
+    told = model or about.get('arch') or config.get('architecture')
+    kwargs = {**(config.get('model_args') or {}), **(args.get('model_kwargs') or {})}
     for key in sorted(kwargs.keys() & {*SOURCE_ARGUMENTS, 'features_only'}):
         raise ValueError(f'model_args: {key} says nothing of the model that the checkpoint is of; take it out.')
     if args.get('gp'):
@@ -206,6 +204,24 @@ def _architecture(
         f'model: not given, and the checkpoint has the tensors of none of {", ".join(candidates)}; say which '
         f'architecture it is, and give its further arguments as model_kwargs.'
     )
+
+
+def _with_beginning(
+    args: Dict[str, Any], about: Dict[str, Any], config: Dict[str, Any]
+) -> Tuple[Dict[str, Any], Dict[str, Any]]:
+    """Return what a checkpoint and config.json say, with what the run's model says if it was a folder or repository.
+
+    timm writes its name where an architecture's belongs. Its classes are not the run's.
+    """
+    source = str(args.get('model') or '')
+    if not source.startswith(STARTS):
+        return {**about, 'arch': about.get('arch') or args.get('model')}, config
+    began = began_with(source)
+    cfg = {name: value for name, value in (began.get('pretrained_cfg') or {}).items() if name in BEGUN_FIELDS}
+    kwargs = {name: value for name, value in (began.get('model_args') or {}).items() if name != 'num_classes'}
+    for name, told in (('pretrained_cfg', cfg), ('model_args', kwargs)):
+        config = {**config, name: {**told, **(config.get(name) or {})}}
+    return {**about, 'arch': began.get('architecture')}, config
 
 
 def _told_of_weights(cfg: Dict[str, Any], source: Dict[str, Any], license: Optional[str]) -> Dict[str, Any]:

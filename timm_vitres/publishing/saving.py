@@ -112,7 +112,8 @@ def render_config(
         data_config = model_data_config(model)
         cfg = model.pretrained_cfg
         # timm leaves these out wherever a data config is given
-        tested = {f'test_{name}': cfg.get(f'test_{name}') for name in TESTED if data_config[name] == cfg.get(name)}
+        if all(_item(data_config[name]) == _item(cfg.get(name)) for name in TESTED):  # lists and tuples are one
+            tested = {f'test_{name}': cfg.get(f'test_{name}') for name in TESTED}
     model_config = {'label_names': names} if names else None
     with tempfile.TemporaryDirectory() as temporary:
         path = Path(temporary) / CONFIG_NAME

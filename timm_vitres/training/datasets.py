@@ -15,7 +15,7 @@ from timm.data.readers.reader import Reader
 
 from ..checks import some
 from ..data import open_image
-from ..folders import File, below, composed, find_classes, find_images, find_splits, folders_in, shown
+from ..folders import File, Found, below, composed, find_classes, find_images, find_splits, folders_in, shown
 from .checking import MANY, BackgroundCheck, raise_for, unreadable
 from .class_maps import read_class_map
 from .copies import check_copies, check_left, find_copies, split_argument
@@ -30,7 +30,7 @@ FOUND_LATE = 'Mend or remove it, or leave such images out with --skip-bad; then 
 # A dataset of one of these names is an image folder; timm would open it by its own reader or by torchvision's.
 
 
-def load_data(cfg: FinetuneCfg, mode: str, recorded: Optional[Dict[str, Any]] = None) -> Data:
+def load_data(cfg: FinetuneCfg, mode: str, recorded: Optional[Dict[str, Any]] = None, looks: bool = True) -> Data:
     """Open the training and the validation set of a run; if only one set is given, split it.
 
     Args:
@@ -38,6 +38,7 @@ def load_data(cfg: FinetuneCfg, mode: str, recorded: Optional[Dict[str, Any]] = 
         mode: PIL's mode of the images ('L', 'RGB', 'RGBA').
         recorded: The result of `Data.record` when the run began: its images, split and classes are taken, whatever the
             settings say, and images that were added since are left out.
+        looks: Whether a recorded folder is looked through for images that are gone; another process may have done it.
 
     Raises:
         FileNotFoundError, ValueError: for missing or impossible data; the message says what, and what is allowed.
@@ -52,7 +53,7 @@ def load_data(cfg: FinetuneCfg, mode: str, recorded: Optional[Dict[str, Any]] = 
             raise ValueError(f'{name}: an image folder takes none; it is for datasets that are named by dataset.')
     if recorded is None and cfg.skip_bad and cfg.no_check:
         raise ValueError('skip_bad: got no_check, too, by which no bad image is found; give one.')
-    return _load_folder(cfg, mode) if recorded is None else _reload_folder(cfg, mode, recorded)
+    return _load_folder(cfg, mode) if recorded is None else _reload_folder(cfg, mode, recorded, looks)
 
 
 def _load_folder(cfg: FinetuneCfg, mode: str) -> Data:
@@ -212,13 +213,14 @@ def check_apart(train: 'LabelledImages', val: 'LabelledImages', role: str = 'val
         )
 
 
-def _reload_folder(cfg: FinetuneCfg, mode: str, recorded: Dict[str, Any]) -> Data:
+def _reload_folder(cfg: FinetuneCfg, mode: str, recorded: Dict[str, Any], looks: bool) -> Data:
     root = Path(str(cfg.data_dir))
     folders_in(root)  # this raises if the folder can't be used
     lists = read_record(recorded, list)
     names = [str(name) for name in recorded['label_names']]
     class_to_idx = {name: index for index, name in enumerate(names)}
-    found = find_images(root, strict=False)  # what the run does not use may be unreadable
+    # what the run does not use may be unreadable
+    found = find_images(root, strict=False) if looks else Found([], {}, {}, {})
     samples: Dict[str, List[Tuple[str, int]]] = {}
     sizes: Dict[str, File] = {}
     changed: List[str] = []
@@ -228,7 +230,7 @@ def _reload_folder(cfg: FinetuneCfg, mode: str, recorded: Dict[str, Any]) -> Dat
         for name, label, size in files:
             path = start + name.replace('/', os.sep)
             samples[split].append((path, class_to_idx[label]))
-            file = found.files.get(path) or _file(path)
+            file = (found.files.get(path) or _file(path)) if looks else File(size, (0, 0))
             if file is None:
                 places = (path, *map(str, Path(path).parents))
                 reason = next((found.left_out[place] for place in places if place in found.left_out), 'gone')

@@ -83,7 +83,7 @@ def check_unseen(cfg: FinetuneCfg, model: str, images: Dict[str, Any]) -> None:
         images: The result of `reserve`.
     """
     known: Dict[Path, Record] = {}
-    waiting = [model]
+    waiting = [model] if model.startswith(LOCAL) else []
     while waiting:  # what a run began with may be a run's, too
         folder = Path(waiting.pop().removeprefix(LOCAL)).resolve()
         if folder in known:
@@ -117,8 +117,9 @@ def _seen(cfg: FinetuneCfg, record: Record, test: Any) -> Set[Any]:
     root = os.path.realpath(str(cfg.data_dir))
     theirs = {os.path.join(os.path.realpath(place), name): size for entry in own for name, _, size in entry}
     ours = {os.path.join(root, name): size for name, _, size in test}
-    files = [*theirs.items(), *((path, size) for path, size in ours.items() if path not in theirs)]
-    return {path for path in ours if path in theirs} | {path for path in find_copies(files) if path in ours}
+    same = {path for path, size in ours.items() if theirs.get(path) == size}
+    copies = find_copies([*theirs.items(), *((path, size) for path, size in ours.items() if path not in theirs)])
+    return same | {path for path, first in copies.items() if path in ours and first in theirs}
 
 
 def _indices(entry: Dict[str, Any]) -> Iterable[int]:

@@ -124,7 +124,8 @@ class Setup:
 def _load(cfg: FinetuneCfg, mode: str, recorded: Optional[Dict[str, Any]], processes: Processes) -> Data:
     if not processes.is_first:  # the first process has looked at the images
         cfg = dataclasses.replace(cfg, no_check=True)
-    data = load_data(cfg, mode, recorded)
+    # one process of a machine looks whether it has all of them
+    data = load_data(cfg, mode, recorded, looks=processes.is_first or processes.local_rank == 0)
     for text in data.skipped:
         _logger.warning('left out: %s', text)
     return data

@@ -25,7 +25,8 @@ class Difference(NamedTuple):
         return self.low > 0 or self.high < 0
 
     def __str__(self) -> str:
-        digits = 2 if self.is_told and min(abs(self.low), abs(self.high)) < 0.05 else 1  # else 0.0 would seem inside
+        nearest = min(abs(self.low), abs(self.high))  # to 0, which would seem inside where it is rounded to that
+        digits = next((count for count in (1, 2, 3, 4) if not self.is_told or round(nearest, count)), 5)
         interval = f' ({self.low:.{digits}f} to {self.high:.{digits}f})' if math.isfinite(self.low) else ''
         return f'{self.points:.{digits}f} points{interval}'
 

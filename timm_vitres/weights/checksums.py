@@ -24,8 +24,8 @@ SHA256_FIELD = 'model_sha256'  # the field of config.json, or of a card's head, 
 
 def hash_in_name(name: str) -> Optional[str]:
     """Return the beginning of a sha256 in a published file's name ('resnet18-5c106cde.pth'), if one is there."""
-    # a hash has a letter, a date has none; behind a part of four digits it is the end of a UUID
-    found = re.search(r'(?<!-[0-9a-f]{4})-(?=\d*[a-f])([0-9a-f]{8,64})\.', name)
+    # a hash has a letter, a date has none; and it is not the end of a UUID
+    found = re.search(r'(?<![0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4})-(?=\d*[a-f])([0-9a-f]{8,64})\.', name)
     return found.group(1) if found else None
 
 

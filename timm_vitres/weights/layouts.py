@@ -96,7 +96,8 @@ def from_timm(state_dict: StateDict) -> StateDict:
 
 def _without_pre_logits(state_dict: StateDict, layer: str, head: str) -> StateDict:
     """Leave out the layer before the head, and a head that learnt behind it: without it, its answers mean nothing."""
-    learnt = [key for key, value in state_dict.items() if key.startswith(head) and value.any()]
+    learnt = [key for key in state_dict if key.startswith(head)]
+    learnt = learnt if any(state_dict[key].any() for key in learnt) else []
     if learnt:
         text = 'pre_logits: our models have no such layer; it is left out, and the head behind it, too: %s.'
         _logger.warning(text, ', '.join(sorted(learnt)))
