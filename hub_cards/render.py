@@ -133,7 +133,9 @@ def render(name: str, cfg: PretrainedCfg) -> str:
         has_classes=bool(cfg.num_classes),
         size=cfg.input_size[-1],
         colour='grey' if cfg.input_size[0] == 1 else 'RGB',
-        other='in_chans=3, img_size=64' if cfg.input_size[0] == 1 else 'in_chans=1, img_size=320',
+        other='in_chans=3, img_size=64'
+        if cfg.input_size[0] == 1
+        else f'in_chans=1, img_size={96 if cfg.input_size[-1] <= 64 else 320}',
         mean=channels(cfg.mean),
         std=channels(cfg.std),
         interpolation=cfg.interpolation,

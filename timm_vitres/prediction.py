@@ -126,8 +126,9 @@ def predict_each(
     tta: str = '',
     batch_size: int = 32,
     workers: int = 0,
+    bar: bool = True,
 ) -> Iterator[Union[Prediction, str]]:
-    """Classify image files one after the other, however many, with a progress bar.
+    """Classify image files one after the other, however many.
 
     Args:
         model: A timm model with a head; it predicts as in evaluation mode, and its mode stays what it is.
@@ -136,6 +137,7 @@ def predict_each(
         tta: Test-time augmentation: '', 'flip' or 'shift' (`views.averaged`).
         batch_size: Images that the model sees at once.
         workers: Processes that read images; with 0 it is this one.
+        bar: Whether ten images or more have a progress bar.
 
     Returns:
         An iterator: for each image, in their order, its prediction, or a sentence where it could not be read, or the
@@ -162,15 +164,15 @@ def predict_each(
     pictures = _Images(list(images), data_config(model))
     options = dict(collate_fn=_collate, generator=torch.Generator())  # starting workers would draw from torch's own
     loader = DataLoader(pictures, batch_size, num_workers=workers, **options) if len(pictures) else ()
-    return _results(model, pictures.paths, loader, topk, tta)
+    return _results(model, pictures.paths, loader, topk, tta, bar and len(pictures) >= 10)
 
 
 def _results(
-    model: nn.Module, paths: List[Union[str, Path]], loader: Iterable[_Batch], topk: int, tta: str
+    model: nn.Module, paths: List[Union[str, Path]], loader: Iterable[_Batch], topk: int, tta: str, has_bar: bool
 ) -> Iterator[Union[Prediction, str]]:
     names = label_names(unwrap_model(model))
     remaining = iter(paths)
-    with tqdm(total=len(paths), desc='predicting', leave=False, disable=len(paths) < 10) as bar:
+    with tqdm(total=len(paths), desc='predicting', leave=False, disable=not has_bar) as bar:
         for x, failures in loader:
             rows = iter(() if x is None else _probabilities(model, x, tta, names))
             for failure, path in zip(failures, remaining):

@@ -84,7 +84,7 @@ def test_json_is_whole_where_prediction_ends_early(model_folder, picture, monkey
     prediction = importlib.import_module('timm_vitres.prediction')
     whole = prediction.predict_each
 
-    def predict_each(model, images, *args):
+    def predict_each(model, images, *args, **kwargs):
         yield from whole(model, images[:2])
         raise ValueError('the third is one too many.')
 

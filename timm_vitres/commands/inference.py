@@ -55,12 +55,14 @@ def run_predict(args: argparse.Namespace) -> int:
     drawn: List[Any] = []
     failed = 0
     with _json_list() if args.json else nullcontext(lambda result: _table_rows(result, width)) as line:
-        for result in predict_each(model, files, args.topk, args.tta, args.batch_size, args.workers):
+        # on a terminal the rows tell how far it is; a bar would be cleared and drawn again for each
+        has_bar = not sys.stdout.isatty()
+        for result in predict_each(model, files, args.topk, args.tta, args.batch_size, args.workers, has_bar):
             if isinstance(result, str):
                 tqdm.write(f'timm-vitres: {printable(result)}', file=sys.stderr)
                 failed += 1
                 continue
-            tqdm.write(line(result), end='')
+            print(line(result), end='')
             if args.plot is not None:
                 drawn.append(result)
     print(end='', flush=True)  # whatever becomes of the picture
@@ -154,10 +156,7 @@ def run_export(args: argparse.Namespace) -> int:
 
 @contextmanager
 def _json_list() -> Iterator[Callable[[Any], str]]:
-    """Print a list in JSON around a block, whole also where it ends early, of what a function returns for its elements.
-
-    Each ends with its line, since a progress bar clears what stands on its own.
-    """
+    """Print a list in JSON around a block, whole also where it ends early, of what a function returns for its elements."""
     held: List[str] = []
 
     def line(result: Any) -> str:
