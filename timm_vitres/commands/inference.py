@@ -156,7 +156,7 @@ def run_export(args: argparse.Namespace) -> int:
 
 @contextmanager
 def _json_list() -> Iterator[Callable[[Any], str]]:
-    """Print a list in JSON around a block, whole also where it ends early, of what a function returns for its elements."""
+    """Print a list in JSON, whole even where the block ends early; yield a function that returns its next lines."""
     held: List[str] = []
 
     def line(result: Any) -> str:
