@@ -143,7 +143,12 @@ def test_the_images_are_dealt_out_by_the_batches_that_a_run_goes_on_with(image_f
     cfg = settings(image_folder, tmp_path / 'run', batch_size=4)
     record = dataclasses.replace(Setup(Processes()).build(cfg), processes=2)
     seen, load = [], starting.load_data
-    monkeypatch.setattr(starting, 'load_data', lambda cfg, *others: seen.append(cfg.batch_size) or load(cfg, *others))
+
+    def load_data(cfg, *args, **kwargs):
+        seen.append(cfg.batch_size)
+        return load(cfg, *args, **kwargs)
+
+    monkeypatch.setattr(starting, 'load_data', load_data)
     setup = Setup(Processes())
     setup.build(record.cfg, record)
     assert seen == [8] and setup.cfg.batch_size == 8
