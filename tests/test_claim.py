@@ -166,3 +166,8 @@ def test_the_time_of_a_small_comparison_is_recorded(script, results, tmp_path, m
     assert (row['images'], row['seeds'], row['sentence']) == (str(len(photos)), '3', 'So.')
     with pytest.raises(FileExistsError):
         small.main()
+    monkeypatch.setattr(small, 'compare', lambda cfg, seeds: SimpleNamespace(sentence='So it is.'))
+    monkeypatch.setattr(sys, 'argv', [*sys.argv, '--again'])
+    small.main()
+    again = rows(results / 'small_compare.csv')[-1]
+    assert (again['sentence'], again['seconds']) == ('So it is.', row['seconds'])

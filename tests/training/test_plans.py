@@ -1,4 +1,5 @@
 import dataclasses
+import json
 
 import pytest
 import timm
@@ -43,6 +44,20 @@ def times(monkeypatch):
             arm.parameters, arm.step_seconds, arm.latency_seconds = 1000, 1.0 + index, 0.01
 
     monkeypatch.setattr(plans, 'measure_arms_', measure_)
+
+
+def test_a_comparison_that_is_older_than_a_setting_goes_on(cfg, times, tmp_path):
+    make_plan(cfg, asked(cfg), tmp_path)
+    path = tmp_path / plans.PLAN_NAME
+    content = json.loads(path.read_text())
+    del content['asked']['recipe']['no_fused_attn']
+    content['asked']['seeds'] = [0, 1, 2]
+    path.write_text(json.dumps(content))
+    (tmp_path / plans.REPORT_NAME).write_text('read')
+    assert make_plan(cfg, asked(cfg, seeds=(0, 1, 2)), tmp_path).looks == 0
+    changed = dataclasses.replace(cfg, no_fused_attn=True)
+    with pytest.raises(ValueError, match='no_fused_attn: got True, not False'):
+        make_plan(changed, asked(changed, seeds=(0, 1, 2)), tmp_path)
 
 
 def test_arms_that_begin_with_weights_may_not_know_test_images(cfg, times, tmp_path):

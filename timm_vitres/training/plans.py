@@ -209,7 +209,8 @@ def make_plan(cfg: FinetuneCfg, asked: Dict[str, Any], folder: Path) -> Plan:
         _check_same(plan.asked, asked, folder)
         if plan.asked != asked:
             # a report of fewer seeds calls nothing better, so that nobody stops there because of what it says
-            plan.looks += len(plan.seeds) >= LEAST_SEEDS and path.with_name(REPORT_NAME).is_file()
+            was_read = len(plan.seeds) >= LEAST_SEEDS and path.with_name(REPORT_NAME).is_file()
+            plan.looks += was_read and plan.seeds != asked['seeds']
             plan.asked = asked
             _write(plan, path)
         _logger.info('The comparison in %s goes on.', folder)
@@ -337,6 +338,9 @@ def _check_same(before: Dict[str, Any], now: Dict[str, Any], folder: Path) -> No
     old, new = ({**asked, **asked['recipe']} for asked in (before, now))
     for asked in (old, new):
         del asked['recipe']
+    for field in dataclasses.fields(FinetuneCfg):
+        if field.name in new:  # a setting that is younger than the comparison was at its default
+            old.setdefault(field.name, json.loads(json.dumps(field.default)))
     if old['seeds'] != new['seeds'] and new['seeds'][: len(old['seeds'])] == old['seeds']:
         old['seeds'] = new['seeds']
     changed = [name for name in {**old, **new} if old.get(name) != new.get(name)]
