@@ -131,9 +131,8 @@ def _forget_other_labels(model: nn.Module, are_of_weights: bool) -> None:
         return
     names = model.pretrained_cfg.get('label_names') or ()
     counted = isinstance(names, (list, tuple, dict)) and len(names) in (0, model.num_classes)
-    if (
-        not are_of_weights or not counted or (model.pretrained_cfg.get('num_classes') or 0) < 0
-    ):  # `_drop_other_head_` says what -1 means
+    is_new = (model.pretrained_cfg.get('num_classes') or 0) < 0  # `_drop_other_head_` says what -1 means
+    if not are_of_weights or not counted or is_new:
         model.forget_labels()
 
 

@@ -106,7 +106,7 @@ def convert(
     sizes = img_size, img_size or _trained_size(args, config)
     name, kwargs = _architecture(model, args, about, config, state_dict, sizes)
     kwargs.update(model_kwargs or {})
-    _add_shapes(name, kwargs, state_dict, *sizes, _own_size(args))
+    _add_shapes(name, kwargs, state_dict, *sizes, _own_size(args, config))
 
     built = _on_meta(name, **kwargs)
     state_dict = add_batch_counts(state_dict, built)
@@ -231,13 +231,16 @@ def _told_of_weights(cfg: Dict[str, Any], source: Dict[str, Any], license: Optio
     return {**others, **{name: value for name, value in told.items() if value is not None}}
 
 
-def _own_size(args: Dict[str, Any]) -> Any:
+def _own_size(args: Dict[str, Any], config: Dict[str, Any]) -> Any:
     """Return the size of the position table of the model that timm's train.py names, where images of any size go in.
 
     Its --img-size and --input-size change only the images of such a model.
     """
+    if str(args.get('model')).startswith(STARTS):  # of which config.json has told
+        size = (config.get('pretrained_cfg') or {}).get('input_size')
+        return tuple(size[-2:]) if size else None
     with suppress(RuntimeError):  # a tag that timm does not know
-        cfg = get_pretrained_cfg(str(args.get('model')).rpartition('/')[2])
+        cfg = get_pretrained_cfg(str(args.get('model')))
         return None if cfg is None or cfg.fixed_input_size else cfg.input_size[-2:]
     return None
 

@@ -82,8 +82,8 @@ def compare(
         models: Names of arms (`models.arms.ARMS`), or of timm models, with arguments after a colon:
             'vitresnet_nano:depth=3,embed_dim=96'.
         seeds: Each trains every model once, with a validation split of its own, unless there is a folder of validation
-            images. The first also chooses learning rates;
-            others may be added later (how many there shall be is better settled before the first verdict is read).
+            images. The first also chooses learning rates; others may be added later (how many there shall be is better
+            settled before the first verdict is read).
         lrs: The learning rates to choose from.
         minutes: Let every model train for the epochs whose training steps take so long here, by a measurement in which
             the models take turns, in place of equal epochs. Epochs are whole, so that arms may get a third more or

@@ -27,7 +27,6 @@ _logger = logging.getLogger(__name__)
 SETS = ('train', 'validation')
 UNREADABLE = 'Mend or remove it, or leave such images out with --skip-bad.'
 FOUND_LATE = 'Mend or remove it, or leave such images out with --skip-bad; then begin another run.'
-# A dataset of one of these names is an image folder; timm would open it by its own reader or by torchvision's.
 
 
 def load_data(cfg: FinetuneCfg, mode: str, recorded: Optional[Dict[str, Any]] = None, looks: bool = True) -> Data:

@@ -28,7 +28,7 @@ NOT_OF_NO_AUG = (
     'train_crop_mode',
 )
 MAX_BATCH = 2**20
-# what `dataset` is for a folder of images, in lower case
+# a dataset of one of these names is an image folder; timm would open it by its own reader or by torchvision's
 FOLDER_NAMES = ('', 'folder', 'image_folder', 'imagefolder', 'torch/folder', 'torch/image_folder')
 MAX_COUNT = 2**31 - 1  # the sum of two such is a seed that numpy takes
 # settings that say nothing where another is left out
