@@ -13,6 +13,7 @@ from timm_vitres.training.verdict import LEAST_SEEDS, LEVEL, seeds_error
 # what the table of Fashion-MNIST says of a run's settings; the rows have all of them
 BEGINNINGS = {
     'pretrained=True': 'from the shipped weights',
+    'deeper': 'from the shipped weights, with three blocks more',
     'pretrained_path=fmnist/wide': 'from the weights of `wide`',
     'kd_model_name=local-dir:fmnist/resnet': 'distilled from `resnet`',
 }
@@ -91,7 +92,7 @@ def fmnist() -> str:
         runs[row['arm'], row['changes'], row['epochs']].append(row)
     lines = []
     for (arm, changes, epochs), rows in runs.items():
-        others = ', '.join(words for setting, words in BEGINNINGS.items() if setting in changes)
+        others = ', '.join(words for key, words in BEGINNINGS.items() if key in changes or key == arm)
         columns = (spread([float(row[column]) for row in rows], 2) for column in ('test_top1', 'test_top1_tta'))
         hours = statistics.mean(float(row['train_seconds']) for row in rows) / 3600
         threads = '1, then 2' if re.search('one thread(, then two|; then)', rows[0]['note']) else rows[0]['threads']

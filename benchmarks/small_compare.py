@@ -20,6 +20,7 @@ from image_sets import SETS
 from rows import read
 
 from timm_vitres import FinetuneCfg, compare, recipe
+from timm_vitres.training.plans import REPORT_NAME
 
 SEEDS = (0, 1, 2)
 
@@ -43,6 +44,8 @@ def main() -> None:
     parser.add_argument('--again', action='store_true', help='judge the comparison in the folder, which is over, anew')
     args = parser.parse_args()
     show_logs()
+    if args.again and not (args.output / 'answer' / REPORT_NAME).is_file():
+        parser.error(f'again: {args.output} holds no comparison that is over.')
     if not args.again:
         args.output.mkdir(parents=True)  # a comparison that goes on would tell the time of its rest
         write_photos(args.output / 'photos', args.each)
@@ -51,8 +54,11 @@ def main() -> None:
     )
     began = time.perf_counter()
     told = compare(cfg, seeds=SEEDS)
-    seconds = read('small_compare')[-1]['seconds'] if args.again else round(time.perf_counter() - began)
-    row = dict(images=2 * args.each, seeds=len(SEEDS), threads=torch.get_num_threads(), seconds=seconds)
+    row = dict(images=2 * args.each, seeds=len(SEEDS), threads=torch.get_num_threads())
+    row['seconds'] = round(time.perf_counter() - began)
+    if args.again:
+        made = [old for old in read('small_compare') if all(old[key] == str(row[key]) for key in ('images', 'seeds'))]
+        row.update({key: made[-1][key] for key in ('threads', 'seconds')})
     write_row('small_compare', {**row, 'sentence': told.sentence}, args.record)
 
 

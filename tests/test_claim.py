@@ -168,6 +168,12 @@ def test_the_time_of_a_small_comparison_is_recorded(script, results, tmp_path, m
         small.main()
     monkeypatch.setattr(small, 'compare', lambda cfg, seeds: SimpleNamespace(sentence='So it is.'))
     monkeypatch.setattr(sys, 'argv', [*sys.argv, '--again'])
+    with pytest.raises(SystemExit):
+        small.main()  # it is not over
+    (tmp_path / 'out' / 'answer').mkdir()
+    (tmp_path / 'out' / 'answer' / 'README.md').write_text('over')
+    path = results / 'small_compare.csv'
+    path.write_text(path.read_text().replace(',3,' + row['threads'] + ',0,', ',3,7,4711,'))
     small.main()
-    again = rows(results / 'small_compare.csv')[-1]
-    assert (again['sentence'], again['seconds']) == ('So it is.', row['seconds'])
+    again = rows(path)[-1]
+    assert (again['sentence'], again['seconds'], again['threads']) == ('So it is.', '4711', '7')

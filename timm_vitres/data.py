@@ -212,6 +212,7 @@ def find_files(paths: Sequence[Union[str, Path]]) -> List[Union[str, Path]]:
 
     Raises:
         FileNotFoundError: where there is no image.
+        OSError: for a folder, or an image in one, that can't be read.
     """
     files: List[Union[str, Path]] = []
     left_out: List[str] = []
@@ -219,7 +220,7 @@ def find_files(paths: Sequence[Union[str, Path]]) -> List[Union[str, Path]]:
         if not os.path.isdir(path):  # pathlib raises for a path that is too long, or not to be looked at
             files.append(path)
             continue
-        found = find_images(path, strict=False)
+        found = find_images(path)
         files += found.images
         left_out += [f'{shown(name)} ({reason})' for name, reason in found.left_out.items()]
     if left_out:

@@ -44,7 +44,8 @@ def test_timms_own_repositories_are_known_without_the_hub(monkeypatch):
     monkeypatch.setattr('timm_vitres.publishing.neighbours.hub_file', hub_file)
     found = began_with('hf-hub:timm/vit_small_r26_s32_224.augreg_in21k')
     assert found == dict(architecture='vit_small_r26_s32_224')
-    assert began_with('hf-hub:me/vit_small_r26_s32_224') == {}
+    assert began_with('hf-hub:timm/resnet50@main') == dict(architecture='resnet50')
+    assert began_with('hf-hub:me/vit_small_r26_s32_224') == began_with('local-dir:timm/resnet50') == {}
 
 
 def test_a_crop_in_timms_words():

@@ -89,13 +89,13 @@ def test_processes_are_left_together_or_by_the_end_of_one(has_gpu, monkeypatch):
     left = []
     monkeypatch.setenv('WORLD_SIZE', '2')
     monkeypatch.setattr(module, '_init', lambda: None)
-    monkeypatch.setattr(module.dist, 'new_group', lambda **kwargs: None)
+    monkeypatch.setattr(module.dist, 'new_group', lambda **kwargs: kwargs['timeout'])
     monkeypatch.setattr(module.dist, 'get_rank', lambda: 0)
     monkeypatch.setattr(module.dist, 'get_world_size', lambda: 2)
     monkeypatch.setattr(module.dist, 'destroy_process_group', lambda: left.append(True))
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: has_gpu)
-    with joined():
-        pass
+    with joined() as processes:
+        assert (processes.group, processes.patient_group) == (None, module.START)  # steps wait no longer than before
     assert left == [True]
     with pytest.raises(KeyError), joined():
         raise KeyError

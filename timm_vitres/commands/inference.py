@@ -56,7 +56,7 @@ def run_predict(args: argparse.Namespace) -> int:
     failed = 0
     with _json_list() if args.json else nullcontext(lambda result: _table_rows(result, width)) as line:
         # on a terminal the rows tell how far it is; a bar would be cleared and drawn again for each
-        has_bar = not sys.stdout.isatty()
+        has_bar = not getattr(sys.stdout, 'isatty', bool)()
         for result in predict_each(model, files, args.topk, args.tta, args.batch_size, args.workers, has_bar):
             if isinstance(result, str):
                 tqdm.write(f'timm-vitres: {printable(result)}', file=sys.stderr)

@@ -133,10 +133,13 @@ def capture(
     if dynamic and sizes is not None:
         shapes = _dynamic_shapes(sizes, images.shape)
     if sizes is not None and len(shapes) > 1:
-        other = F.interpolate(captured, _other_size(sizes, shapes, images.shape[2:]))
+        # models of timm's that take other sizes at all may take but multiples
+        tried = sizes if isinstance(net, Hybrid) else sizes._replace(multiple=sizes.stride)
+        other = F.interpolate(captured, _other_size(tried, shapes, images.shape[2:]))
         try:
-            compared.append((other, own(other)))
-            check_outputs(compared[-1][1])
+            outputs = own(other)
+            check_outputs(outputs)
+            compared.append((other, outputs))
         except (AssertionError, RuntimeError, ValueError):
             if isinstance(net, Hybrid):
                 raise

@@ -100,7 +100,8 @@ def prepare(
         ValueError: for an unknown precision or engine, an example of another shape, a model in training mode, one that
             `fold` refuses or whose outputs are not finite, or where a package is missing.
         TypeError: for what is no module, is prepared already, or wraps a model (compiled, DistributedDataParallel).
-        RuntimeError: where torch.compile can't compile here, or the engine can't hold the model.
+        RuntimeError: where torch.compile can't compile here, the engine can't hold the model, or what was made of a
+            float32 model on the CPU, in fp32, computes something else.
     """
     check_choice('engine', engine, ('torch', *ENGINES))
     check_choice('precision', precision, PRECISIONS)

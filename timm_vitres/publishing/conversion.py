@@ -102,7 +102,7 @@ def convert(
     state_dict = convert_layout(weights)
     args = _settings(path, about)
     if not model:
-        about, config = _with_beginning(args, about, config)
+        args, about, config = _with_beginning(args, about, config)
     sizes = img_size, img_size or _trained_size(args, config)
     name, kwargs = _architecture(model, args, about, config, state_dict, sizes)
     kwargs.update(model_kwargs or {})
@@ -176,7 +176,7 @@ def _architecture(
 ) -> Tuple[str, Dict[str, Any]]:
     """Return the architecture's name and the arguments that go with it; `sizes` are those that `_add_shapes` takes."""
     told = model or about.get('arch') or config.get('architecture')
-    kwargs = {**(config.get('model_args') or {}), **(args.get('model_kwargs') or {})}
+    kwargs = dict(args.get('model_kwargs') or config.get('model_args') or {})
     for key in sorted(kwargs.keys() & {*SOURCE_ARGUMENTS, 'features_only'}):
         raise ValueError(f'model_args: {key} says nothing of the model that the checkpoint is of; take it out.')
     if args.get('gp'):
@@ -208,20 +208,21 @@ def _architecture(
 
 def _with_beginning(
     args: Dict[str, Any], about: Dict[str, Any], config: Dict[str, Any]
-) -> Tuple[Dict[str, Any], Dict[str, Any]]:
-    """Return what a checkpoint and config.json say, with what the run's model says if it was a folder or repository.
+) -> Tuple[Dict[str, Any], Dict[str, Any], Dict[str, Any]]:
+    """Return settings, what a checkpoint says beside them, and config.json, with what the model that the run began with
+    says, if it was a folder or repository.
 
     timm writes its name where an architecture's belongs. Its classes are not the run's.
     """
     source = str(args.get('model') or '')
     if not source.startswith(STARTS):
-        return {**about, 'arch': about.get('arch') or args.get('model')}, config
+        return args, {**about, 'arch': about.get('arch') or args.get('model')}, config
     began = began_with(source)
     cfg = {name: value for name, value in (began.get('pretrained_cfg') or {}).items() if name in BEGUN_FIELDS}
     kwargs = {name: value for name, value in (began.get('model_args') or {}).items() if name != 'num_classes'}
-    for name, told in (('pretrained_cfg', cfg), ('model_args', kwargs)):
-        config = {**config, name: {**told, **(config.get(name) or {})}}
-    return {**about, 'arch': began.get('architecture')}, config
+    args = {**args, 'model_kwargs': {**kwargs, **(args.get('model_kwargs') or {})}}
+    config = {**config, 'pretrained_cfg': {**cfg, **(config.get('pretrained_cfg') or {})}}
+    return args, {**about, 'arch': began.get('architecture')}, config
 
 
 def _told_of_weights(cfg: Dict[str, Any], source: Dict[str, Any], license: Optional[str]) -> Dict[str, Any]:

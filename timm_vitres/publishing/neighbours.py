@@ -106,8 +106,9 @@ def began_with(model: str) -> Dict[str, Any]:
         config = _nested(_read_json(path))
         if config.get('architecture'):
             return config
-    if place.startswith('timm/'):  # the names of its repositories are timm's of models
-        return {'architecture': split_model_name_tag(place.removeprefix('timm/'))[0]}
+    owner, _, name = place.partition('@')[0].rpartition('/')
+    if owner == 'timm' and not model.startswith('local-dir:'):  # the names of its repositories are timm's of models
+        return {'architecture': split_model_name_tag(name)[0]}
     _logger.warning('%s: the run began with it, and it is not to be had; the model is found by its tensors.', model)
     return {}
 

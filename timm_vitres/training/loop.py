@@ -85,7 +85,7 @@ def finetune(
         if not can_draw():
             _logger.warning('%s is left out: it needs matplotlib, pip install "timm-vitres[plot]".', CURVES_NAME)
         setup = Setup(processes)
-        start = processes.of_first(lambda: setup.begin(cfg, given, stack, images))
+        start = processes.of_first(lambda: setup.begin(cfg, given, stack, images), is_long=True)
         if start.is_finished:
             return start.folder
         if not processes.is_first:
@@ -181,8 +181,7 @@ class _Run:
         if first(lambda: bool(self.history) and not is_whole(self.folder, self.history)):
             self._tell(self.history[-1])  # a kill came between the checkpoint and this
             self._write_results()
-        # a whole epoch has opened all images, whose sizes are compared with the record
-        check = self.data.check if self.processes.is_first and not self.history else None
+        check = self.data.check if self.processes.is_first else None
         with check if check is not None else nullcontext():
             while not is_over(cfg, self.history):
                 epoch = len(self.history)

@@ -339,7 +339,7 @@ def _check_same(before: Dict[str, Any], now: Dict[str, Any], folder: Path) -> No
     for asked in (old, new):
         del asked['recipe']
     for field in dataclasses.fields(FinetuneCfg):
-        if field.name in new:  # a setting that is younger than the comparison was at its default
+        if field.name in new and field.name != 'epochs':  # one that is younger than the comparison was at its default
             old.setdefault(field.name, json.loads(json.dumps(field.default)))
     if old['seeds'] != new['seeds'] and new['seeds'][: len(old['seeds'])] == old['seeds']:
         old['seeds'] = new['seeds']

@@ -24,7 +24,7 @@ _logger = logging.getLogger(__name__)
 T = TypeVar('T')
 BEGUN = 'timm-vitres/'  # how the keys begin under which torchrun's store has the runs that were begun
 _JOINED = itertools.count()  # each group of processes has keys of its own
-PATIENCE = timedelta(hours=2)  # until the images of a step have come in all processes
+PATIENCE = timedelta(hours=2)  # until all processes have come to the same place
 START = timedelta(days=2)  # the first process may open every one of many million images while the others wait for it
 
 
@@ -48,6 +48,7 @@ class Processes:
     count: int = 1
     local_rank: int = 0
     group: Optional[Any] = None
+    patient_group: Optional[Any] = None  # whose waits may last as long as the start of a run
     store: Optional[Any] = None  # torchrun's, which outlives the processes
 
     @property
@@ -55,8 +56,11 @@ class Processes:
         """Whether this process writes and speaks."""
         return self.rank == 0
 
-    def of_first(self, function: Callable[[], T]) -> T:
+    def of_first(self, function: Callable[[], T], is_long: bool = False) -> T:
         """Call a function in the first process, and return its result in all of them.
+
+        Args:
+            is_long: Whether it may take longer than a step ever does.
 
         Raises:
             FirstFailed: in all others where it raised an error in the first.
@@ -71,7 +75,7 @@ class Processes:
             told[1] = f'{type(error).__name__}: {error}'
             raise
         finally:
-            dist.broadcast_object_list(told, src=0, group=self.group)
+            dist.broadcast_object_list(told, src=0, group=self.patient_group if is_long else self.group)
         if told[1] is not None:
             raise FirstFailed(told[1])
         return told[0]
@@ -196,7 +200,9 @@ def joined() -> Iterator[Processes]:
         count=dist.get_world_size(),
         local_rank=local_rank,
         store=_torchruns_store(),
-        group=dist.new_group(backend='gloo', timeout=START),
+        # ours speaks gloo on CPUs, too
+        group=None if is_ours else dist.new_group(backend='gloo', timeout=PATIENCE),
+        patient_group=dist.new_group(backend='gloo', timeout=START),
     )
     logger = logging.getLogger(__name__.partition('.')[0])
     level = logger.level
