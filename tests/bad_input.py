@@ -141,7 +141,7 @@ INTERVALS = {
         'seed': '[0, 4294967295]',
     },
     'compare': {'seeds': '[0, 2147483647]', 'lrs': '[1e-6, 1000]', 'minutes': '(1e9, inf)', 'test_frac': '(0, 1)'},
-    'predict': {'topk': '[1, inf)'},
+    'predict': {'topk': '[1, inf)', 'batch_size': '[1, 1048576]', 'workers': '[0, 1024]'},
     'explain': {'size': '[1, 10000]'},
     'export': {'num_images': '[1, inf)', 'img_size': '[1, 10000]'},
     'convert': {'img_size': '[1, 10000]'},
@@ -186,7 +186,7 @@ WORDS = {
     },
     'recipes': {'name': ('nowhere/at/all', 'images', 'lora.yaml', 'LORA', 'finetune_225', 'README', '')},
     'predict': {
-        'images': (*NO_FILE, 'images', 'notes.txt'),
+        'images': (*NO_FILE, 'notes.txt'),
         'model': NO_MODEL,
         'plot': NO_DRAWING,
         'device': NO_DEVICE,

@@ -211,22 +211,22 @@ def find_files(paths: Sequence[Union[str, Path]]) -> List[Union[str, Path]]:
     """Return files as they are given, and in place of each folder the images in it, however deep; warn of what is none.
 
     Raises:
-        FileNotFoundError: where there is no image.
+        FileNotFoundError: for a folder without an image.
         OSError: for a folder, or an image in one, that can't be read.
     """
     files: List[Union[str, Path]] = []
     left_out: List[str] = []
-    for path in map(Path, paths):
+    for path in paths:
         if not os.path.isdir(path):  # pathlib raises for a path that is too long, or not to be looked at
             files.append(path)
             continue
         found = find_images(path)
+        if not found.images:
+            raise FileNotFoundError(f'images: there is none in {shown(path)}.')
         files += found.images
         left_out += [f'{shown(name)} ({reason})' for name, reason in found.left_out.items()]
     if left_out:
         _logger.warning('images: %d files or folders are left out, such as %s.', len(left_out), left_out[0])
-    if not files:
-        raise FileNotFoundError(f'images: there is none in {", ".join(map(shown, paths))}.')
     return files
 
 

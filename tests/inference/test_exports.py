@@ -491,8 +491,8 @@ def test_a_models_own_hooks_are_in_the_file_and_in_what_it_is_compared_with(tmp_
 
 
 def test_timms_models_of_one_size_are_exported_for_it(tmp_path):
-    model = create('test_vit', num_classes=3)
-    exported = export(model, tmp_path / 'm.pt2')
+    model = create('test_vit', num_classes=3, dynamic_img_size=False)
+    exported = export(model, tmp_path / 'm.pt')
     height, width = model.patch_embed.img_size
     assert f'for {height}x{width} pixels' in exported.report
 

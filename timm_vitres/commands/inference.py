@@ -21,7 +21,7 @@ def add_predict(subparsers) -> None:
     from ..views import TTA
 
     parser = subparsers.add_parser('predict', help='classify images', formatter_class=HelpFormatter)
-    parser.add_argument('images', nargs='+', type=Path, metavar='IMAGE', help='image files, or folders of them')
+    parser.add_argument('images', nargs='+', metavar='IMAGE', help='image files, or folders of them')
     parser.add_argument('--model', required=True, help="a timm model's name.tag, local-dir:<folder>, hf-hub:<id>")
     parser.add_argument('--topk', type=int, default=5, metavar='K', help='how many classes to name')
     parser.add_argument(
@@ -30,8 +30,8 @@ def add_predict(subparsers) -> None:
         choices=TTA,
         help='average over the image and its mirror image, or also over shifts of both',
     )
-    parser.add_argument('--batch-size', '-b', type=int, default=32, metavar='N', help='images the model sees at once')
-    parser.add_argument('--workers', '-j', type=int, default=0, metavar='N', help='processes that read images')
+    parser.add_argument('-b', '--batch-size', type=int, default=32, metavar='N', help='images the model sees at once')
+    parser.add_argument('-j', '--workers', type=int, default=0, metavar='N', help='processes that read images')
     parser.add_argument('--json', action='store_true', help='print JSON instead of a table')
     parser.add_argument('--plot', type=Path, metavar='PNG', help='draw the images with their predictions')
     parser.add_argument('--device', default='cpu', help='torch device')
@@ -156,18 +156,20 @@ def run_export(args: argparse.Namespace) -> int:
 
 @contextmanager
 def _json_list() -> Iterator[Callable[[Any], str]]:
-    """Print a list in JSON, whole even where the block ends early; yield a function that returns its next lines."""
+    """Print a list in JSON, whole even where the block ends early, but none of nothing; yield a function that returns
+    the next lines.
+    """
     held: List[str] = []
 
     def line(result: Any) -> str:
         held.append(textwrap.indent(json.dumps(result._asdict(), indent=2), '  '))
-        return f'{held.pop(0)},\n' if len(held) > 1 else ''
+        return f'{held.pop(0)},\n' if len(held) > 1 else '[\n'
 
-    print('[')
     try:
         yield line
     finally:
-        print(*held, ']', sep='\n')
+        if held:
+            print(*held, ']', sep='\n')
 
 
 def _table_rows(prediction: Any, width: int) -> str:

@@ -130,20 +130,24 @@ def capture(
     captured = images[[0, -1]]  # a batch of one image would be taken for a constant
     compared = [(images, expected)]
     shapes: Dict[int, Any] = {0: Dim('batch')}
-    if dynamic and sizes is not None:
-        shapes = _dynamic_shapes(sizes, images.shape)
-    if sizes is not None and len(shapes) > 1:
-        # models of timm's that take other sizes at all may take but multiples
-        tried = sizes if isinstance(net, Hybrid) else sizes._replace(multiple=sizes.stride)
-        other = F.interpolate(captured, _other_size(tried, shapes, images.shape[2:]))
+    tried = [sizes] if dynamic and sizes is not None else []
+    if tried and not isinstance(net, Hybrid):  # timm's models may take but multiples, or the example's size alone
+        tried.append(tried[0]._replace(multiple=tried[0].stride))
+    for one in tried:
+        axes = _dynamic_shapes(one, images.shape)
+        if len(axes) == 1:
+            break
+        other = F.interpolate(captured, _other_size(one, axes, images.shape[2:]))
         try:
             outputs = own(other)
             check_outputs(outputs)
-            compared.append((other, outputs))
         except (AssertionError, RuntimeError, ValueError):
             if isinstance(net, Hybrid):
                 raise
-            shapes = {0: shapes[0]}  # it takes the example's size alone
+            continue
+        shapes = axes
+        compared.append((other, outputs))
+        break
     return Source(
         folded,
         is_pyramid=isinstance(expected, list),
