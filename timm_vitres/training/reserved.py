@@ -10,7 +10,7 @@ import os
 from collections import Counter
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Dict, Iterable, List, Optional, Set
+from typing import Any, Dict, List, Optional, Sequence, Set
 
 from torch.utils.data import IterableDataset
 
@@ -97,9 +97,10 @@ def check_unseen(cfg: FinetuneCfg, model: str, images: Dict[str, Any]) -> None:
     for record in known.values():
         seen = _seen(cfg, record, images[TEST])
         if seen:
+            count = len(_indices(images[TEST]) if isinstance(images[TEST], dict) else images[TEST])
             example = f', such as {shown(min(seen))}' if isinstance(images[TEST], list) else ''
             raise ValueError(
-                f'models: {model} learnt from {len(seen)} of the {_size(images[TEST])} test images, or was chosen by '
+                f'models: {model} learnt from {len(seen)} of the {count} test images, or was chosen by '
                 f'them{example}; compare it on images that it has not seen (test_split).'
             )
 
@@ -122,12 +123,8 @@ def _seen(cfg: FinetuneCfg, record: Record, test: Any) -> Set[Any]:
     return same | {path for path, first in copies.items() if path in ours and first in theirs}
 
 
-def _indices(entry: Dict[str, Any]) -> Iterable[int]:
+def _indices(entry: Dict[str, Any]) -> Sequence[int]:
     return range(entry['count']) if entry['indices'] is None else entry['indices']
-
-
-def _size(test: Any) -> int:
-    return len(list(_indices(test))) if isinstance(test, dict) else len(test)
 
 
 def _of_dataset(cfg: FinetuneCfg, mode: str, test_split: str) -> Dict[str, Any]:

@@ -89,13 +89,13 @@ def _leave_out(state_dict: StateDict, layout: Layout) -> StateDict:
 
 def from_timm(state_dict: StateDict) -> StateDict:
     """Leave out the representation layer before the head, which old files of timm's may still hold."""
-    if not any(key.startswith('pre_logits.') for key in state_dict):
-        return state_dict
     return _without_pre_logits(state_dict, 'pre_logits.', 'head.')
 
 
 def _without_pre_logits(state_dict: StateDict, layer: str, head: str) -> StateDict:
     """Leave out the layer before the head, and a head that learnt behind it: without it, its answers mean nothing."""
+    if not any(key.startswith(layer) for key in state_dict):
+        return state_dict
     learnt = [key for key in state_dict if key.startswith(head)]
     learnt = learnt if any(state_dict[key].any() for key in learnt) else []
     if learnt:
@@ -117,8 +117,7 @@ def from_google(arrays: StateDict) -> StateDict:
     encoder = r'Transformer/encoderblock_(\d+)/'
     attention, mlp = r'MultiHeadDotProductAttention_\d/', r'MlpBlock_\d/'
     result: StateDict = {}
-    if any(key.startswith('pre_logits/') for key in arrays):
-        arrays = _without_pre_logits(arrays, 'pre_logits/', 'head/')
+    arrays = _without_pre_logits(arrays, 'pre_logits/', 'head/')
     for key, value in arrays.items():
         new = _renamed(
             key.replace('/kernel', '.weight').replace('/scale', '.weight').replace('/bias', '.bias'),
