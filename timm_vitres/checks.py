@@ -134,6 +134,7 @@ def _is_activation(name: str) -> bool:
 
 
 # The bounds are generous: they keep a mistyped number from taking all memory, or all day
+MAX_BATCH = 2**20
 Width = Annotated[int, between(1, 16384)]
 Count = Annotated[int, between(1, 512)]
 Factor = Annotated[int, between(1, 1024)]

@@ -29,14 +29,14 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from .checks import between, conform
+from .checks import MAX_BATCH, between, conform
 from .data import as_model_takes, data_config, image_mode, open_image
 from .folders import shown
 from .labels import check_logits, label_names
 from .views import averaged, check_tta
 
 MAX_CLASSES = 2**31 - 1  # torch's
-MAX_BATCH, MAX_WORKERS = 2**20, 1024
+MAX_WORKERS = 1024
 
 
 class Prediction(NamedTuple):

@@ -10,7 +10,7 @@ from typing import Any, Dict, List, Optional, Tuple, Union
 
 import numpy as np
 
-from ..checks import plain
+from ..checks import MAX_BATCH, plain
 from ..views import TTA
 
 SCHEDULES = ('cosine', 'tanh', 'step', 'multistep', 'poly', 'wsd', 'rsqrt', 'constant', 'none')
@@ -27,7 +27,6 @@ NOT_OF_NO_AUG = (
     'color_jitter_prob',
     'train_crop_mode',
 )
-MAX_BATCH = 2**20
 # a dataset of one of these names is an image folder; timm would open it by its own reader or by torchvision's
 FOLDER_NAMES = ('', 'folder', 'image_folder', 'imagefolder', 'torch/folder', 'torch/image_folder')
 MAX_COUNT = 2**31 - 1  # the sum of two such is a seed that numpy takes
