@@ -7,20 +7,23 @@ when a run is over, by a model that was loaded from its folder: as it is, and wi
 shift`). A run that was killed goes on. --record appends a row per run to benchmarks/results/fmnist.csv. Any setting of
 the recipe may be given anew, as --set name=value; the row has it. `wide` is ResNet-20 of twice its width, all of its
 stages at 28, 14 and 7 pixels, and a block of attention behind them. The arm `deeper` of another row began with the
-weights of the first, and with more blocks, which began as the identity (Net2Net, arXiv:1511.05641). Data: the Debian
-package dataset-fashion-mnist, or --data-dir with its four .gz files.
+weights of the first, and with more blocks, which began as the identity (Net2Net, arXiv:1511.05641). --teachers gives
+folders of runs of the same seed, and so of the same validation images, from whose mean logits the arms learn. Data: the
+Debian package dataset-fashion-mnist, or --data-dir with its four .gz files.
 """
 
 import argparse
 import json
 from pathlib import Path
-from typing import Any, Dict
+from typing import Any, Dict, List
 
 import timm
 import torch
 from common import is_recorded, parse_changes, run_name, told, train, write_row
 from image_sets import FASHION, unpack
 from ship import images_of
+from timm.models import register_model
+from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -43,6 +46,31 @@ ARMS: Dict[str, Dict[str, Any]] = {
     'serial': dict(model='vitresnet_nano'),
     'interleaved': dict(model='vitresnet_mix_nano'),
 }
+
+
+class Average(nn.Module):
+    """Models of the same classes as one, whose logits (B, classes) are the mean of theirs."""
+
+    def __init__(self, models: List[nn.Module]) -> None:
+        super().__init__()
+        self.models = nn.ModuleList(models)
+        self.num_classes = models[0].num_classes
+        self.pretrained_cfg = models[0].pretrained_cfg
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.stack([model(x) for model in self.models]).mean(0)
+
+
+def register_teachers(folders: List[Path]) -> str:
+    """Register the runs in some folders with timm as one model, and return its name."""
+
+    @register_model
+    def average(pretrained: bool = False, **kwargs: Any) -> Average:
+        return Average(
+            [timm.create_model(f'local-dir:{folder}', pretrained=pretrained, **kwargs) for folder in folders]
+        )
+
+    return average.__name__
 
 
 def test(folder: Path, root: Path) -> Dict[str, float]:
@@ -90,12 +118,15 @@ def main() -> None:
     parser.add_argument('--arms', nargs='+', choices=ARMS, default=list(ARMS))
     parser.add_argument('--seeds', type=int, nargs='+', default=[0])
     parser.add_argument('--set', nargs='*', default=[], metavar='NAME=VALUE', help="settings in place of the recipe's")
+    parser.add_argument('--teachers', type=Path, nargs='+', metavar='FOLDER', help='runs to learn from, as their mean')
     parser.add_argument('--note', default='', help='what the rows shall tell beside')
     parser.add_argument('--threads', type=int, default=2)
     parser.add_argument('--record', action='store_true', help='append a row per run to benchmarks/results/fmnist.csv')
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     changes = parse_changes(args.set)
+    if args.teachers:
+        changes = {'kd_model_name': register_teachers(args.teachers), **changes}
     root = unpack(args.data_dir, args.output / 'data')
     if changes.get('pretrained') and args.seeds != [0]:
         parser.error('seeds: got another than 0, with which weights of ours learnt; they know its validation images.')
