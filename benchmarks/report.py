@@ -1,4 +1,4 @@
-"""Write the README's tables from the recorded rows; --check only compares.
+"""Write the tables of the README, and of its like in other folders, from the recorded rows; --check only compares.
 
     python benchmarks/report.py [--check]
 
@@ -195,6 +195,18 @@ def throughput_ours() -> str:
     )
 
 
+def throughput_short() -> str:
+    """A hybrid of each family on the machine that measured it last: ratios at batch 1 and 16."""
+    paths = ('folded', 'compiled', 'bf16', 'bf16 compiled', 'onnxruntime')
+    lines = []
+    for model in ('vitresnet_small', 'vitresnet_base', 'vitresnet_dual_small', 'vitresnet_mix_bot26t'):
+        size = '256' if model == 'vitresnet_mix_bot26t' else '224'
+        rows = of_one_machine(timings(on_cpu=True), model)
+        pairs = [[rows.get(('cpu', model, size, path, batch)) for batch in ('1', '16')] for path in paths]
+        lines.append([f'`{model}`', *(' / '.join(row['ratio'] for row in pair if row) for pair in pairs)])
+    return table(['batch 1 / 16', *paths], lines)
+
+
 def precision() -> str:
     """What a fine-tuned model gets right in every precision."""
     newest_rows = newest('precision', 'model', 'path')
@@ -346,7 +358,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--check', action='store_true')
     check = parser.parse_args().check
-    for path in (ROOT / 'README.md', ROOT / 'benchmarks' / 'README.md'):
+    guides = sorted((ROOT / 'timm_vitres').glob('*/README.md'))
+    for path in (ROOT / 'README.md', ROOT / 'benchmarks' / 'README.md', *guides):
         text = path.read_text()
         new = re.sub(
             r'(<!-- table: (\w+) -->\n).*?(<!-- end -->)',

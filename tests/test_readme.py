@@ -1,4 +1,4 @@
-"""What the README prints works, and its figures are those of the recorded rows."""
+"""What the README and the guides of single rooms print works, and their figures are those of the recorded rows."""
 
 import re
 import subprocess
@@ -14,6 +14,8 @@ from layouts import google_layout, pix2tex_layout
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / 'README.md').read_text()
+GUIDES = sorted((ROOT / 'timm_vitres').glob('*/README.md'))
+TEXTS = [README, *(path.read_text() for path in GUIDES)]
 # names of weights and repositories that need the network: what stands in for them here
 OFFLINE = [
     (r"'vitresnet_small\.augreg_in21k_ft_in1k', pretrained=True", "'vitresnet_small'"),
@@ -23,12 +25,33 @@ OFFLINE = [
 
 
 def snippets(language: str):
-    return re.findall(rf'```{language}\n(.*?)```', README, re.DOTALL)
+    return [code for text in TEXTS for code in re.findall(rf'```{language}\n(.*?)```', text, re.DOTALL)]
+
+
+def anchors(text: str):
+    """What GitHub calls the headings of a text."""
+    headings = re.findall(r'^#+ (.+)$', re.sub(r'```.*?```', '', text, flags=re.DOTALL), re.MULTILINE)
+    return {re.sub(r'[^\w\- ]', '', heading.lower()).replace(' ', '-') for heading in headings}
+
+
+@pytest.mark.parametrize(
+    'path',
+    [ROOT / 'README.md', ROOT / 'CONTRIBUTING.md', ROOT / 'benchmarks' / 'README.md', *GUIDES],
+    ids=lambda path: str(path.relative_to(ROOT)),
+)
+def test_links_lead_somewhere(path):
+    """To files and folders of this repository, and to headings that are there."""
+    links = [link for link in re.findall(r'\]\(([^)\s]+)\)', path.read_text()) if '://' not in link]
+    for link in links:
+        place, _, heading = link.partition('#')
+        target = (path.parent / place).resolve() if place else path
+        assert target.exists(), f'{path.name}: {link} is not there'
+        assert not heading or heading in anchors(target.read_text()), f'{path.name}: {link} is no heading there'
 
 
 @pytest.mark.recent
 def test_python_snippets_run(tmp_path):
-    """All of them, top to bottom, in one process: a reader does that, too."""
+    """All of them, the README's from top to bottom and then the guides', in one process: a reader does that, too."""
     assert len(snippets('python')) >= 4
     write_folder(tmp_path / 'images', per_class=8)
     stripes(64, True, np.random.default_rng(0)).save(tmp_path / 'cat.jpg')
@@ -44,7 +67,7 @@ def test_python_snippets_run(tmp_path):
 
 
 def test_commands_are_known(tmp_path):
-    """Every `timm-vitres` line of the README parses."""
+    """Every `timm-vitres` line parses."""
     from timm_vitres.cli import create_parser
 
     commands = [line for block in snippets('sh') for line in block.replace('\\\n', ' ').splitlines()]
