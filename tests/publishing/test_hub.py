@@ -332,7 +332,7 @@ def test_who_has_no_token(server, run, tmp_path):
     assert not (tmp_path / 'hub' / 'me').exists() or not server.repo('me/name').exists()
 
 
-@pytest.mark.parametrize('status', [403, 503])
+@pytest.mark.parametrize('status', [403, pytest.param(503, marks=pytest.mark.slow)])  # 503: the client asks for long
 def test_a_card_that_can_not_be_read_is_not_written_over(status, faulty, folder):
     """Its licence and its text would be lost; the client says the same of a file that is not there."""
     server, name, call = faulty

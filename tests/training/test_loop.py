@@ -229,7 +229,7 @@ def test_settings_can_be_replaced():
     assert dataclasses.replace(FinetuneCfg(data_dir='x'), lr=1.0).lr == 1.0
 
 
-@pytest.mark.parametrize('times', [5, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize('times', [3, pytest.param(20, marks=pytest.mark.slow)])
 def test_killed_again_and_again_it_goes_on(times, image_folder, tmp_path):
     """kill -9 at random moments around the saves; what is on disk is whole each time, and the run finishes."""
     folder = tmp_path / 'run'
