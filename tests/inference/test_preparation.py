@@ -135,6 +135,23 @@ def test_any_timm_model_by_an_engine():
     x = torch.randn(3, 3, 64, 96)
     fast = prepare(model, example=x, engine='openvino')
     assert relative_difference(fast(x), model(x)) < 1e-5 and relative_difference(fast(x[:2]), model(x[:2])) < 1e-5
+    with pytest.raises(ValueError, match=r'input: got shape \(3, 3, 96, 64\), expected \(any, 3, 64, 96\), which'):
+        fast(x.transpose(2, 3))
+
+
+@pytest.mark.recent
+@pytest.mark.parametrize('engine', ENGINES)
+def test_an_engine_takes_what_the_model_takes(engine):
+    """By itself onnxruntime and OpenVINO answer images that are smaller than a token, too."""
+    model = create('test_vitresnet')
+    fast = prepare(model, example=torch.randn(1, 3, 64, 64), engine=engine)
+    for shape in ((1, 3, 3, 64), (1, 1, 64, 64), (3, 64, 64)):
+        errors = []
+        for run in (model, fast):
+            with pytest.raises(ValueError, match='input: got') as caught:
+                run(torch.randn(shape))
+            errors.append(str(caught.value))
+        assert errors[0].split(',')[0] == errors[1].split(',')[0]
 
 
 @pytest.mark.recent

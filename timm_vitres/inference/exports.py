@@ -131,6 +131,7 @@ def capture(
     compared = [(images, expected)]
     shapes: Dict[int, Any] = {0: Dim('batch')}
     tried = [sizes] if dynamic and sizes is not None else []
+    multiple = 1
     if tried and not isinstance(net, Hybrid):  # timm's models may take but multiples, or the example's size alone
         tried.append(tried[0]._replace(multiple=tried[0].stride))
     for one in tried:
@@ -145,7 +146,7 @@ def capture(
             if isinstance(net, Hybrid):
                 raise
             continue
-        shapes = axes
+        shapes, multiple = axes, one.multiple
         compared.append((other, outputs))
         break
     return Source(
@@ -154,6 +155,7 @@ def capture(
         images=captured,
         sizes=shapes,
         largest=sizes.largest if sizes is not None else None,
+        multiple=multiple,
         precision=precision,
         calibration=images if calibrate else None,
         config=_config(model, [None if axis in shapes else images.shape[axis] for axis in (2, 3)], expected),
@@ -267,10 +269,11 @@ def _shape(source: Source) -> str:
     height, width = source.images.shape[-2:]
     if 2 not in source.sizes and 3 not in source.sizes:
         return f'{height}x{width} pixels'
+    which = f' that is a multiple of {source.multiple}' if source.multiple > 1 else ''
     if source.largest and 2 in source.sizes and 3 in source.sizes:
-        return f'any height and width up to {source.largest[0]}x{source.largest[1]}'
+        return f'any height and width{which} up to {source.largest[0]}x{source.largest[1]}'
     rest = 'width' if 3 in source.sizes else f'width {width}'
-    return f'any height and {rest}' if 2 in source.sizes else f'any width and height {height}'
+    return f'any height and {rest}{which}' if 2 in source.sizes else f'any width{which} and height {height}'
 
 
 def _config(model: nn.Module, sides: Sequence[Optional[int]], outputs: Any) -> Dict[str, Any]:

@@ -31,6 +31,7 @@ class Source:
     images: torch.Tensor  # two images, to capture the model with: (2, C, H, W)
     sizes: Dict[int, Any]  # the dimensions of images that may vary
     largest: Optional[Tuple[int, int]]  # height and width up to which the model takes images; None for any
+    multiple: int  # height and width must be multiples of it
     precision: str
     calibration: Optional[torch.Tensor]  # images of the caller's: (B, C, H, W)
     config: Dict[str, Any]  # data config and class names

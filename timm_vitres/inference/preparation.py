@@ -12,7 +12,7 @@ from collections import Counter
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, Optional, Tuple
+from typing import Any, Callable, Dict, Iterator, Optional, Sequence, Tuple
 
 import torch
 from timm.models import get_model_traits
@@ -127,7 +127,7 @@ def prepare(
         lowered = _lower(folded, precision, images, done)
     else:
         del folded
-        lowered = _EngineModule(_run_by_engine(model, engine, precision, images, example is not None))
+        lowered = _run_by_engine(model, engine, precision, images, example is not None)
         note = getattr(lowered.run, 'note', '')
         done.chosen = f'{precision}, run by {ENGINES[engine].runtime}' + (f', {note}' if note else '')
     prepared = Prepared(lowered, model, precision, engine)
@@ -188,26 +188,47 @@ def _lower(folded: nn.Module, precision: str, images: torch.Tensor, done: Prepar
 
 def _run_by_engine(
     model: nn.Module, engine: str, precision: str, images: torch.Tensor, calibrate: bool
-) -> Callable[[torch.Tensor], Any]:
+) -> '_EngineModule':
     """Return what runs a model as its engine's file."""
     row = ENGINES[engine]
-    dynamic = isinstance(getattr(model, 'model', model), Hybrid)  # others may take the example's size alone
+    net = getattr(model, 'model', model)  # timm wraps a model that returns features
+    dynamic = isinstance(net, Hybrid)  # others may take the example's size alone
     source = capture(model, precision, images, calibrate, dynamic)
+    own = [None if axis in source.sizes else side for axis, side in enumerate(images.shape)]
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / f'model{row.suffixes[0]}'
         write_compared(source, file, row, what=f'engine: {engine!r}')
-        return row.load(file)  # it is loaded anew, since the comparison's sizes took the graphs of their own
+        # it is loaded anew, since the comparison's sizes took the graphs of their own
+        return _EngineModule(row.load(file), own, copy_model(net).to('meta').check_input if dynamic else None)
 
 
 class _EngineModule(nn.Module):
-    """What an engine runs, as a module."""
+    """What an engine runs, as a module.
 
-    def __init__(self, run: Callable[[torch.Tensor], Any]):
+    Args:
+        run: What a file computes.
+        own: The lengths of the axes of images that the file has alone; None where it takes any.
+        check_input: What the model refuses; engines answer images that it would not.
+    """
+
+    def __init__(
+        self,
+        run: Callable[[torch.Tensor], Any],
+        own: Sequence[Optional[int]],
+        check_input: Optional[Callable[[torch.Tensor], None]],
+    ):
         super().__init__()
-        self.run = run
+        self.run, self.own, self.check_input = run, own, check_input
 
     def forward(self, x: torch.Tensor) -> Any:
         """x: (B, C, H, W) -> what the model returns, in float32."""
+        if self.check_input is not None:
+            self.check_input(x)
+        if any(one not in (None, side) for one, side in zip(self.own, x.shape)):
+            taken = ', '.join('any' if one is None else str(one) for one in self.own)
+            raise ValueError(
+                f'input: got shape {tuple(x.shape)}, expected ({taken}), which the engine has a graph for.'
+            )
         return self.run(x.detach().float())
 
 

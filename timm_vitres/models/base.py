@@ -16,6 +16,7 @@ from torch import nn
 from ..weights.checkpoints import read_checkpoint
 from ..weights.comparison import add_batch_counts, check_dtypes, check_keys
 from ..weights.layouts import StateDict, convert_layout
+from .layers import check_images
 
 TABLES = ('pos_embed', 'patch_embed.proj.weight', '_rel')  # how the names of what is fitted to a size end
 LABEL_KEYS = ('label_names', 'label_descriptions')  # where a pretrained cfg has the names of classes
@@ -111,6 +112,11 @@ class Hybrid(nn.Module):
     def image_sizes(self) -> ImageSizes:
         """Return which sizes an exported graph must keep to."""
         return ImageSizes(max(info['reduction'] for info in self.feature_info), 1)  # pyright: ignore
+
+    @torch.jit.ignore
+    def check_input(self, x: torch.Tensor) -> None:
+        """Raise ValueError for what the forward pass refuses; another program that runs a model's graph asks, too."""
+        check_images(x, self.in_chans)  # pyright: ignore
 
     @torch.jit.ignore
     def size_of_tokens(self, source_cfg: Any, img_size: Sequence[int]) -> Sequence[int]:

@@ -177,6 +177,11 @@ class VitResNet(SerialFeatures, SerialTables, Hybrid, VisionTransformer):
         return ImageSizes(stride, stride if self.patch_embed.only_multiples else 1, self.patch_embed.largest_image())
 
     @torch.jit.ignore
+    def check_input(self, x: torch.Tensor) -> None:
+        """See `Hybrid.check_input`; images may be too small for a token, or too large for the position table."""
+        self.patch_embed.check_input(x)
+
+    @torch.jit.ignore
     def explained_parts(self) -> ExplainedParts:
         """See `Hybrid.explained_parts`."""
         embed = self.patch_embed
