@@ -131,6 +131,11 @@ def fast_kernels() -> Iterator[None]:
                 setattr(backend, name, before)
 
 
+def _in_float32(module: nn.Module, inputs: Any, output: Any) -> Any:
+    """Return what a model returns, a tensor or a tuple of them, in float32."""
+    return tuple(one.float() for one in output) if isinstance(output, tuple) else output.float()
+
+
 class Stepper:
     """Gradients of batches, added up, clipped, and taken as steps."""
 
@@ -150,6 +155,8 @@ class Stepper:
         self.scaler = NativeScaler(device.type) if cfg.amp and cfg.amp_dtype == 'float16' else None
         self.stepping = _muon_in_float32 if is_muon_in_float32 else nullcontext
         module = unwrap_model(task.get_trainable_module())
+        if cfg.amp:  # autocast on CPUs leaves log_softmax in the lower precision, where that on GPUs does not
+            module.register_forward_hook(_in_float32)
         module = getattr(module, 'student', module)  # of a task that has a projection beside it
         # timm knows of one head, the last two parameters of a model
         self.heads = {id(value) for value in head_parameters(module)} if hasattr(module, 'get_classifier') else set()

@@ -70,8 +70,8 @@ class Teacher(DistillationTeacher):
         return (x - self.mean_kd) / self.std_kd
 
     def forward(self, input: torch.Tensor, return_features: bool = False) -> torch.Tensor:
-        """Return logits (B, classes), or the pooled features (B, width)."""
-        y = super().forward(input, return_features)
+        """Return logits (B, classes), or the pooled features (B, width), in float32."""
+        y = super().forward(input, return_features).float()
         return y if return_features or self.order is None else y[:, self.order]
 
 
