@@ -12,8 +12,8 @@ from timm.data import create_transform, resolve_model_data_config
 
 import timm_vitres
 from timm_vitres.data import data_config, example_images, open_image
-from timm_vitres.folders import image_suffixes
 from timm_vitres.training.shards import open_bytes
+from timm_vitres.walking import image_suffixes
 
 
 @pytest.fixture
@@ -81,6 +81,23 @@ def test_sixteen_bits_are_scaled_and_not_clipped(tmp_path):
     Image.fromarray(values.astype(np.float32) * 1000).save(tmp_path / 'wide.tiff')
     with pytest.raises(ValueError, match=r'wide\.tiff .* range from 0 to 6\.5535e\+07, expected 0 to 1'):
         open_image(tmp_path / 'wide.tiff')
+
+
+def twelve_bits(values) -> bytes:
+    """Return a TIFF of 12 bits, as microscopes write them and Pillow does not: two pixels in three bytes."""
+    height, width = values.shape
+    first, second = values.reshape(-1, 2).astype(int).T
+    data = np.stack([first >> 4, (first & 15) << 4 | second >> 8, second & 255], 1).astype(np.uint8).tobytes()
+    tags = {256: width, 257: height, 258: 12, 259: 1, 262: 1, 273: 8, 277: 1, 278: height, 279: len(data)}
+    entries = b''.join(struct.pack('<HHII', tag, 4 if tag in (273, 279) else 3, 1, tags[tag]) for tag in sorted(tags))
+    return struct.pack('<2sHI', b'II', 42, 8 + len(data)) + data + struct.pack('<H', len(tags)) + entries + bytes(4)
+
+
+def test_twelve_bits_are_no_sixteen(tmp_path):
+    values = np.linspace(0, 4095, 40 * 60).reshape(40, 60)
+    (tmp_path / 'deep.tiff').write_bytes(twelve_bits(values))
+    pixels = np.asarray(open_image(tmp_path / 'deep.tiff', 'L')).astype(float)
+    assert np.abs(pixels - values * 255 / 4095).max() <= 1
 
 
 @pytest.mark.parametrize('brightest', [200, 60000])

@@ -20,7 +20,7 @@ from torch import nn
 from tqdm import tqdm
 
 from .checks import ImageSide, between, conform, on_one_line, show
-from .folders import find_images, image_formats, shown
+from .walking import find_images, image_formats, natural_order, shown
 from .weights.files import CONFIG_NAME
 
 _logger = logging.getLogger(__name__)
@@ -28,6 +28,7 @@ ImageLike = Union[str, Path, Image.Image, np.ndarray]
 MODES = {1: 'L', 3: 'RGB', 4: 'RGBA'}
 MAX_ASPECT = 100  # an image's longer side may be this many times its shorter one
 WIDE_FORMATS = ('PPM', 'PNG')  # 16 bits of these may be PIL's 32; that of graphics with a header scales them to 65535
+BITS_TAG = 258  # of a TIFF; Pillow opens 12 bits as 16
 OVERSHOOT = 0.25  # resampling makes numbers that were from 0 to 1 leave that range by so much
 TURNS = {  # EXIF orientation -> the turn that makes the image upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -116,7 +117,8 @@ def _upright_in_mode(image: Image.Image, mode: str, name: str) -> Image.Image:
             # timm resizes the shorter side: 10000 x 1 pixels would become 2240000 x 224
             limit = f'its longer side may be up to {MAX_ASPECT} times the shorter'
             raise ValueError(f'it has {image.width} x {image.height} pixels; {limit}')
-        image = _to_mode(_upright(image), mode, image.format)
+        kind, bits = image.format, getattr(image, 'tag_v2', {}).get(BITS_TAG)
+        image = _to_mode(_upright(image), mode, kind, 4095.0 if bits == (12,) else 65535.0)
     except Exception as error:  # Pillow decodes here, and a damaged file raises errors of any kind
         raise _ImageError(name, error) from error
     for key in TURNING_INFO:
@@ -134,20 +136,21 @@ def _upright(image: Image.Image) -> Image.Image:
     return image if turn is None else image.transpose(turn)
 
 
-def _to_mode(image: Image.Image, mode: str, kind: Optional[str]) -> Image.Image:
+def _to_mode(image: Image.Image, mode: str, kind: Optional[str], white: float) -> Image.Image:
     if image.mode[0] in 'IF':  # 'I', 'I;16', 'I;16B', 'F': PIL would clip these at 255
-        image = Image.fromarray(_to_8_bits(np.asarray(image), image.mode, kind))
+        image = Image.fromarray(_to_8_bits(np.asarray(image), image.mode, kind, white))
     elif image.mode in ('P', 'PA'):
         image = image.convert('RGBA')  # a transparent palette would make PIL warn if it became RGB
     return image.convert(mode)
 
 
-def _to_8_bits(values: np.ndarray, mode: str, kind: Optional[str]) -> np.ndarray:
+def _to_8_bits(values: np.ndarray, mode: str, kind: Optional[str], white: float = 65535.0) -> np.ndarray:
     """Scale values by what their kind of image says, never by their own range, which differs between images of a set.
 
     Args:
         mode: PIL's: 'I;16' and its like for 16 bits, 'I' for 32, 'F' for numbers with a point.
         kind: PIL's name of the file format.
+        white: The largest whole number that it may hold.
     """
     if mode == 'F':
         low, high = float(values.min()), float(values.max())
@@ -157,7 +160,7 @@ def _to_8_bits(values: np.ndarray, mode: str, kind: Optional[str]) -> np.ndarray
     elif mode == 'I' and kind not in WIDE_FORMATS:
         raise ValueError('it is of mode I, of which no range is known; convert it to 8 or 16 bits (uint8, uint16)')
     else:
-        values = values / 257.0
+        values = values * (255.0 / white)
     return np.round(values).astype(np.uint8)
 
 
@@ -223,8 +226,8 @@ def find_files(paths: Sequence[Union[str, Path]]) -> List[Union[str, Path]]:
         found = find_images(path)
         if not found.images:
             raise FileNotFoundError(f'images: there is none in {shown(path)}.')
-        files += found.images
-        left_out += [f'{shown(name)} ({reason})' for name, reason in found.left_out.items()]
+        files += sorted([*found.images, *found.same], key=natural_order)  # a name each, also of one file
+        left_out += [f'{shown(name)} ({reason})' for name, reason in found.left_out.items() if name not in found.same]
     if left_out:
         _logger.warning('images: %d files or folders are left out, such as %s.', len(left_out), left_out[0])
     return files

@@ -1,23 +1,18 @@
-"""Folders of images on disk: what is an image, which class it belongs to, and what is left out and why.
+"""Folders of images on disk: which class an image belongs to, and what is left out and why.
 
-folder -> `find_images` -> its images -> `find_classes` -> each with its class; `find_splits` says which folder of a
-data folder is trained on, and which one validates.
+folder -> `walking.find_images` -> its images -> `find_classes` -> each with its class; `find_splits` says which folder
+of a data folder is trained on, and which one validates.
 """
 
-import errno
-import heapq
 import logging
 import os
 import re
-import stat
 import unicodedata
 from pathlib import Path
-from typing import Any, Dict, FrozenSet, Iterable, List, NamedTuple, Optional, Sequence, Set, Tuple, Union
-
-from PIL import Image, ImageFile
-from tqdm import tqdm
+from typing import Dict, Iterable, List, NamedTuple, Optional, Sequence, Set, Tuple, Union
 
 from .checks import some
+from .walking import File, below, count_files, find_images, is_hidden, natural_order, shown
 
 _logger = logging.getLogger(__name__)
 # Split folders have these names, in lower case, once `split_role` took years, separators and words like 'set' off.
@@ -26,28 +21,7 @@ SPLITS = {
     'validation': ('val', 'valid', 'validation', 'validate', 'eval', 'evaluation', 'dev'),
     'test': ('test', 'testing', 'tst', 'holdout'),
 }
-# Operating systems add these folders; the thumbnails in them are images.
-SYSTEM_FOLDERS = ('__MACOSX', '@eaDir', '$RECYCLE.BIN', 'System Volume Information', 'lost+found')
-# Pillow recognises MPEG, but decodes none of its files; EPS is a program, which Ghostscript would run
-UNDECODABLE = ('MPEG', 'EPS')
 DEFAULT_TRAIN, DEFAULT_VAL = 'train', 'validation'
-Identity = Tuple[int, int]  # device and inode
-
-
-class File(NamedTuple):
-    """What one call of `os.stat` says of an image; on a network each call takes long."""
-
-    size: int  # bytes
-    identity: Identity
-
-
-class Found(NamedTuple):
-    """What is in a folder, however deep: images in natural order, and the reason for each path that is left out."""
-
-    images: List[str]
-    left_out: Dict[str, str]
-    same: Dict[str, str]  # a path left out since it leads to the same file as another -> that other path
-    files: Dict[str, File]  # an image's path -> its file
 
 
 class Classes(NamedTuple):
@@ -67,165 +41,12 @@ class Splits(NamedTuple):
     left_out: Dict[str, str]
 
 
-def shown(path: Union[str, Path]) -> str:
-    """Return a path as it can be printed on one line: control characters and undecodable bytes are escaped."""
-    return ''.join(c if c.isprintable() else c.encode('unicode_escape').decode() for c in str(path))
-
-
-def natural_order(name: str) -> Tuple[list, str]:
-    """Return a sort key: timm's `natural_key` (numbers by value, case ignored), then the name itself."""
-    parts: list = re.split(r'(\d+)', name.lower())
-    parts[1::2] = [int(number) for number in parts[1::2]]
-    return parts, name
-
-
-def image_formats() -> List[str]:
-    """Return Pillow's names of the formats that an image may have, registered plug-ins included."""
-    Image.init()
-    return [name for name in Image.ID if name not in UNDECODABLE]
-
-
-def image_suffixes() -> FrozenSet[str]:
-    """Return the suffixes, in lower case, of the formats that Pillow decodes here, registered plug-ins included."""
-    suffixes = Image.registered_extensions()  # this call imports Pillow's own plug-ins
-    decoders = {name: factory for name, (factory, _) in Image.OPEN.items() if name not in UNDECODABLE}
-    kinds = {name: factory for name, factory in decoders.items() if isinstance(factory, type)}
-    stubs = {name for name, kind in kinds.items() if issubclass(kind, ImageFile.StubImageFile)}
-    return frozenset(suffix.lower() for suffix, name in suffixes.items() if name in decoders.keys() - stubs)
-
-
 def split_role(name: str) -> Optional[str]:
     """Return the split ('training', 'validation', 'test') that a folder's name means: Train, val2017, test-set."""
     core = re.sub(r'(19|20)\d\d$', '', name.casefold())
     core = re.sub(r'[\s_.-]', '', core)
     core = re.sub(r'(data|images?|imgs?|split|set)+$', '', core)
     return next((role for role, names in SPLITS.items() if core in names), None)
-
-
-def find_images(root: Union[str, Path], strict: bool = True) -> Found:
-    """Find all images below a folder. Links to folders are followed once; a file or folder is never taken twice.
-
-    Args:
-        strict: Whether a folder or an image that can't be read is an error, or left out.
-
-    Raises:
-        OSError: for the first that can't be read; the message names it.
-    """
-    return _Walk(str(Path(root)), strict).found()
-
-
-def below(root: Union[str, Path], paths: Iterable[str]) -> List[str]:
-    """Return paths that `find_images` found in a folder, relative to that folder, or to one above it: `root`."""
-    start = 0 if str(Path(root)) == '.' else len(os.path.join(Path(root), ''))
-    return [path[start:] for path in paths]
-
-
-def _is_hidden(name: str) -> bool:
-    return name.startswith('.') or name in SYSTEM_FOLDERS
-
-
-def _identity(info: os.stat_result) -> Identity:
-    return info.st_dev, info.st_ino
-
-
-def _place(folder: Union[str, Path]) -> Any:
-    """Return what tells a folder from all others, by whatever links it is reached."""
-    identity = _identity(os.stat(folder))
-    return identity if identity[1] else os.path.realpath(folder)  # a file system without inodes says 0
-
-
-class _Walk:
-    """A walk through a folder: real folders come first, then sorted links, so that the result is always the same."""
-
-    def __init__(self, root: str, strict: bool = True):
-        self.root, self.strict = root, strict
-        self.suffixes = image_suffixes()
-        self.left_out: Dict[str, str] = {}
-        self.files: List[Tuple[bool, str, File]] = []  # (whether a link leads to it, path, file)
-        self.folders = [root]
-        self.links: List[str] = []
-        self.seen: Dict[Any, str] = {}
-        self.above = {_place(parent) for parent in Path(root).resolve().parents}
-
-    def found(self) -> Found:
-        linked = False
-        with tqdm(desc='looking for images', unit=' images', leave=False, delay=5) as bar:
-            while self.folders or self.links:
-                linked = linked or not self.folders
-                self._read(self.folders.pop() if self.folders else heapq.heappop(self.links), linked)
-                bar.update(len(self.files) - bar.n)
-        first: Dict[Identity, str] = {}
-        same: Dict[str, str] = {}
-        files: Dict[str, File] = {}
-        for _, path, file in sorted(self.files):
-            identity = file.identity
-            if identity[1] and identity in first:  # a file system without inodes says 0
-                same[path] = first[identity]
-                self.left_out[path] = f'the same file as {shown(first[identity])}'
-            else:
-                first[identity] = path
-                files[path] = file
-        return Found(sorted(files, key=natural_order), self.left_out, same, files)
-
-    def _read(self, folder: str, linked: bool) -> None:
-        try:
-            place = _place(folder)
-            if place in self.above or place in self.seen:
-                self.left_out[folder] = self._circle(folder, place)
-                return
-            self.seen[place] = folder
-            with os.scandir(folder) as entries:
-                inside = sorted(entries, key=lambda entry: entry.name)
-        except OSError as error:
-            if not self.strict:
-                self.left_out[folder] = str(error.strerror)
-                return
-            raise type(error)(f'the folder {shown(folder)} cannot be read ({error.strerror}).') from error
-        start = '' if folder == '.' else os.path.join(folder, '')  # pathlib would take most of a walk's time
-        for entry in inside:
-            self._sort_in(start + entry.name, entry, linked)
-
-    def _circle(self, folder: str, place: Any) -> str:
-        before = self.seen.get(place)
-        if before is None or Path(before) in Path(folder).parents:
-            return 'a link that leads in a circle'
-        return f'a link to {shown(before)}, which is read already'
-
-    def _sort_in(self, path: str, entry: os.DirEntry, linked: bool) -> None:
-        is_link = entry.is_symlink()
-        try:
-            info = os.stat(path)
-        except OSError as error:
-            leads_nowhere = error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
-            if is_link and (leads_nowhere or getattr(error, 'winerror', None) == 1921):  # Windows' circle of links
-                self.left_out[path] = f'a link to nothing ({shown(os.readlink(path))})'
-            elif (
-                not self.strict
-                or _is_hidden(entry.name)
-                or not (is_link or self._is_image(entry.name) or entry.is_dir(follow_symlinks=False))
-            ):
-                self.left_out[path] = str(error.strerror)
-            else:
-                raise type(error)(f'{shown(path)} cannot be read ({error.strerror}).') from error
-            return
-        if stat.S_ISDIR(info.st_mode):
-            if _is_hidden(entry.name):
-                self.left_out[path] = f'hidden{_count_files(path)}'
-            elif is_link:
-                heapq.heappush(self.links, path)
-            else:
-                self.folders.append(path)
-        elif not stat.S_ISREG(info.st_mode):
-            self.left_out[path] = 'no regular file'
-        elif _is_hidden(entry.name):
-            self.left_out[path] = 'hidden'
-        elif not self._is_image(entry.name):
-            self.left_out[path] = 'no image, by its suffix'
-        else:
-            self.files.append((linked or is_link, path, File(info.st_size, _identity(info))))
-
-    def _is_image(self, name: str) -> bool:
-        return os.path.splitext(name)[1].lower() in self.suffixes
 
 
 def is_text(name: str) -> bool:
@@ -236,13 +57,6 @@ def is_text(name: str) -> bool:
 def composed(name: str) -> str:
     """Return a name as most machines spell it; some (macOS) write a letter and its accent as two characters."""
     return unicodedata.normalize('NFC', name)
-
-
-def _count_files(folder: str) -> str:
-    if os.path.islink(folder):
-        return ''
-    count = sum(len(files) for _, _, files in os.walk(folder))
-    return f', with {count} file{"s" * (count != 1)}'
 
 
 def folders_in(root: Union[str, Path]) -> List[str]:
@@ -271,7 +85,7 @@ def folders_in(root: Union[str, Path]) -> List[str]:
 
 def _listed(root: Path) -> List[str]:
     try:
-        return [name for name in os.listdir(root) if not _is_hidden(name)]
+        return [name for name in os.listdir(root) if not is_hidden(name)]
     except OSError as error:
         raise type(error)(f'the folder {shown(root)} cannot be read ({error.strerror}).') from error
 
@@ -432,10 +246,10 @@ def _beside_splits(root: Path, used: Set[str], train: str, custom: bool) -> Dict
         path = root / name
         if name in used:
             continue
-        if not path.is_dir() or _is_hidden(name):
-            left_out[str(path)] = 'hidden' if _is_hidden(name) else 'outside the folders of the splits'
+        if not path.is_dir() or is_hidden(name):
+            left_out[str(path)] = 'hidden' if is_hidden(name) else 'outside the folders of the splits'
         elif custom or split_role(name):
-            left_out[str(path)] = f'a folder that this run does not use{_count_files(str(path))}'
+            left_out[str(path)] = f'a folder that this run does not use{count_files(str(path))}'
         elif find_images(path).images:
             raise ValueError(
                 f'data_dir: {shown(root)} holds the split folder {train}/ beside {shown(name)}/ with images. Put class '

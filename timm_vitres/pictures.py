@@ -14,8 +14,8 @@ from PIL import Image
 from .checks import is_installed
 from .data import open_image
 from .explanation import Explanation
-from .folders import shown
 from .prediction import Prediction
+from .walking import shown
 from .writing import replacing
 
 RESNET_TITLE = 'ResNet: Grad-CAM of its last stage'

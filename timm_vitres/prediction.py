@@ -5,6 +5,7 @@ come; `predict` collects them.
 """
 
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import (
     Annotated,
@@ -31,9 +32,10 @@ from tqdm import tqdm
 
 from .checks import MAX_BATCH, between, conform
 from .data import as_model_takes, data_config, image_mode, open_image
-from .folders import shown
 from .labels import check_logits, label_names
+from .plugins import taught, teach
 from .views import averaged, check_tta
+from .walking import shown
 
 MAX_CLASSES = 2**31 - 1  # torch's
 MAX_WORKERS = 1024
@@ -162,7 +164,8 @@ def predict_each(
     if not getattr(plain, 'num_classes', 0) or getattr(plain, 'global_pool', None) == '':
         raise ValueError('model: it has no classes, or does not pool, so it predicts none; load one with a head.')
     pictures = _Images(list(images), data_config(model))
-    options = dict(collate_fn=_collate, generator=torch.Generator())  # starting workers would draw from torch's own
+    options = dict(collate_fn=_collate, worker_init_fn=partial(teach, taught()))
+    options['generator'] = torch.Generator()  # starting workers would draw from torch's own
     loader = DataLoader(pictures, batch_size, num_workers=workers, **options) if len(pictures) else ()
     return _results(model, pictures.paths, loader, topk, tta, bar and len(pictures) >= 10)
 

@@ -29,6 +29,9 @@ def test_a_backbone_that_rounds_down_takes_multiples():
     assert model(torch.randn(1, 3, 96, 64)).shape == (1, 1000)
     with pytest.raises(ValueError, match='multiples of 32'):
         model(torch.randn(1, 3, 97, 64))
+    options = dict(features_only=True, out_indices=(0,), stage=2, depth=1)  # what rounds down is cut off
+    stem = timm.create_model('vitresnet', backbone='resnetaa34d', **options)
+    assert stem(torch.randn(1, 3, 97, 65))[0].shape[-2:] == (49, 33)
 
 
 def test_a_backbone_that_blurs_needs_what_it_can_mirror():

@@ -515,6 +515,7 @@ def test_another_pooling_is_saved(new, tmp_path):
         (dict(num_heads=(1, 2, 2, 5)), 'num_heads: got (1, 2, 2, 5), but 5 does not divide 48'),
         (dict(group_size=7), 'group_size: got 7, which does not divide 16'),
         (dict(stem_pool='', stem_type='', stem_stride=4), "stem_stride: got 4, but a stem of type ''"),
+        (dict(strides=(1, 1, 1, 1), stem_stride=1), 'strides: got (1, 1, 1, 1) behind a stem of stride 1'),
         (dict(bottle_ratio=0), 'bottle_ratio: got 0'),
         (dict(bottle_ratio=(0.5, 0.5)), 'bottle_ratio: got (0.5, 0.5), expected 4 values'),
         (dict(channel_attn='bam'), "channel_attn: got 'bam'"),

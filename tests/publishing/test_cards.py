@@ -224,6 +224,37 @@ def test_cards_are_merged():
         cards.merge_cards('---\n- no: [mapping\n---\n', first)
 
 
+def test_results_of_a_model_that_is_replaced_go_with_its_text():
+    """What the Hub shows beside the new one is its own, and what the user wrote."""
+    model = randomise_(timm.create_model('test_vitresnet', num_classes=2))
+    facts = dict(model_name='x', description='A.', recipe='B.', source='local-dir:.')
+    task = dict(task_type='image-classification', dataset_type='imagefolder', metric_type='accuracy')
+
+    def of(name, value):
+        return EvalResult(**task, dataset_name=name, dataset_config=name, metric_name='top-1 (%)', metric_value=value)
+
+    old = cards.render_card(model, results=[of('cats', 95.5)], **facts)
+    card = ModelCard(old)
+    card.data.eval_results.append(of('mine', 80.0))
+    for results in ([], [of('dogs', 70.0)]):
+        merged = ModelCard(cards.merge_cards(str(card), cards.render_card(model, results=results, **facts)))
+        kept = {result.dataset_name: result.metric_value for result in merged.data.eval_results}
+        assert kept == {'mine': 80.0, **{result.dataset_name: result.metric_value for result in results}}
+        assert '95.5' not in merged.text
+
+
+def test_a_licence_that_is_another_than_the_weights_is_told(caplog):
+    model = randomise_(timm.create_model('test_vitresnet', num_classes=2))
+    facts = dict(model_name='x', description='A.', recipe='B.', source='local-dir:.')
+    ours = cards.render_card(model, license='cc-by-nc-4.0', **facts)
+    assert ModelCard(cards.merge_cards('---\nlicense: mit\n---\n', ours)).data.license == 'mit'
+    assert 'its licence stays mit, but that of the weights is cc-by-nc-4.0' in caplog.text
+    caplog.clear()
+    for old in ('Mine.\n', '---\nlicense: cc-by-nc-4.0\n---\n'):
+        assert ModelCard(cards.merge_cards(old, ours)).data.license == 'cc-by-nc-4.0'
+        assert 'its licence stays' not in caplog.text
+
+
 def test_what_the_user_set_in_the_head_stays():
     model = randomise_(timm.create_model('test_vitresnet', num_classes=0))
     task = dict(task_type='image-classification', dataset_type='imagefolder', dataset_name='x', metric_type='accuracy')

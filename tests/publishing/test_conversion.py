@@ -7,7 +7,7 @@ import safetensors.torch
 import timm
 import torch
 from conftest import randomise_, relative_difference, write_folder
-from layouts import conformer_layout, google_layout, hybrid_layout, mmpretrain_layout
+from layouts import EXAMPLES, conformer_layout, google_layout, hybrid_layout, mmpretrain_layout
 
 import timm_vitres
 from timm_vitres.cli import main
@@ -251,6 +251,12 @@ def test_a_licence_is_the_sources_own(tmp_path):
     torch.save(timm.create_model('vitresnet_nano', num_classes=2).state_dict(), tmp_path / 'mine.pth')
     told = json.loads((convert(tmp_path / 'mine.pth', tmp_path / 'b') / 'config.json').read_text())['pretrained_cfg']
     assert not told.get('license') and not told.get('tag')  # those of the registry are of other weights
+    # the card beside weights tells their owner's licence, where config.json, such as transformers', does not
+    (tmp_path / 'theirs').mkdir()
+    _, write = EXAMPLES['transformers DPT-Hybrid']
+    torch.save(write(timm.create_model('vitresnet_base', num_classes=0)), tmp_path / 'theirs' / 'pytorch_model.bin')
+    (tmp_path / 'theirs' / 'README.md').write_text('---\nlicense: cc-by-nc-4.0\n---\n# Theirs\n')
+    assert 'license: cc-by-nc-4.0' in (convert(tmp_path / 'theirs', tmp_path / 'c') / 'README.md').read_text()
 
 
 def test_tokens_that_are_missing_or_too_many_are_named(tmp_path):

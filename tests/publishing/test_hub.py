@@ -412,6 +412,42 @@ def test_conversion_does_not_do_without_a_config_that_is_there(server, run, tmp_
     run(code, tmp_path / 'out')
 
 
+def test_what_was_of_an_earlier_model_goes_with_it(faulty, folder, tmp_path):
+    """Curves of its run, and the preprocessing that transformers would read before ours; files of others stay."""
+    server, name, call = faulty
+    model, plain = folder
+    other = tmp_path / 'run'
+    shutil.copytree(plain, other)
+    card = cards.render_card(model, 'x', 'A.', 'B.', 'local-dir:.', picture='curves.png')
+    (other / 'README.md').write_text(card)
+    for file in ('curves.png', 'summary.csv'):
+        (other / file).write_bytes(b'of a run')
+    assert call(CALL_PUSH, other, name) is None
+    assert {'curves.png', 'summary.csv'} <= server.files(name).keys()
+    assert call(CALL_PUSH, plain, name) is None
+    assert not {'curves.png', 'summary.csv'} & server.files(name).keys()
+    theirs = b'---\nlibrary_name: transformers\n---\n# Theirs\n'
+    server.put(f'{name}-2', {'README.md': theirs, 'preprocessor_config.json': b'{}', 'curves.png': b'mine'})
+    assert call(CALL_PUSH, plain, f'{name}-2') is None
+    files = server.files(f'{name}-2').keys()
+    assert 'curves.png' in files and 'preprocessor_config.json' not in files
+
+
+def test_a_card_without_one_has_the_licence_of_the_weights(faulty, tmp_path):
+    server, name, call = faulty
+    model, folder = saved(tmp_path)
+    model.pretrained_cfg = {**model.pretrained_cfg, 'license': 'cc-by-nc-4.0'}
+    timm_vitres.save(model, folder)
+    assert call(CALL_PUSH, folder, name) is None
+    assert ModelCard(server.files(name)['README.md'].read_text()).data.license == 'cc-by-nc-4.0'
+
+
+def test_nothing_is_asked_offline(folder, monkeypatch):
+    monkeypatch.setattr(hub_module.constants, 'HF_HUB_OFFLINE', True)
+    with pytest.raises(RuntimeError, match='me/name: is not asked for its checksums, since HF_HUB_OFFLINE is set'):
+        timm_vitres.verify(f'local-dir:{folder[1]}', repo_id='me/name')
+
+
 def test_what_arrived_wrong_is_noticed(faulty, folder, tmp_path):
     """The Hub's checksums of the commit are compared with what was sent."""
     _, name, call = faulty

@@ -10,6 +10,8 @@ from test_loop import settings, weights
 from timm.optim import muon
 from torch.nn import functional as F
 
+import timm_vitres
+from timm_vitres.data import data_config
 from timm_vitres.training.loop import finetune
 from timm_vitres.training.optimisation import (
     Stepper,
@@ -110,6 +112,49 @@ def test_a_step_computes_in_the_dtype_of_its_settings(amp, name, dtype):
     assert seen == [dtype] and (stepper.scaler is not None) == (dtype == torch.float16)
 
 
+@pytest.mark.parametrize('options', [dict(), dict(cutmix=1.0), dict(kd=True), dict(kd=True, kd_distill_type='feature')])
+def test_a_loss_is_of_float32_logits(options, tmp_path):
+    """On a CPU autocast computes log_softmax in bfloat16: a loss of 8 bits."""
+    options = dict(options)
+    if options.pop('kd', False):
+        timm_vitres.save(timm.create_model('test_vitresnet', num_classes=3), tmp_path / 'teacher')
+        options.update(kd_model_name=f'local-dir:{tmp_path}/teacher')
+    options = cfg(amp=True, amp_dtype='bfloat16', **options)
+    _, _, stepper = made(options)
+    seen = []
+    stepper.task.get_trainable_module().register_forward_hook(lambda module, args, output: seen.append(output))
+    [(x, target)] = batches([4])
+    target = F.one_hot(target, 3).float() if options.mixes else target
+    loss = stepper.loss(x, target)
+    [output] = seen
+    assert all(one.dtype == torch.float32 for one in (output if isinstance(output, tuple) else (output,)))
+    if options.kd_model_name is None:
+        exact = stepper.task.criterion(output.double(), target.double() if options.mixes else target)
+        assert loss.item() == pytest.approx(exact.item(), abs=1e-6)
+    elif options.kd_distill_type == 'logit':
+        with torch.no_grad(), stepper.autocast():
+            expected = stepper.task.teacher(stepper.task.teacher.normalize_input(x))
+        assert expected.dtype == torch.float32
+        parts = F.log_softmax(output.double() / 4, -1), F.softmax(expected.double() / 4, -1)
+        exact = stepper.task.criterion(output.double(), target) + 16 * F.kl_div(*parts, reduction='batchmean')
+        assert loss.item() == pytest.approx(exact.item(), abs=1e-5)
+
+
+@pytest.mark.parametrize('sched', ['cosine', 'step'])
+def test_a_warm_up_does_not_begin_above_the_rate(sched):
+    assert max(rates(sched=sched, warmup_epochs=2, warmup_lr=5.0)) == pytest.approx(0.1)
+
+
+def test_a_schedule_that_changes_nothing_is_told(caplog):
+    for options in (dict(sched='step'), dict(sched='multistep', decay_milestones=(6, 9))):
+        caplog.clear()
+        rates(**options)
+        assert 'changes nothing before epoch' in caplog.text and 'and the run has 6' in caplog.text
+    caplog.clear()
+    rates(sched='step', decay_epochs=2)
+    assert not caplog.text
+
+
 def test_what_is_set_of_an_optimizer_arrives():
     options = cfg(opt='adamw', opt_betas=(0.8, 0.95), opt_eps=1e-5, opt_kwargs=dict(amsgrad=True))
     optimizer = create_optimizer(options, torch.nn.Linear(2, 2), 0.1)
@@ -147,7 +192,7 @@ def batches(sizes, seed=0):
 def made(options):
     torch.manual_seed(0)
     model = timm.create_model('test_vitresnet', num_classes=3, img_size=32)
-    task = create_task(options, model, list('abc'), None, {}, CPU)
+    task = create_task(options, model, list('abc'), None, dict(data_config(model)), CPU)
     optimizer = create_optimizer(options, model, options.lr)
     return model, optimizer, Stepper(options, task, optimizer, CPU, False)
 

@@ -10,6 +10,7 @@ import pytest
 import timm
 import torch
 from conftest import write_folder
+from huggingface_hub import ModelCard
 from safetensors.torch import save_file
 from test_loop import rows, settings
 
@@ -175,7 +176,10 @@ def contents(folder):
 @pytest.mark.parametrize(
     'change, message',
     [
-        (dict(seed=1), r'seed: got 1, but the run in .*run was started with 42.* only epochs \(upward\), workers'),
+        (
+            dict(seed=1),
+            r'seed: got 1, but the run in .*run was started with 42.* only epochs and early_stopping \(upward\)',
+        ),
         (dict(val_frac=0.4), r'val_frac: got 0.4, .* with 0.25'),
         (dict(lr=1e-3, weight_decay=0.0), r'lr: got 0.001, .* with 0.003; weight_decay: got 0.0, .* with 0.05'),
         (dict(img_size=(32, 48)), r'img_size: got \(32, 48\), .* with 32'),
@@ -462,6 +466,31 @@ def test_what_a_run_began_with_is_found_from_any_folder(images, tmp_path, monkey
     assert Record.read(folder).cfg.kd_model_name == f'local-dir:{tmp_path / "here" / "teacher"}'
     finetune(FinetuneCfg(output=str(folder), data_dir=str(images), epochs=2, resume=True), {'epochs'})
     assert len(rows(folder)) == 2
+
+
+def test_a_teacher_that_has_learnt_more_is_another(images, tmp_path, no_pictures):
+    """The rest of the run would learn from other weights, and nobody could say what the student is."""
+    model = timm.create_model('resnet10t', num_classes=2)
+    name = f'local-dir:{timm_vitres.save(model, tmp_path / "teacher", label_names=["across", "down"])}'
+    cfg = small(images, tmp_path / 'run', epochs=1, kd_model_name=name)
+    finetune(cfg)
+    finetune(dataclasses.replace(cfg, epochs=2, resume=True))
+    with torch.no_grad():
+        model.fc.bias += 1
+    timm_vitres.save(model, tmp_path / 'teacher', label_names=['across', 'down'])
+    with pytest.raises(ValueError, match=r'kd_model_name: .*teacher. has other weights than when the run in .* began'):
+        finetune(dataclasses.replace(cfg, epochs=3, resume=True))
+
+
+def test_weights_of_the_registry_are_not_claimed_where_none_were_taken(images, tmp_path, no_pictures):
+    """A run from random weights has no licence but its owner's; one from a run says so."""
+    model = dict(model='vitresnet_tiny.augreg_in21k_ft_in1k', model_kwargs=None)
+    first = finetune(small(images, tmp_path / 'first', epochs=1, **model))
+    cfg = json.loads((first / 'config.json').read_text())['pretrained_cfg']
+    assert not cfg.get('license') and not cfg.get('tag')
+    again = dict(model=f'local-dir:{first}', pretrained=True, model_kwargs=None)
+    card = ModelCard.load(finetune(small(images, tmp_path / 'second', epochs=1, **again)) / 'README.md')
+    assert '`local-dir:first` fine-tuned with timm-vitres from its weights.' in card.text and not card.data.license
 
 
 def test_a_run_goes_on_without_the_files_that_it_began_with(images, tmp_path, monkeypatch, no_pictures):

@@ -1,6 +1,7 @@
 """How a run begins: what is wrong is said first, what is finished stays so, what torchrun restarts goes on."""
 
 import dataclasses
+import shutil
 from contextlib import ExitStack, nullcontext
 
 import pytest
@@ -72,7 +73,7 @@ def test_a_run_stops_early_and_stays_as_it_is(image_folder, tmp_path, monkeypatc
 
     def evaluate(*args):
         metrics, answers = original(*args)
-        return {**metrics, 'top1': told[len(seen) - 1]}, answers
+        return {**metrics, 'top1': told[min(len(seen), len(told)) - 1]}, answers
 
     def validate(run, epoch):
         seen.append(epoch)
@@ -87,8 +88,14 @@ def test_a_run_stops_early_and_stays_as_it_is(image_folder, tmp_path, monkeypatc
     assert seen == [0, 1, 2, 3] and [row['eval_top1'] for row in rows(folder)] == ['50.0', '60.0', '60.0', '55.0']
     before = contents(folder)
     finetune(dataclasses.replace(cfg, resume=True))
-    finetune(dataclasses.replace(cfg, epochs=12, resume=True))
+    with pytest.raises(ValueError, match=r'epochs: it ended early, after 4 epochs, by early_stopping=2; give a larger'):
+        finetune(dataclasses.replace(cfg, epochs=12, resume=True))
     assert seen == [0, 1, 2, 3] and contents(folder) == before
+    with pytest.raises(ValueError, match='early_stopping: got 1, but the run'):
+        finetune(dataclasses.replace(cfg, early_stopping=1, resume=True))
+    longer = shutil.copytree(folder, tmp_path / 'longer')
+    finetune(dataclasses.replace(cfg, output=str(longer), early_stopping=3, resume=True))
+    assert seen == [0, 1, 2, 3, 4, 5, 6, 7]
 
     seen = []
     other = dataclasses.replace(cfg, output=str(tmp_path / 'killed'))

@@ -152,6 +152,13 @@ def test_the_best_epochs_are_kept(tmp_path):
     assert state == dict(epoch=4, arch='test_vit', version=2, metric=55.0)
 
 
+def test_an_average_of_kept_checkpoints_stays(tmp_path):
+    """timm's avg_checkpoints.py writes one of any name."""
+    (tmp_path / 'checkpoint-avg.pth.tar').write_bytes(b'')
+    keep_best(tmp_path, checkpoint(epoch=0, state_dict={}), [50.0], 1, 'test_vit')
+    assert (tmp_path / 'checkpoint-avg.pth.tar').exists() and (tmp_path / 'checkpoint-0.pth.tar').exists()
+
+
 def test_kept_checkpoints_are_timms(image_folder, tmp_path, no_pictures):
     options = dict(epochs=3, checkpoint_hist=3, model_ema=True, model_ema_decay=0.5, eval_metric='loss')
     folder = finetune(settings(image_folder, tmp_path / 'run', **options))

@@ -68,7 +68,7 @@ class Stand(ModuleType):
     def __init__(self):
         super().__init__('wandb')
         self.__spec__ = ModuleSpec('wandb', None)  # by which it counts as installed
-        self.begun, self.told, self.ended = [], [], 0
+        self.begun, self.told, self.ended = [], [], []
 
     def init(self, **kwargs):
         self.begun.append(kwargs)
@@ -78,8 +78,8 @@ class Stand(ModuleType):
     def log(self, figures, step):
         self.told.append((step, figures))
 
-    def finish(self):
-        self.ended += 1
+    def finish(self, exit_code):
+        self.ended.append(exit_code)
 
 
 def test_wandb_has_the_rows_of_the_table(image_folder, tmp_path, monkeypatch, no_pictures):
@@ -90,7 +90,7 @@ def test_wandb_has_the_rows_of_the_table(image_folder, tmp_path, monkeypatch, no
     folder = finetune(dataclasses.replace(cfg, epochs=2, resume=True))
     first, second = stand.begun
     assert first['id'] == second['id'] == Record.read(folder).id and second['resume'] == 'allow'
-    assert first['config']['lr'] == cfg.lr and first['dir'] == str(folder) and stand.ended == 2
+    assert first['config']['lr'] == cfg.lr and first['dir'] == str(folder) and stand.ended == [0, 0]
     for step, (told, row) in enumerate(zip(stand.told, rows(folder), strict=True)):
         assert told == (step, {**{name: pytest.approx(float(value)) for name, value in row.items()}, 'epoch': step})
 
@@ -100,7 +100,7 @@ def test_a_run_that_fails_says_that_there_is_no_more(image_folder, tmp_path, mon
     monkeypatch.setitem(sys.modules, 'wandb', stand)
     with pytest.raises(ValueError, match='lr: the'):
         finetune(settings(image_folder, tmp_path / 'run', opt='sgd', lr=1e30, log_wandb=True))
-    assert stand.ended == 1 and not stand.told
+    assert stand.ended == [1] and not stand.told
 
 
 def test_a_run_that_fails_at_once_leaves_nothing_in_its_own_way(image_folder, tmp_path, monkeypatch, no_pictures):

@@ -149,7 +149,7 @@ HEAD = f'---\nlicense: mit\nmodel_sha256: {OTHER}\n---\n# Mine\n'
     [
         (f'{{"model_sha256": "{ONE}"}}', None, ONE),
         (f'{{"model_sha256": "{ONE}"}}', HEAD, ONE),
-        ('{"architecture": "x"}', HEAD, OTHER),
+        ('{"architecture": "x"}', HEAD, None),  # another program replaced the model, and left the card
         ('{', HEAD, OTHER),
         ('[1]', HEAD, OTHER),
         (None, HEAD, OTHER),

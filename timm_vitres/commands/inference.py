@@ -11,8 +11,8 @@ from typing import Any, Callable, Iterator, List
 from tqdm import tqdm
 
 from ..arguments import HelpFormatter, check_count, check_picture, class_of, load_model, size_of
-from ..folders import shown
 from ..labels import printable
+from ..walking import shown
 from ..writing import check_output
 
 

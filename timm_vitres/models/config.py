@@ -3,6 +3,7 @@
 A config is what a variant declares, what keyword arguments override, and what a saved model remembers.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Optional, Tuple, Union
 
@@ -187,6 +188,8 @@ class VitResNetMixCfg:
             raise ValueError(
                 f'stem_chs: got {self.stem_chs}, expected {least} or more for stem_type {self.stem_type!r}.'
             )
+        if (self.stem_stride or self.own_stem_stride) * math.prod(self.strides) == 1:
+            raise ValueError(f'strides: got {self.strides} behind a stem of stride 1, expected one of 2 or more.')
         for stage in range(number):
             self._check_stage(stage)
 

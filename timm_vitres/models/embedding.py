@@ -68,9 +68,14 @@ class ResNetEmbed(HybridEmbed):
         )
         self.num_levels = len(backbone.feature_info)
         self.crops_positions = False  # the ViT has positions for `img_size` and smaller images alone
-        self.blurs = any(isinstance(module, BlurPool2d) for module in backbone.modules())
-        # anti-aliasing by average pooling (timm's resnetaa*) rounds down where everything else rounds up
-        self.only_multiples = any(isinstance(m, nn.AvgPool2d) and not m.ceil_mode for m in backbone.modules())
+        self._set_limits()
+
+    def _set_limits(self) -> None:
+        """Note which sizes the ResNet's anti-aliasing takes."""
+        modules = list(self.backbone.modules())
+        self.blurs = any(isinstance(module, BlurPool2d) for module in modules)
+        # that by average pooling (timm's resnetaa*) rounds down where everything else rounds up
+        self.only_multiples = any(isinstance(m, nn.AvgPool2d) and not m.ceil_mode for m in modules)
 
     def _init_backbone(self, img_size: Size = 224, patch_size: Size = 1, **kwargs):
         # timm runs the backbone here to see what it returns; feature_info tells it without running anything
@@ -195,6 +200,7 @@ class ResNetEmbed(HybridEmbed):
     def prune(self, level: int) -> None:
         """Cut off what comes after a level of the ResNet: its map, unprojected, is then what the tokens are."""
         self.backbone = self.backbone.prune(level)
+        self._set_limits()
         self.num_levels = level + 1
         self.proj = nn.Identity()
         values = self._init_backbone(self.img_size, 1)

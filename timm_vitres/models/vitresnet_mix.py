@@ -265,7 +265,7 @@ default_cfgs = generate_default_cfgs(
         # the name without a tag is one for colours and any classes; timm takes the last of those that could be it
         'vitresnet_mix_nano.untrained*': _cfg(input_size=(3, 64, 64), crop_pct=1.0),
         'vitresnet_mix.untrained': _cfg(),
-        'test_vitresnet_mix.untrained': _cfg(input_size=(3, 96, 96)),
+        'test_vitresnet_mix.untrained': _cfg(input_size=(3, 96, 96), pool_size=(3, 3)),
     }
 )
 

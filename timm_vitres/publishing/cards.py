@@ -4,6 +4,7 @@ The head of a card is YAML that the Hub reads (task, licence, results); its text
 """
 
 import hashlib
+import logging
 import re
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple
@@ -18,6 +19,7 @@ from ..labels import printable
 from ..weights.checksums import SHA256_FIELD
 from ..weights.files import CARD_HEAD, CARD_NAME
 
+_logger = logging.getLogger(__name__)
 TEMPLATE = Path(__file__).with_name('card.md')
 # this package writes its part of a card between these marks, and replaces that part when it writes again
 # (a mark that lost its fellow is text of the user's)
@@ -59,7 +61,7 @@ def render_card(
         model_name=model_name,
         eval_results=list(results) or None,
     )
-    lines: List[str] = [f'- {result.metric_name or result.metric_type}: {result.metric_value}' for result in results]
+    lines = [_line(result) for result in results]
     names = [_as_text(printable(str(name))) for name in label_names[:20]]
     card = ModelCard.from_template(
         card_data,
@@ -85,21 +87,36 @@ def _as_text(value: Any) -> str:
     return '\n'.join(map(printable, str(value).split('\n'))).replace('<', '&lt;')
 
 
-def read_card(path: Path) -> Optional[str]:
+def license_of(card: str) -> Optional[str]:
+    """Return the licence that the head of a card tells, in the Hub's words; None if it tells none."""
+    head, _ = _split(card)
+    try:
+        fields = yaml.safe_load(head or '')
+    except yaml.YAMLError:
+        return None
+    told = fields.get('license') if isinstance(fields, dict) else None
+    return told if isinstance(told, str) else None
+
+
+def read_card(path: Path, name: str = '') -> Optional[str]:
     """Return the text of a card, None where there is none.
+
+    Args:
+        name: How sentences about it begin; its path by default.
 
     Raises:
         ValueError: for a card that is no UTF-8, or whose head the Hub would not understand; the message names it.
     """
+    name = name or str(path)
     if not path.exists():
         return None
     try:
         card = path.read_bytes().decode('utf-8-sig')  # line ends stay as they are
     except UnicodeDecodeError as error:
-        raise ValueError(f'{path}: is no UTF-8 text (byte {error.start} is not); save it as UTF-8.') from None
+        raise ValueError(f'{name}: is no UTF-8 text (byte {error.start} is not); save it as UTF-8.') from None
     except OSError as error:
-        raise ValueError(f'{path}: can not be read ({error.strerror}).') from error
-    check_card(card, str(path))
+        raise ValueError(f'{name}: can not be read ({error.strerror}).') from error
+    check_card(card, name)
     return card
 
 
@@ -126,10 +143,10 @@ def merge_cards(old: str, new: str) -> str:
     """Return an older card, brought up to date by a new one.
 
     The old head keeps its own fields, its tags, and its results on other data or metrics (all of them where they are of
-    several models); the lines of fields that stay are not rewritten. Between this package's marks stands what the new
-    card has there. All other text is the user's. Where nobody has changed it since it was pushed (`TEXT_FIELD`), the
-    new card's takes its place; else the old one stays, letter by letter, and what the new card has beside it is
-    appended.
+    several models), but those that this package wrote of the model before; the lines of fields that stay are not
+    rewritten. Between this package's marks stands what the new card has there. All other text is the user's. Where
+    nobody has changed it since it was pushed (`TEXT_FIELD`), the new card's takes its place; else the old one stays,
+    letter by letter, and what the new card has beside it is appended.
 
     Raises:
         ValueError: where the old card's head is not valid YAML.
@@ -138,7 +155,7 @@ def merge_cards(old: str, new: str) -> str:
     head, text = _split(old)
     theirs = ModelCard(old) if head is not None else ModelCard('---\nlibrary_name: timm\n---\n')
     ours = ModelCard(new)
-    data, tags = ours.data, theirs.data.tags or []
+    data, tags, license = ours.data, theirs.data.tags or [], ours.data.license
     task, is_ours = theirs.data.get('pipeline_tag'), PACKAGE_TAG in tags
     stale = {task} & TASKS & set(tags) if is_ours and data.get('pipeline_tag') not in tags else set()  # of another head
     about = {SHA256_FIELD, TEXT_FIELD} | ({'pipeline_tag'} if stale else set())
@@ -148,8 +165,16 @@ def merge_cards(old: str, new: str) -> str:
         if key not in ('model-index', 'tags') and (key not in about or data.get(key) is None):
             data[key] = value
     data.tags = list(dict.fromkeys([*(tag for tag in tags if tag not in stale), *(ours.data.tags or [])]))
+    if license and data.license != license:
+        told = CARD_NAME, data.license, license
+        _logger.warning('%s: its licence stays %s, but that of the weights is %s; change it there if it is so.', *told)
     replaced = {_about(result) for result in ours.data.eval_results or []}
-    results = [result for result in theirs.data.eval_results or [] if _about(result) not in replaced]
+    written = ''.join(OURS.findall(text)).splitlines()  # results that stand there go with the text that told of them
+    results = [
+        result
+        for result in theirs.data.eval_results or []
+        if _about(result) not in replaced and _line(result) not in written
+    ]
     data.eval_results = [*results, *(ours.data.eval_results or [])] or None
     data.model_name = theirs.data.model_name or ours.data.model_name
     before, after = theirs.data.to_dict(), data.to_dict()
@@ -190,6 +215,11 @@ def text_sha256(card: str) -> str:
 
 def _digest(text: str) -> str:
     return hashlib.sha256('\n\n'.join(_users(text)).encode()).hexdigest()
+
+
+def _line(result: EvalResult) -> str:
+    """Return a result as the text of a card tells it."""
+    return f'- {result.metric_name or result.metric_type}: {result.metric_value}'
 
 
 def _about(result: EvalResult) -> tuple:

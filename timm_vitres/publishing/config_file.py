@@ -16,6 +16,8 @@ from ..labels import normalise_label_names
 from ..weights.checksums import SHA256_FIELD
 from ..weights.files import CONFIG_NAME
 
+ABOUT_WEIGHTS = ('license', 'tag', 'description', 'origin_url', 'paper_name', 'paper_ids', 'notes')  # fields of a cfg
+
 
 def read_config(folder: Path) -> Dict[str, Any]:
     """Return the content of a folder's config.json, after a check of the fields that timm needs.
@@ -47,6 +49,12 @@ def read_config(folder: Path) -> Dict[str, Any]:
     if told is not None and not (isinstance(told, str) and len(told) == 64 and set(told) <= set('0123456789abcdef')):
         raise ValueError(f'{path}: {SHA256_FIELD}: got {show(told)}, expected the 64 digits of a sha256.')
     return config
+
+
+def told_of_weights(cfg: Mapping[str, Any], source: Mapping[str, Any]) -> Dict[str, Any]:
+    """Return a pretrained cfg that tells of weights what their source does: the registry's tells of its own."""
+    others = {name: value for name, value in cfg.items() if name not in ABOUT_WEIGHTS}
+    return {**others, **{name: source[name] for name in ABOUT_WEIGHTS if source.get(name) is not None}}
 
 
 def _check_architecture(path: Path, name: Any) -> None:

@@ -16,7 +16,7 @@ from urllib.parse import unquote, urlparse
 
 import timm
 from PIL import Image
-from timm.data import resolve_input_data_config
+from timm.data import get_img_extensions, resolve_input_data_config
 from timm.layers import to_2tuple
 from timm.models import (
     get_arch_pretrained_cfgs,
@@ -29,10 +29,11 @@ from timm.utils import natural_key
 from ..checks import Size as ImageSize
 from ..checks import conform, show
 from ..data import DATA_FIELDS, check_data_config
-from ..folders import shown, split_role
+from ..folders import split_role
 from ..labels import normalise_label_names
 from ..models.base import Hybrid
 from ..models.loading import assign_, fill_buffers_
+from ..walking import shown
 from ..weights.augreg import PublishedName, read_name
 from ..weights.checkpoints import checkpoint_files, read_checkpoint
 from ..weights.checksums import check_once, is_of_this_package
@@ -41,12 +42,12 @@ from ..weights.files import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME
 from ..weights.layouts import StateDict, convert_layout, find_layout, plain_names
 from ..weights.sources import SOURCE_ARGUMENTS
 from .cards import OURS, read_card, render_card
-from .neighbours import STARTS, began_with, crop_of, find_beside
+from .config_file import told_of_weights
+from .neighbours import STARTS, began_with, crop_of, find_beside, license_beside
 from .saving import save
 
 _logger = logging.getLogger(__name__)
 BEGUN_FIELDS = (*DATA_FIELDS, 'fixed_input_size', 'license')  # what a run takes over from the model that it begins with
-ABOUT_WEIGHTS = ('license', 'tag', 'description', 'origin_url', 'paper_name', 'paper_ids', 'notes')
 # datasets of timm's that are image folders, and how they order the classes: timm by numbers, torchvision by letters
 FOLDERS = {'': natural_key, 'folder': natural_key, 'torch/image_folder': str, 'torch/folder': str}
 RESAMPLING = {mode.value: mode.name.lower() for mode in Image.Resampling}  # transformers writes PIL's numbers
@@ -120,7 +121,11 @@ def convert(
         label_names = normalise_label_names(label_names, built.num_classes)
     assign_(built, state_dict)
     fill_buffers_(built)
-    built.pretrained_cfg = _told_of_weights(built.pretrained_cfg, config.get('pretrained_cfg') or {}, layout.license)
+    source_cfg = config.get('pretrained_cfg') or {}
+    license = license_beside(str(source), path) or source_cfg.get('license')
+    if license is None and not str(source).startswith('hf-hub:'):  # a repository whose owner tells none has none
+        license = layout.license
+    built.pretrained_cfg = told_of_weights(built.pretrained_cfg, {**source_cfg, 'license': license})
     data = _data_config(built, sizes[1], args, config, preprocessor)
     file_name = Path(unquote(address) if address else path).name
     card = render_card(
@@ -223,13 +228,6 @@ def _with_beginning(
     args = {**args, 'model_kwargs': {**kwargs, **(args.get('model_kwargs') or {})}}
     config = {**config, 'pretrained_cfg': {**cfg, **(config.get('pretrained_cfg') or {})}}
     return args, {**about, 'arch': began.get('architecture')}, config
-
-
-def _told_of_weights(cfg: Dict[str, Any], source: Dict[str, Any], license: Optional[str]) -> Dict[str, Any]:
-    """Return a pretrained cfg that tells of weights what their source does: the registry's tells of its own."""
-    others = {name: value for name, value in cfg.items() if name not in ABOUT_WEIGHTS}
-    told = {'license': license, **{name: source[name] for name in ABOUT_WEIGHTS if name in source}}
-    return {**others, **{name: value for name, value in told.items() if value is not None}}
 
 
 def _own_size(args: Dict[str, Any], config: Dict[str, Any]) -> Any:
@@ -340,8 +338,16 @@ def _class_folders(root: Path, split: str) -> List[str]:
     split = split.partition('[')[0]
     alike = [split, *(('train', 'training') if split in ('train', 'training') else ())]
     folder = next((root / name for name in alike if (root / name).is_dir()), root)
-    names = [child.name for child in folder.iterdir() if child.is_dir()] if folder.is_dir() else []
+    children = [child for child in folder.iterdir() if child.is_dir()] if folder.is_dir() else []
+    filled = [child for child in children if _has_images(child)]  # timm takes no others; they may be gone since
+    names = [child.name for child in filled or children]
     return [] if folder == root and names and all(map(split_role, names)) else names
+
+
+def _has_images(folder: Path) -> bool:
+    """Return whether timm finds images in a folder, however deep."""
+    endings = tuple(get_img_extensions())
+    return any(name.lower().endswith(endings) for _, _, files in os.walk(folder) for name in files)
 
 
 def _data_config(

@@ -10,8 +10,13 @@ from pathlib import Path
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple, TypeVar, Union
 
 import timm
-from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, constants
-from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, constants
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
 from huggingface_hub.hf_api import RepoFile
 from timm.models import PretrainedCfg, get_pretrained_cfg, parse_model_name
 from torch import nn
@@ -23,9 +28,10 @@ from ..weights.downloads import is_transient, retrying
 from ..weights.files import CARD_NAME, CONFIG_NAME, CURVES_NAME, SUMMARY_NAME, WEIGHTS_NAME
 from ..weights.shipped import is_shipped
 from ..weights.sources import find_weights
-from .cards import TEXT_FIELD, merge_cards, read_card, render_card, set_field, set_source, text_sha256
+from .cards import OURS, TEXT_FIELD, merge_cards, read_card, render_card, set_field, set_source, text_sha256
 from .config_file import read_config
 from .model_folder import locked
+from .neighbours import PREPROCESSOR_NAME
 from .saving import save
 
 # these files show how the training went; they are pushed beside weights, config and card
@@ -90,7 +96,8 @@ def push(
 
     The repository is created if it is missing; a card that is there is updated, not replaced. Weights under the other
     names that libraries look for (`pytorch_model.bin`, shards) are of an earlier model, and deleted by the same commit,
-    unless `model.safetensors` there is the same already.
+    unless `model.safetensors` there is the same already; and so are the curves of a run that an earlier card of ours
+    shows, and the preprocessor_config.json of transformers.
     The Hub's checksums are then compared with those of the files that were sent. After a failure the same call
     completes what is missing.
 
@@ -164,9 +171,11 @@ def _commit(
     old = _ask('read its card', repo_id, lambda: _read_card(api, repo_id, parent))
     sent: Dict[str, Union[Path, bytes]] = {path.name: path for path in push_files(folder)}
     sent[CARD_NAME] = (merge_cards(old, card) if old else card).encode()
-    others = [file.rfilename for file in info.siblings or () if OTHER_WEIGHTS.fullmatch(file.rfilename)]
+    there = [file.rfilename for file in info.siblings or ()]
+    others = [name for name in there if OTHER_WEIGHTS.fullmatch(name)]
     if others and _has_same_weights(api, repo_id, parent, folder / WEIGHTS_NAME):
         others = []  # they are these weights in another form, as timm pushes them
+    others += [name for name in _told_of(old) if name in there and name not in sent] if old else []
 
     def commit() -> CommitInfo:
         # an operation works only once
@@ -177,8 +186,17 @@ def _commit(
     done = _ask('commit', repo_id, commit)
     if others:
         told = repo_id, some(others)
-        _logger.warning('%s: %s went, weights of an earlier model; earlier commits still have them.', *told)
+        _logger.warning('%s: %s went, files of an earlier model; earlier commits still have them.', *told)
     return done, sent
+
+
+def _told_of(card: str) -> List[str]:
+    """Return the files of an earlier model, beside its weights, that would be taken for the new one's, by its card."""
+    block = OURS.search(card)
+    if block:
+        return list(EXTRA_NAMES) if f']({CURVES_NAME})' in block.group(0) else []
+    # transformers reads this one before timm's config.json
+    return [PREPROCESSOR_NAME] if ModelCard(card).data.get('library_name') == 'transformers' else []
 
 
 def model_name(repo_id: str, revision: Optional[str] = None) -> str:
@@ -195,6 +213,7 @@ def _plain_card(model: nn.Module, repo_id: str) -> str:
         recipe='The recipe is not known.',
         source=model_name(repo_id),
         label_names=model.pretrained_cfg.get('label_names') or (),
+        license=model.pretrained_cfg.get('license'),
     )
 
 
@@ -206,7 +225,7 @@ def _read_card(api: HfApi, repo_id: str, revision: Optional[str]) -> Optional[st
             raise ConnectionError(_short(error.__cause__ or error)) from error
         except EntryNotFoundError:
             return None
-        return read_card(Path(path))
+        return read_card(Path(path), f'{repo_id}: {CARD_NAME}')
 
 
 def _has_same_weights(api: HfApi, repo_id: str, revision: Optional[str], path: Path) -> bool:
@@ -251,7 +270,9 @@ def _ask(what: str, repo_id: str, function: Callable[[], Result]) -> Result:
         # the client wraps the true error of a failed upload in a RuntimeError
         cause = error.__cause__ if type(error) is RuntimeError and error.__cause__ else error
         status = getattr(getattr(cause, 'response', None), 'status_code', None)
-        if isinstance(cause, RepositoryNotFoundError):
+        if isinstance(cause, GatedRepoError):  # one of the next kind, too
+            reason = 'its owner gives access on request; ask for it on its page, and log in with `hf auth login`'
+        elif isinstance(cause, RepositoryNotFoundError):
             reason = 'there is no such repository, or the token may not see it (log in with `hf auth login`)'
         elif status == 401:
             reason = 'the Hub does not know the token; log in with `hf auth login`, or set HF_TOKEN'
@@ -303,6 +324,8 @@ def verify(
         OSError: where the file is damaged, or is not the one that was published.
         RuntimeError: where the name names no weights, or the repository `repo_id` can't be reached.
     """
+    if repo_id and constants.HF_HUB_OFFLINE:
+        raise RuntimeError(f'{repo_id}: is not asked for its checksums, since HF_HUB_OFFLINE is set; unset it.')
     cfg = _pretrained_cfg(name)
     path = find_weights(cfg, cache_dir, token)
     in_name = hash_in_name(path.name) if cfg.url and not (cfg.file or cfg.hf_hub_id) else None

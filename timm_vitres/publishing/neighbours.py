@@ -18,9 +18,10 @@ from ..models.base import Hybrid
 from ..weights.augreg import url_of
 from ..weights.checkpoints import INDEX_NAMES
 from ..weights.downloads import NotInRepository, at_commit, hub_file, url_file
-from ..weights.files import CONFIG_NAME, WEIGHTS_NAMES
+from ..weights.files import CARD_NAME, CONFIG_NAME, WEIGHTS_NAMES
 from ..weights.layouts import LAYOUTS
 from ..weights.sources import hub_weights, local_weights
+from .cards import license_of
 
 _logger = logging.getLogger(__name__)
 PREPROCESSOR_NAME = 'preprocessor_config.json'  # transformers stores the preprocessing under this name
@@ -60,6 +61,20 @@ def find_beside(source: str) -> Tuple[Path, Dict[str, Any], Dict[str, Any], Opti
             _logger.warning('%s: is of another model than %s, and left alone.', path.with_name(CONFIG_NAME), path.name)
             config, preprocessor = {}, {}
     return path, config, preprocessor, None
+
+
+def license_beside(source: str, path: Path) -> Optional[str]:
+    """Return the licence that the card beside the weights of `find_beside` tells; None if there is no such card."""
+    hub_id = source.removeprefix('hf-hub:') if source.startswith('hf-hub:') else None
+    card = path.with_name(CARD_NAME)
+    if hub_id:
+        with suppress(NotInRepository):
+            card = hub_file(at_commit(hub_id, path.parent.name), (CARD_NAME,))
+    elif path.name not in (*WEIGHTS_NAMES, *INDEX_NAMES):  # a folder of downloads may hold the card of any other model
+        return None
+    with suppress(OSError):
+        return license_of(card.read_text(encoding='utf-8', errors='replace')) if card.is_file() else None
+    return None
 
 
 def _is_of_layout(config: Dict[str, Any]) -> bool:

@@ -15,8 +15,8 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from ..data import open_image
-from ..folders import shown
-from .plugins import Format, taught, teach
+from ..plugins import Format, taught, teach
+from ..walking import shown
 
 _logger = logging.getLogger(__name__)
 MANY = 20_000  # opening more images than these takes minutes, so they are checked while the run trains

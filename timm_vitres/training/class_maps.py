@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence
 
 from ..checks import read_text, some
-from ..folders import composed, is_text, shown
+from ..folders import composed, is_text
+from ..walking import shown
 
 
 def read_class_map(path: str) -> List[str]:

@@ -10,9 +10,9 @@ from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 
 import numpy as np
 
-from ..folders import shown
 from ..measure import as_minutes, as_ms
 from ..pictures import can_draw, plot_comparison
+from ..walking import shown
 from ..writing import replacing
 from .held_out import Answers
 from .plans import OWN, REPORT_NAME, SHORT, Plan

@@ -11,7 +11,7 @@ from typing import Any, Callable, Dict, Iterable, List, Sequence, Tuple
 
 from tqdm import tqdm
 
-from ..folders import shown
+from ..walking import shown
 from ..weights.checksums import sha256
 from .checking import MANY
 

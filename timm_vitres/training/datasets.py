@@ -15,7 +15,8 @@ from timm.data.readers.reader import Reader
 
 from ..checks import some
 from ..data import open_image
-from ..folders import File, Found, below, composed, find_classes, find_images, find_splits, folders_in, shown
+from ..folders import composed, find_classes, find_splits, folders_in
+from ..walking import File, Found, below, find_images, shown
 from .checking import MANY, BackgroundCheck, raise_for, unreadable
 from .class_maps import read_class_map
 from .copies import check_copies, check_left, find_copies, split_argument

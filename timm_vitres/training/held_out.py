@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 
 from ..checks import some
-from ..folders import shown
 from ..pictures import can_draw, plot_confusion, plot_images, shortened
+from ..walking import shown
 from ..writing import replacing
 
 TABLE_NAME = 'held_out.csv'

@@ -24,8 +24,8 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, defa
 from torchvision import transforms
 
 from ..checks import on_one_line
+from ..plugins import taught, teach
 from .datasets import Data
-from .plugins import taught, teach
 from .processes import Processes
 from .settings import FinetuneCfg
 

@@ -18,14 +18,15 @@ from timm.utils import AverageMeter, distribute_bn, random_seed, unwrap_model
 from torch import nn
 
 from ..checks import first_sentence, on_one_line
-from ..folders import shown
 from ..models.layers import fused_attentions, unfuse_
 from ..pictures import can_draw
+from ..publishing.config_file import told_of_weights
 from ..publishing.saving import save
+from ..walking import shown
 from ..weights.files import CURVES_NAME
 from .creation import Frozen, create_finetune_model, merged, state_of, still_norms, without_weights
 from .held_out import Answers, remove_report, write_report
-from .loaders import check_cutmix, create_loaders, names_of
+from .loaders import check_cutmix, create_loaders, derived, names_of
 from .optimisation import (
     Stepper,
     are_finite,
@@ -94,7 +95,7 @@ def finetune(
         if start.state is not None:
             run.restore(start.state)
             start.state = None  # it is as large as model, optimizer and averages together
-        stack.callback(run.close)
+        stack.push(lambda kind, *_: run.close(failed=kind is not None))
         processes.of_first(run.begin)
         return run.train()
 
@@ -131,6 +132,8 @@ class _Run:
             )
         counts = self.data.counts
         self.task = create_task(cfg, self.model, record.label_names, counts, record.data_config, self.device)
+        if cfg.kd_model_name:
+            self.record = record.with_teacher(self.task.teacher.sha256)  # pyright: ignore
         if cfg.fsdp:
             shard_(self.model, self.device, processes)
         self.lr = learning_rate(cfg, cfg.batch_size * cfg.grad_accum_steps * processes.count)
@@ -187,7 +190,7 @@ class _Run:
                 epoch = len(self.history)
                 start = time.perf_counter()
                 # each epoch draws from its own seed, so that a resumed run is the run that was not interrupted
-                random_seed((cfg.seed + epoch + 1_000_003 * self.processes.rank) % 2**32)
+                random_seed(derived(cfg.seed, epoch, self.processes.rank) % 2**32)
                 try:
                     row: Dict[str, Any] = dict(epoch=epoch, train_loss=self._train_epoch(epoch))
                     metrics, answers = self._validate(epoch)
@@ -204,10 +207,10 @@ class _Run:
         first(self._write_report)
         return self.folder
 
-    def close(self) -> None:
+    def close(self, failed: bool = False) -> None:
         """Let go of what is beside the run."""
         if self.trackers is not None:
-            self.trackers.close()
+            self.trackers.close(failed)
 
     def _train_epoch(self, epoch: int) -> float:
         self.task.train()
@@ -351,6 +354,10 @@ class _Run:
             model = self._whole_model(best.weights)
             if model is not None:
                 remove_report(self.folder)  # of a model that this one replaces
+                if (
+                    not cfg.pretrained or cfg.pretrained_path or cfg.initial_checkpoint
+                ):  # not with the registry's weights
+                    model.pretrained_cfg = told_of_weights(model.pretrained_cfg, {})  # pyright: ignore
                 card = run_card(self.record, best, model, shown(self.folder.resolve().name))
                 save(model, self.folder, self.record.label_names, self.record.data_config, card)
         if self.processes.is_first:

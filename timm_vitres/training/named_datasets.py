@@ -18,7 +18,8 @@ from tqdm import tqdm
 
 from ..checks import on_one_line
 from ..data import open_image
-from ..folders import shown, split_role
+from ..folders import split_role
+from ..walking import shown
 from .class_maps import Labels, read_class_map
 from .settings import FinetuneCfg
 from .shards import ShardReader, is_local, open_bytes

@@ -1,5 +1,6 @@
 """Optimizer, schedule and steps of a run, on timm.optim and timm.scheduler."""
 
+import logging
 import math
 from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
@@ -15,6 +16,8 @@ from torch.nn.utils import get_total_norm
 
 from .creation import head_parameters
 from .settings import FinetuneCfg
+
+_logger = logging.getLogger(__name__)
 
 
 def check_optimizer(cfg: FinetuneCfg) -> None:
@@ -66,13 +69,16 @@ def create_scheduler(cfg: FinetuneCfg, optimizer: torch.optim.Optimizer, num_upd
     if cfg.sched == 'none':
         for group in optimizer.param_groups:  # schedules of timm's apply what layer_decay has noted
             group['lr'] *= group.get('lr_scale', 1.0)
+    first = {'step': cfg.decay_epochs or 90, 'multistep': min(cfg.decay_milestones, default=None)}.get(cfg.sched)
+    if first is not None and first >= cfg.epochs:
+        _logger.warning('sched: %r changes nothing before epoch %g, and the run has %d.', cfg.sched, first, cfg.epochs)
     try:
         scheduler, _ = create_scheduler_v2(
             optimizer,
             sched=cfg.sched,
             num_epochs=cfg.epochs,
             warmup_epochs=min(cfg.warmup_epochs, cfg.epochs / 2),
-            warmup_lr=cfg.warmup_lr,
+            warmup_lr=min(cfg.warmup_lr, unscaled_lr(optimizer)),
             min_lr=cfg.min_lr,
             decay_epochs=cfg.decay_epochs,
             decay_milestones=list(cfg.decay_milestones),

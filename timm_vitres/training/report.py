@@ -12,10 +12,10 @@ from huggingface_hub import EvalResult
 from timm.task import ClassificationEvaluator
 from torch import nn
 
-from ..folders import shown
 from ..pictures import can_draw, plot_curves
 from ..publishing.cards import render_card
 from ..views import averaged
+from ..walking import shown
 from ..weights.files import CURVES_NAME, SUMMARY_NAME
 from ..writing import replacing
 from .held_out import Answers, report
@@ -139,7 +139,12 @@ def run_card(record: Record, best: Best, model: nn.Module, name: str) -> str:
         for metric, (kind, title) in kinds.items()
     ]
     files = [Path(path).name for path in (cfg.pretrained_path, cfg.initial_checkpoint) if path]
-    start = f'the weights `{model.pretrained_cfg.get("tag")}`' if cfg.pretrained else 'random weights'
+    start = 'pretrained weights' if cfg.pretrained else 'random weights'
+    tag = model.pretrained_cfg.get('tag')
+    if cfg.pretrained and ':' in cfg.model:  # a folder or a repository, which may have the tag of what it began with
+        start = 'its weights'
+    elif cfg.pretrained and tag:
+        start = f'the weights `{tag}`'
     start = f'the weights in `{files[0]}`' if files else start
     measured = WEIGHTS[best.weights] + (f', averaged over views of each image ({cfg.tta})' if cfg.tta else '')
     return render_card(

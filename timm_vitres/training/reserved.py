@@ -14,7 +14,8 @@ from typing import Any, Dict, List, Optional, Sequence, Set
 
 from torch.utils.data import IterableDataset
 
-from ..folders import find_splits, folders_in, shown, split_folder
+from ..folders import find_splits, folders_in, split_folder
+from ..walking import shown
 from .checking import MANY, raise_for, unreadable
 from .copies import check_copies, check_left, find_copies
 from .datasets import UNREADABLE, ImageFolder, check_apart, listed, load_data

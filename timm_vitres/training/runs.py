@@ -27,7 +27,8 @@ from .settings import FinetuneCfg
 _logger = logging.getLogger(__name__)
 RECORD_NAME = 'run.json'
 CHECKPOINT_NAME = 'last.pth.tar'
-CHANGEABLE = ('epochs', 'workers', 'device', 'validation_batch_size', 'data_dir')
+UPWARD = ('epochs', 'early_stopping')
+CHANGEABLE = (*UPWARD, 'workers', 'device', 'validation_batch_size', 'data_dir')
 PATHS = ('data_dir', 'model', 'kd_model_name', 'pretrained_path', 'initial_checkpoint', 'class_map')
 LOCAL = 'local-dir:'
 _PLACES = ('output', 'resume')  # these settings say where a run lies, and are not recorded
@@ -141,6 +142,7 @@ class Record:
     autotuned: Optional[Dict[str, bool]] = None
     processes: int = 1  # how many the run was started with
     is_muon_in_float32: bool = False  # that of the machine where it began, and of the whole run
+    teacher: Optional[str] = None  # the sha256 of its weights
     id: str = dataclasses.field(default_factory=lambda: uuid.uuid4().hex)
     versions: Dict[str, str] = dataclasses.field(default_factory=current_versions)
 
@@ -166,6 +168,7 @@ class Record:
             autotuned=self.autotuned,
             processes=self.processes,
             is_muon_in_float32=self.is_muon_in_float32,
+            teacher=self.teacher,
             data_config=self.data_config,
             data=self.data,
         )
@@ -191,6 +194,15 @@ class Record:
         except (TypeError, ValueError, KeyError) as error:
             raise ValueError(f'resume: {path} is of a run of another version of timm-vitres ({error}).') from error
 
+    def with_teacher(self, sha256: str) -> 'Record':
+        """Return the record, with its teacher's weights; raise ValueError for others than when the run began."""
+        if self.teacher not in (None, sha256):
+            raise ValueError(
+                f'kd_model_name: {self.cfg.kd_model_name!r} has other weights than when the run in {self.cfg.output} '
+                f'began; give them back, or start a new run.'
+            )
+        return dataclasses.replace(self, teacher=sha256)
+
     def resumed(self, cfg: FinetuneCfg, given: Collection[str]) -> 'Record':
         """Return the record, updated by those of the given settings that may change.
 
@@ -204,13 +216,13 @@ class Record:
                 new = from_anywhere(name, new, is_there=not os.path.isabs(str(old).removeprefix(LOCAL)))
             if new == old:
                 continue
-            if name not in CHANGEABLE or (name == 'epochs' and new < old):
+            if name not in CHANGEABLE or (name in UPWARD and (None in (new, old) or new < old)):
                 refused.append(f'{name}: got {new!r}, but the run in {self.cfg.output} was started with {old!r}')
             changes[name] = new
         if refused:
             raise ValueError(
-                f'{"; ".join(refused)}. A run goes on as it was started; only epochs (upward), workers, device, '
-                f'validation_batch_size and data_dir may be given anew.'
+                f'{"; ".join(refused)}. A run goes on as it was started; only epochs and early_stopping '
+                f'(upward), workers, device, validation_batch_size and data_dir may be given anew.'
             )
         if self.versions != current_versions():
             told = [', '.join(f'{k} {v}' for k, v in each.items()) for each in (self.versions, current_versions())]

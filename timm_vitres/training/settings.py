@@ -40,7 +40,12 @@ NEEDED = {
     'distill_loss_weight': 'kd_model_name',
     'task_loss_weight': 'kd_model_name',
     'lr_base_scale': 'lr_base',
+    'lr_base_size': 'lr_base',
     'model_ema_warmup': 'model_ema',
+    'model_ema_decay': 'model_ema',
+    'clip_mode': 'clip_grad',
+    'remode': 'reprob',
+    'recount': 'reprob',
     'bce_sum': 'bce_loss',
     'bce_target_thresh': 'bce_loss',
     'bce_pos_weight': 'bce_loss',
@@ -120,7 +125,7 @@ class FinetuneCfg:
         'the other being set to zero',
         choices=('sum', 'both', 'resnet', 'vit'),
     )
-    grad_checkpointing: bool = _option(False, 'compute activations again in the backward pass, to save memory')
+    grad_checkpointing: bool = _option(False, 'compute activations again in the backward pass; saves memory')
     torchcompile: Optional[str] = _option(
         None, 'compile the model by torch.compile, with this backend', nargs='?', const='inductor'
     )
@@ -190,7 +195,7 @@ class FinetuneCfg:
     )
     sched: str = _option('cosine', 'learning rate schedule', choices=SCHEDULES)
     warmup_epochs: float = _option(1.0, 'epochs of warm-up, at most half of all', low=0, high=MAX_COUNT)
-    warmup_lr: float = _option(1e-5, 'learning rate that warm-up begins with', low=0)
+    warmup_lr: float = _option(1e-5, 'learning rate that warm-up begins with, at most lr', low=0)
     min_lr: float = _option(1e-6, 'learning rate that the schedule ends with', low=0)
     decay_epochs: Optional[float] = _option(
         None,
@@ -262,8 +267,8 @@ class FinetuneCfg:
     output: str = _option('output', 'folder of the run and its model: a new or an empty one')
     resume: Union[None, bool, str] = _option(
         None,
-        "go on with the run in output, or in PATH, by that run's own settings; only epochs (upward), workers, device, "
-        'validation-batch-size and data-dir (the same images in another place) may be given anew',
+        'go on with the run in output, or in PATH, by its own settings; only epochs and early-stopping (upward), '
+        'workers, device, validation-batch-size and data-dir (the same images in another place) may be given anew',
         nargs='?',
         const=True,
         metavar='PATH',

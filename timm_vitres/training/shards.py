@@ -21,8 +21,8 @@ from tqdm import tqdm
 
 from ..checks import on_one_line
 from ..data import open_image
-from ..folders import image_formats, shown
 from ..labels import normalise_label_names
+from ..walking import image_formats, shown
 
 META = re.compile(r'__[^/]*__($|/)')  # webdataset skips files of these names
 MEMBER = re.compile(r'((?:.*/|)[^.]+)[.]([^/]*)')  # key and extension of a sample's file

@@ -8,7 +8,7 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from ..data import open_image
-from ..folders import shown
+from ..walking import shown
 from .checking import BackgroundCheck
 
 _NAMING = re.compile(r' \(.*| as .*|(?<=^a link) to .*|(?<=^a copy) of .*', re.DOTALL)

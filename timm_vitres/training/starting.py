@@ -65,12 +65,17 @@ class Setup:
         folder = stack.enter_context(run_folder(cfg, given))
         if not cfg.resume:
             return Start(folder, self.build(cfg, images=images))
-        record = Record.read(folder).resumed(cfg, given)
+        began = Record.read(folder)
+        record = began.resumed(cfg, given)
         state = read_state(folder, record, has_model=(folder / WEIGHTS_NAME).exists())
         if state is not None and is_over(record.cfg, state['history']) and is_whole(folder, state['history'], True):
             epochs = len(state['history'])
             how = f'all of its {epochs} epochs are trained'
-            how = how if epochs >= record.cfg.epochs else f'it ended early, after {epochs} epochs'
+            if epochs < record.cfg.epochs:
+                how = f'it ended early, after {epochs} epochs'
+                if record.cfg.epochs > began.cfg.epochs:
+                    patience = record.cfg.early_stopping
+                    raise ValueError(f'epochs: {how}, by early_stopping={patience}; give a larger one, too.')
             _logger.info('The run in %s is finished: %s.', folder, how)
             return Start(folder, is_finished=True)
         return Start(folder, self.build(record.cfg, record, state), state)

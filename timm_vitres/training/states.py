@@ -149,5 +149,6 @@ def keep_best(folder: Path, state: Dict[str, Any], metrics: List[float], number:
         with replacing(folder / KEPT_NAME.format(epoch)) as path:
             torch.save(dict(kept, arch=arch, version=2, metric=metrics[epoch]), path)
     for path in folder.glob(KEPT_NAME.format('*')):
-        if path.name not in names:
+        is_ours = re.fullmatch(KEPT_NAME.format(r'\d+'), path.name)  # and no average of some of them
+        if is_ours and path.name not in names:
             path.unlink()

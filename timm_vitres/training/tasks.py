@@ -3,6 +3,7 @@
 settings, model, label names -> `create_task` -> timm's task, which returns a loss of images and targets.
 """
 
+import hashlib
 import inspect
 from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
 
@@ -50,6 +51,7 @@ class Teacher(DistillationTeacher):
         self, model: nn.Module, student: Dict[str, Any], config: Dict[str, Any], order: Optional[Sequence[int]] = None
     ):
         super().__init__(model.requires_grad_(False))
+        self.sha256 = state_sha256(model)
         self.size = tuple(config['input_size'][1:])
         self.order = None if order is None else list(order)
         for name, values in (('mean', student['mean']), ('std', student['std'])):
@@ -73,6 +75,15 @@ class Teacher(DistillationTeacher):
         """Return logits (B, classes), or the pooled features (B, width), in float32."""
         y = super().forward(input, return_features).float()
         return y if return_features or self.order is None else y[:, self.order]
+
+
+def state_sha256(model: nn.Module) -> str:
+    """Return a sha256 of a model's parameters and buffers, with their names."""
+    digest = hashlib.sha256()
+    for name, value in model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def create_teacher(cfg: FinetuneCfg, label_names: List[str], config: Dict[str, Any]) -> Teacher:

@@ -54,16 +54,16 @@ class Trackers:
         if self.wandb is not None:
             self.wandb.log({**figures, 'epoch': row['epoch']}, step=int(row['epoch']))
 
-    def close(self) -> None:
-        """Say that there is no more to come."""
+    def close(self, failed: bool = False) -> None:
+        """Say that there is no more to come, or that the run failed."""
         if self.writer is not None:
             self.writer.close()
         if self.wandb is not None:
-            self.wandb.finish()
+            self.wandb.finish(exit_code=int(failed))
         self.writer = self.wandb = None
 
     def remove(self) -> None:
         """Close, and remove what is in the run's folder, of a run that is no more."""
-        self.close()
+        self.close(failed=True)
         for name in (TENSORBOARD_NAME, WANDB_NAME):
             shutil.rmtree(self.folder / name, ignore_errors=True)

@@ -47,7 +47,7 @@ def _digest(path: Path, digest: Any) -> str:
 
 
 def told_sha256(folder: Path) -> Optional[str]:
-    """Return the sha256 that a folder's config.json, or else its card, tells of the weights; None if neither tells one.
+    """Return the sha256 that a folder's config.json tells of the weights, or its card where there is none; or None.
 
     Raises:
         OSError: where config.json tells something that is no sha256.
@@ -63,6 +63,8 @@ def told_sha256(folder: Path) -> Optional[str]:
         if not isinstance(told, str) or not re.fullmatch('[0-9a-f]{64}', told):
             raise OSError(f'{folder / CONFIG_NAME} is damaged: its {SHA256_FIELD} is {told!r:.80}, no sha256.')
         return told
+    if isinstance(config, dict):  # another program wrote it, and a card may be of the model before
+        return None
     with suppress(OSError):
         head = CARD_HEAD.match((folder / CARD_NAME).read_text(encoding='utf-8', errors='replace'))
         found = head and re.search(rf'^{SHA256_FIELD}: *[\'"]?([0-9a-f]{{64}})\b', head.group(1), re.MULTILINE)

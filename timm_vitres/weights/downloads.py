@@ -14,7 +14,13 @@ from urllib.parse import urlparse
 
 import torch
 from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_cache
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+)
 
 from ..writing import TEMPORARY, replace
 from .checksums import check_once, hash_in_name
@@ -30,7 +36,9 @@ class NotInRepository(FileNotFoundError):
 
 def is_transient(error: BaseException) -> bool:
     """Return whether trying again may help: a server's 5xx or 429, or a connection that broke."""
-    if isinstance(error, LocalEntryNotFoundError):  # the client has tried long enough
+    if isinstance(
+        error, (LocalEntryNotFoundError, OfflineModeIsEnabled)
+    ):  # the client has tried long enough, or may not
         return False
     if isinstance(error, HfHubHTTPError):
         status = getattr(error.response, 'status_code', None)

@@ -7,7 +7,7 @@ import sys
 import pytest
 from PIL import Image
 
-from timm_vitres.training.plugins import taught, teach
+from timm_vitres.plugins import taught, teach
 
 PLUGIN = """
 from PIL import Image
@@ -23,8 +23,8 @@ def register():
     Image.register_extension('DOTS', '.dots')
 """
 SCRIPT = """
-import multiprocessing, os, dots
-from timm_vitres import FinetuneCfg, finetune
+import multiprocessing, os, timm, dots
+from timm_vitres import FinetuneCfg, finetune, predict
 from timm_vitres.training import checking
 
 if __name__ == '__main__':
@@ -44,6 +44,8 @@ if __name__ == '__main__':
         assert check.is_done
     cfg = dict(data_dir='images', model='test_vitresnet', in_chans=1, img_size=32, epochs=1, batch_size=8, workers=1)
     finetune(FinetuneCfg(**cfg, output='run'))
+    model = timm.create_model('local-dir:run', pretrained=True)
+    assert len(predict(model, paths, workers=1)[0]) == 12
 """
 
 
