@@ -55,6 +55,17 @@ def test_a_run_takes_all_images_of_a_step_into_account(image_folder, tmp_path, n
     assert [group['lr'] for group in groups] == pytest.approx([0.1 * 8 / 256] * len(groups))
 
 
+def test_the_rate_is_that_of_the_images_that_are_there(image_folder, tmp_path, no_pictures):
+    """Where there are fewer than a step shall have; the card says the same."""
+    options = dict(lr_base=0.1, sched='constant', warmup_epochs=0, opt='sgd', epochs=1, val_frac=0.25)
+    folder = finetune(settings(image_folder, tmp_path / 'run', batch_size=256, **options))
+    [rate] = {
+        group['lr'] for group in torch.load(folder / 'last.pth.tar', weights_only=True)['optimizer']['param_groups']
+    }
+    assert rate == pytest.approx(0.1 * 18 / 256)
+    assert f'batch_size=18, opt=sgd, lr={rate:g}' in ' '.join((folder / 'README.md').read_text().split())
+
+
 def rates(**kwargs):
     """Return the learning rate at the beginning of every epoch of 5 steps."""
     options = cfg(**{**dict(epochs=6, warmup_epochs=0, min_lr=0.0, weight_decay=0.0), **kwargs})

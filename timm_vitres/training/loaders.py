@@ -315,7 +315,7 @@ class Batches:
         repeats: int = 0,
         processes: Optional[Processes] = None,
     ):
-        self.dataset = dataset
+        self.dataset, self.batch_size = dataset, batch_size
         self.processes = processes or Processes()
         self.share: Optional[_Share] = None
         self.epoch = _Epoch()

@@ -136,7 +136,7 @@ class _Run:
             self.record = record.with_teacher(self.task.teacher.sha256)  # pyright: ignore
         if cfg.fsdp:
             shard_(self.model, self.device, processes)
-        self.lr = learning_rate(cfg, cfg.batch_size * cfg.grad_accum_steps * processes.count)
+        self.lr = learning_rate(cfg, self.train_batches.batch_size * cfg.grad_accum_steps * processes.count)
         if cfg.min_lr > self.lr:
             raise ValueError(f'min_lr: got {cfg.min_lr:g}, expected at most the learning rate, which is {self.lr:g}.')
         self.optimizer = create_optimizer(cfg, self.task.get_trainable_module(), self.lr)
@@ -358,7 +358,8 @@ class _Run:
                     not cfg.pretrained or cfg.pretrained_path or cfg.initial_checkpoint
                 ):  # not with the registry's weights
                     model.pretrained_cfg = told_of_weights(model.pretrained_cfg, {})  # pyright: ignore
-                card = run_card(self.record, best, model, shown(self.folder.resolve().name))
+                name = shown(self.folder.resolve().name)
+                card = run_card(self.record, best, model, name, self.train_batches.batch_size)
                 save(model, self.folder, self.record.label_names, self.record.data_config, card)
         if self.processes.is_first:
             if cfg.checkpoint_hist:

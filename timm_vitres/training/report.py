@@ -113,12 +113,13 @@ def count_epochs(folder: Path) -> int:
     return len(read_summary(folder))
 
 
-def run_card(record: Record, best: Best, model: nn.Module, name: str) -> str:
+def run_card(record: Record, best: Best, model: nn.Module, name: str, batch_size: int) -> str:
     """Return the card of a run's model.
 
     Args:
         best: The epoch, and the weights, that the model is of.
         name: The card's title.
+        batch_size: Images of each process in a step, which may be fewer than were asked for.
     """
     cfg = record.trained_cfg
     data_name = cfg.dataset or shown(Path(str(cfg.data_dir)).resolve().name)
@@ -151,7 +152,7 @@ def run_card(record: Record, best: Best, model: nn.Module, name: str) -> str:
         model,
         model_name=name,
         description=f'`{_without_place(cfg.model)}` fine-tuned with timm-vitres from {start}.',
-        recipe=f'{record.data["description"]}. {_recipe(record)}.',
+        recipe=f'{record.data["description"]}. {_recipe(record, batch_size)}.',
         source='local-dir:.',
         label_names=record.label_names,
         data_config=record.data_config,
@@ -165,12 +166,13 @@ def run_card(record: Record, best: Best, model: nn.Module, name: str) -> str:
     )
 
 
-def _recipe(record: Record) -> str:
+def _recipe(record: Record, batch_size: int) -> str:
     """Return what a run was trained with, as name=value: what every run has, and what this one was given beside."""
     cfg = record.trained_cfg
     names = dict.fromkeys([*ALWAYS_TOLD, *(name for name in given_settings(cfg) if name not in TOLD_ELSEWHERE)])
     values = {name: getattr(cfg, name) for name in names}
-    values['lr'] = f'{learning_rate(cfg, cfg.batch_size * cfg.grad_accum_steps * record.processes):g}'
+    values['batch_size'] = batch_size
+    values['lr'] = f'{learning_rate(cfg, batch_size * cfg.grad_accum_steps * record.processes):g}'
     if cfg.kd_model_name:
         values['kd_model_name'] = _without_place(cfg.kd_model_name).removeprefix(LOCAL)
     values.update(dict(processes=record.processes) if record.processes > 1 else {})
