@@ -6,6 +6,7 @@ The head of a card is YAML that the Hub reads (task, licence, results); its text
 import hashlib
 import logging
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
@@ -87,15 +88,13 @@ def _as_text(value: Any) -> str:
     return '\n'.join(map(printable, str(value).split('\n'))).replace('<', '&lt;')
 
 
-def license_of(card: str) -> Optional[str]:
-    """Return the licence that the head of a card tells, in the Hub's words; None if it tells none."""
+def fields_of(card: str) -> Dict[str, Any]:
+    """Return the fields in the head of a card; none where it has no head, or one that is no YAML."""
     head, _ = _split(card)
-    try:
+    with suppress(yaml.YAMLError):
         fields = yaml.safe_load(head or '')
-    except yaml.YAMLError:
-        return None
-    told = fields.get('license') if isinstance(fields, dict) else None
-    return told if isinstance(told, str) else None
+        return fields if isinstance(fields, dict) else {}
+    return {}
 
 
 def read_card(path: Path, name: str = '') -> Optional[str]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple, TypeVar, Union
 
 import timm
-from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, constants
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, constants
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -28,7 +28,7 @@ from ..weights.downloads import is_transient, retrying
 from ..weights.files import CARD_NAME, CONFIG_NAME, CURVES_NAME, SUMMARY_NAME, WEIGHTS_NAME
 from ..weights.shipped import is_shipped
 from ..weights.sources import find_weights
-from .cards import OURS, TEXT_FIELD, merge_cards, read_card, render_card, set_field, set_source, text_sha256
+from .cards import OURS, TEXT_FIELD, fields_of, merge_cards, read_card, render_card, set_field, set_source, text_sha256
 from .config_file import read_config
 from .model_folder import locked
 from .neighbours import PREPROCESSOR_NAME
@@ -196,7 +196,7 @@ def _told_of(card: str) -> List[str]:
     if block:
         return list(EXTRA_NAMES) if f']({CURVES_NAME})' in block.group(0) else []
     # transformers reads this one before timm's config.json
-    return [PREPROCESSOR_NAME] if ModelCard(card).data.get('library_name') == 'transformers' else []
+    return [PREPROCESSOR_NAME] if fields_of(card).get('library_name') == 'transformers' else []
 
 
 def model_name(repo_id: str, revision: Optional[str] = None) -> str:

@@ -21,7 +21,7 @@ from ..weights.downloads import NotInRepository, at_commit, hub_file, url_file
 from ..weights.files import CARD_NAME, CONFIG_NAME, WEIGHTS_NAMES
 from ..weights.layouts import LAYOUTS
 from ..weights.sources import hub_weights, local_weights
-from .cards import license_of
+from .cards import fields_of
 
 _logger = logging.getLogger(__name__)
 PREPROCESSOR_NAME = 'preprocessor_config.json'  # transformers stores the preprocessing under this name
@@ -72,9 +72,10 @@ def license_beside(source: str, path: Path) -> Optional[str]:
             card = hub_file(at_commit(hub_id, path.parent.name), (CARD_NAME,))
     elif path.name not in (*WEIGHTS_NAMES, *INDEX_NAMES):  # a folder of downloads may hold the card of any other model
         return None
-    with suppress(OSError):
-        return license_of(card.read_text(encoding='utf-8', errors='replace')) if card.is_file() else None
-    return None
+    if not card.is_file():
+        return None
+    told = fields_of(card.read_text(encoding='utf-8', errors='replace')).get('license')
+    return told if isinstance(told, str) else None
 
 
 def _is_of_layout(config: Dict[str, Any]) -> bool:
