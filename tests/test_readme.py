@@ -12,6 +12,8 @@ import torch
 from conftest import stripes, write_folder
 from layouts import google_layout, pix2tex_layout
 
+import timm_vitres
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / 'README.md').read_text()
 GUIDES = sorted((ROOT / 'timm_vitres').glob('*/README.md'))
@@ -24,8 +26,8 @@ OFFLINE = [
 ]
 
 
-def snippets(language: str):
-    return [code for text in TEXTS for code in re.findall(rf'```{language}\n(.*?)```', text, re.DOTALL)]
+def snippets(language: str, *texts: str):
+    return [code for text in texts or TEXTS for code in re.findall(rf'```{language}\n(.*?)```', text, re.DOTALL)]
 
 
 def anchors(text: str):
@@ -51,17 +53,30 @@ def test_links_lead_somewhere(path):
 
 @pytest.mark.recent
 def test_python_snippets_run(tmp_path):
-    """All of them, the README's from top to bottom and then the guides', in one process: a reader does that, too."""
-    assert len(snippets('python')) >= 4
+    """All of them, from top to bottom, in one process: a reader does that, too."""
+    assert len(snippets('python', README)) >= 4
     write_folder(tmp_path / 'images', per_class=8)
     stripes(64, True, np.random.default_rng(0)).save(tmp_path / 'cat.jpg')
     np.savez(tmp_path / 'R26_S_32.npz', **google_layout(timm.create_model('vit_small_r26_s32_224')))
-    np.savez(tmp_path / 'R50+ViT-B_16.npz', **google_layout(timm.create_model('vit_base_r50_s16_224')))
-    torch.save(pix2tex_layout(timm.create_model('vitresnet_ocr')), tmp_path / 'weights.pth')
-    code = '\n'.join(snippets('python'))
+    code = '\n'.join(snippets('python', README))
     for pattern, stand_in in OFFLINE:
         code, count = re.subn(pattern, stand_in, code)
         assert count, f'the README has no {pattern} any more'
+    result = subprocess.run([sys.executable, '-c', code], cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.recent
+@pytest.mark.parametrize(
+    'path', [path for path in GUIDES if '```python' in path.read_text()], ids=lambda p: p.parent.name
+)
+def test_python_snippets_of_a_guide_run_without_the_readme(path, tmp_path):
+    code = '\n'.join(snippets('python', path.read_text()))
+    if 'R50+ViT-B_16.npz' in code:
+        np.savez(tmp_path / 'R50+ViT-B_16.npz', **google_layout(timm.create_model('vit_base_r50_s16_224')))
+    if 'weights.pth' in code:
+        torch.save(pix2tex_layout(timm.create_model('vitresnet_ocr')), tmp_path / 'weights.pth')
+        timm_vitres.save(timm.create_model('test_vitresnet'), tmp_path / 'my-hybrid')
     result = subprocess.run([sys.executable, '-c', code], cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
 

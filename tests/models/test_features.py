@@ -114,6 +114,10 @@ def test_indices_that_run_past_the_pyramid_are_told_of(caplog):
     assert 'out_indices: got [1, 3, 4], but the pyramid ends with 3' in caplog.text
     assert '3 blocks.11, 4 blocks.1, ' in caplog.text
     message = r'out_indices: got \[.*\], but the pyramid has 4 levels, 0 to 3; .*encoder_depth=4'
+    vit = timm.create_model('vitresnet', backbone='', depth=12, features_only=True, out_indices=[1, 4], device='meta')
+    assert vit.feature_info.out_indices == (1, 4)
+    every = range(len(timm.create_model('vitresnet_base', device='meta').feature_info))
+    timm.create_model('vitresnet_base', features_only=True, out_indices=every, device='meta')
     for indices in ((0, 1, 2, 3, 4), [1, 2, 3, 4], range(6)):
         with pytest.raises(ValueError, match=message):
             timm.create_model('vitresnet_base', features_only=True, out_indices=indices, device='meta')

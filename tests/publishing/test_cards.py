@@ -243,6 +243,18 @@ def test_results_of_a_model_that_is_replaced_go_with_its_text():
         assert '95.5' not in merged.text
 
 
+def test_results_of_the_same_weights_stay():
+    model = randomise_(timm.create_model('test_vitresnet', num_classes=2))
+    facts = dict(model_name='x', description='A.', recipe='B.', source='local-dir:.')
+    task = dict(task_type='image-classification', dataset_type='imagefolder', dataset_name='cats')
+    result = EvalResult(**task, metric_type='accuracy', metric_value=95.5)
+    old = cards.set_field(cards.render_card(model, results=[result], **facts), 'model_sha256', 'ab' * 32)
+    for sha256, count in (('ab', 1), ('cd', 0)):
+        new = cards.set_field(cards.render_card(model, **facts), 'model_sha256', sha256 * 32)
+        merged = ModelCard(cards.merge_cards(old, new))
+        assert len(merged.data.eval_results or ()) == merged.text.count('- accuracy: 95.5') == count
+
+
 def test_a_licence_that_is_another_than_the_weights_is_told(caplog):
     model = randomise_(timm.create_model('test_vitresnet', num_classes=2))
     facts = dict(model_name='x', description='A.', recipe='B.', source='local-dir:.')

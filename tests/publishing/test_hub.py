@@ -16,7 +16,7 @@ from huggingface_hub import EvalResult, ModelCard
 
 import timm_vitres
 from timm_vitres.cli import main
-from timm_vitres.publishing import cards
+from timm_vitres.publishing import cards, neighbours
 from timm_vitres.publishing import hub as hub_module
 from timm_vitres.weights import checksums
 
@@ -418,13 +418,17 @@ def test_what_was_of_an_earlier_model_goes_with_it(faulty, folder, tmp_path):
     model, plain = folder
     other = tmp_path / 'run'
     shutil.copytree(plain, other)
-    card = cards.render_card(model, 'x', 'A.', 'B.', 'local-dir:.', picture='curves.png')
+    result = EvalResult('image-classification', 'imagefolder', 'x', 'accuracy', 90.0)
+    note = 'Measured after epoch 3.'
+    card = cards.render_card(model, 'x', 'A.', 'B.', 'local-dir:.', results=[result], result_note=note)
     (other / 'README.md').write_text(card)
     for file in ('curves.png', 'summary.csv'):
         (other / file).write_bytes(b'of a run')
     assert call(CALL_PUSH, other, name) is None
     assert {'curves.png', 'summary.csv'} <= server.files(name).keys()
-    assert call(CALL_PUSH, plain, name) is None
+    assert call(CALL_PUSH, plain, name) is None  # the same weights
+    assert {'curves.png', 'summary.csv'} <= server.files(name).keys()
+    assert call(CALL_PUSH, saved(tmp_path, seed=1)[1], name) is None
     assert not {'curves.png', 'summary.csv'} & server.files(name).keys()
     theirs = b'---\nlibrary_name: transformers\n---\n# Theirs\n'
     server.put(f'{name}-2', {'README.md': theirs, 'preprocessor_config.json': b'{}', 'curves.png': b'mine'})
@@ -433,13 +437,25 @@ def test_what_was_of_an_earlier_model_goes_with_it(faulty, folder, tmp_path):
     assert 'curves.png' in files and 'preprocessor_config.json' not in files
 
 
-def test_a_card_without_one_has_the_licence_of_the_weights(faulty, tmp_path):
+def test_a_card_without_one_has_the_licence_that_came_with_the_weights(faulty, tmp_path):
+    """And not the registry's, which every model of the architecture has."""
     server, name, call = faulty
     model, folder = saved(tmp_path)
+    assert call(CALL_PUSH, folder, f'{name}-2') is None
+    assert ModelCard(server.files(f'{name}-2')['README.md'].read_text()).data.license is None
     model.pretrained_cfg = {**model.pretrained_cfg, 'license': 'cc-by-nc-4.0'}
     timm_vitres.save(model, folder)
     assert call(CALL_PUSH, folder, name) is None
     assert ModelCard(server.files(name)['README.md'].read_text()).data.license == 'cc-by-nc-4.0'
+
+
+def test_a_card_that_can_not_be_had_tells_no_licence(monkeypatch, tmp_path, caplog):
+    def fails(*args, **kwargs):
+        raise FileNotFoundError('README.md is not in the cache')
+
+    monkeypatch.setattr(neighbours, 'hub_file', fails)
+    assert neighbours.license_beside('hf-hub:me/name', tmp_path / 'model.safetensors') is None
+    assert 'me/name: its card was not looked at for a licence' in caplog.text
 
 
 def test_nothing_is_asked_offline(folder, monkeypatch):

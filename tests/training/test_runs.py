@@ -482,6 +482,15 @@ def test_a_teacher_that_has_learnt_more_is_another(images, tmp_path, no_pictures
         finetune(dataclasses.replace(cfg, epochs=3, resume=True))
 
 
+def test_a_run_of_an_older_version_may_have_settings_that_say_nothing(images, tmp_path, no_pictures):
+    cfg = small(images, tmp_path / 'run', epochs=1)
+    folder = finetune(cfg)
+    record = Record.read(folder)
+    object.__setattr__(record.cfg, 'model_ema_decay', 0.5)
+    record.write(folder)
+    assert len(rows(finetune(dataclasses.replace(cfg, epochs=2, resume=True)))) == 2
+
+
 def test_weights_of_the_registry_are_not_claimed_where_none_were_taken(images, tmp_path, no_pictures):
     """A run from random weights has no licence but its owner's; one from a run says so."""
     model = dict(model='vitresnet_tiny.augreg_in21k_ft_in1k', model_kwargs=None)

@@ -199,7 +199,13 @@ def _run_by_engine(
         file = Path(folder) / f'model{row.suffixes[0]}'
         write_compared(source, file, row, what=f'engine: {engine!r}')
         # it is loaded anew, since the comparison's sizes took the graphs of their own
-        return _EngineModule(row.load(file), own, copy_model(net).to('meta').check_input if dynamic else None)
+        return _EngineModule(row.load(file), own, _without_weights(net).check_input if dynamic else None)
+
+
+def _without_weights(model: nn.Module) -> Any:
+    """Return a copy of a model whose parameters and buffers have shapes alone."""
+    values = (*model.parameters(), *model.buffers())
+    return copy.deepcopy(model, {id(value): value.detach().to('meta') for value in values})
 
 
 class _EngineModule(nn.Module):

@@ -114,12 +114,12 @@ def _tell_of_blocks(indices: Any, model: Any) -> None:
     """Warn of indices that run past the pyramid into the tokens of single blocks, which begin with an early one.
 
     Raises:
-        ValueError: for all levels from 0 or 1 on, and more: so a decoder asks, which counts levels.
+        ValueError: for up to six in a row from 0 or 1 on: so a decoder asks, which counts levels.
     """
     first = model.num_pyramid
     asked = [] if isinstance(indices, int) else list(indices)
-    counted = [list(range(start, first + 1)) for start in (0, 1)]
-    if len(asked) > 2 and any(asked[: len(levels)] == levels for levels in counted):
+    counts = first > 2 and asked in [list(range(start, end)) for start in (0, 1) for end in range(first + 1, 7)]
+    if counts and len(asked) < len(model.feature_info):
         raise ValueError(
             f'out_indices: got {asked}, but the pyramid has {first} levels, 0 to {first - 1}; what follows are tokens '
             f'of single blocks, early ones first. For segmentation_models_pytorch give encoder_depth={first}.'

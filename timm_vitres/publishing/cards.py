@@ -25,7 +25,10 @@ TEMPLATE = Path(__file__).with_name('card.md')
 # this package writes its part of a card between these marks, and replaces that part when it writes again
 # (a mark that lost its fellow is text of the user's)
 OURS = re.compile(r'<!-- timm-vitres:(?:(?!<!-- timm-vitres:).)*?<!-- end of timm-vitres -->', re.DOTALL)
+RESULT = re.compile(r'\n## Result\n.*?(?=\n## )', re.DOTALL)  # a section of that part
+UNMEASURED = 'Not measured.'
 PACKAGE_TAG = 'timm-vitres'
+DATASET_TYPE = 'imagefolder'  # of the data of results that this package writes
 TASKS = {'image-classification', 'image-feature-extraction'}  # of a model with a head, and without
 TEXT_FIELD = 'card_text_sha256'  # of a pushed card's head: the user's text as it was pushed
 
@@ -76,7 +79,7 @@ def render_card(
         std=tuple(config['std']),
         num_classes=model.num_classes,
         classes=(', '.join(names) + (', ...' if len(label_names) > len(names) else '')) or 'not named',
-        result='\n'.join([*lines, '', _as_text(result_note)]) if lines else 'Not measured.',
+        result='\n'.join([*lines, '', _as_text(result_note)]) if lines else UNMEASURED,
         recipe=_as_text(recipe) + (f'\n\n![Loss and accuracy by epoch]({picture})' if picture else ''),
         source=repr(source),
     )
@@ -154,7 +157,8 @@ def merge_cards(old: str, new: str) -> str:
     head, text = _split(old)
     theirs = ModelCard(old) if head is not None else ModelCard('---\nlibrary_name: timm\n---\n')
     ours = ModelCard(new)
-    data, tags, license = ours.data, theirs.data.tags or [], ours.data.license
+    data, tags = ours.data, theirs.data.tags or []
+    license, ours_sha256 = data.license, data.get(SHA256_FIELD)
     task, is_ours = theirs.data.get('pipeline_tag'), PACKAGE_TAG in tags
     stale = {task} & TASKS & set(tags) if is_ours and data.get('pipeline_tag') not in tags else set()  # of another head
     about = {SHA256_FIELD, TEXT_FIELD} | ({'pipeline_tag'} if stale else set())
@@ -168,11 +172,14 @@ def merge_cards(old: str, new: str) -> str:
         told = CARD_NAME, data.license, license
         _logger.warning('%s: its licence stays %s, but that of the weights is %s; change it there if it is so.', *told)
     replaced = {_about(result) for result in ours.data.eval_results or []}
-    written = ''.join(OURS.findall(text)).splitlines()  # results that stand there go with the text that told of them
+    # results that stand in the text go with it, unless the weights are the same
+    sha256 = theirs.data.get(SHA256_FIELD)
+    is_same = sha256 is not None and sha256 == ours_sha256
+    written = [] if is_same else ''.join(OURS.findall(text)).splitlines()
     results = [
         result
         for result in theirs.data.eval_results or []
-        if _about(result) not in replaced and _line(result) not in written
+        if _about(result) not in replaced and (result.dataset_type != DATASET_TYPE or _line(result) not in written)
     ]
     data.eval_results = [*results, *(ours.data.eval_results or [])] or None
     data.model_name = theirs.data.model_name or ours.data.model_name
@@ -183,7 +190,16 @@ def merge_cards(old: str, new: str) -> str:
         after.pop('model_name', None)
     changed = {key: value for key, value in after.items() if before.get(key) != value}
     head = _with_fields(head if head is not None else 'library_name: timm\n', changed, after)
-    return f'---\n{head}---\n{_merged(text, _split(new)[1], theirs.data.get(TEXT_FIELD))}'
+    new_text = _with_result(_split(new)[1], text) if is_same else _split(new)[1]
+    return f'---\n{head}---\n{_merged(text, new_text, theirs.data.get(TEXT_FIELD))}'
+
+
+def _with_result(new: str, old: str) -> str:
+    """Return a card's text that says nothing was measured, with the result of an older one of the same weights."""
+    found = RESULT.search(''.join(OURS.findall(old)))
+    if found is None or UNMEASURED not in new:
+        return new
+    return OURS.sub(lambda block: RESULT.sub(lambda _: found.group(0), block.group(0)), new)
 
 
 def _merged(old: str, new: str, pushed: Optional[str]) -> str:

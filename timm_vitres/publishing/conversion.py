@@ -122,8 +122,9 @@ def convert(
     assign_(built, state_dict)
     fill_buffers_(built)
     source_cfg = config.get('pretrained_cfg') or {}
-    license = license_beside(str(source), path) or source_cfg.get('license')
-    if license is None and not str(source).startswith('hf-hub:'):  # a repository whose owner tells none has none
+    told = license_beside(str(source), path)
+    license = told or source_cfg.get('license')
+    if not license and told is None and not str(source).startswith('hf-hub:'):  # whose owner tells none, has none
         license = layout.license
     built.pretrained_cfg = told_of_weights(built.pretrained_cfg, {**source_cfg, 'license': license})
     data = _data_config(built, sizes[1], args, config, preprocessor)
@@ -323,7 +324,7 @@ def _label_names(args: Dict[str, Any], config: Dict[str, Any], num_classes: int)
     folder = args.get('data_dir') or args.get('data')
     kind = args.get('dataset') or ''
     if not names and folder and not args.get('class_map') and kind in FOLDERS:
-        names = _class_folders(Path(folder), args.get('train_split') or 'train')
+        names = _class_folders(Path(folder), args.get('train_split') or 'train', num_classes)
         names = names and sorted(names, key=FOLDERS[kind])
         if names and len(names) == num_classes:
             some = ', '.join(map(shown, names[:3])) + (', ...' if len(names) > 3 else '')
@@ -333,21 +334,22 @@ def _label_names(args: Dict[str, Any], config: Dict[str, Any], num_classes: int)
     return normalise_label_names(names, num_classes) if names and len(names) == num_classes else None
 
 
-def _class_folders(root: Path, split: str) -> List[str]:
+def _class_folders(root: Path, split: str, num_classes: int) -> List[str]:
     """Return the names of the folders that timm took for classes: those of the split, if it is there, else all."""
     split = split.partition('[')[0]
     alike = [split, *(('train', 'training') if split in ('train', 'training') else ())]
     folder = next((root / name for name in alike if (root / name).is_dir()), root)
     children = [child for child in folder.iterdir() if child.is_dir()] if folder.is_dir() else []
-    filled = [child for child in children if _has_images(child)]  # timm takes no others; they may be gone since
-    names = [child.name for child in filled or children]
+    filled = [child for child in children if _has_images(child)]  # timm takes no others
+    names = [child.name for child in (filled if len(filled) == num_classes else children)]  # images may be gone since
     return [] if folder == root and names and all(map(split_role, names)) else names
 
 
 def _has_images(folder: Path) -> bool:
     """Return whether timm finds images in a folder, however deep."""
     endings = tuple(get_img_extensions())
-    return any(name.lower().endswith(endings) for _, _, files in os.walk(folder) for name in files)
+    walk = os.walk(folder, followlinks=True)
+    return any(name.lower().endswith(endings) for _, _, files in walk for name in files)
 
 
 def _data_config(

@@ -6,6 +6,7 @@ folder -> `push` -> repository, one commit, its checksums compared -> timm.creat
 import logging
 import re
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple, TypeVar, Union
 
@@ -175,7 +176,7 @@ def _commit(
     others = [name for name in there if OTHER_WEIGHTS.fullmatch(name)]
     if others and _has_same_weights(api, repo_id, parent, folder / WEIGHTS_NAME):
         others = []  # they are these weights in another form, as timm pushes them
-    others += [name for name in _told_of(old) if name in there and name not in sent] if old else []
+    others += [name for name in _told_of(old, card) if name in there and name not in sent] if old else []
 
     def commit() -> CommitInfo:
         # an operation works only once
@@ -190,13 +191,16 @@ def _commit(
     return done, sent
 
 
-def _told_of(card: str) -> List[str]:
-    """Return the files of an earlier model, beside its weights, that would be taken for the new one's, by its card."""
-    block = OURS.search(card)
+def _told_of(old: str, new: str) -> List[str]:
+    """Return the files of an earlier model, beside its weights, that would be taken for the new one's, by the cards."""
+    fields, block = fields_of(old), OURS.search(old)
+    if SHA256_FIELD in fields and fields[SHA256_FIELD] == fields_of(new).get(SHA256_FIELD):
+        return []
     if block:
-        return list(EXTRA_NAMES) if f']({CURVES_NAME})' in block.group(0) else []
+        is_run = f']({CURVES_NAME})' in block.group(0) or 'Measured after epoch' in block.group(0)
+        return list(EXTRA_NAMES) if is_run else []
     # transformers reads this one before timm's config.json
-    return [PREPROCESSOR_NAME] if fields_of(card).get('library_name') == 'transformers' else []
+    return [PREPROCESSOR_NAME] if fields.get('library_name') == 'transformers' else []
 
 
 def model_name(repo_id: str, revision: Optional[str] = None) -> str:
@@ -206,6 +210,11 @@ def model_name(repo_id: str, revision: Optional[str] = None) -> str:
 
 def _plain_card(model: nn.Module, repo_id: str) -> str:
     architecture = model.pretrained_cfg['architecture']
+    license = model.pretrained_cfg.get('license')
+    with suppress(RuntimeError):  # a tag that timm does not know
+        registered = get_pretrained_cfg(f'{architecture}.{model.pretrained_cfg.get("tag") or ""}'.rstrip('.'))
+        # every model of the architecture has the registry's; another one came with weights from elsewhere
+        license = None if registered is not None and registered.license == license else license
     return render_card(
         model,
         model_name=repo_id.rpartition('/')[2],
@@ -213,7 +222,7 @@ def _plain_card(model: nn.Module, repo_id: str) -> str:
         recipe='The recipe is not known.',
         source=model_name(repo_id),
         label_names=model.pretrained_cfg.get('label_names') or (),
-        license=model.pretrained_cfg.get('license'),
+        license=license,
     )
 
 

@@ -13,7 +13,7 @@ from typing import Any, Dict, List, Optional, Tuple
 
 from timm.models import PretrainedCfg, split_model_name_tag
 
-from ..checks import show
+from ..checks import on_one_line, show
 from ..models.base import Hybrid
 from ..weights.augreg import url_of
 from ..weights.checkpoints import INDEX_NAMES
@@ -64,18 +64,23 @@ def find_beside(source: str) -> Tuple[Path, Dict[str, Any], Dict[str, Any], Opti
 
 
 def license_beside(source: str, path: Path) -> Optional[str]:
-    """Return the licence that the card beside the weights of `find_beside` tells; None if there is no such card."""
+    """Return the licence that the card beside the weights of `find_beside` tells, '' for none; None without a card."""
     hub_id = source.removeprefix('hf-hub:') if source.startswith('hf-hub:') else None
     card = path.with_name(CARD_NAME)
     if hub_id:
-        with suppress(NotInRepository):
+        try:
             card = hub_file(at_commit(hub_id, path.parent.name), (CARD_NAME,))
+        except NotInRepository:
+            return None
+        except OSError as error:  # timm's own downloads leave it out
+            _logger.warning('%s: its card was not looked at for a licence (%s).', hub_id, on_one_line(error))
+            return None
     elif path.name not in (*WEIGHTS_NAMES, *INDEX_NAMES):  # a folder of downloads may hold the card of any other model
         return None
     if not card.is_file():
         return None
     told = fields_of(card.read_text(encoding='utf-8', errors='replace')).get('license')
-    return told if isinstance(told, str) else None
+    return told if isinstance(told, str) else ''
 
 
 def _is_of_layout(config: Dict[str, Any]) -> bool:

@@ -190,7 +190,7 @@ class _Run:
                 epoch = len(self.history)
                 start = time.perf_counter()
                 # each epoch draws from its own seed, so that a resumed run is the run that was not interrupted
-                random_seed(derived(cfg.seed, epoch, self.processes.rank) % 2**32)
+                random_seed(derived(cfg.seed, epoch, self.processes.rank, 1) % 2**32)  # of an image: without the 1
                 try:
                     row: Dict[str, Any] = dict(epoch=epoch, train_loss=self._train_epoch(epoch))
                     metrics, answers = self._validate(epoch)

@@ -13,7 +13,7 @@ from timm.task import ClassificationEvaluator
 from torch import nn
 
 from ..pictures import can_draw, plot_curves
-from ..publishing.cards import render_card
+from ..publishing.cards import DATASET_TYPE, render_card
 from ..views import averaged
 from ..walking import shown
 from ..weights.files import CURVES_NAME, SUMMARY_NAME
@@ -126,7 +126,7 @@ def run_card(record: Record, best: Best, model: nn.Module, name: str, batch_size
     # huggingface_hub tells results apart by type and config of the data, not by its name
     task: Dict[str, Any] = dict(
         task_type='image-classification',
-        dataset_type='imagefolder',
+        dataset_type=DATASET_TYPE,
         dataset_name=data_name,
         dataset_config=data_name,
     )

@@ -22,7 +22,7 @@ from .. import __version__
 from ..checks import plain, some
 from ..publishing.model_folder import locked
 from ..writing import replacing
-from .settings import FinetuneCfg
+from .settings import NEEDED, FinetuneCfg
 
 _logger = logging.getLogger(__name__)
 RECORD_NAME = 'run.json'
@@ -189,7 +189,11 @@ class Record:
         if told != _digest(content):
             raise ValueError(f'resume: {path} was changed after the run wrote it, so nobody can say what the run is.')
         try:
-            cfg = FinetuneCfg(**content.pop('settings'), output=str(folder))
+            settings = content.pop('settings')
+            for name, other in NEEDED.items():  # older versions took such, which say nothing
+                if not settings.get(other):
+                    settings.pop(name, None)
+            cfg = FinetuneCfg(**settings, output=str(folder))
             return cls(cfg=cfg, **{**content, 'data_config': plain('data_config', content['data_config'])})
         except (TypeError, ValueError, KeyError) as error:
             raise ValueError(f'resume: {path} is of a run of another version of timm-vitres ({error}).') from error
@@ -197,10 +201,11 @@ class Record:
     def with_teacher(self, sha256: str) -> 'Record':
         """Return the record, with its teacher's weights; raise ValueError for others than when the run began."""
         if self.teacher not in (None, sha256):
-            raise ValueError(
-                f'kd_model_name: {self.cfg.kd_model_name!r} has other weights than when the run in {self.cfg.output} '
-                f'began; give them back, or start a new run.'
-            )
+            name, place = self.cfg.kd_model_name, self.cfg.output
+            what = f'kd_model_name: {name!r} has other weights than when the run in {place} began'
+            if self.versions == current_versions():
+                raise ValueError(f'{what}; give them back, or start a new run.')
+            _logger.warning('%s, or other versions of timm and torch name and adapt them otherwise.', what)
         return dataclasses.replace(self, teacher=sha256)
 
     def resumed(self, cfg: FinetuneCfg, given: Collection[str]) -> 'Record':
