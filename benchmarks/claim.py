@@ -172,16 +172,21 @@ def ablation() -> str:
                     told,
                     f'{int(rows[0]["parameters"]) / 1e6:.2f}M',
                     rows[0]['epochs'],
+                    f'{statistics.mean(float(row["seconds"]) for row in rows) / 60:.1f}',
                     f'{float(rows[0]["step_ms"]) / fastest:.2f}',
                     f'{float(rows[0]["latency_ms"]) / soonest:.2f}',
                 ]
             )
-    costs = ('parameters', 'epochs', 'time of a step, by the fastest', 'of one image')
+    costs = ('parameters', 'epochs', 'minutes of a run', 'time of a step, by the fastest', 'of one image')
     return table(['set', 'arm', 'test images (%)', 'behind the best (interval)', 'told apart', *costs], lines)
 
 
 def arms() -> str:
     """Each comparison in a line: the best arm, and those that can not be told apart from it, in bold."""
+
+    def cell(values: list) -> str:
+        return spread(values).partition(' (')[0]  # how many seeds there were stands beside the set
+
     found = comparisons()
     names = list(dict.fromkeys(arm for _, runs, _, _ in found for arm in runs))
     lines = []
@@ -189,13 +194,11 @@ def arms() -> str:
         told = {arm for arm, row in behind.items() if row['is_told'] == 'True'}
         cells = dict.fromkeys(runs, 'diverged')
         for arm, values in figures.items():
-            alone = ' †' if arm in told and _is_alone(figures, behind[arm]['best'], arm) else ''
-            cells[arm] = f'{spread(values)}{alone}' if arm in told else f'**{spread(values)}**'
-        epochs = ', '.join(runs[arm][0]['epochs'] if arm in runs else '-' for arm in names)
-        seconds = {arm: statistics.mean(float(row['seconds']) for row in rows) for arm, rows in runs.items()}
-        minutes = ', '.join(f'{seconds[arm] / 60:.1f}' if arm in seconds else '-' for arm in names)
-        lines.append([name, *(cells.get(arm, '-') for arm in names), epochs, minutes])
-    return table(['set', *names, 'epochs of each', 'minutes of a run'], lines)
+            alone = ' †' if arm in behind and _is_alone(figures, behind[arm]['best'], arm) else ''
+            cells[arm] = f'{cell(values)}{alone}' if arm in told else f'**{cell(values)}**{alone}'
+        seeds = max(map(len, figures.values()))
+        lines.append([f'{name}, {seeds} seeds', *(cells.get(arm, '-') for arm in names)])
+    return table(['set', *names], lines)
 
 
 def small_compare() -> str:

@@ -49,7 +49,7 @@ def _cells(found: list) -> str:
         figures = [spread([float(row[column]) for row in rows]) if column in rows[0] else '' for column in columns]
         lines.append([name, *figures, f'{minutes:.0f} min'])
     names = ['accuracy (%)', 'balanced accuracy (%)', 'functional found (%)', 'defective found (%)']
-    return table(['training', *names, 'took (demos: 2 cores)'], lines)
+    return table(['training', *names, 'took (the demo: 2 cores, others: 1)'], lines)
 
 
 def dense() -> str:
