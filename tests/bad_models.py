@@ -35,8 +35,8 @@ def checkpoints(rng: random.Random) -> Iterator[Case]:
             os.replace(root / file, root / 'model' / _weights_name(file))
 
         flags = ['--model', 'test_vitresnet', *FLAGS['convert'], *FLAGS['finetune'][-5:]]
-        yield Case('checkpoints', f'convert-{name}', ['convert', file, *flags], f'{file}|{says}', beside)
-        says = f'{re.escape(_weights_name(file))}|{says}'
+        yield Case('checkpoints', f'convert-{name}', ['convert', file, *flags], _either(file, says), beside)
+        says = _either(_weights_name(file), says)
         door = rng.choice(['predict', 'explain', 'export', 'push'])  # verify compares checksums alone
         yield Case('checkpoints', f'{door}-{name}', [door, *POSITIONAL[door], *FLAGS[door]], says, inside)
         yield Case('checkpoints', f'create_model-{name}', ('local-dir:model', dict(pretrained=True)), says, inside)
@@ -54,6 +54,11 @@ def trainings(rng: random.Random) -> Iterator[Case]:
 
         argv = ['convert', 'bad.pth', *FLAGS['convert']]
         yield Case('checkpoints', f'convert-training-{name}', argv, rf'bad\.pth|{says}', spoil)
+
+
+def _either(name: str, says: str) -> str:
+    """Return what finds a file's name, or else what is told; the name alone where nothing else is."""
+    return '|'.join(filter(None, (re.escape(name), says)))
 
 
 def _weights_name(file: str) -> str:

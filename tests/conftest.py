@@ -28,6 +28,12 @@ def usual_log_level():
 
 
 @pytest.fixture(autouse=True)
+def usual_seed():
+    """Let a test draw the same, whichever ran before it in its process."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
 def usual_threads():
     """Give a process its number of threads back: scripts of benchmarks/ set it, and it changes the last bits."""
     threads = torch.get_num_threads()

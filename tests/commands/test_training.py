@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import subprocess
 import sys
@@ -67,8 +68,8 @@ def test_every_setting_is_a_flag_and_explained(capsys):
         cli.main(['finetune', '--help'])
     assert stop.value.code == 0
     text = capsys.readouterr().out
-    for flag in ('--data-dir', '-b', '--layer-decay', '--skip-bad', '--resume', '--balance-classes', '--img-size'):
-        assert flag in text
+    for field in dataclasses.fields(FinetuneCfg):
+        assert f'--{field.name.replace("_", "-")}' in text and field.metadata['help'], field.name
 
 
 @pytest.fixture

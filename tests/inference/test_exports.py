@@ -129,7 +129,7 @@ def test_torch_compile_makes_one_graph(name, features_only):
 
     torch._dynamo.reset()
     check(torch.compile(model, backend=backend, fullgraph=True, dynamic=True), model)
-    assert len(graphs) <= 4  # whether a patch needs padding, and one image or more, are graphs of their own
+    assert 1 <= len(graphs) <= 4  # whether a patch needs padding, and one image or more, are graphs of their own
 
 
 SHALLOW = dict(backbone='resnet18', stage=1, depth=1, embed_dim=48, num_heads=3)
@@ -260,7 +260,7 @@ def test_onnx_ranges_of_images(tmp_path):
     assert counts['with'] > counts['without']
     run = load(tmp_path / 'with', 'onnx')
     assert relative_difference(run(x[:3]), model(x[:3])) < 0.1  # every batch
-    with pytest.raises(Exception, match=r'(?i)invalid dimensions|expected'):
+    with pytest.raises(Exception, match=r'(?i)invalid dimensions.*\n?.*Expected: 64'):
         run(torch.randn(1, 3, 96, 96))  # one size
 
 
@@ -424,7 +424,8 @@ def test_the_command(tmp_path, capsys):
     assert 'onnx, int8, for 48x48 pixels' in capsys.readouterr().out
     run = load(tmp_path / 'model.onnx', 'onnx')
     assert example_images([images], model, limit=2).shape == (2, 3, 32, 32)
-    assert run(torch.randn(1, 3, 48, 48)).shape == (1, 2)
+    x = torch.randn(1, 3, 48, 48)
+    assert relative_difference(run(x), model(x)) < 0.2
     assert json.loads(config_of(tmp_path / 'model.onnx', 'onnx'))['label_names'] == ['across', 'down']
     assert cli.main([*arguments, '--images', str(tmp_path / 'model')]) == 1
     assert 'images: there is none in' in capsys.readouterr().err

@@ -17,7 +17,7 @@ PROJECT = (Path(__file__).parents[2] / 'pyproject.toml').read_text(encoding='utf
 def test_a_row_is_complete(row):
     assert row.suffixes and all(re.fullmatch(r'\.\w+', suffix) for suffix in (*row.suffixes, *row.beside))
     assert 'fp32' in row.precisions and set(row.needs_images) <= set(row.precisions) <= set(PRECISIONS)
-    if row.packages:
+    if row.packages or row.packages_int8:
         line = re.search(rf'^{row.extra} = \[(.*)\]$', PROJECT, re.MULTILINE)
         assert line, f'the row {row.name!r} needs packages: give pyproject.toml an extra {row.extra!r} with them.'
         for package in (*row.packages, *row.packages_int8):
@@ -41,7 +41,9 @@ def test_the_command_offers_what_the_rows_say(capsys):
             assert re.search(rf'{precision} not of [^;)]*\b{row.name}\b', text)
 
 
-@pytest.mark.parametrize('row', [row for row in FORMATS.values() if row.packages], ids=lambda row: row.name)
+@pytest.mark.parametrize(
+    'row', [row for row in FORMATS.values() if row.packages or row.packages_int8], ids=lambda row: row.name
+)
 def test_missing_packages_are_named(row, monkeypatch):
     for package in row.packages:
         monkeypatch.setattr('timm_vitres.inference.formats.is_installed', lambda name, gone=package: name != gone)

@@ -231,6 +231,14 @@ def test_explained_parts_are_called_in_their_order(name, kwargs):
 def test_whether_the_head_sees_a_class_token(name, kwargs, sees_it):
     model = randomise_(timm.create_model(name, num_classes=3, **kwargs))
     assert model.explained_parts().class_token is sees_it
+    model.eval()
+    with torch.inference_mode():
+        features = model.forward_features(torch.randn(1, 3, 64, 64))
+        before = model.forward_head(features)
+        if kwargs.get('class_token', True):
+            tokens = features[1] if isinstance(features, tuple) else features
+            tokens[:, 0] += torch.randn(tokens.shape[-1])
+            assert torch.equal(model.forward_head(features), before) is not sees_it
 
 
 def test_a_checkpoint_below_a_prefix_is_loaded(model, tmp_path):

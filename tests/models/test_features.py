@@ -394,14 +394,18 @@ def test_an_output_stride_that_is_kept_anyway_changes_nothing(name, output_strid
 def test_gradient_checkpointing_of_features():
     """As in detection: gradients through the pyramid are the same with and without it."""
     x = torch.randn(2, 3, 64, 96)
-    for name in ('test_vitresnet', 'vitresnet_nano'):
+    for name in ('test_vitresnet', 'vitresnet_nano', 'test_vitresnet_dual', 'test_vitresnet_mix'):
         gradients = []
         for enable in (False, True):
             torch.manual_seed(0)
             model = timm.create_model(name, features_only=True).train()
             model.model.set_grad_checkpointing(enable)
+            calls = []
+            convs = [module for module in model.modules() if isinstance(module, torch.nn.Conv2d)]
+            convs[len(convs) // 2].register_forward_pre_hook(lambda *args, calls=calls: calls.append(1))
             sum(level.square().mean() for level in model(x)).backward()
             gradients.append([parameter.grad for parameter in model.parameters()])
+            assert len(calls) == 1 + enable, name
         same(*gradients)
 
 

@@ -439,7 +439,7 @@ def test_folding(features_only):
         x = torch.randn(2, 3, *size)
         with torch.inference_mode():
             expected, got = model(x), folded(x)
-        for one, other in zip(*(([y] if torch.is_tensor(y) else y) for y in (got, expected))):
+        for one, other in zip(*(([y] if torch.is_tensor(y) else y) for y in (got, expected)), strict=True):
             assert relative_difference(one, other) < 1e-5
     net = folded.model if features_only else folded
     net.stages[2][0].self_attn.register_forward_hook(lambda module, args, output: output)

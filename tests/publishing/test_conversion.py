@@ -461,7 +461,12 @@ def test_the_layout_is_known_in_a_process_groups_wrapper(tmp_path):
     model = randomise_(timm.create_model('vitresnet_dual_tiny', num_classes=2))
     weights = {f'module.{key}': value for key, value in conformer_layout(model.state_dict()).items()}
     torch.save(weights, tmp_path / 'conformer.pth')
-    assert 'timm layout' not in (convert(tmp_path / 'conformer.pth', tmp_path / 'out') / 'README.md').read_text()
+    folder = convert(tmp_path / 'conformer.pth', tmp_path / 'out')
+    assert '(Conformer layout)' in (folder / 'README.md').read_text()
+    x = torch.randn(1, 3, 64, 64)
+    with torch.inference_mode():
+        loaded = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()(x)
+        assert relative_difference(loaded, model.eval()(x)) < 1e-6
 
 
 def test_a_file_that_was_downloaded_is_known_by_its_address(tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """Pushing and pulling with the unmodified client, in fresh processes, against a Hub on the loopback address."""
 
+import hashlib
 import json
 import re
 import shutil
@@ -106,7 +107,8 @@ def faulty(hub, request):
         process.stdin.flush()
         return json.loads(process.stdout.readline())
 
-    name = 'me/' + re.sub('[^a-z0-9]+', '-', request.node.name)[:60].strip('-')
+    digest = hashlib.sha1(request.node.name.encode()).hexdigest()[:8]  # names that are cut may be alike
+    name = 'me/' + re.sub('[^a-z0-9]+', '-', request.node.name)[:60].strip('-') + f'-{digest}'
     return server, name, call
 
 

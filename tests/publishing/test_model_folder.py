@@ -32,9 +32,9 @@ class Killed(BaseException):
 
 @pytest.fixture
 def die(monkeypatch):
-    """Return `run(function, count, after)`, which dies before or after the count-th write, and says whether it did."""
+    """Return `run(function, count, after)`, which dies before or after the count-th write: returns of what, or None."""
 
-    def run(function, count, after=False, error=Killed) -> bool:
+    def run(function, count, after=False, error=Killed):
         calls = 0
         with monkeypatch.context() as patch:
             for name in WRITES:
@@ -55,13 +55,13 @@ def die(monkeypatch):
                 patch.setattr(os, name, dying)
             try:
                 function()
-            except error:
-                return True
+            except error as caught:
+                return caught
             except OSError as caught:
                 if not isinstance(caught.__cause__, error):
                     raise
-                return True
-        return False
+                return caught
+        return None
 
     return run
 
@@ -181,6 +181,7 @@ def test_a_first_save_that_is_killed_leaves_no_model_or_the_model(die, tmp_path)
                 names = {path.name for path in folder.iterdir()}
             assert names in (set(), {'model.safetensors', 'config.json', 'README.md'})
             assert not names or fingerprint(folder) == whole
+    assert count > 5
 
 
 @pytest.mark.parametrize('error', [OSError, RuntimeError])
@@ -192,9 +193,13 @@ def test_an_error_at_every_write_is_one_sentence(error, die, tmp_path):
     while True:
         count += 1
         folder = save(first, tmp_path / str(count), **of_first)
-        if not die(lambda folder=folder: save(second, folder, **of_second), count, error=error):
+        caught = die(lambda folder=folder: save(second, folder, **of_second), count, error=error)
+        if caught is None:
             break
+        sentence = str(caught)
+        assert sentence == 'killed' or ('\n' not in sentence and str(tmp_path / str(count)) in sentence), sentence
         assert fingerprint(folder) in (old, new)
+    assert count > 5
 
 
 def test_convert_is_killed_at_every_write(die, tmp_path):
@@ -270,7 +275,7 @@ def _save_again_and_again(folder, seed, results):
         except OSError as error:
             assert 'is being written by another process' in str(error)
             refused += 1
-    results.put((seed, refused))
+    results.put(15 - refused)
 
 
 def test_two_savers_of_one_folder(tmp_path):
@@ -287,6 +292,7 @@ def test_two_savers_of_one_folder(tmp_path):
     for saver in savers:
         saver.join(120)
         assert saver.exitcode == 0
+    assert sum(results.get(timeout=10) for _ in savers) > 0
     assert fingerprint(tmp_path / 'both') in models
     assert {path.name for path in (tmp_path / 'both').iterdir()} == {'model.safetensors', 'config.json', 'README.md'}
 

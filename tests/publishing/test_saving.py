@@ -132,15 +132,15 @@ def test_the_card_knows_the_weights(tmp_path):
     assert ModelCard.load(tmp_path / 'README.md').text == card.text
     timm.create_model(f'local-dir:{tmp_path}', pretrained=True)
     safetensors.torch.save_file(first.state_dict(), tmp_path / 'model.safetensors')
-    sentence = r'or, if you changed it on purpose, take model_sha256 out of config\.json and README'
-    with pytest.raises(OSError, match=sentence):
+    with pytest.raises(
+        OSError, match=r'or, if you changed it on purpose, take model_sha256 out of config\.json beside it'
+    ):
         timm.create_model(f'local-dir:{tmp_path}', pretrained=True)
-    # config.json says it, with and without a card, and whoever takes it out of both is not asked again
+    # whoever takes it out, such as another program that writes config.json anew, is not asked again
     config = json.loads((tmp_path / 'config.json').read_text())
     del config['model_sha256']
     (tmp_path / 'config.json').write_text(json.dumps(config))
-    with pytest.raises(OSError, match=sentence):
-        timm.create_model(f'local-dir:{tmp_path}', pretrained=True)
+    timm.create_model(f'local-dir:{tmp_path}', pretrained=True)
     (tmp_path / 'README.md').write_text('# mine\n')
     timm.create_model(f'local-dir:{tmp_path}', pretrained=True)
     save(second, tmp_path)
@@ -182,10 +182,11 @@ def test_what_was_changed_for_inference_is_refused(change, where, tmp_path):
 
 def test_wrappers_are_taken_off(tmp_path):
     model = randomise_(timm.create_model('test_vitresnet', num_classes=3))
-    for wrapped in (torch.compile(model), ModelEmaV3(model), torch.nn.DataParallel(model)):
-        save(wrapped, tmp_path)
-        saved = safetensors.torch.load_file(tmp_path / 'model.safetensors')
+    for number, wrapped in enumerate((torch.compile(model), ModelEmaV3(model), torch.nn.DataParallel(model))):
+        save(wrapped, tmp_path / str(number))
+        saved = safetensors.torch.load_file(tmp_path / str(number) / 'model.safetensors')
         assert saved.keys() == model.state_dict().keys()
+        assert all(torch.equal(saved[key], value) for key, value in model.state_dict().items())
 
 
 def test_models_of_timm_are_saved_too(tmp_path):
@@ -343,7 +344,7 @@ def test_what_the_user_wrote_around_our_card_stays(tmp_path):
 def test_a_config_builds_the_model_that_it_was_rendered_from():
     model = timm.create_model('test_vitresnet', num_classes=2, img_size=(64, np.int64(96)))
     config = render_config(model, ['cat', 'dog'])
-    assert json.loads(json.dumps(config)) == json.loads(json.dumps(config, allow_nan=False))
+    assert json.loads(json.dumps(config, allow_nan=False))['model_args']['img_size'] == [64, 96]
     assert config['label_names'] == ['cat', 'dog'] and 'label_names' not in config['pretrained_cfg']
     check_unchanged(model, config)
     model.head.bias = torch.nn.Parameter(torch.ones(3))
@@ -366,7 +367,7 @@ def test_a_model_whose_norms_timm_has_frozen_is_saved(name, part, tmp_path):
     loaded = timm.create_model(f'local-dir:{save(model, tmp_path)}', pretrained=True).eval()
     x = torch.randn(2, 3, 64, 64)
     with torch.inference_mode():
-        torch.testing.assert_close(loaded(x), model.eval()(x))
+        torch.testing.assert_close(loaded(x), model.eval()(x), rtol=1e-5, atol=1e-4)
 
 
 def test_descriptions_of_other_classes_are_forgotten(tmp_path):

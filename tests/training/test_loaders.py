@@ -52,6 +52,7 @@ PLAIN = dict(hflip=0.0, color_jitter=0.0, scale=(1.0, 1.0), ratio=(1.0, 1.0))
     'name, given, without',
     [
         ('vflip', 1.0, {}),
+        ('hflip', 1.0, {}),
         ('aa', 'rand-m9-inc1', {}),
         ('color_jitter_prob', 1.0, dict(color_jitter=0.4, color_jitter_prob=0.0)),
         ('grayscale_prob', 1.0, {}),
@@ -79,6 +80,8 @@ def test_a_setting_reaches_the_pixels(name, given, without, tmp_path):
     assert any(different) if name == 'aa' else all(different)  # what a policy draws may leave noise as it is
     if name == 'vflip':
         assert torch.equal(changed, plain.flip(-2))
+    if name == 'hflip':
+        assert torch.equal(changed, plain.flip(-1))
     if name == 'grayscale_prob':
         assert torch.equal(changed[:, 0], changed[:, 1]) and not torch.equal(plain[:, 0], plain[:, 1])
 

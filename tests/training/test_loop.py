@@ -94,7 +94,7 @@ def test_a_resumed_run_is_the_run_that_was_not_interrupted(image_folder, tmp_pat
     assert len(rows(tmp_path / 'parts')) == 1
     parts = finetune(settings(image_folder, tmp_path / 'parts', epochs=3, resume=True))
     assert all(torch.equal(value, weights(whole)[key]) for key, value in weights(parts).items())
-    for ours, theirs in zip(rows(parts), rows(whole)):
+    for ours, theirs in zip(rows(parts), rows(whole), strict=True):
         assert {**ours, 'seconds': 0} == {**theirs, 'seconds': 0}
     # a finished run that is resumed stays what it is
     before = (parts / 'model.safetensors').read_bytes()

@@ -167,7 +167,7 @@ def test_two_processes_train_and_validate_as_one(tmp_path, more):
     two = finetune(*flags, '-b', 4 // steps, '--output', tmp_path / 'two')
     assert one.returncode == two.returncode == 0, one.stderr + two.stderr
     assert two.stdout.count('The best epoch is in') == 1
-    for ours, theirs in zip(rows(tmp_path / 'two'), rows(tmp_path / 'one')):
+    for ours, theirs in zip(rows(tmp_path / 'two'), rows(tmp_path / 'one'), strict=True):
         for name in theirs:
             exact = name.endswith(('top1', 'top5', 'balanced', 'macro_f1'))
             assert float(ours[name]) == pytest.approx(float(theirs[name]), abs=0 if exact else 1e-5), name

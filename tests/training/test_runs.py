@@ -289,7 +289,7 @@ def test_nothing_of_the_users_is_overwritten(images, tmp_path, no_pictures):
         (notes, {}, r'notes is not empty \(it holds README.md\)'),
         (model, {}, 'model is not empty'),
         (model, dict(model=f'local-dir:{tmp_path}/./model', pretrained=True), 'holds the model that the run starts'),
-        (tmp_path, {}, 'tmp_path|is not empty'),
+        (tmp_path, {}, 'is not empty'),
         (images, {}, 'lies in the data folder'),
         (images / 'run', {}, 'lies in the data folder'),
         (tmp_path / 'link' / 'run', {}, 'lies in the data folder'),

@@ -223,19 +223,18 @@ def test_what_stands_beside_a_file_says_what_it_must_be(tmp_path):
 
 
 @pytest.mark.parametrize(
-    'name, card, remedy',
+    'name, config, remedy',
     [
-        ('weights.pth', False, r'Remove it and load again\.$'),
-        ('model.safetensors', False, r'Restore it, or, .* take model_sha256 out of config\.json beside it\.$'),
-        ('model.safetensors', True, r'Restore it, or, .* out of config\.json and README\.md beside it\.$'),
+        ('weights.pth', None, r'Remove it and load again\.$'),
+        ('model.safetensors', '{}', r'Restore it, or, .* take model_sha256 out of config\.json beside it\.$'),
+        ('model.safetensors', None, r'Restore it, or, .* take model_sha256 out of README\.md beside it\.$'),
     ],
 )
-def test_a_file_that_is_another_is_named_with_a_remedy(name, card, remedy, tmp_path):
+def test_a_file_that_is_another_is_named_with_a_remedy(name, config, remedy, tmp_path):
     path = tmp_path / name
     path.write_bytes(b'weights')
     digest = hashlib.sha256(b'weights').hexdigest()
-    if card:
-        tell(tmp_path, card='# Mine\n')
+    tell(tmp_path, config=config, card='# Mine\n')
     assert checksums.check(path) == checksums.check(path, digest) == checksums.check(path, digest[:8]) == digest
     with pytest.raises(OSError, match=rf'{name} is damaged, .*: its sha256 is {digest}, not {ONE}\. {remedy}'):
         checksums.check(path, ONE)

@@ -124,11 +124,13 @@ def test_names_below_a_module_that_held_the_model(prefix, wrapper):
     model = timm.create_model('test_vitresnet', num_classes=3)
     found = convert_layout({wrapper: {prefix + key: value for key, value in model.state_dict().items()}})
     assert found.keys() == model.state_dict().keys()
+    assert all(torch.equal(found[key], value) for key, value in model.state_dict().items())
 
 
 def test_averaged_weights_of_torch():
     averaged = torch.optim.swa_utils.AveragedModel(timm.create_model('test_vitresnet', num_classes=3))
-    assert convert_layout(averaged.state_dict()).keys() == averaged.module.state_dict().keys()
+    found, expected = convert_layout(averaged.state_dict()), averaged.module.state_dict()
+    assert found.keys() == expected.keys() and all(torch.equal(found[key], value) for key, value in expected.items())
 
 
 @pytest.mark.parametrize('layer', ['pre_logits.fc', 'pre_logits'])

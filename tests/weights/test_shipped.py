@@ -156,7 +156,9 @@ def test_a_model_for_another_task(weight, no_network):
     assert relative_difference(outputs(larger, x), expected) < 0.2  # tables are resampled there and back
     pyramid = timm.create_model(name, pretrained=True, features_only=True).eval()
     maps = model.forward_intermediates(x, indices=list(range(model.num_pyramid)), intermediates_only=True)
-    assert len(maps) == model.num_pyramid and all(torch.equal(one, two) for one, two in zip(pyramid(x), maps))
+    assert len(maps) == model.num_pyramid and all(
+        torch.equal(one, two) for one, two in zip(pyramid(x), maps, strict=True)
+    )
 
 
 def test_a_saved_model_tells_no_path(weight, tmp_path):

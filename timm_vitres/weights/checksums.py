@@ -145,8 +145,8 @@ def check(path: Path, published: Optional[str] = None) -> str:
         elif is_shipped(path):
             remedy = REINSTALL
         elif path.name == WEIGHTS_NAME:
-            remedy = f'Restore it, or, if you changed it on purpose, take {SHA256_FIELD} out of {CONFIG_NAME}'
-            remedy += f' and {CARD_NAME} beside it' if (path.parent / CARD_NAME).is_file() else ' beside it'
+            teller = CONFIG_NAME if (path.parent / CONFIG_NAME).is_file() else CARD_NAME
+            remedy = f'Restore it, or, if you changed it on purpose, take {SHA256_FIELD} out of {teller} beside it'
         raise OSError(
             f'{path} is damaged, or was changed after it was published: its sha256 is {actual}, not {published}. '
             f'{remedy}.'
