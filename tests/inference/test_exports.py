@@ -246,6 +246,28 @@ def test_a_pyramid_as_a_file(format, tmp_path):
         assert relative_difference(y, expected) < 1e-5
 
 
+def test_a_file_for_multiples_says_so(tmp_path):
+    model = create('vitresnet', backbone='resnetaa34d', depth=1, num_heads=4, img_size=64, num_classes=3)
+    exported = export(model, tmp_path / 'm.pt2')
+    assert 'for any height and width that is a multiple of 32;' in exported.report
+    x = torch.randn(2, 3, 96, 128)
+    assert relative_difference(load(tmp_path / 'm.pt2', 'pt2')(x), model(x)) < 1e-5
+
+
+def test_what_computes_something_else_is_no_export(tmp_path, monkeypatch):
+    model = create('test_vitresnet', num_classes=3)
+    monkeypatch.setattr(exports, 'load', lambda path, format: lambda x: -model(x))
+    with pytest.raises(RuntimeError, match=r'm\.pt2: what was written differs from the model, by 2\.0e\+00'):
+        export(model, tmp_path / 'm.pt2', precision='bf16')
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_model_is_exported_from_the_cpu():
+    model = create('test_vitresnet')
+    with pytest.raises(ValueError, match=r'^model: it is on meta, and is exported from the CPU'):
+        exports.capture(model, 'fp32', torch.empty(2, 3, 64, 64, device='meta'))
+
+
 @pytest.mark.recent
 def test_onnx_ranges_of_images(tmp_path):
     """With images, convolutions are int8, too."""

@@ -165,6 +165,12 @@ def test_a_missing_engine_is_named():
     assert 'ValueError: engine: \'openvino\' needs openvino, pip install "timm-vitres[openvino]".' in result.stderr
 
 
+def test_a_wrapper_is_taken_off_by_hand():
+    averaged = torch.optim.swa_utils.AveragedModel(create('test_vitresnet')).eval()
+    with pytest.raises(TypeError, match=r'^model: got AveragedModel, which wraps one'):
+        prepare(averaged)
+
+
 def test_a_pyramid():
     model = create('test_vitresnet', features_only=True, num_classes=0)
     fast = prepare(model, 'bf16', example=torch.randn(1, 3, 64, 96))

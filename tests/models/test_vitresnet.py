@@ -296,6 +296,12 @@ def test_set_input_size_of_patches_survives_saving(tmp_path):
             model.set_input_size(**kwargs)
 
 
+def test_a_resnet_alone_has_no_patches():
+    model = timm.create_model('vitresnet', backbone='resnet18', depth=0, device='meta')
+    with pytest.raises(ValueError, match=r'^patch_size: got 2, but with depth=0 the model is the ResNet alone'):
+        model.set_input_size(patch_size=2)
+
+
 @pytest.mark.parametrize('backbone', ['resnetv2_18', 'resnet18'])
 def test_modules_are_in_the_group_of_their_parameters(backbone):
     """What is frozen by the one, as statistics of norms are, is frozen by the other."""

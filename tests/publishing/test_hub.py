@@ -138,7 +138,7 @@ GENERIC = dict(backbone='resnet18', stage=2, embed_dim=48, num_heads=3, depth=2,
     'name, options',
     [
         pytest.param('vitresnet_tiny', dict(img_size=96), marks=pytest.mark.slow),
-        ('vitresnet_small', dict(img_size=(64, 96), num_classes=5)),
+        pytest.param('vitresnet_small', dict(img_size=(64, 96), num_classes=5), marks=pytest.mark.slow),
         ('vitresnet_nano', dict(in_chans=1, img_size=32)),
         ('vitresnet', GENERIC),
     ],
@@ -458,6 +458,11 @@ def test_a_card_that_can_not_be_had_tells_no_licence(monkeypatch, tmp_path, capl
     monkeypatch.setattr(neighbours, 'hub_file', fails)
     assert neighbours.license_beside('hf-hub:me/name', tmp_path / 'model.safetensors') is None
     assert 'me/name: its card was not looked at for a licence' in caplog.text
+
+
+def test_a_folder_has_names_and_a_card_of_its_own(folder):
+    with pytest.raises(ValueError, match=r'^label_names, data_config, card: go with a model; a folder has its own'):
+        timm_vitres.push(folder[1], 'me/name', label_names=['a', 'b', 'c'])
 
 
 def test_nothing_is_asked_offline(folder, monkeypatch):

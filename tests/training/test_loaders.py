@@ -17,6 +17,7 @@ from timm_vitres.training.loaders import (
     padded_crop,
     seeded,
 )
+from timm_vitres.training.processes import Processes
 
 CONFIG = dict(
     input_size=(3, 32, 32), interpolation='bicubic', mean=(0.5,) * 3, std=(0.5,) * 3, crop_pct=1.0, crop_mode='center'
@@ -29,6 +30,22 @@ def pixels(tmp_path, workers, epoch, **options):
     train, val = create_loaders(cfg, data, CONFIG, data.record())
     train.set_epoch(epoch)
     return torch.cat([x for x, _ in train]), torch.cat([x for x, _ in val])
+
+
+@pytest.mark.parametrize('count', [1, 3])
+def test_processes_share_an_epochs_images(count, tmp_path):
+    """Each trains on images of its own, and every image of the validation set is counted once."""
+    write_folder(tmp_path / 'images', per_class=10)
+    cfg = settings(tmp_path / 'images', tmp_path, workers=0, batch_size=2, validation_batch_size=3)
+    data = load_data(cfg, 'RGB')
+    seen, valid = [], 0
+    for rank in range(count):
+        train, val = create_loaders(cfg, data, CONFIG, data.record(), Processes(rank=rank, count=count))
+        train.set_epoch(1)
+        seen += list(train.indices())
+        valid += val.num_valid
+        assert max(len(x) for x, _ in val) <= 3
+    assert len(set(seen)) == len(seen) == len(data.train) // count * count and valid == len(data.val)
 
 
 def test_pixels_depend_on_seed_and_epoch_alone(tmp_path):

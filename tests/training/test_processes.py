@@ -114,6 +114,7 @@ def test_a_program_that_joined_by_itself_has_chosen_its_gpu(monkeypatch, tmp_pat
         assert processes.local_rank == 3
 
 
+@pytest.mark.slow
 def test_a_script_that_its_workers_import_is_told_of(tmp_path):
     """Where processes are started anew (Windows, macOS, Python 3.14), each worker runs the script once more."""
     write_folder(tmp_path / 'images', per_class=20)

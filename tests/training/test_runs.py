@@ -129,7 +129,13 @@ def test_the_record_is_there_before_the_first_step(images, tmp_path, monkeypatch
     assert_same_run(folder, finetune(dataclasses.replace(cfg, output=str(tmp_path / 'whole'))))
 
 
-@pytest.mark.parametrize('error', [Killed, OSError('No space left on device')], ids=['killed', 'full'])
+@pytest.mark.parametrize(
+    'error',
+    [
+        pytest.param(Killed, id='killed'),
+        pytest.param(OSError('No space left on device'), id='full', marks=pytest.mark.slow),
+    ],
+)
 def test_a_failure_at_any_write_loses_nothing(error, images, tmp_path, monkeypatch, no_pictures):
     """Whatever rename fails, the folder loads as one of the models that it had, and the run ends as if unbroken."""
     cfg = small(images, tmp_path / 'whole', no_aug=True, epochs=2)
