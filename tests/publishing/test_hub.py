@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -105,7 +106,12 @@ def faulty(hub, request):
     def call(code, *args):
         process.stdin.write(json.dumps([code, ['', *map(str, args)]]) + '\n')
         process.stdin.flush()
-        return json.loads(process.stdout.readline())
+        timer = threading.Timer(300, process.kill)
+        timer.start()
+        answer = process.stdout.readline()
+        timer.cancel()
+        assert answer, 'the client died, or did not answer'
+        return json.loads(answer)
 
     digest = hashlib.sha1(request.node.name.encode()).hexdigest()[:8]  # names that are cut may be alike
     name = 'me/' + re.sub('[^a-z0-9]+', '-', request.node.name)[:60].strip('-') + f'-{digest}'

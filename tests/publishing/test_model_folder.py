@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -307,8 +308,8 @@ def test_a_reader_beside_savers_gets_a_whole_model_or_a_sentence(tmp_path):
     saver = context.Process(target=_save_both, args=(tmp_path / 'both',))
     save(first, tmp_path / 'both', **of_first)
     saver.start()
-    found = []
-    while saver.is_alive():
+    found, deadline = [], time.monotonic() + 300
+    while saver.is_alive() and time.monotonic() < deadline:
         try:
             found.append(fingerprint(tmp_path / 'both'))
         except OSError as error:
