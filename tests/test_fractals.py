@@ -156,7 +156,8 @@ def test_pretraining_and_transfer(fractals, script, tmp_path, monkeypatch):
     options = ['--output', str(tmp_path), '--model', 'test_vitresnet']
     options += ['--threads', f'{torch.get_num_threads()}', '--record', '--classes', '2']
     options += ['--images', '4', '--val-images', '1', '--sets', 'elpv', '--seeds', '0']
-    options += ['--set', 'epochs=1', 'img_size=32', 'batch_size=4', 'workers=0', 'model_ema_decay=0.9']
+    options += ['--set', 'epochs=1', 'img_size=32', 'batch_size=4', 'workers=0']
+    options += ['model_ema=true', 'model_ema_decay=0.9']
     for what in ('pretrain', 'transfer', 'transfer'):
         monkeypatch.setattr(sys, 'argv', ['fractals.py', what, *options])
         fractals.main()

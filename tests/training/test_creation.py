@@ -307,9 +307,8 @@ def test_adapters_need_peft_and_attention(monkeypatch):
 @pytest.mark.parametrize('ema', [False, True])
 def test_a_run_with_adapters_saves_a_model_without(ema, image_folder, tmp_path, no_pictures):
     path, start = saved(tmp_path, num_classes=2)
-    options = dict(
-        initial_checkpoint=path, lora=2, epochs=1, no_check=True, lr=0.01, model_ema=ema, model_ema_decay=0.5
-    )
+    options = dict(initial_checkpoint=path, lora=2, epochs=1, no_check=True, lr=0.01)
+    options.update(dict(model_ema=True, model_ema_decay=0.5) if ema else {})
     cfg = settings(image_folder, tmp_path / 'run', eval_metric='loss', **options)
     folder = finetune(cfg)
     model = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()

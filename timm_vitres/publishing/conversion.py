@@ -39,7 +39,7 @@ from ..weights.checkpoints import checkpoint_files, read_checkpoint
 from ..weights.checksums import check_once, is_of_this_package
 from ..weights.comparison import add_batch_counts, check_dtypes, check_keys
 from ..weights.files import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME
-from ..weights.layouts import StateDict, convert_layout, find_layout, plain_names
+from ..weights.layouts import Layout, StateDict, convert_layout, find_layout, plain_names
 from ..weights.sources import SOURCE_ARGUMENTS
 from .cards import OURS, read_card, render_card
 from .config_file import told_of_weights
@@ -122,10 +122,7 @@ def convert(
     assign_(built, state_dict)
     fill_buffers_(built)
     source_cfg = config.get('pretrained_cfg') or {}
-    told = license_beside(str(source), path)
-    license = told or source_cfg.get('license')
-    if not license and told is None and not str(source).startswith('hf-hub:'):  # whose owner tells none, has none
-        license = layout.license
+    license = _license(str(source), path, source_cfg, layout)
     built.pretrained_cfg = told_of_weights(built.pretrained_cfg, {**source_cfg, 'license': license})
     data = _data_config(built, sizes[1], args, config, preprocessor)
     file_name = Path(unquote(address) if address else path).name
@@ -140,6 +137,16 @@ def convert(
         license=built.pretrained_cfg.get('license'),
     )
     return save(built, folder, label_names, data, card)
+
+
+def _license(source: str, path: Path, source_cfg: Dict[str, Any], layout: Layout) -> Optional[str]:
+    """Return the licence that the card or the config beside weights tells; else that of the layout's own writers.
+
+    Not so of a repository, or beside a card: whose owner tells none has none.
+    """
+    told = license_beside(source, path)
+    license = told or source_cfg.get('license')
+    return layout.license if not license and told is None and not source.startswith('hf-hub:') else license
 
 
 def _check_folder(folder: Path) -> None:
