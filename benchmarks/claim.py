@@ -16,6 +16,8 @@ BEGINNINGS = {
     'deeper': 'from the shipped weights, with three blocks more',
     'pretrained_path=fmnist/wide': 'from the weights of `wide`',
     'kd_model_name=local-dir:fmnist/resnet': 'distilled from `resnet`',
+    'pretrained_path=fmnist/distilled': 'from the weights of the row above',
+    'kd_model_name=average': 'distilled from it and `resnet`',
 }
 ROBUSTNESS = dict(top1='ImageNet', real='ReaL', v2='V2', r='R', a='A', sketch='Sketch')  # timm's results files
 
