@@ -6,7 +6,7 @@ import statistics
 from collections import defaultdict
 
 import numpy as np
-from rows import is_there, newest, read, spread, table
+from rows import deviation, is_there, newest, read, spread, table
 
 from timm_vitres.training.verdict import LEAST_SEEDS, LEVEL, seeds_error
 
@@ -185,10 +185,6 @@ def ablation() -> str:
 
 def arms() -> str:
     """Each comparison in a line: the best arm, and those that can not be told apart from it, in bold."""
-
-    def cell(values: list) -> str:
-        return spread(values).partition(' (')[0]  # how many seeds there were stands beside the set
-
     found = comparisons()
     names = list(dict.fromkeys(arm for _, runs, _, _ in found for arm in runs))
     lines = []
@@ -197,7 +193,7 @@ def arms() -> str:
         cells = dict.fromkeys(runs, 'diverged')
         for arm, values in figures.items():
             alone = ' †' if arm in behind and _is_alone(figures, behind[arm]['best'], arm) else ''
-            cells[arm] = f'{cell(values)}{alone}' if arm in told else f'**{cell(values)}**{alone}'
+            cells[arm] = f'{deviation(values)}{alone}' if arm in told else f'**{deviation(values)}**{alone}'
         seeds = max(map(len, figures.values()))
         lines.append([f'{name}, {seeds} seeds', *(cells.get(arm, '-') for arm in names)])
     return table(['set', *names], lines)

@@ -198,10 +198,10 @@ def throughput_ours() -> str:
 def throughput_short() -> str:
     """A hybrid of each family on the machine that measured it last: ratios at batch 1 and 16."""
     paths = ('folded', 'compiled', 'bf16', 'bf16 compiled', 'onnxruntime')
-    lines = []
+    found, lines = timings(on_cpu=True), []
     for model in ('vitresnet_small', 'vitresnet_base', 'vitresnet_dual_small', 'vitresnet_mix_bot26t'):
         size = '256' if model == 'vitresnet_mix_bot26t' else '224'
-        rows = of_one_machine(timings(on_cpu=True), model)
+        rows = of_one_machine(found, model)
         pairs = [[rows.get(('cpu', model, size, path, batch)) for batch in ('1', '16')] for path in paths]
         lines.append([f'`{model}`', *(' / '.join(row['ratio'] for row in pair if row) for pair in pairs)])
     return table(['batch 1 / 16', *paths], lines)

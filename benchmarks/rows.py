@@ -23,10 +23,16 @@ def newest(name: str, *columns: str) -> dict:
     return {tuple(row[column] for column in columns): row for row in read(name)}
 
 
-def spread(values: list, digits: int = 1) -> str:
+def deviation(values: list, digits: int = 1) -> str:
     """Return mean and standard deviation, the latter where there is more than one value."""
     mean = f'{statistics.mean(values):.{digits}f}'
-    return f'{mean} ± {statistics.stdev(values):.{digits}f} ({len(values)} seeds)' if len(values) > 1 else f'{mean} (1)'
+    return f'{mean} ± {statistics.stdev(values):.{digits}f}' if len(values) > 1 else mean
+
+
+def spread(values: list, digits: int = 1) -> str:
+    """Return mean and standard deviation, and of how many values."""
+    number = f'{len(values)} seeds' if len(values) > 1 else '1'
+    return f'{deviation(values, digits)} ({number})'
 
 
 def table(header: list, rows: list) -> str:

@@ -144,7 +144,7 @@ def _to_mode(image: Image.Image, mode: str, kind: Optional[str], white: float) -
     return image.convert(mode)
 
 
-def _to_8_bits(values: np.ndarray, mode: str, kind: Optional[str], white: float = 65535.0) -> np.ndarray:
+def _to_8_bits(values: np.ndarray, mode: str, kind: Optional[str], white: float) -> np.ndarray:
     """Scale values by what their kind of image says, never by their own range, which differs between images of a set.
 
     Args:

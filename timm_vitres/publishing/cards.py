@@ -100,6 +100,12 @@ def fields_of(card: str) -> Dict[str, Any]:
     return {}
 
 
+def are_of_same_weights(old: str, new: str) -> bool:
+    """Return whether two cards tell the same sha256."""
+    sha256 = fields_of(old).get(SHA256_FIELD)
+    return sha256 is not None and sha256 == fields_of(new).get(SHA256_FIELD)
+
+
 def read_card(path: Path, name: str = '') -> Optional[str]:
     """Return the text of a card, None where there is none.
 
@@ -157,8 +163,7 @@ def merge_cards(old: str, new: str) -> str:
     head, text = _split(old)
     theirs = ModelCard(old) if head is not None else ModelCard('---\nlibrary_name: timm\n---\n')
     ours = ModelCard(new)
-    data, tags = ours.data, theirs.data.tags or []
-    license, ours_sha256 = data.license, data.get(SHA256_FIELD)
+    data, tags, license = ours.data, theirs.data.tags or [], ours.data.license
     task, is_ours = theirs.data.get('pipeline_tag'), PACKAGE_TAG in tags
     stale = {task} & TASKS & set(tags) if is_ours and data.get('pipeline_tag') not in tags else set()  # of another head
     about = {SHA256_FIELD, TEXT_FIELD} | ({'pipeline_tag'} if stale else set())
@@ -172,9 +177,7 @@ def merge_cards(old: str, new: str) -> str:
         told = CARD_NAME, data.license, license
         _logger.warning('%s: its licence stays %s, but that of the weights is %s; change it there if it is so.', *told)
     replaced = {_about(result) for result in ours.data.eval_results or []}
-    # results that stand in the text go with it, unless the weights are the same
-    sha256 = theirs.data.get(SHA256_FIELD)
-    is_same = sha256 is not None and sha256 == ours_sha256
+    is_same = are_of_same_weights(old, new)  # else results that stand in the text go with it
     written = [] if is_same else ''.join(OURS.findall(text)).splitlines()
     results = [
         result

@@ -43,7 +43,7 @@ from ..weights.layouts import Layout, StateDict, convert_layout, find_layout, pl
 from ..weights.sources import SOURCE_ARGUMENTS
 from .cards import OURS, read_card, render_card
 from .config_file import told_of_weights
-from .neighbours import STARTS, began_with, crop_of, find_beside, license_beside
+from .neighbours import STARTS, began_with, crop_of, find_beside, hub_id_of, license_beside
 from .saving import save
 
 _logger = logging.getLogger(__name__)
@@ -146,7 +146,7 @@ def _license(source: str, path: Path, source_cfg: Dict[str, Any], layout: Layout
     """
     told = license_beside(source, path)
     license = told or source_cfg.get('license')
-    return layout.license if not license and told is None and not source.startswith('hf-hub:') else license
+    return layout.license if not license and told is None and hub_id_of(source) is None else license
 
 
 def _check_folder(folder: Path) -> None:

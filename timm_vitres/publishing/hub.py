@@ -29,7 +29,18 @@ from ..weights.downloads import is_transient, retrying
 from ..weights.files import CARD_NAME, CONFIG_NAME, CURVES_NAME, SUMMARY_NAME, WEIGHTS_NAME
 from ..weights.shipped import is_shipped
 from ..weights.sources import find_weights
-from .cards import OURS, TEXT_FIELD, fields_of, merge_cards, read_card, render_card, set_field, set_source, text_sha256
+from .cards import (
+    OURS,
+    TEXT_FIELD,
+    are_of_same_weights,
+    fields_of,
+    merge_cards,
+    read_card,
+    render_card,
+    set_field,
+    set_source,
+    text_sha256,
+)
 from .config_file import read_config
 from .model_folder import locked
 from .neighbours import PREPROCESSOR_NAME
@@ -193,14 +204,14 @@ def _commit(
 
 def _told_of(old: str, new: str) -> List[str]:
     """Return the files of an earlier model, beside its weights, that would be taken for the new one's, by the cards."""
-    fields, block = fields_of(old), OURS.search(old)
-    if SHA256_FIELD in fields and fields[SHA256_FIELD] == fields_of(new).get(SHA256_FIELD):
+    if are_of_same_weights(old, new):
         return []
+    block = OURS.search(old)
     if block:
         is_run = f']({CURVES_NAME})' in block.group(0) or 'Measured after epoch' in block.group(0)
         return list(EXTRA_NAMES) if is_run else []
     # transformers reads this one before timm's config.json
-    return [PREPROCESSOR_NAME] if fields.get('library_name') == 'transformers' else []
+    return [PREPROCESSOR_NAME] if fields_of(old).get('library_name') == 'transformers' else []
 
 
 def model_name(repo_id: str, revision: Optional[str] = None) -> str:

@@ -29,10 +29,20 @@ STARTS = ('local-dir:', 'hf-hub:', 'hf_hub:')  # of names that timm takes for a 
 PRETRAINED_FIELDS = {field.name for field in dataclasses.fields(PretrainedCfg)}
 
 
+def hub_id_of(source: str) -> Optional[str]:
+    """Return 'owner/name' of 'hf-hub:owner/name'; None for any other source."""
+    return source.removeprefix('hf-hub:') if source.startswith('hf-hub:') else None
+
+
+def _hub_file_beside(hub_id: str, path: Path, name: str) -> Path:
+    """Return a file of the commit that the weights at a path in the Hub's cache are of."""
+    return hub_file(at_commit(hub_id, path.parent.name), (name,))
+
+
 def find_beside(source: str) -> Tuple[Path, Dict[str, Any], Dict[str, Any], Optional[str]]:
     """Return the weights, what config.json and preprocessor_config.json beside them say, and a download's address."""
     found: List[Dict[str, Any]] = []
-    hub_id = source.removeprefix('hf-hub:') if source.startswith('hf-hub:') else None
+    hub_id = hub_id_of(source)
     url = None if hub_id or Path(source).exists() else url_of(source)
     if url:
         return url_file(url), {}, {}, url
@@ -44,7 +54,7 @@ def find_beside(source: str) -> Tuple[Path, Dict[str, Any], Dict[str, Any], Opti
             continue
         if hub_id:
             with suppress(NotInRepository):  # not every repository has both
-                beside = hub_file(at_commit(hub_id, path.parent.name), (name,))
+                beside = _hub_file_beside(hub_id, path, name)
         content = _read_json(beside) if beside.is_file() else {}
         found.append(content if found else _nested(content))
     config, preprocessor = found
@@ -65,11 +75,11 @@ def find_beside(source: str) -> Tuple[Path, Dict[str, Any], Dict[str, Any], Opti
 
 def license_beside(source: str, path: Path) -> Optional[str]:
     """Return the licence that the card beside the weights of `find_beside` tells, '' for none; None without a card."""
-    hub_id = source.removeprefix('hf-hub:') if source.startswith('hf-hub:') else None
+    hub_id = hub_id_of(source)
     card = path.with_name(CARD_NAME)
     if hub_id:
         try:
-            card = hub_file(at_commit(hub_id, path.parent.name), (CARD_NAME,))
+            card = _hub_file_beside(hub_id, path, CARD_NAME)
         except NotInRepository:
             return None
         except OSError as error:  # timm's own downloads leave it out

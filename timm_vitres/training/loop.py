@@ -189,8 +189,9 @@ class _Run:
             while not is_over(cfg, self.history):
                 epoch = len(self.history)
                 start = time.perf_counter()
-                # each epoch draws from its own seed, so that a resumed run is the run that was not interrupted
-                random_seed(derived(cfg.seed, epoch, self.processes.rank, 1) % 2**32)  # of an image: without the 1
+                # each epoch draws from its own seed, so that a resumed run is the run that was not interrupted; without
+                # the 1 it would be that of an image (`_Seeded`)
+                random_seed(derived(cfg.seed, epoch, self.processes.rank, 1) % 2**32)
                 try:
                     row: Dict[str, Any] = dict(epoch=epoch, train_loss=self._train_epoch(epoch))
                     metrics, answers = self._validate(epoch)
@@ -354,9 +355,8 @@ class _Run:
             model = self._whole_model(best.weights)
             if model is not None:
                 remove_report(self.folder)  # of a model that this one replaces
-                if (
-                    not cfg.pretrained or cfg.pretrained_path or cfg.initial_checkpoint
-                ):  # not with the registry's weights
+                # what the registry says of its weights is not so of random ones, or of a file's
+                if not cfg.pretrained or cfg.pretrained_path or cfg.initial_checkpoint:
                     model.pretrained_cfg = told_of_weights(model.pretrained_cfg, {})  # pyright: ignore
                 name = shown(self.folder.resolve().name)
                 card = run_card(self.record, best, model, name, self.train_batches.batch_size)

@@ -14,6 +14,7 @@ from timm.utils import NativeScaler, dispatch_clip_grad, unwrap_model
 from torch import nn
 from torch.nn.utils import get_total_norm
 
+from ..inference.lowering import each
 from .creation import head_parameters
 from .settings import FinetuneCfg
 
@@ -139,7 +140,7 @@ def fast_kernels() -> Iterator[None]:
 
 def _in_float32(module: nn.Module, inputs: Any, output: Any) -> Any:
     """Return what a model returns, a tensor or a tuple of them, in float32."""
-    return tuple(one.float() for one in output) if isinstance(output, tuple) else output.float()
+    return each(torch.Tensor.float, output)
 
 
 class Stepper:

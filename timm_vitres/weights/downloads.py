@@ -36,9 +36,8 @@ class NotInRepository(FileNotFoundError):
 
 def is_transient(error: BaseException) -> bool:
     """Return whether trying again may help: a server's 5xx or 429, or a connection that broke."""
-    if isinstance(
-        error, (LocalEntryNotFoundError, OfflineModeIsEnabled)
-    ):  # the client has tried long enough, or may not
+    # the client has tried long enough, or may not
+    if isinstance(error, (LocalEntryNotFoundError, OfflineModeIsEnabled)):
         return False
     if isinstance(error, HfHubHTTPError):
         status = getattr(error.response, 'status_code', None)
