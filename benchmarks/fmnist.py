@@ -6,16 +6,19 @@ The recipe, and each run's epoch, are chosen on 5% of the training images; the 1
 when a run is over, by a model that was loaded from its folder: as it is, and with six views of each image (`--tta
 shift`). A run that was killed goes on. --record appends a row per run to benchmarks/results/fmnist.csv. Any setting of
 the recipe may be given anew, as --set name=value; the row has it. `wide` is ResNet-20 of twice its width, all of its
-stages at 28, 14 and 7 pixels, and a block of attention behind them. The arm `deeper` of another row began with the
-weights of the first, and with more blocks, which began as the identity (Net2Net, arXiv:1511.05641). --teachers gives
-folders of runs of the same seed, and so of the same validation images, from whose mean logits the arms learn. Data: the
-Debian package dataset-fashion-mnist, or --data-dir with its four .gz files.
+stages at 28, 14 and 7 pixels, and a block of attention behind them; `large` has three blocks more. --grow begins with
+the weights of a run of fewer blocks, and with further blocks that are the identity (Net2Net, arXiv:1511.05641), as did
+the arm `deeper` of an old row, with those of the shipped weights. --teachers gives folders of runs of the same seed,
+and so of the same validation images, from whose mean logits the arms learn. --mean trains nothing: of runs that went on
+from the same weights, it saves the mean of their weights as a model of its own (model soups, arXiv:2203.05482), and
+looks at the test images with that. Data: the Debian package dataset-fashion-mnist, or --data-dir with its four .gz
+files.
 """
 
 import argparse
 import json
 from pathlib import Path
-from typing import Any, Dict, List
+from typing import Any, Dict, List, Sequence
 
 import timm
 import torch
@@ -24,17 +27,19 @@ from image_sets import FASHION, unpack
 from ship import images_of
 from timm.models import register_model
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
 import timm_vitres
+from timm_vitres.data import data_config
 from timm_vitres.training.report import best_epoch, read_summary
 from timm_vitres.training.settings import FinetuneCfg
+from timm_vitres.training.splits import stratified_split
 from timm_vitres.views import averaged
 
 DATA = dict(dataset='torch/fashion_mnist', val_split='')
 WIDE = dict(stem_chs=32, channels=(32, 64, 128), strides=(1, 2, 2))
-# What an arm is, beside the recipe. All but the interleaved one are made to have as many parameters as the wide one,
+# What an arm is, beside the recipe. All but the large and the interleaved one have as many parameters as the wide one,
 # to 5%: the same ResNet without the block that attends, six blocks of ViT on patches of 4 pixels, the serial hybrid
 ARMS: Dict[str, Dict[str, Any]] = {
     'wide': dict(model='vitresnet_mix_nano', model_kwargs=dict(WIDE, layers=(3, 3, 4), attn_blocks=(0, 0, 1))),
@@ -44,6 +49,7 @@ ARMS: Dict[str, Dict[str, Any]] = {
         model_kwargs=dict(backbone='', patch_size=4, embed_dim=124, depth=6, num_heads=4, class_token=False),
     ),
     'serial': dict(model='vitresnet_nano'),
+    'large': dict(model='vitresnet_mix_nano', model_kwargs=dict(WIDE, layers=(3, 4, 5), attn_blocks=(0, 0, 1))),
     'interleaved': dict(model='vitresnet_mix_nano'),
 }
 
@@ -73,19 +79,73 @@ def register_teachers(folders: List[Path]) -> str:
     return average.__name__
 
 
+def grow(arm: str, source: Path, folder: Path) -> nn.Module:
+    """Save an arm's model that computes what a run's does, and return it.
+
+    A stage's blocks are those of the run's; between the last two, which may attend, are blocks that change nothing.
+
+    Raises:
+        SystemExit: where an arm with further blocks can't compute the same.
+    """
+    old = timm.create_model(f'local-dir:{source}', pretrained=True).eval()
+    size = old.pretrained_cfg['input_size']
+    args = dict(num_classes=old.num_classes, in_chans=size[0], img_size=size[-2:])
+    new = timm.create_model(ARMS[arm]['model'], **args, **ARMS[arm].get('model_kwargs', {})).eval()
+    new.stem.load_state_dict(old.stem.state_dict())
+    new.head.load_state_dict(old.head.state_dict())
+    for blocks, trained in zip(new.stages, old.stages):
+        for index, block in enumerate(blocks):
+            if index < len(trained) - 1 or block is blocks[-1]:
+                block.load_state_dict(trained[min(index, len(trained) - 1)].state_dict())
+            else:
+                nn.init.zeros_(block.conv2_kxk.bn.weight)
+                nn.init.zeros_(block.conv2_kxk.bn.bias)
+    x = torch.randn(8, *size, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        if not torch.allclose(new(x), old(x), atol=1e-4):
+            raise SystemExit(f'{source}: the arm {arm} does not compute the same with its weights.')
+    timm_vitres.save(new, folder, data_config=data_config(old))
+    return new
+
+
+def average_weights(folders: List[Path], folder: Path) -> nn.Module:
+    """Save the mean of the weights of runs as a folder of its own, and return the model.
+
+    Raises:
+        SystemExit: where the runs held other images out, so that some learnt from what others were judged on.
+    """
+    held = [json.loads((each / 'run.json').read_text(encoding='utf-8'))['data'] for each in folders]
+    for each, data in zip(folders, held):
+        if data != held[0]:
+            raise SystemExit(f'{each}: held out other validation images than {folders[0]}.')
+    models = [timm.create_model(f'local-dir:{each}', pretrained=True).eval() for each in folders]
+    states = [each.state_dict() for each in models]
+    mean = {
+        key: torch.stack([state[key].double() for state in states]).mean(0).to(value.dtype)
+        for key, value in states[0].items()
+    }
+    models[0].load_state_dict(mean)
+    timm_vitres.save(models[0], folder)
+    return models[0]
+
+
+def top1(model: nn.Module, images: Dataset, tta: Sequence[str] = ('',)) -> List[float]:
+    """Return a model's top-1 accuracy on images, in percent, by each kind of test-time augmentation."""
+    right = dict.fromkeys(tta, 0)
+    with torch.inference_mode():
+        for x, target in tqdm(DataLoader(images, batch_size=250), desc='test', leave=False):
+            for views in tta:
+                right[views] += int((averaged(model, x, views).argmax(1) == target).sum())
+    return [round(100 * count / len(images), 2) for count in right.values()]
+
+
 def test(folder: Path, root: Path) -> Dict[str, float]:
     """Return the top-1 accuracy of a finished run's model on the test images, in percent, with and without views."""
     model = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
     images = images_of(model, DATA['dataset'], str(root), 'validation')
-    right = dict.fromkeys(('', 'shift'), 0)
-    with torch.inference_mode():
-        for x, target in tqdm(DataLoader(images, batch_size=250), desc='test', leave=False):
-            for tta in right:
-                right[tta] += int((averaged(model, x, tta).argmax(1) == target).sum())
-    figures = {'test_top1': right[''], 'test_top1_tta': right['shift']}
-    return {name: round(100 * count / len(images), 2) for name, count in figures.items()} | dict(
-        test_images=len(images), params=sum(parameter.numel() for parameter in model.parameters())
-    )
+    plain, views = top1(model, images, ('', 'shift'))
+    params = sum(parameter.numel() for parameter in model.parameters())
+    return dict(test_top1=plain, test_top1_tta=views, test_images=len(images), params=params)
 
 
 def run(arm: str, seed: int, root: Path, output: Path, changes: Dict[str, Any]) -> Dict[str, Any]:
@@ -111,6 +171,34 @@ def run(arm: str, seed: int, root: Path, output: Path, changes: Dict[str, Any]) 
     )
 
 
+def run_mean(arm: str, seed: int, root: Path, output: Path, folders: List[Path]) -> Dict[str, Any]:
+    """Return the row of the mean of some runs' weights."""
+    settings = {**timm_vitres.recipe('fmnist'), **DATA, **ARMS[arm]}
+    folder = output / run_name(arm, 'mean', *(each.name for each in folders), changes={}, seed=seed)
+    model = average_weights(folders, folder)
+    images = images_of(model, DATA['dataset'], str(root), 'train')
+    held = stratified_split(
+        [int(target) for target in images.targets], settings.get('val_frac', FinetuneCfg.val_frac), seed
+    )[1]
+    return dict(
+        arm=arm,
+        model=settings['model'],
+        seed=seed,
+        changes=told_mean(folders),
+        model_kwargs=told(settings.get('model_kwargs', {})),
+        autotuned='',
+        epochs=0,
+        val_top1=top1(model, Subset(images, held))[0],
+        **test(folder, root),
+        train_seconds=0,
+        threads=torch.get_num_threads(),
+    )
+
+
+def told_mean(folders: List[Path]) -> str:
+    return told({'mean': '+'.join(map(str, folders))})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--output', type=Path, required=True, help='folder for data and runs')
@@ -119,6 +207,8 @@ def main() -> None:
     parser.add_argument('--seeds', type=int, nargs='+', default=[0])
     parser.add_argument('--set', nargs='*', default=[], metavar='NAME=VALUE', help="settings in place of the recipe's")
     parser.add_argument('--teachers', type=Path, nargs='+', metavar='FOLDER', help='runs to learn from, as their mean')
+    parser.add_argument('--grow', type=Path, metavar='FOLDER', help='a run of fewer blocks, to begin with its weights')
+    parser.add_argument('--mean', type=Path, nargs='+', metavar='FOLDER', help='runs whose mean weights to test')
     parser.add_argument('--note', default='', help='what the rows shall tell beside')
     parser.add_argument('--threads', type=int, default=2)
     parser.add_argument('--record', action='store_true', help='append a row per run to benchmarks/results/fmnist.csv')
@@ -127,16 +217,24 @@ def main() -> None:
     changes = parse_changes(args.set)
     if args.teachers:
         changes = {'kd_model_name': register_teachers(args.teachers), **changes}
+    if args.grow:
+        folder = args.output / f'{args.arms[0]}-from-{args.grow.name}'
+        grow(args.arms[0], args.grow, folder)
+        changes = {'pretrained_path': f'{folder}/model.safetensors', **changes}
     root = unpack(args.data_dir, args.output / 'data')
     if changes.get('pretrained') and args.seeds != [0]:
         parser.error('seeds: got another than 0, with which weights of ours learnt; they know its validation images.')
     for seed in args.seeds:
         for arm in args.arms:
-            row = dict(arm=arm, seed=seed, changes=told(changes))
+            row = dict(arm=arm, seed=seed, changes=told_mean(args.mean) if args.mean else told(changes))
             if args.record and is_recorded('fmnist', row):
                 print(f'fmnist.csv has its row, and the test images are looked at once: {told(row)}')
                 continue
-            write_row('fmnist', {**run(arm, seed, root, args.output, changes), 'note': args.note}, args.record)
+            if args.mean:
+                found = run_mean(arm, seed, root, args.output, args.mean)
+            else:
+                found = run(arm, seed, root, args.output, changes)
+            write_row('fmnist', {**found, 'note': args.note}, args.record)
 
 
 if __name__ == '__main__':
