@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import datetime
+import hashlib
 import logging
 import os
 import platform
@@ -97,8 +98,10 @@ def told(changes: Dict[str, Any]) -> str:
 
 
 def run_name(*parts: str, changes: Dict[str, Any], seed: int) -> str:
-    """Return the name of a run's folder."""
-    return '-'.join([*parts, *told(changes).replace('/', '_').split(), str(seed)])
+    """Return the name of a run's folder; one that file systems refuse as too long ends with its digest instead."""
+    name = '-'.join([*parts, *told(changes).replace('/', '_').split(), str(seed)])
+    digest = hashlib.sha256(name.encode()).hexdigest()[:16]
+    return name if len(name.encode()) < 256 else f'{name[:160]}-{digest}'
 
 
 class Tested(NamedTuple):
