@@ -94,6 +94,8 @@ def grow(arm: str, source: Path, folder: Path) -> nn.Module:
     new.stem.load_state_dict(old.stem.state_dict())
     new.head.load_state_dict(old.head.state_dict())
     for blocks, trained in zip(new.stages, old.stages):
+        if len(blocks) < len(trained):
+            raise SystemExit(f'{source}: has stages of more blocks than the arm {arm}.')
         for index, block in enumerate(blocks):
             if index < len(trained) - 1 or block is blocks[-1]:
                 block.load_state_dict(trained[min(index, len(trained) - 1)].state_dict())

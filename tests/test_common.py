@@ -39,3 +39,12 @@ def test_what_is_recorded_is_known_by_some_of_its_columns(common, tmp_path, monk
     assert not common.is_recorded('rows', dict(seed=0))
     common.write_row('rows', dict(seed=0, changes='', top1=95.5), record=True)
     assert common.is_recorded('rows', dict(seed=0, changes='')) and not common.is_recorded('rows', dict(seed=1))
+
+
+def test_names_of_runs_are_names_of_folders(common, tmp_path):
+    assert common.run_name('wide', changes=dict(lr=0.1, path='a/b'), seed=1) == 'wide-lr=0.1-path=a_b-1'
+    names = {common.run_name('wide', changes=dict(path='a' * 300), seed=seed) for seed in range(2)}
+    assert len(names) == 2
+    for name in names:
+        (tmp_path / name).mkdir()
+        assert name.startswith('wide-path=aaa')
