@@ -167,7 +167,7 @@ def test_every_orientation_is_turned_as_pil_turns_it_and_once(orientation, pictu
 
 
 def test_mistyped_exif_tags(picture, tmp_path):
-    """A wrong tag beside the orientation makes no difference; a wrong orientation is that image's error."""
+    """A wrong tag beside the orientation makes no difference; by a wrong one, or damaged tags, nothing is turned."""
     path = tmp_path / 'tags.jpg'
     # ImageWidth as a text, the camera's maker as a number, XResolution as bytes: PIL cannot write them again
     for wrong in ((0x0100, 2, 4, b'wide'), (0x010F, 11, 1, b'abcd'), (0x011A, 7, 4, b'abcd')):
@@ -175,10 +175,13 @@ def test_mistyped_exif_tags(picture, tmp_path):
         with pytest.raises((struct.error, AttributeError, TypeError)), Image.open(path) as opened:
             ImageOps.exif_transpose(opened)
         assert open_image(path).size == (40, 60)
-    for wrong in ((0x0112, 2, 4, b'six\0'), (0x0112, 11, 1, b'abcd')):
-        picture.save(path, exif=exif_with(wrong))
-        with pytest.raises(ValueError, match=r'tags\.jpg cannot be read as an image \(its EXIF orientation is'):
-            open_image(path)
+    picture.save(path)
+    plain = np.asarray(open_image(path))
+    wrong = ((0x0112, 2, 4, b'six\0'), (0x0112, 11, 1, b'abcd'), (0x0112, 3, 1, struct.pack('<HH', 9, 0)))
+    damaged = (b'Exif\0\0', b'Exif\0\0no tags', exif_with(TURN)[:20], b'Exif\0\0II*\0\xff\xff\xff\xff')
+    for exif in (*(exif_with(tag) for tag in wrong), *damaged):
+        picture.save(path, exif=exif)
+        assert np.array_equal(np.asarray(open_image(path)), plain), exif
 
 
 ERRORS = [struct.error('unpack'), KeyError('tag'), ZeroDivisionError(), TypeError('a\nb'), IndexError(), MemoryError()]
@@ -191,12 +194,15 @@ def test_whatever_decoding_raises_is_the_images_error(error, picture, tmp_path, 
 
     path = tmp_path / 'picture.png'
     picture.save(path)
-    for name in ('load', 'getexif', 'convert'):
+    for name in ('load', 'convert'):
         with monkeypatch.context() as patch:
             patch.setattr(f'PIL.PngImagePlugin.PngImageFile.{name}', fails, raising=False)
             with pytest.raises(ValueError, match=r'picture\.png cannot be read as an image \(.+\)\.') as caught:
                 open_image(path)
             assert '\n' not in str(caught.value)
+    with monkeypatch.context() as patch:
+        patch.setattr('PIL.PngImagePlugin.PngImageFile.getexif', fails)
+        assert np.array_equal(np.asarray(open_image(path)), np.asarray(picture))
     monkeypatch.setattr(Image, 'open', lambda path, formats: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         open_image(path)

@@ -127,12 +127,15 @@ def _upright_in_mode(image: Image.Image, mode: str, name: str) -> Image.Image:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """Turn an image by its EXIF orientation. PIL's `exif_transpose` also rewrites the tags, and fails at wrong ones."""
+    """Turn an image by its EXIF orientation, where it has one that can be read; else it stays as it lies.
+
+    PIL's `exif_transpose` also rewrites the tags, and fails at wrong ones.
+    """
     image.load()  # some formats read their tags with their pixels
-    orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
-    if not isinstance(orientation, int):
-        raise ValueError(f'its EXIF orientation is {orientation!r}, expected a number from 1 to 8')
-    turn = TURNS.get(orientation)
+    try:
+        turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+    except Exception:  # PIL raises errors of any kind for damaged tags; the pixels may be good
+        return image
     return image if turn is None else image.transpose(turn)
 
 
