@@ -103,8 +103,11 @@ def test_twelve_bits_are_no_sixteen(tmp_path):
 @pytest.mark.parametrize('brightest', [200, 60000])
 def test_an_image_is_not_scaled_by_its_own_brightest_pixel(brightest, tmp_path):
     values = np.linspace(0, brightest, 40 * 60).reshape(40, 60)
-    for name in ('deep.png', 'deep.pgm', 'deep.tiff'):
+    for name in ('deep.png', 'deep.tiff'):
         Image.fromarray(values.astype(np.uint16)).save(tmp_path / name)
+    # Pillow 10.1 reads such files, but writes none
+    (tmp_path / 'deep.pgm').write_bytes(b'P5 60 40 65535\n' + values.astype('>u2').tobytes())
+    for name in ('deep.png', 'deep.pgm', 'deep.tiff'):
         pixels = np.asarray(open_image(tmp_path / name, 'L')).astype(float)
         assert np.abs(pixels - values / 257).max() <= 1
     # resampling overshoots

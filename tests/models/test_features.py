@@ -215,7 +215,8 @@ def test_tokens_of_every_block(name, norm):
 
 
 @pytest.mark.parametrize('name', ['vitresnet_tiny', 'test_vitresnet'])
-@pytest.mark.parametrize('feature_cls', ['hook', 'fx'])
+# torch 2.6 does not trace what timm's attention gives the fused one
+@pytest.mark.parametrize('feature_cls', ['hook', pytest.param('fx', marks=pytest.mark.recent)])
 def test_modules_of_feature_info_return_the_tokens(name, feature_cls):
     """Each entry alone, as timm's feature classes take it from the module that the entry names."""
     model = randomise_(timm.create_model(name))

@@ -129,7 +129,7 @@ def capture(
     sizes = net.image_sizes() if isinstance(net, Hybrid) else _guessed_sizes(net)
     captured = images[[0, -1]]  # a batch of one image would be taken for a constant
     compared = [(images, expected)]
-    shapes: Dict[int, Any] = {0: Dim('batch')}
+    shapes = _dynamic_batch()
     tried = [sizes] if dynamic and sizes is not None else []
     multiple = 1
     if tried and not isinstance(net, Hybrid):  # timm's models may take but multiples, or the example's size alone
@@ -255,6 +255,8 @@ def _one_sentence(what: str) -> Iterator[None]:
         raise
     except Exception as error:
         reason = next((line for line in map(str.strip, str(error).splitlines()) if line), type(error).__name__)
+        if reason.startswith('Constraints violated'):
+            reason += f' (torch {torch.__version__} can not leave it open: update torch, or give dynamic=False)'
         raise RuntimeError(f'{what}: {reason}') from error
 
 
@@ -318,6 +320,12 @@ def _other_size(sizes: ImageSizes, shapes: Dict[int, Any], own: Sequence[int]) -
     return size
 
 
+def _dynamic_batch() -> Dict[int, Any]:
+    return {
+        0: Dim('batch', max=2**31 - 1)
+    }  # torch 2.6 refuses a batch without a limit, for the number that it takes then
+
+
 def _dynamic_shapes(sizes: ImageSizes, shape: Sequence[int]) -> Dict[int, Any]:
     """Every batch, height and width; torch.export takes one token a side for a constant, so from two on.
 
@@ -325,7 +333,7 @@ def _dynamic_shapes(sizes: ImageSizes, shape: Sequence[int]) -> Dict[int, Any]:
     the model takes no more there.
     """
     stride, multiple, largest = sizes
-    shapes: Dict[int, Any] = {0: Dim('batch')}
+    shapes = _dynamic_batch()
     tops = largest or (LARGEST, LARGEST)
     if any(side <= stride < top for side, top in zip(shape[2:], tops)):
         return shapes
