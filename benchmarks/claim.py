@@ -17,6 +17,8 @@ BEGINNINGS = {
     'pretrained_path=fmnist/wide': 'from the weights of `wide`',
     'kd_model_name=local-dir:fmnist/resnet': 'distilled from `resnet`',
     'pretrained_path=fmnist/distilled': 'from the weights of the row above',
+    'mean=fmnist/distilled': 'the mean weights of the two rows above',
+    'pretrained_path=fmnist/large-from-wide-mean': 'from the weights of the row above, with three blocks more',
     'kd_model_name=average': 'distilled from it and `resnet`',
 }
 ROBUSTNESS = dict(top1='ImageNet', real='ReaL', v2='V2', r='R', a='A', sketch='Sketch')  # timm's results files
@@ -104,7 +106,7 @@ def fmnist() -> str:
                 f'{int(rows[0]["params"]) / 1e6:.2f}M',
                 epochs,
                 *columns,
-                f'{hours:.1f} h, {threads} thread{"s" * (threads != "1")}',
+                f'{hours:.1f} h, {threads} thread{"s" * (threads != "1")}' if hours else 'none',
             ]
         )
     return table(['arm', 'parameters', 'epochs', 'test top-1 (%)', 'with six views of an image', 'training'], lines)
