@@ -16,6 +16,7 @@ files.
 """
 
 import argparse
+import hashlib
 import json
 from pathlib import Path
 from typing import Any, Dict, List, Sequence
@@ -36,8 +37,10 @@ from timm_vitres.training.report import best_epoch, read_summary
 from timm_vitres.training.settings import FinetuneCfg
 from timm_vitres.training.splits import stratified_split
 from timm_vitres.views import averaged
+from timm_vitres.writing import replacing
 
 DATA = dict(dataset='torch/fashion_mnist', val_split='')
+MEAN_NAME = 'mean.json'  # beside a mean of weights: whose, and the settings of the first
 WIDE = dict(stem_chs=32, channels=(32, 64, 128), strides=(1, 2, 2))
 # What an arm is, beside the recipe. All but the large and the interleaved one have as many parameters as the wide one,
 # to 5%: the same ResNet without the block that attends, six blocks of ViT on patches of 4 pixels, the serial hybrid
@@ -59,6 +62,11 @@ class Average(nn.Module):
 
     def __init__(self, models: List[nn.Module]) -> None:
         super().__init__()
+        for model in models:
+            if data_config(model) != data_config(models[0]):
+                raise SystemExit(
+                    'teachers: they take images of other sizes or normalisations; their mean says nothing.'
+                )
         self.models = nn.ModuleList(models)
         self.num_classes = models[0].num_classes
         self.pretrained_cfg = models[0].pretrained_cfg
@@ -67,20 +75,42 @@ class Average(nn.Module):
         return torch.stack([model(x) for model in self.models]).mean(0)
 
 
-def register_teachers(folders: List[Path]) -> str:
-    """Register the runs in some folders with timm as one model, and return its name."""
+def settings_of(folder: Path) -> Dict[str, Any]:
+    """Return the settings of a run, or of a mean of runs, by its folder; SystemExit for what is neither."""
+    for path in (folder / 'run.json', folder / MEAN_NAME):
+        if path.is_file():
+            return json.loads(path.read_text(encoding='utf-8'))['settings']
+    raise SystemExit(f'{folder}: is no run of this script.')
 
-    @register_model
+
+def check_images(folder: Path, seed: int, val_frac: float) -> None:
+    """Raise SystemExit where a run held other images out than one of this seed: it may have learnt from these."""
+    settings = settings_of(folder)
+    if (settings['seed'], settings['val_frac']) != (seed, val_frac):
+        own = f'of seed {settings["seed"]}, a part of {settings["val_frac"]:g}'
+        raise SystemExit(f'{folder}: held other validation images out ({own}) than of seed {seed}, {val_frac:g}.')
+
+
+def digest(folders: List[Path]) -> str:
+    """Return a name for the weights in some folders: other weights have another, wherever they lie."""
+    sums = [json.loads((folder / 'config.json').read_text(encoding='utf-8'))['model_sha256'] for folder in folders]
+    return hashlib.sha256(' '.join(sums).encode()).hexdigest()[:8]
+
+
+def register_teachers(folders: List[Path]) -> str:
+    """Register the runs in some folders with timm as one model, and return its name, which others do not have."""
+
     def average(pretrained: bool = False, **kwargs: Any) -> Average:
         return Average(
             [timm.create_model(f'local-dir:{folder}', pretrained=pretrained, **kwargs) for folder in folders]
         )
 
-    return average.__name__
+    average.__name__ = f'average_{digest(folders)}'
+    return register_model(average).__name__
 
 
 def grow(arm: str, source: Path, folder: Path) -> nn.Module:
-    """Save an arm's model that computes what a run's does, and return it.
+    """Save an arm's model that computes what a run's does, the same whenever it is called, and return it.
 
     A stage's blocks are those of the run's; between the last two, which may attend, are blocks that change nothing.
 
@@ -90,9 +120,11 @@ def grow(arm: str, source: Path, folder: Path) -> nn.Module:
     old = timm.create_model(f'local-dir:{source}', pretrained=True).eval()
     size = old.pretrained_cfg['input_size']
     args = dict(num_classes=old.num_classes, in_chans=size[0], img_size=size[-2:])
-    new = timm.create_model(ARMS[arm]['model'], **args, **ARMS[arm].get('model_kwargs', {})).eval()
-    new.stem.load_state_dict(old.stem.state_dict())
-    new.head.load_state_dict(old.head.state_dict())
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        new = timm.create_model(ARMS[arm]['model'], **args, **ARMS[arm].get('model_kwargs', {})).eval()
+    for name in ('stem', 'final_conv', 'head'):
+        getattr(new, name).load_state_dict(getattr(old, name).state_dict())
     for blocks, trained in zip(new.stages, old.stages):
         if len(blocks) < len(trained):
             raise SystemExit(f'{source}: has stages of more blocks than the arm {arm}.')
@@ -110,16 +142,20 @@ def grow(arm: str, source: Path, folder: Path) -> nn.Module:
     return new
 
 
-def average_weights(folders: List[Path], folder: Path) -> nn.Module:
-    """Save the mean of the weights of runs as a folder of its own, and return the model.
+def average_weights(arm: str, folders: List[Path], folder: Path) -> nn.Module:
+    """Save the mean of the weights of runs of an arm as a folder of its own, and return the model.
+
+    The statistics of BatchNorm are averaged like weights, and not measured anew.
 
     Raises:
-        SystemExit: where the runs held other images out, so that some learnt from what others were judged on.
+        SystemExit: for a run of another arm.
     """
-    held = [json.loads((each / 'run.json').read_text(encoding='utf-8'))['data'] for each in folders]
-    for each, data in zip(folders, held):
-        if data != held[0]:
-            raise SystemExit(f'{each}: held out other validation images than {folders[0]}.')
+    own = json.loads(json.dumps({'model': ARMS[arm]['model'], 'model_kwargs': ARMS[arm].get('model_kwargs', {})}))
+    for each in folders:
+        settings = settings_of(each)
+        found = {'model': settings['model'].partition('.')[0], 'model_kwargs': settings['model_kwargs'] or {}}
+        if found != own:
+            raise SystemExit(f'{each}: is no run of the arm {arm}, but of {told(found)}.')
     models = [timm.create_model(f'local-dir:{each}', pretrained=True).eval() for each in folders]
     states = [each.state_dict() for each in models]
     mean = {
@@ -128,6 +164,8 @@ def average_weights(folders: List[Path], folder: Path) -> nn.Module:
     }
     models[0].load_state_dict(mean)
     timm_vitres.save(models[0], folder)
+    with replacing(folder / MEAN_NAME) as part:
+        part.write_text(json.dumps({'settings': settings_of(folders[0]), 'of': list(map(str, folders))}))
     return models[0]
 
 
@@ -166,7 +204,7 @@ def run(arm: str, seed: int, root: Path, output: Path, changes: Dict[str, Any]) 
         model_kwargs=told(cfg.model_kwargs or {}),
         autotuned=told(chosen or {}),  # the precision and the memory format that were fastest here
         epochs=len(rows),
-        val_top1=round(best_epoch(rows, 'top1').metric('top1'), 2),
+        val_top1=round(best_epoch(rows, cfg.eval_metric).metric('top1'), 2),
         **test(folder, root),
         train_seconds=round(sum(row['seconds'] for row in rows)),
         threads=torch.get_num_threads(),
@@ -174,20 +212,18 @@ def run(arm: str, seed: int, root: Path, output: Path, changes: Dict[str, Any]) 
 
 
 def run_mean(arm: str, seed: int, root: Path, output: Path, folders: List[Path]) -> Dict[str, Any]:
-    """Return the row of the mean of some runs' weights."""
-    settings = {**timm_vitres.recipe('fmnist'), **DATA, **ARMS[arm]}
-    folder = output / run_name(arm, 'mean', *(each.name for each in folders), changes={}, seed=seed)
-    model = average_weights(folders, folder)
+    """Return the row of the mean of some runs' weights; their validation images are held out by this seed."""
+    folder = output / f'{arm}-mean-{digest(folders)}'
+    model = average_weights(arm, folders, folder)
     images = images_of(model, DATA['dataset'], str(root), 'train')
-    held = stratified_split(
-        [int(target) for target in images.targets], settings.get('val_frac', FinetuneCfg.val_frac), seed
-    )[1]
+    val_frac = settings_of(folders[0])['val_frac']
+    held = stratified_split([int(target) for target in images.targets], val_frac, seed)[1]
     return dict(
         arm=arm,
-        model=settings['model'],
+        model=ARMS[arm]['model'],
         seed=seed,
         changes=told_mean(folders),
-        model_kwargs=told(settings.get('model_kwargs', {})),
+        model_kwargs=told(ARMS[arm].get('model_kwargs', {})),
         autotuned='',
         epochs=0,
         val_top1=top1(model, Subset(images, held))[0],
@@ -198,7 +234,7 @@ def run_mean(arm: str, seed: int, root: Path, output: Path, folders: List[Path])
 
 
 def told_mean(folders: List[Path]) -> str:
-    return told({'mean': '+'.join(map(str, folders))})
+    return told({'mean': '+'.join(sorted(map(str, folders)))})
 
 
 def main() -> None:
@@ -217,12 +253,20 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     changes = parse_changes(args.set)
+    if args.mean and (changes or args.grow or args.teachers):
+        parser.error('mean: trains nothing; give neither set, grow nor teachers with it.')
+    if (args.mean or args.grow) and len(args.arms) > 1:
+        parser.error(f'arms: got {" ".join(args.arms)}, expected the one whose weights --mean or --grow make.')
+    val_frac = changes.get('val_frac', timm_vitres.recipe('fmnist')['val_frac'])
+    for folder in (*(args.teachers or ()), *(args.mean or ()), *([args.grow] if args.grow else ())):
+        for seed in args.seeds:
+            check_images(folder, seed, val_frac)
     if args.teachers:
         changes = {'kd_model_name': register_teachers(args.teachers), **changes}
     if args.grow:
-        folder = args.output / f'{args.arms[0]}-from-{args.grow.name}'
+        folder = args.output / f'{args.arms[0]}-from-{digest([args.grow])}'
         grow(args.arms[0], args.grow, folder)
-        changes = {'pretrained_path': f'{folder}/model.safetensors', **changes}
+        changes = {'initial_checkpoint': f'{folder}/model.safetensors', **changes}
     root = unpack(args.data_dir, args.output / 'data')
     if changes.get('pretrained') and args.seeds != [0]:
         parser.error('seeds: got another than 0, with which weights of ours learnt; they know its validation images.')
