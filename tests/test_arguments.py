@@ -1,16 +1,18 @@
 """Every argument of the command line means what the user wrote, or is refused in one sentence that names it."""
 
+import argparse
 import re
-import sys
 from pathlib import Path
 
 import pytest
 import timm
 import torch
 from conftest import rename_
+from PIL import Image
 
 import timm_vitres
 from timm_vitres import arguments
+from timm_vitres.pictures import plot_images
 
 
 @pytest.fixture
@@ -89,8 +91,31 @@ def test_a_picture_can_be_drawn_to_a_png_that_is_not_read(here):
             arguments.check_picture('plot', Path(path), [Path('other.png'), Path('picture.png')])
 
 
+def test_a_picture_of_somebodys_is_not_drawn_over(here):
+    """As by `--plot *.png`, of which the shell makes the first photograph the plot."""
+    Image.new('RGB', (8, 8)).save('photo.png')
+    Path('text.png').write_text('mine')
+    before = {path.name: path.read_bytes() for path in here.iterdir() if path.is_file()}
+    for name in ('photo.png', 'text.png'):
+        with pytest.raises(FileExistsError, match=rf'^plot: {name} is there, was not drawn by matplotlib'):
+            arguments.check_picture('plot', Path(name), [])
+    assert {path.name: path.read_bytes() for path in here.iterdir() if path.is_file()} == before
+    Path('none.png').write_text('')
+    plot_images([Image.new('RGB', (8, 8))], ['black'], Path('drawn.png'))
+    for name in ('none.png', 'drawn.png'):
+        arguments.check_picture('plot', Path(name), [])
+
+
+def test_values_may_be_given_in_two_goes():
+    parser = argparse.ArgumentParser()
+    parser.add_argument('--model-kwargs', nargs='*', default={}, action=arguments.NamedValues)
+    given = ['--model-kwargs', 'depth=2', 'act=1', '--model-kwargs', 'act=2', 'size=3']
+    assert parser.parse_args(given).model_kwargs == dict(depth=2, act=2, size=3)
+    assert parser.parse_args([]).model_kwargs == {}
+
+
 def test_a_picture_needs_matplotlib(here, monkeypatch):
-    monkeypatch.setitem(sys.modules, 'matplotlib.figure', None)
+    monkeypatch.setattr('importlib.util.find_spec', lambda name: None)
     with pytest.raises(ValueError, match=r'^output: needs matplotlib, pip install "timm-vitres\[plot\]"'):
         arguments.check_picture('output', Path('new.png'), [])
 

@@ -1,7 +1,9 @@
+import json
 import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import timm
@@ -108,6 +110,7 @@ SENTENCES = [
     ([*EXPORT, 'text/model.onnx'], 'output: .* can not be written, since .*text is no folder', 1),
     ([*EXPORT, 'model/model.safetensors', '--format', 'onnx'], r'model\.safetensors: holds no export', 1),
     ([*EXPORT, 'model.onnx', '--num-images', '0'], 'num_images: got 0', 1),
+    ([*EXPORT, 'model.onnx', '--num-images', '4'], 'num_images: got no images', 1),
     ([*EXPORT, 'model.onnx', '--img-size', '0'], 'img_size: got 0, expected one or two numbers', 1),
     ([*EXPORT, 'model.onnx', '--img-size', '1', '2', '3'], 'img_size: got 1 2 3, expected one or two numbers', 1),
     (
@@ -209,6 +212,43 @@ def test_a_reader_that_leaves_early_is_no_error(arguments, workplace):
     result = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, env=environment)
     os.close(writing)
     assert (result.returncode, result.stderr) == (141, '')
+
+
+def test_a_pipe_that_is_not_stdout_is_a_mistake_that_is_told(monkeypatch, capsys):
+    """As that to a worker that died while it was started."""
+
+    def fail(args):
+        raise BrokenPipeError(32, 'Broken pipe')
+
+    monkeypatch.setattr(publishing_commands, 'run_verify', fail)
+    assert cli.main(['verify', 'x']) == 1
+    assert 'Broken pipe' in capsys.readouterr().err
+
+
+def test_without_stderr_commands_work(workplace):
+    """Closed, as some daemons have it: bars go nowhere, and warnings not to stdout."""
+    Path('broken.png').write_text('no picture')
+    code = 'import sys; sys.stderr = None; from timm_vitres import cli; sys.exit(cli.main())'
+    images = ['picture.png'] * 12  # enough for a bar
+    command = [sys.executable, '-c', code, 'predict', '--model', 'local-dir:model', '--json', *images, 'broken.png']
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 1 and len(json.loads(result.stdout)) == 12
+
+
+@pytest.mark.parametrize(
+    'arguments',
+    [
+        ['finetune', 'images', '--output', '~/run'],
+        ['compare', 'images', '--output', '~/run'],
+        ['explain', 'picture.png', '--model', 'local-dir:model', '--output', '~/x.png'],
+        ['export', 'local-dir:model', '--output', '~/x.onnx'],
+        ['convert', 'weights.pth', '--output', '~/new'],
+    ],
+)
+def test_no_folder_is_called_by_a_tilde(arguments, workplace, capsys):
+    """A shell leaves it after '=', and YAML everywhere; `rm -r ~` would take more than such a folder."""
+    assert cli.main(arguments) == 1
+    assert 'output: got ~/' in capsys.readouterr().err and not Path('~').exists()
 
 
 def test_a_file_of_the_users_named_compare_is_no_recipe(tmp_path, monkeypatch, capsys):

@@ -157,7 +157,7 @@ def test_a_run_begins_with_what_was_grown_head_and_all(fmnist, packed, tmp_path,
     rows = []
     monkeypatch.setattr(fmnist, 'write_row', lambda name, row, record: rows.append(row))
     options = ['--data-dir', str(packed), '--arms', 'large', '--grow', str(parent), '--threads', '1']
-    settings = ['--set', 'epochs=1', 'lr=1e-12', 'min_lr=0', 'warmup_lr=0']
+    settings = ['--set', 'epochs=1', 'lr=0.000000000001', 'min_lr=0', 'warmup_lr=0']
     monkeypatch.setattr('sys.argv', ['fmnist.py', '--output', str(tmp_path), *options, *settings])
     fmnist.main()
     assert [row['val_top1'] for row in rows] == [first['val_top1']]

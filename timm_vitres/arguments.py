@@ -12,6 +12,7 @@ from typing import Any, List, Optional, Sequence, Union
 import timm
 import torch
 from huggingface_hub.utils import HFValidationError, validate_repo_id
+from PIL import Image
 from timm.utils import ParseKwargs
 from torch import nn
 
@@ -35,7 +36,9 @@ class NamedValues(ParseKwargs):
         wrong = [value for value in values if not value.partition('=')[0].isidentifier() or '=' not in value]
         if wrong:
             raise argparse.ArgumentError(self, f'got {wrong[0]!r}, expected name=value')
+        before = getattr(namespace, self.dest, None) or {}
         super().__call__(parser, namespace, values, option_string)
+        setattr(namespace, self.dest, {**before, **getattr(namespace, self.dest)})  # the flag may come twice
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -84,7 +87,20 @@ def check_picture(name: str, path: Path, images: Sequence[Path]) -> None:
         raise ValueError(f'{name}: got {path}, expected the name of a PNG (.png).')
     if path.resolve() in [image.resolve() for image in images]:
         raise ValueError(f'{name}: {path} is an image to be read, and is not written over.')
+    if path.exists() and not _is_drawn(path):  # `--plot *.png` takes the first of somebody's photographs
+        raise FileExistsError(f'{name}: {path} is there, was not drawn by matplotlib, and is not written over.')
     new_figure(name, 1, 1)
+
+
+def _is_drawn(path: Path) -> bool:
+    """Return whether a file is empty, or a picture such as this package draws."""
+    if path.stat().st_size == 0:
+        return True
+    try:
+        with Image.open(path, formats=['PNG']) as picture:
+            return str(picture.info.get('Software', '')).startswith('Matplotlib')
+    except Exception:  # Pillow raises errors of any kind for what is no picture
+        return False
 
 
 def check_new_folder(name: str, folder: Path) -> None:

@@ -26,8 +26,22 @@ def create_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _reader_is_gone() -> bool:
+    """Return whether a reader of stdout, such as `head`, wants no more; then it gets nothing, not even at exit."""
+    if sys.stdout is None:
+        return False
+    try:
+        sys.stdout.flush()  # what could not be written is still there
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
+
+
 def main(argv: Optional[List[str]] = None) -> int:
     """Run a command line and return its exit status."""
+    if sys.stderr is None:  # closed; bars and warnings would end the command, or go to stdout
+        sys.stderr = open(os.devnull, 'w')  # noqa: SIM115  (for the rest of the process)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors='backslashreplace')  # names of files and classes may be in any alphabet
     try:
@@ -41,9 +55,10 @@ def main(argv: Optional[List[str]] = None) -> int:
                     sys.stdout.flush()
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # a reader such as `head` wants no more, not even what is flushed at exit
-        if sys.stdout is not None:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError as error:
+        if not _reader_is_gone():  # it was the pipe to a worker, or to a server
+            say(error)
+            return 1
         return READER_GONE
     except MISTAKES as error:
         if not getattr(error, 'is_told', False):  # of many processes, the one where it happened says it

@@ -3,6 +3,7 @@
 Curves, confusions and mistakes of a run; the runs of a comparison; explanations and predictions of images.
 """
 
+import importlib
 import math
 import textwrap
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any, Dict, Iterable, List, Mapping, Sequence
 import numpy as np
 from PIL import Image
 
-from .checks import is_installed
+from .checks import is_installed, on_one_line
 from .data import open_image
 from .explanation import Explanation
 from .prediction import Prediction
@@ -26,9 +27,20 @@ MOST_DRAWN = 400  # images on one picture, four in a row
 MATRIX = 11.0  # inches of the side of a larger one
 
 
+def why_not() -> str:
+    """Return why no picture can be drawn, '' where they can: they need a matplotlib that can be imported."""
+    if not is_installed('matplotlib'):
+        return 'needs matplotlib, pip install "timm-vitres[plot]"'
+    try:
+        importlib.import_module('matplotlib.figure')
+    except Exception as error:  # one that was built for another NumPy raises any, a wrong MPLBACKEND a ValueError
+        return f'the matplotlib that is installed can not be imported ({on_one_line(error)})'
+    return ''
+
+
 def can_draw() -> bool:
-    """Return whether pictures can be drawn: they need matplotlib."""
-    return is_installed('matplotlib')
+    """Return whether pictures can be drawn."""
+    return not why_not()
 
 
 def plot_curves(history: List[Dict[str, float]], path: Path) -> None:
@@ -74,11 +86,11 @@ def plot_explanation(explanation: Explanation, path: Path) -> None:
 
 
 def new_figure(purpose: str, width: float, height: float):
-    """Return an empty matplotlib figure, in inches; ValueError, naming what it is for, where there is no matplotlib."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ValueError(f'{purpose}: needs matplotlib, pip install "timm-vitres[plot]".') from None
+    """Return an empty matplotlib figure, in inches; ValueError, naming what it is for, where none can be made."""
+    if not can_draw():
+        raise ValueError(f'{purpose}: {why_not()}.')
+    from matplotlib.figure import Figure
+
     return Figure(figsize=(width, height), layout='constrained')
 
 

@@ -32,6 +32,7 @@ def check_output(name: str, path: Union[str, Path]) -> Path:
     if not isinstance(path, (str, Path)) or not Path(path).name or '\0' in str(path):
         raise ValueError(f'{name}: got {str(path)!r}, expected the path of a file.')
     path = Path(path)
+    check_home(name, path)
     if path.is_dir():
         raise IsADirectoryError(f'{name}: {path} is a folder, expected the path of a file.')
     if path.exists() and not path.is_file():
@@ -47,6 +48,12 @@ def check_output(name: str, path: Union[str, Path]) -> Path:
     except OSError as error:
         raise OSError(f'{name}: {path} can not be written ({error.strerror} in {above}).') from error
     return path
+
+
+def check_home(name: str, path: Path) -> None:
+    """Raise ValueError for a path from '~': no shell has put the home folder there, and a folder '~' is a trap."""
+    if path.parts and path.parts[0].startswith('~'):
+        raise ValueError(f"{name}: got {path}, which begins with '~'; give the folder that it stands for, or ./{path}.")
 
 
 @contextmanager

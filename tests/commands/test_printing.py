@@ -7,8 +7,14 @@ from timm_vitres.commands.printing import printed_logs, say
 def test_a_mistake_is_one_line_and_of_many_processes_says_whose(monkeypatch, capsys):
     say(ValueError('lr: got\n -1.'))
     monkeypatch.setenv('RANK', '2')
+    monkeypatch.setenv('WORLD_SIZE', '4')
     say(ValueError('lr: got -1.'))
     assert capsys.readouterr().err == 'timm-vitres: lr: got -1.\ntimm-vitres (process 2): lr: got -1.\n'
+    for rank, count in (('x', '4'), ('2', '1'), ('2', '')):  # whatever stands there, a mistake is told
+        monkeypatch.setenv('RANK', rank)
+        monkeypatch.setenv('WORLD_SIZE', count)
+        say(ValueError('lr: got -1.'))
+    assert capsys.readouterr().err == 3 * 'timm-vitres: lr: got -1.\n'
 
 
 def test_names_in_messages_move_no_cursor(capsys):

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from timm_vitres import FinetuneCfg, cli, recipe
-from timm_vitres.training import comparing
+from timm_vitres.training import comparing, loop
+from timm_vitres.training.verdict import Verdict
 
 
 def test_the_whole_way(image_folder, tmp_path, capsys):
@@ -79,10 +80,25 @@ def compared(monkeypatch):
 
     def compare(cfg, **own):
         calls.append((cfg, own))
-        return comparing.Comparison(Path('out'), [], [dict(arm='vit'), dict(arm='resnet')], None, 'None is better.')
+        verdict = Verdict('vit', {}, {}, {}, 'None is better.') if cfg.output != 'diverged' else None
+        return comparing.Comparison(Path('out'), [], [dict(arm='vit'), dict(arm='resnet')], verdict, 'None is better.')
 
     monkeypatch.setattr(comparing, 'compare', compare)
     return calls
+
+
+def test_a_comparison_of_nothing_is_a_failure(compared):
+    assert cli.main(['compare', 'images', '--output', 'diverged']) == 1  # as `finetune` ends where it diverges
+
+
+def test_what_a_recipe_switches_on_can_be_switched_off(monkeypatch):
+    runs = []
+    monkeypatch.setattr(loop, 'finetune', lambda cfg, given: runs.append(cfg) or Path(cfg.output))
+    for flags, expected in (((), True), (('--no-pretrained',), False), (('--pretrained',), True)):
+        assert cli.main(['finetune', 'images', '--config', 'finetune_224', *flags]) == 0
+        assert runs.pop().pretrained is expected
+    with pytest.raises(SystemExit):
+        cli.main(['finetune', 'images', '--no-no-check'])
 
 
 def test_compare_prints_the_table_and_the_sentence(compared, capsys):

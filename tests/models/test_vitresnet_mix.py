@@ -578,6 +578,29 @@ def test_attention_is_explained():
     assert convolutional.explained_parts().attentions == []
 
 
+@pytest.mark.parametrize(
+    'name, size', [('test_vitresnet', 160), ('test_vitresnet_mix', 192), ('vitresnet_mix_bot26t', 384)]
+)
+def test_a_trace_may_be_cast(name, size):
+    """No device or dtype of the traced model is kept in it as a constant."""
+    model = randomise_(timm.create_model(name)).eval()
+    x = torch.randn(1, 3, size, size)
+    traced = torch.jit.trace(model, x, check_trace=False).double()
+    with torch.inference_mode():
+        assert relative_difference(traced(x.double()), model.double()(x.double())) < 1e-5
+
+
+def test_tables_of_positions_are_read_by_their_own_module():
+    """Which hooks, as those that load what lies on a disk, are told of."""
+    model = timm.create_model('test_vitresnet_mix').eval()
+    called = []
+    for name, module in model.named_modules():
+        if any(key.startswith('height_rel') for key, _ in module.named_parameters(recurse=False)):
+            module.register_forward_pre_hook(lambda module, args, name=name: called.append(name))
+    model(torch.randn(1, 3, 64, 64))
+    assert called and len(called) == sum(key.endswith('height_rel') for key in model.state_dict())
+
+
 def test_a_trace_resizes_no_table_in_vain():
     """Converters may not know that resize."""
     model = randomise_(timm.create_model('vitresnet_mix_nano')).eval()

@@ -192,6 +192,14 @@ def test_private_repositories(server, run, tmp_path):
     check_equal(model, tmp_path / 'out.pt')
 
 
+def test_what_shall_be_private_is_not_sent_to_a_public_repository(server, run, tmp_path):
+    _, folder = saved(tmp_path)
+    run(PUSH, folder, '{"private": false}', token='token-me')
+    before = server.history('me/name')
+    run(PUSH, saved(tmp_path, seed=1)[1], '{"private": true}', token='token-me', fails='is there, and public')
+    assert server.history('me/name') == before
+
+
 def test_a_revision(faulty, folder, tmp_path):
     server, name, call = faulty
     model, folder = folder
@@ -806,3 +814,6 @@ def test_verify_on_the_command_line(server, run, tmp_path):
     assert 'says the Hub.' in out and 'says its folder.' in out
     other = f'local-dir:{untold(folder, tmp_path)}'
     run(command, 'hf-hub:me/name', other, fails='nobody says what it should be')
+    weights = tmp_path / 'other-name.safetensors'
+    shutil.copy(folder / 'model.safetensors', weights)
+    run(command, '--repo', 'me/name', weights, fails='me/name has no other-name.safetensors to compare it with')

@@ -257,6 +257,18 @@ def test_planted_links_are_not_followed(tmp_path):
     assert target.read_text() == 'mine'
 
 
+def test_what_an_export_is_writing_beside_a_model_stays(tmp_path):
+    model, facts = next(two())
+    save(model, tmp_path, **facts)
+    written = tmp_path / f'{writing.TEMPORARY}model.onnx-ab12' / 'model.onnx'
+    left = tmp_path / f'{writing.TEMPORARY}{"0" * 16}' / 'model.safetensors'
+    for path in (written, left):
+        path.parent.mkdir()
+        path.write_text('part')
+    save(model, tmp_path, **facts)
+    assert written.read_text() == 'part' and not left.parent.exists()
+
+
 def test_weights_with_another_config_are_noticed(tmp_path):
     (first, of_first), (second, of_second) = two()
     save(first, tmp_path / 'first', **of_first)

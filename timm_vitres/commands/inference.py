@@ -133,7 +133,7 @@ def add_export(subparsers) -> None:
     parser.add_argument(
         '--images', nargs='+', type=Path, metavar='IMAGE', help='files or folders, to compare on, and for int8 ranges'
     )
-    parser.add_argument('--num-images', type=int, default=32, metavar='N', help='how many of them to take')
+    parser.add_argument('--num-images', type=int, metavar='N', help='how many of them to take (default: 32)')
     parser.add_argument('--static', action='store_true', help='for one height and width only')
     parser.add_argument('--img-size', type=int, nargs='+', metavar='PIXELS', help='that height and width; else its own')
     parser.set_defaults(run=run_export)
@@ -145,11 +145,13 @@ def run_export(args: argparse.Namespace) -> int:
     from ..inference.exports import check_target, export
 
     check_count('num_images', args.num_images)
+    if args.num_images is not None and not args.images:
+        raise ValueError('num_images: got no images to take them from; give images, too.')
     size = size_of(args.img_size)
     check_output('output', args.output)
     path, format = check_target(args.output, args.format, args.precision, has_images=bool(args.images))
     model = load_model(args.model, img_size=size)
-    example = example_images(args.images, model, args.num_images) if args.images else None
+    example = example_images(args.images, model, args.num_images or 32) if args.images else None
     print(export(model, path, format, args.precision, not args.static, example).report)
     return 0
 

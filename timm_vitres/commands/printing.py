@@ -11,10 +11,16 @@ from ..arguments import one_line
 from ..labels import printable
 
 
+def own_rank() -> int:
+    """Return which of torchrun's processes this is; 0 where there is but one, whatever the environment says."""
+    rank, count = (os.environ.get(name, '') for name in ('RANK', 'WORLD_SIZE'))
+    return int(rank) if rank.isdecimal() and count not in ('', '1') else 0
+
+
 def say(error: BaseException) -> None:
     """Print a mistake as one sentence to stderr; of many processes, with the number of the one that says it."""
     traceback.clear_frames(error.__traceback__)  # this closes the progress bars in them, so that the line is ours
-    rank = int(os.environ.get('RANK') or 0)
+    rank = own_rank()
     name = f'timm-vitres (process {rank})' if rank else 'timm-vitres'
     print(f'{name}: {one_line(error)}', file=sys.stderr)
 

@@ -4,6 +4,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from huggingface_hub import constants
+
 from ..arguments import (
     MISTAKES,
     HelpFormatter,
@@ -64,6 +66,7 @@ def run_push(args: argparse.Namespace) -> int:
     """Say what would be pushed, or push it."""
     from ..publishing.cards import read_card
     from ..publishing.hub import check_folder, model_name, push, push_files
+    from ..publishing.model_folder import locked
     from ..weights.checksums import sha256
     from ..weights.files import CARD_NAME
 
@@ -76,14 +79,21 @@ def run_push(args: argparse.Namespace) -> int:
         name = model_name(args.repo_id, args.revision)
         print(f"{address}\ntimm.create_model('{name}', pretrained=True) loads it, anywhere.")
         return 0
-    check_folder(args.folder)
-    card = read_card(args.folder / CARD_NAME)
-    print(f'Would push to {args.repo_id} (branch {args.revision or "main"}), in one commit:')
-    for path in push_files(args.folder):
-        print(f'  {path.name:20} {path.stat().st_size:>14,} bytes  sha256 {sha256(path)}')
+    if not args.folder.is_dir():
+        raise ValueError(f'{args.folder}: there is no such folder.')
+    with locked(args.folder):  # as `push` does: it completes what a killed writer left
+        check_folder(args.folder)
+        card = read_card(args.folder / CARD_NAME)
+        print(f'Would push to {args.repo_id} (branch {args.revision or "main"}), in one commit:')
+        for path in push_files(args.folder):
+            if path.name == CARD_NAME:
+                print(f'  {CARD_NAME:20} the card, merged with the one that is there')
+            else:
+                print(f'  {path.name:20} {path.stat().st_size:>14,} bytes  sha256 {sha256(path)}')
     if card is None:
-        print(f'  {CARD_NAME:20} a card that says nothing was measured')
-    print('Weights under other names (pytorch_model.bin, shards), if of another model, would be deleted there.')
+        print(f'  {CARD_NAME:20} a card that says nothing was measured, merged with the one that is there')
+    print('What is there of another model would be deleted: weights under other names (pytorch_model.bin, shards), a')
+    print("run's curves and table, transformers' preprocessor_config.json.")
     print('Nothing was sent; repeat with --yes to do it.')
     return 0
 
@@ -116,9 +126,8 @@ def run_verify(args: argparse.Namespace) -> int:
             continue
         print(f'{name}: sha256 {digest} ({file})')
         if published_by is None:
-            remedy = (
-                'the Hub can not be asked while HF_HUB_OFFLINE is set' if args.repo else 'give --repo to ask the Hub'
-            )
+            asks = 'unset HF_HUB_OFFLINE, and ' if constants.HF_HUB_OFFLINE else ''
+            remedy = f'{asks}give --repo to ask the Hub'
             print(f'timm-vitres: {name}: nobody says what it should be; {remedy}.', file=sys.stderr)
             status = 1
         else:

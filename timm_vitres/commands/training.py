@@ -2,10 +2,10 @@
 
 import argparse
 import dataclasses
-import os
-from typing import Any, Dict
+from typing import Any, Dict, List, Tuple
 
 from ..arguments import HelpFormatter, NamedValues
+from .printing import own_rank
 
 FLAGS_OF_COMPARE = ('models', 'seeds', 'lrs', 'minutes', 'test_split', 'test_frac')
 
@@ -29,9 +29,24 @@ def add_finetune(subparsers) -> None:
     parser.set_defaults(run=run_finetune)
 
 
-def _add_setting(parser: argparse.ArgumentParser, field: dataclasses.Field) -> None:
-    from ..training.settings import flag_of
+def flag_of(field: dataclasses.Field) -> Tuple[List[str], Dict[str, Any]]:
+    """Return the flags of a setting on the command line, and what argparse needs to know of them."""
+    from ..training.settings import ARGPARSE, kind_of
 
+    known = field.metadata
+    flags = [*([known['short']] if 'short' in known else []), '--' + field.name.replace('_', '-')]
+    options = {name: known[name] for name in ARGPARSE if name in known}
+    if 'action' not in options:
+        kind = known.get('type', kind_of(field.name))
+        # what a recipe switches on, --no-NAME switches off
+        switch = 'store_true' if field.name.startswith('no_') else argparse.BooleanOptionalAction
+        options.update(dict(action=switch) if kind is bool else dict(type=kind))
+    if field.default not in (None, False, ''):
+        options['help'] += f' (default: {field.default})'
+    return flags, options
+
+
+def _add_setting(parser: argparse.ArgumentParser, field: dataclasses.Field) -> None:
     flags, options = flag_of(field)
     if 'positional' in field.metadata:
         told = f'the same as {flags[-1]}'
@@ -51,7 +66,7 @@ def run_finetune(args: argparse.Namespace) -> int:
 
     given = _given(args, {} if args.config is None else recipe(args.config))
     folder = finetune(FinetuneCfg(**given), given)
-    if int(os.environ.get('RANK') or 0) == 0:  # of many processes, the first speaks
+    if own_rank() == 0:  # of many processes, the first speaks
         print(f"The best epoch is in {folder}; timm.create_model('local-dir:{folder}', pretrained=True) loads it.")
     return 0
 
@@ -146,7 +161,7 @@ def run_compare(args: argparse.Namespace) -> int:
     print('', *table_lines(comparison.figures), '', comparison.sentence, sep='\n')
     picture = f'{PICTURE_NAME}, ' if (comparison.folder / PICTURE_NAME).is_file() else ''
     print(f'{comparison.folder} holds {REPORT_NAME}, {picture}{RESULTS_NAME} with a row for every run, and the runs.')
-    return 0
+    return 0 if comparison.verdict is not None else 1  # fewer than two arms could be trained
 
 
 def add_recipes(subparsers) -> None:

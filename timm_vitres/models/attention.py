@@ -10,7 +10,7 @@ from typing import Any, Tuple
 import torch
 import torch.nn.functional as F
 from timm.layers import ConvNormAct, is_exporting, register_notrace_module, use_fused_attn
-from timm.layers.bottleneck_attn import BottleneckAttn
+from timm.layers.bottleneck_attn import BottleneckAttn, PosEmbedRel
 from timm.models.byobnet import SelfAttnBlock
 from torch import nn
 
@@ -39,6 +39,17 @@ def _distances(size: int, device: torch.device) -> torch.Tensor:
     return pixels[None, :] - pixels[:, None] + (size - 1)
 
 
+class RelPosEmbed(PosEmbedRel):
+    """timm's `PosEmbedRel` for maps of any size. queries (B, heads, h * w, d) -> (B, heads, h * w, h), (..., w)."""
+
+    def forward(self, queries: torch.Tensor, height: int, width: int) -> Tuple[torch.Tensor, torch.Tensor]:
+        """Return what the positions of rows, and those of columns, add to the logits."""
+        queries = queries.unflatten(2, (height, width))
+        rows = torch.einsum('bnhwd,hkd->bnhwk', queries, _between_all(self.height_rel, height))
+        columns = torch.einsum('bnhwd,wkd->bnhwk', queries, _between_all(self.width_rel, width))
+        return rows.flatten(2, 3), columns.flatten(2, 3)
+
+
 @register_notrace_module  # it looks at the size of the map
 class RelPosAttn(BottleneckAttn):
     """timm's `BottleneckAttn` for maps of any size: the tables of relative positions are resampled.
@@ -55,6 +66,9 @@ class RelPosAttn(BottleneckAttn):
     def __init__(self, dim: int, *args: Any, stride: int = 1, **kwargs: Any):
         super().__init__(dim, *args, stride=stride, **kwargs)
         self.stride = stride
+        timms = self.pos_embed
+        self.pos_embed = RelPosEmbed((timms.height, timms.width), timms.dim_head, timms.scale, device='meta')
+        self.pos_embed.height_rel, self.pos_embed.width_rel = timms.height_rel, timms.width_rel
         self.attn_drop = nn.Identity()  # here attention can be seen (`explain`)
         self.fused_attn = use_fused_attn()
         self.fused_from = 512  # pixels; of smaller maps the matrix costs less than what the kernel needs beside it
@@ -66,15 +80,15 @@ class RelPosAttn(BottleneckAttn):
         queries = queries.reshape(batch, self.num_heads, self.dim_head_qk, height * width).transpose(-1, -2)
         keys = keys.reshape(batch, self.num_heads, self.dim_head_qk, height * width).transpose(-1, -2)
         values = values.reshape(batch, self.num_heads, self.dim_head_v, height * width).transpose(-1, -2)
-        rows, columns = self._position_logits(queries, height, width)
+        rows, columns = self.pos_embed(queries, height, width)
         if self.scale_pos_embed:
             rows, columns = rows * self.scale, columns * self.scale
         queries = queries * self.scale
         # a graph that is captured would be bound to one side of the comparison below, and torch (2.14) computes wrong
         # strides for this kernel's backward in a compiled one
         by_kernel = self.fused_attn and not is_exporting()
-        if not torch.jit.is_scripting():
-            by_kernel = by_kernel and not torch.compiler.is_compiling()
+        if not torch.jit.is_scripting():  # and a trace would keep device and dtype of the indicators as constants
+            by_kernel = by_kernel and not torch.compiler.is_compiling() and not torch.jit.is_tracing()
         if by_kernel and height * width >= self.fused_from:
             x = self._attend_fused(queries, keys, values, rows, columns)
         else:
@@ -96,13 +110,6 @@ class RelPosAttn(BottleneckAttn):
             table = getattr(embed, name)
             new = resample_rel_pos(table.detach(), side)
             setattr(embed, name, nn.Parameter(new, requires_grad=table.requires_grad))
-
-    def _position_logits(self, queries: torch.Tensor, height: int, width: int) -> Tuple[torch.Tensor, torch.Tensor]:
-        """Return what positions add to the logits. queries: (B, heads, h * w, d) -> (B, heads, h * w, h or w)."""
-        queries = queries.unflatten(2, (height, width))
-        rows = torch.einsum('bnhwd,hkd->bnhwk', queries, _between_all(self.pos_embed.height_rel, height))
-        columns = torch.einsum('bnhwd,wkd->bnhwk', queries, _between_all(self.pos_embed.width_rel, width))
-        return rows.flatten(2, 3), columns.flatten(2, 3)
 
     def _attend_fused(
         self,

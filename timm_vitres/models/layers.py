@@ -206,7 +206,8 @@ def resample_pos_embed(
             prefix, table = pos_embed[:, :num_prefix_tokens], pos_embed[:, num_prefix_tokens:]
             table = table.float().reshape(1, old_grid[0], old_grid[1], -1).permute(0, 3, 1, 2)
             table = F.interpolate(table, size=(grid[0], grid[1]), mode='bicubic', antialias=True).flatten(2)
-            return torch.cat([prefix, table.transpose(1, 2).to(pos_embed.dtype)], dim=1)
+            # a dtype would be a constant of the trace, which may be cast later
+            return torch.cat([prefix, table.transpose(1, 2).type_as(pos_embed)], dim=1)
     return resample_abs_pos_embed(
         pos_embed, [grid[0], grid[1]], [old_grid[0], old_grid[1]], num_prefix_tokens=num_prefix_tokens
     )

@@ -164,7 +164,7 @@ def _push_folder(
     text = set_field(card, TEXT_FIELD, text_sha256(card))
     for attempt in range(3):
         try:
-            commit, sent = _commit(api, repo_id, revision, folder, text, message)
+            commit, sent = _commit(api, repo_id, revision, folder, text, message, private)
             break
         except RuntimeError as error:
             # someone else committed in between, and their changes to the card must be kept, too
@@ -175,10 +175,18 @@ def _push_folder(
 
 
 def _commit(
-    api: HfApi, repo_id: str, revision: Optional[str], folder: Path, card: str, message: str
+    api: HfApi,
+    repo_id: str,
+    revision: Optional[str],
+    folder: Path,
+    card: str,
+    message: str,
+    private: Optional[bool] = None,
 ) -> Tuple[CommitInfo, Dict[str, Union[Path, bytes]]]:
     """Send a folder's files, and a card merged with the Hub's, in one commit; return the commit and what was sent."""
     info = _ask('look at the repository', repo_id, lambda: api.repo_info(repo_id, revision=revision))
+    if private and info.private is False:
+        raise ValueError(f'private: {repo_id} is there, and public; nothing was sent. Leave private out to push to it.')
     parent = info.sha
     old = _ask('read its card', repo_id, lambda: _read_card(api, repo_id, parent))
     sent: Dict[str, Union[Path, bytes]] = {path.name: path for path in push_files(folder)}
@@ -373,6 +381,8 @@ def verify(
         if entries is not None:
             remote = {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
             for file, name in names.items():
+                if name not in remote:
+                    raise OSError(f'{file}: {hub_id} has no {name} to compare it with.')
                 found, own = _checksums(remote.get(name), file, hashes[file])
                 if found != own:
                     raise OSError(

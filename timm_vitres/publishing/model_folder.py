@@ -27,6 +27,7 @@ except ImportError:  # Windows has no fcntl
     fcntl = None
 _logger = logging.getLogger(__name__)
 _READY = re.compile(re.escape(TEMPORARY) + '[0-9a-f]{64}')
+_OWN = re.compile(re.escape(TEMPORARY) + '([0-9a-f]{16}|[0-9a-f]{64})')
 # this process holds these folders: (device, inode) -> (the thread that holds it, the locked descriptor)
 _held: Dict[Tuple[int, int], Tuple[int, int]] = {}
 
@@ -94,6 +95,8 @@ def _recover(folder: Path) -> None:
     for path in folder.glob(f'{TEMPORARY}*'):
         if not path.is_dir() or path.is_symlink():
             path.unlink(missing_ok=True)
+            continue
+        if not _OWN.fullmatch(path.name):  # an export's, which needs no lock
             continue
         begun = not (path / WEIGHTS_NAME).exists() or not (path / CONFIG_NAME).exists()
         if _READY.fullmatch(path.name) and (begun or not (folder / CONFIG_NAME).exists()):

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import json
 import logging
 import re
 from contextlib import suppress
@@ -17,6 +18,8 @@ from ..checks import is_installed, on_one_line
 from ..folders import composed
 from ..labels import normalise_label_names
 from ..models.base import Hybrid
+from ..publishing.config_file import read_config
+from ..weights.files import CONFIG_NAME
 from ..weights.sources import SOURCE_ARGUMENTS
 from .settings import FinetuneCfg
 
@@ -121,9 +124,30 @@ def _size(cfg: FinetuneCfg) -> Dict[str, Any]:
     """
     if cfg.img_size is None or 'img_size' in (cfg.model_kwargs or {}):
         return {}
-    known = resolve_model_input_args(cfg.model)['pretrained_cfg']
+    known = input_args(cfg.model)['pretrained_cfg']
     is_ours = any(known['architecture'] in family.variants for family in Hybrid.families)
     return dict(img_size=image_size(cfg.img_size)) if is_ours or known.get('fixed_input_size') else {}
+
+
+def input_args(name: str, **kwargs: Any) -> Dict[str, Any]:
+    """Return what timm says of the images of a model by its name (`resolve_model_input_args`), and of its cfg.
+
+    Raises:
+        ValueError: for arguments that do not fit, and for a folder or repository whose config.json is not timm's.
+    """
+    try:
+        folder = Path(name.removeprefix('local-dir:'))
+        if name.startswith('local-dir:') and (folder / CONFIG_NAME).is_file():
+            read_config(folder)
+        return resolve_model_input_args(name, **kwargs)
+    except (json.JSONDecodeError, LookupError, AttributeError, AssertionError) as error:
+        raise ValueError(
+            f"model: {name} has no {CONFIG_NAME} of timm's ({on_one_line(error)}); if it holds a checkpoint of another "
+            f'layout, timm-vitres convert makes a folder of it.'
+        ) from error
+    except (ValueError, TypeError) as error:
+        given = f' with {kwargs} as given' if kwargs else ''
+        raise ValueError(f'model: {name} can not be made{given} ({on_one_line(error)}).') from error
 
 
 def _check_arrived(model: nn.Module, path: str) -> None:

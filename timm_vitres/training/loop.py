@@ -19,7 +19,7 @@ from torch import nn
 
 from ..checks import first_sentence, on_one_line
 from ..models.layers import fused_attentions, unfuse_
-from ..pictures import can_draw
+from ..pictures import can_draw, why_not
 from ..publishing.config_file import told_of_weights
 from ..publishing.saving import save
 from ..walking import shown
@@ -84,7 +84,7 @@ def finetune(
     given = given_settings(cfg) if given is None else given
     with joined() as processes, fast_kernels(), ExitStack() as stack:
         if not can_draw():
-            _logger.warning('%s is left out: it needs matplotlib, pip install "timm-vitres[plot]".', CURVES_NAME)
+            _logger.warning('%s is left out: %s.', CURVES_NAME, why_not())
         setup = Setup(processes)
         start = processes.of_first(lambda: setup.begin(cfg, given, stack, images), is_long=True)
         if start.is_finished:

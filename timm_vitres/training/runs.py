@@ -21,7 +21,7 @@ import torch
 from .. import __version__
 from ..checks import plain, some
 from ..publishing.model_folder import locked
-from ..writing import replacing
+from ..writing import check_home, replacing
 from .settings import NEEDED, FinetuneCfg
 
 _logger = logging.getLogger(__name__)
@@ -85,6 +85,7 @@ def _resumed_folder(cfg: FinetuneCfg, given: Collection[str]) -> Path:
 
 def check_place(cfg: FinetuneCfg, folder: Path) -> None:
     """Raise ValueError for a folder that would lie among the images, or holds the model that a run starts from."""
+    check_home('output', folder)
     if os.path.lexists(folder) and not folder.is_dir():
         raise ValueError(f'output: {folder} is no folder; name a new one.')
     if cfg.model.startswith(LOCAL) and _is_inside(Path(cfg.model.removeprefix(LOCAL)), folder):

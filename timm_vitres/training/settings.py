@@ -6,7 +6,7 @@ import numbers
 import os
 import typing
 from dataclasses import dataclass
-from typing import Any, Dict, List, Optional, Tuple, Union
+from typing import Any, Dict, Optional, Tuple, Union
 
 import numpy as np
 
@@ -15,7 +15,7 @@ from ..views import TTA
 
 SCHEDULES = ('cosine', 'tanh', 'step', 'multistep', 'poly', 'wsd', 'rsqrt', 'constant', 'none')
 INTERPOLATIONS = ('bilinear', 'bicubic', 'nearest', 'box', 'hamming', 'lanczos')
-ARGPARSE = ('help', 'nargs', 'choices', 'const', 'metavar', 'action')
+ARGPARSE = ('help', 'nargs', 'choices', 'const', 'metavar', 'action')  # what a setting says of its flag
 PAIRS = 'name=value'  # the command registers an action of this name with argparse
 # what timm leaves out without augmentation; of hflip, scale and the like, recipes have values that nobody asked for
 NOT_OF_NO_AUG = (
@@ -374,19 +374,6 @@ def kind_of(name: str) -> type:
     return next((kind for kind in kinds if kind in (bool, int, float, str)), None) or (
         typing.get_args(kinds[0])[0] if typing.get_origin(kinds[0]) is tuple else dict
     )
-
-
-def flag_of(field: dataclasses.Field) -> Tuple[List[str], Dict[str, Any]]:
-    """Return the flags of a setting on the command line, and what argparse needs to know of them."""
-    known = field.metadata
-    flags = [*([known['short']] if 'short' in known else []), '--' + field.name.replace('_', '-')]
-    options = {name: known[name] for name in ARGPARSE if name in known}
-    if 'action' not in options:
-        kind = known.get('type', kind_of(field.name))
-        options.update(dict(action='store_true') if kind is bool else dict(type=kind))
-    if field.default not in (None, False, ''):
-        options['help'] += f' (default: {field.default})'
-    return flags, options
 
 
 def _checked(name: str, value: Any, kinds: Tuple[Any, ...], limits: typing.Mapping[str, Any]) -> Any:

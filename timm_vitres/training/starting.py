@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, Collection, Dict, List, Optional, Tuple
 
 import torch
-from timm.models import resolve_model_input_args
 from timm.utils import random_seed
 from torch import nn
 
@@ -15,7 +14,7 @@ from ..checks import first_sentence, on_one_line, plain
 from ..data import data_config, image_mode
 from ..measure import fastest_training
 from ..weights.files import CONFIG_NAME, WEIGHTS_NAME
-from .creation import create_finetune_model, image_size, without_weights
+from .creation import create_finetune_model, image_size, input_args, without_weights
 from .datasets import Data, load_data
 from .held_out import TABLE_NAME
 from .loaders import check_policy
@@ -138,12 +137,8 @@ def _load(cfg: FinetuneCfg, mode: str, recorded: Optional[Dict[str, Any]], proce
 
 def _check_images(cfg: FinetuneCfg) -> str:
     """Return PIL's mode of the images that the model takes; ValueError for settings that do not fit it."""
-    try:
-        kwargs = resolve_model_input_args(cfg.model, **{'in_chans': cfg.in_chans, **(cfg.model_kwargs or {})})
-    except (ValueError, TypeError) as error:
-        raise ValueError(
-            f'model: {cfg.model} can not be made with in_chans and model_kwargs as given ({error}).'
-        ) from error
+    given = {} if cfg.in_chans is None else {'in_chans': cfg.in_chans}
+    kwargs = input_args(cfg.model, **{**given, **(cfg.model_kwargs or {})})
     in_chans = kwargs.get('in_chans') or kwargs['pretrained_cfg']['input_size'][0]
     mode = image_mode(in_chans)
     check_policy(cfg.aa, mode)
