@@ -242,20 +242,21 @@ def test_whether_the_head_sees_a_class_token(name, kwargs, sees_it):
 
 
 def test_a_checkpoint_below_a_prefix_is_loaded(model, tmp_path):
-    weights = {f'net.{key}': value for key, value in model.state_dict().items()}
+    weights = {f'student.{key}': value for key, value in model.state_dict().items()}
     weights['optimizer.lr'] = torch.ones(1)
     torch.save(weights, tmp_path / 'a.pth')
     other = timm.create_model('test_vitresnet', num_classes=3, img_size=64)  # its table is of another size
-    other.load_pretrained(tmp_path / 'a.pth', prefix='net.')
+    other.load_pretrained(tmp_path / 'a.pth', prefix='student.')
     for key, value in model.state_dict().items():
         assert key == 'pos_embed' or torch.equal(other.state_dict()[key], value), key
     assert other.pos_embed.shape[1] == 1 + 4
     with pytest.raises(
-        RuntimeError, match=r'not one of test_vitresnet .*missing keys: blocks\.0.*unexpected keys: net\.blocks\.0'
+        RuntimeError,
+        match=r'not one of test_vitresnet .*missing keys: blocks\.0.*unexpected keys: .*student\.blocks\.0',
     ):
         other.load_pretrained(str(tmp_path / 'a.pth'))
     with pytest.raises(RuntimeError, match=r'wrong shapes: head\.weight \(3, 64\) for \(5, 64\), head\.bias'):
-        timm.create_model('test_vitresnet', num_classes=5).load_pretrained(tmp_path / 'a.pth', prefix='net.')
+        timm.create_model('test_vitresnet', num_classes=5).load_pretrained(tmp_path / 'a.pth', prefix='student.')
 
 
 def test_a_state_dict_is_compared_but_for_what_the_caller_adapts(model):

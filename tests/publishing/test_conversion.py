@@ -12,7 +12,7 @@ from layouts import EXAMPLES, conformer_layout, google_layout, hybrid_layout, mm
 import timm_vitres
 from timm_vitres.cli import main
 from timm_vitres.publishing import neighbours
-from timm_vitres.publishing.conversion import convert
+from timm_vitres.publishing.conversion import convert, our_name
 from timm_vitres.weights.augreg import read_name
 
 
@@ -200,6 +200,43 @@ def test_a_square_that_has_as_many_tokens_does_not_take_the_place_of_a_size_that
         f'local-dir:{convert(tmp_path / "w.pth", tmp_path / "out", img_size=(16, 64))}', pretrained=True
     )
     assert loaded.patch_embed.img_size == (16, 64)
+
+
+def test_the_architecture_alone_is_given_of_a_run_that_began_with_a_folder(tmp_path):
+    """Its arguments, mean and crop are still those of what it began with; of another architecture nothing is."""
+    first = timm.create_model('vitresnet_nano', num_classes=5, num_heads=2, act_layer='relu')
+    timm_vitres.save(first, tmp_path / 'first', data_config=dict(mean=(0.1,) * 3, crop_pct=0.5))
+    model = randomise_(timm.create_model('vitresnet_nano', num_classes=2, num_heads=2, act_layer='relu'))
+    args = argparse.Namespace(model=f'local-dir:{tmp_path}/first', model_kwargs={})
+    torch.save(dict(arch=args.model, state_dict=model.state_dict(), args=args), tmp_path / 'last.pth.tar')
+    folder = convert(tmp_path / 'last.pth.tar', tmp_path / 'out', model='vitresnet_nano')
+    loaded = timm.create_model(f'local-dir:{folder}', pretrained=True)
+    assert torch.equal(logits(loaded, 32), logits(model, 32))
+    data = timm.data.resolve_model_data_config(loaded)
+    assert data['crop_pct'] == 0.5 and tuple(data['mean']) == (0.1, 0.1, 0.1)
+    other = randomise_(timm.create_model('test_vitresnet_mix', num_classes=2))
+    torch.save(dict(arch=args.model, state_dict=other.state_dict(), args=args), tmp_path / 'last.pth.tar')
+    folder = convert(tmp_path / 'last.pth.tar', tmp_path / 'other', model='test_vitresnet_mix')
+    loaded = timm.create_model(f'local-dir:{folder}', pretrained=True)
+    assert torch.equal(logits(loaded, 64), logits(other, 64))
+    assert tuple(timm.data.resolve_model_data_config(loaded)['mean']) != (0.1, 0.1, 0.1)
+
+
+@pytest.mark.parametrize(
+    'name, ours',
+    [
+        ('vit_tiny_r_s16_p8_224_in21k', 'vitresnet_tiny'),
+        ('vit_small_r26_s32_224_in21k', 'vitresnet_small'),
+        ('vit_base_resnet50_224_in21k', 'vitresnet_base'),
+        ('vit_base_resnet50_384', 'vitresnet_base'),
+        ('vit_base_r50_s16_224_in21k', 'vitresnet_base'),
+        ('vit_large_r50_s32_384.augreg_in21k_ft_in1k', 'vitresnet_large'),
+        ('hf-hub:timm/vit_large_r50_s32_224.augreg_in21k', 'vitresnet_large'),
+        ('resnet50', 'resnet50'),
+    ],
+)
+def test_names_of_timm_old_and_new(name, ours):
+    assert our_name(name) == ours
 
 
 @pytest.mark.parametrize('begun', ['folder', 'gone'])

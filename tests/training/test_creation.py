@@ -21,12 +21,19 @@ from timm_vitres.training.creation import (
     add_adapters_,
     create_finetune_model,
     head_parameters,
+    input_args,
     merged,
     part_parameters,
 )
 from timm_vitres.training.loop import finetune
 from timm_vitres.training.settings import FinetuneCfg
 
+# what lies in folders and repositories that are not timm's: transformers' config, half a file, a field without a value
+NOT_TIMMS = [
+    '{"model_type": "vit-hybrid"}',
+    '{"architecture": "resn',
+    '{"architecture": "resnet18", "pretrained_cfg": null}',
+]
 FAMILIES = ('test_vitresnet', 'test_vitresnet_dual', 'test_vitresnet_mix')
 
 
@@ -390,3 +397,21 @@ def test_a_hybrid_whose_projection_has_an_adapter_is_no_resnet_alone():
         model(torch.randn(2, 3, 8, 8))
     with pytest.raises(ValueError, match='patch_size: got 2, but proj has an adapter; merge it first'):
         model.set_input_size(64, patch_size=2)
+
+
+@pytest.mark.parametrize('text', NOT_TIMMS)
+@pytest.mark.parametrize('where', ['folder', 'hub'])
+def test_a_model_whose_config_is_not_timms_is_a_sentence(where, text, tmp_path, monkeypatch):
+    """Of `finetune` and of `compare`, which look at the name of a model before they make it."""
+    (tmp_path / 'config.json').write_text(text)
+    name = f'local-dir:{tmp_path}'
+    if where == 'hub':
+        name = 'hf-hub:google/vit-hybrid-base-bit-384'
+        monkeypatch.setattr('timm.models._hub.download_from_hf', lambda *args, **kwargs: str(tmp_path / 'config.json'))
+    for call in (
+        lambda: input_args(name),
+        lambda: create_finetune_model(FinetuneCfg(data_dir='x', output='y', model=name, img_size=64), 2),
+    ):
+        with pytest.raises(ValueError, match=r'config\.json|timm-vitres convert') as caught:
+            call()
+        assert 'in_chans' not in str(caught.value)

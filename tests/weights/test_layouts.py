@@ -1,5 +1,7 @@
 """Layouts are rows, and each one is read back from what others write."""
 
+import re
+
 import numpy as np
 import pytest
 import timm
@@ -8,7 +10,7 @@ from conftest import randomise_
 from layouts import EXAMPLES, WITHOUT_HEAD, google_layout, hybrid_layout
 
 from timm_vitres.publishing.conversion import convert
-from timm_vitres.weights.layouts import LAYOUTS, TIMM, convert_layout, find_layout
+from timm_vitres.weights.layouts import LAYOUTS, TIMM, convert_layout, find_layout, plain_names
 
 
 @pytest.mark.parametrize('name', [layout.name for layout in LAYOUTS])
@@ -125,6 +127,39 @@ def test_names_below_a_module_that_held_the_model(prefix, wrapper):
     found = convert_layout({wrapper: {prefix + key: value for key, value in model.state_dict().items()}})
     assert found.keys() == model.state_dict().keys()
     assert all(torch.equal(found[key], value) for key, value in model.state_dict().items())
+
+
+def test_names_below_modules_in_modules_and_beside_a_loss(caplog):
+    model = randomise_(timm.create_model('test_vitresnet'))
+    expected = model.state_dict()
+    for rename in (
+        lambda key: f'model.net.{key}',
+        lambda key: re.sub(r'^(blocks\.\d+)\.', r'\1._orig_mod.', key),  # compiled one by one
+        lambda key: 'module.' + re.sub(r'^(blocks\.\d+)\.', r'\1._checkpoint_wrapped_module.', key),
+    ):
+        found = plain_names({rename(key): value for key, value in expected.items()})
+        assert found.keys() == expected.keys() and all(found[key] is expected[key] for key in expected)
+    assert not caplog.text
+    beside = {'criterion.weight': torch.ones(3), **{f'model.{key}': value for key, value in expected.items()}}
+    assert plain_names(beside).keys() == expected.keys()
+    assert 'what stands beside model.* is left out: criterion (1)' in caplog.text
+    other = {'encoder.weight': torch.ones(3), 'model.x': torch.ones(3)}  # of no model that we know
+    assert plain_names(other) == other
+
+
+def test_tables_of_16_bits_are_resampled_in_the_models_own(tmp_path):
+    """Whichever way a file is loaded: rounded to 16 bits a second time, its positions would be others."""
+    first = randomise_(timm.create_model('test_vitresnet', img_size=64)).bfloat16()
+    torch.save(first.state_dict(), tmp_path / 'w.pth')
+    models = [timm.create_model('test_vitresnet', img_size=96) for _ in range(3)]
+    models[0].load_state_dict(torch.load(tmp_path / 'w.pth'))
+    models[1].load_pretrained(tmp_path / 'w.pth')
+    overlay = dict(file=str(tmp_path / 'w.pth'), num_classes=first.num_classes)
+    models[2] = timm.create_model('test_vitresnet', img_size=96, pretrained=True, pretrained_cfg_overlay=overlay)
+    tables = [model.pos_embed for model in models]
+    assert torch.equal(tables[0], tables[2]) and torch.equal(tables[1], tables[2])
+    assert not torch.equal(tables[0], tables[0].bfloat16().float())
+    assert torch.equal(models[0].head.weight, first.head.weight.float())
 
 
 def test_averaged_weights_of_torch():

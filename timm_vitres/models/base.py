@@ -15,7 +15,7 @@ from torch import nn
 
 from ..weights.checkpoints import read_checkpoint
 from ..weights.comparison import add_batch_counts, check_dtypes, check_keys
-from ..weights.layouts import StateDict, convert_layout
+from ..weights.layouts import StateDict, convert_layout, widened
 from .layers import check_images
 
 TABLES = ('pos_embed', 'patch_embed.proj.weight', '_rel')  # how the names of what is fitted to a size end
@@ -179,6 +179,8 @@ class Hybrid(nn.Module):
         others = {key: value for key, value in state_dict.items() if key in keys}
         converted = convert_layout({key: value for key, value in state_dict.items() if key not in others})
         check_dtypes(converted, self)
+        if not assign:  # else the model takes the file's dtype
+            converted = widened(converted, next((own.dtype for own in self.parameters()), torch.float32))
         converted = OrderedDict({**self.fit_tables(converted), **others})
         if hasattr(state_dict, '_metadata'):  # torch keeps the versions of its modules there
             converted._metadata = state_dict._metadata  # pyright: ignore[reportAttributeAccessIssue]
@@ -189,7 +191,8 @@ class Hybrid(nn.Module):
         """Load a checkpoint file of any layout, Google's npz too, which must have the model's classes and channels."""
         state_dict, _ = read_checkpoint(Path(checkpoint_path))
         state_dict = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
-        state_dict = add_batch_counts(self.fit_tables(convert_layout(state_dict)), self)
+        state_dict = widened(convert_layout(state_dict), next(self.parameters()).dtype)
+        state_dict = add_batch_counts(self.fit_tables(state_dict), self)
         check_keys(state_dict, self)
         self.load_state_dict(state_dict)
 

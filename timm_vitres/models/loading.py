@@ -29,14 +29,13 @@ from ..weights.checksums import check_noted, check_once
 from ..weights.comparison import check_keys
 from ..weights.downloads import at_commit, hub_commit
 from ..weights.files import CONFIG_NAME
-from ..weights.layouts import StateDict, convert_layout
+from ..weights.layouts import StateDict, convert_layout, widened
 from ..weights.sources import find_weights
 from .base import Hybrid
 
 _logger = logging.getLogger(__name__)
 ModelT = TypeVar('ModelT', bound=Hybrid)
 SOURCES = ('state_dict', 'file', 'hf_hub_id', 'url')  # of a pretrained cfg: where weights are
-HALVES = (torch.float16, torch.bfloat16)
 
 
 def build_hybrid(model_cls: Type[ModelT], variant: str, pretrained: bool, cfg: Any, **kwargs: Any) -> ModelT:
@@ -200,7 +199,7 @@ def create_pretrained(
             raise OSError(f'{path}: was replaced while it was being read; load it again.') from error
         if source.source == 'local-dir':
             check_noted(source.notes, Path(source.file or ''))
-    state_dict = _widened(state_dict, dtype or torch.get_default_dtype())
+    state_dict = widened(state_dict, dtype or torch.get_default_dtype())
     size = img_sizes[0] if img_sizes else None
     if len(img_sizes) > 1:
         with suppress(ValueError):  # it is of none of them, which is told where it is fitted
@@ -218,19 +217,6 @@ def create_pretrained(
         model.init_head_(name)
     fill_buffers_(model, device)
     return model
-
-
-def _widened(state_dict: Dict[str, Any], dtype: torch.dtype) -> Dict[str, Any]:
-    """Return a state dict whose numbers of 16 bits have a model's dtype, if that is wider.
-
-    A table that is resampled, or a convolution that is adapted, would else be rounded to 16 bits a second time.
-    """
-    if dtype in HALVES:
-        return state_dict
-    return {
-        key: value.to(dtype) if torch.is_tensor(value) and value.dtype in HALVES else value
-        for key, value in state_dict.items()
-    }
 
 
 def assign_(model: nn.Module, state_dict: StateDict, device: Union[str, torch.device] = 'cpu') -> None:

@@ -303,10 +303,10 @@ VitResNet.variants = tuple(default_cfgs)
 VitResNet.resnet_names = r'patch_embed\.backbone\.'
 VitResNet.vit_names = r'(?!patch_embed\.backbone\.|head\.)'
 VitResNet.foreign_names = {  # timm's, and Google's of files and of their code
-    r'vit_tiny_r_s16_p8_\d+|R_Ti_16|R\+ViT-Ti_16': 'vitresnet_tiny',
-    r'vit_small_r26_s32_\d+|R26_S_32|R26\+ViT-S_32': 'vitresnet_small',
-    r'vit_base_r50_s16_\d+|R50\+ViT-B_16': 'vitresnet_base',
-    r'vit_large_r50_s32_\d+|R50_L_32|R50\+ViT-L_32': 'vitresnet_large',
+    r'vit_tiny_r_s16_p8_\d+(_in21k)?|R_Ti_16|R\+ViT-Ti_16': 'vitresnet_tiny',
+    r'vit_small_r26_s32_\d+(_in21k)?|R26_S_32|R26\+ViT-S_32': 'vitresnet_small',
+    r'vit_base_(r50_s16|resnet50)_\d+(_in21k)?|R50\+ViT-B_16': 'vitresnet_base',
+    r'vit_large_r50_s32_\d+(_in21k)?|R50_L_32|R50\+ViT-L_32': 'vitresnet_large',
 }
 
 

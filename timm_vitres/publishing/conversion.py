@@ -43,7 +43,16 @@ from ..weights.layouts import Layout, StateDict, convert_layout, find_layout, pl
 from ..weights.sources import SOURCE_ARGUMENTS
 from .cards import OURS, read_card, render_card
 from .config_file import told_of_weights
-from .neighbours import STARTS, began_with, crop_of, find_beside, hub_id_of, license_beside
+from .neighbours import (
+    MODEL_TYPES,
+    STARTS,
+    began_with,
+    crop_of,
+    find_beside,
+    hub_id_of,
+    license_beside,
+    normalisation_of,
+)
 from .saving import save
 
 _logger = logging.getLogger(__name__)
@@ -94,16 +103,16 @@ def convert(
     address = urlparse(url).path if url else None  # a query may hold a secret
     published = read_name(address or path)  # a cache has names of its own
     if published:
-        is_named = config.get('architecture') or config.get('model_type')
-        config = config if is_named else {**published.config(), **config}
+        named = config.get('architecture') or config.get('model_type')
+        if named and our_name(named) != our_name(published.architecture) and named not in MODEL_TYPES:
+            config = {}  # another model's, in the same folder
+        config = config if named and config else {**published.config(), **config}
     for file in checkpoint_files(path):
         check_once(file)
     weights, about = read_checkpoint(path, use_ema)
     layout = find_layout(plain_names(weights))
     state_dict = convert_layout(weights)
-    args = _settings(path, about)
-    if not model:
-        args, about, config = _with_beginning(args, about, config)
+    args, about, config = _with_beginning(_settings(path, about), about, config, model)
     sizes = img_size, img_size or _trained_size(args, config)
     name, kwargs = _architecture(model, args, about, config, state_dict, sizes)
     kwargs.update(model_kwargs or {})
@@ -195,11 +204,7 @@ def _architecture(
     if args.get('gp'):
         kwargs['global_pool'] = args['gp']
     if told:
-        name = split_model_name_tag(str(told).rpartition(':')[2].rpartition('/')[2])[0]
-        for family in Hybrid.families:
-            for pattern, ours in family.foreign_names.items():
-                if re.fullmatch(pattern, name):
-                    return ours, kwargs
+        name = our_name(told)
         if not timm.is_model(name):
             raise ValueError(f'model: got {told!r}, which timm does not know; give one of timm.list_models().')
         return name, kwargs
@@ -219,11 +224,21 @@ def _architecture(
     )
 
 
+def our_name(told: Any) -> str:
+    """Return the name of an architecture, as it is told anywhere, without its place and tag; ours, where it has one."""
+    name = split_model_name_tag(str(told).rpartition(':')[2].rpartition('/')[2])[0]
+    for family in Hybrid.families:
+        for pattern, ours in family.foreign_names.items():
+            if re.fullmatch(pattern, name):
+                return ours
+    return name
+
+
 def _with_beginning(
-    args: Dict[str, Any], about: Dict[str, Any], config: Dict[str, Any]
+    args: Dict[str, Any], about: Dict[str, Any], config: Dict[str, Any], model: Optional[str]
 ) -> Tuple[Dict[str, Any], Dict[str, Any], Dict[str, Any]]:
     """Return settings, what a checkpoint says beside them, and config.json, with what the model that the run began with
-    says, if it was a folder or repository.
+    says, if it was a folder or repository; nothing of another architecture than `model`, which the user may have named.
 
     timm writes its name where an architecture's belongs. Its classes are not the run's.
     """
@@ -231,6 +246,8 @@ def _with_beginning(
     if not source.startswith(STARTS):
         return args, {**about, 'arch': about.get('arch') or args.get('model')}, config
     began = began_with(source)
+    if model and our_name(began.get('architecture')) != our_name(model):
+        return args, about, config
     cfg = {name: value for name, value in (began.get('pretrained_cfg') or {}).items() if name in BEGUN_FIELDS}
     kwargs = {name: value for name, value in (began.get('model_args') or {}).items() if name != 'num_classes'}
     args = {**args, 'model_kwargs': {**kwargs, **(args.get('model_kwargs') or {})}}
@@ -375,9 +392,7 @@ def _data_config(
     told.update(check_data_config(CONFIG_NAME, config.get('pretrained_cfg') or {}), input_size=input_size)
     if preprocessor:
         told.update(crop_of(preprocessor))
-        told.update(
-            {key: tuple(preprocessor[f'image_{key}']) for key in ('mean', 'std') if preprocessor.get(f'image_{key}')}
-        )
+        told.update(normalisation_of(preprocessor))
         told['interpolation'] = RESAMPLING.get(preprocessor.get('resample', 3), 'bicubic')
     asked = {
         key: value for key, value in args.items() if key not in ('img_size', 'input_size', 'in_chans', 'model_kwargs')

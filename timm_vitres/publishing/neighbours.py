@@ -11,12 +11,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
 
-from timm.models import PretrainedCfg, split_model_name_tag
+from timm.models import PretrainedCfg, get_arch_pretrained_cfgs, split_model_name_tag
 
 from ..checks import on_one_line, show
 from ..models.base import Hybrid
 from ..weights.augreg import url_of
 from ..weights.checkpoints import INDEX_NAMES
+from ..weights.checksums import SHA256_FIELD, sha256
 from ..weights.downloads import NotInRepository, at_commit, hub_file, url_file
 from ..weights.files import CARD_NAME, CONFIG_NAME, WEIGHTS_NAMES
 from ..weights.layouts import LAYOUTS
@@ -26,6 +27,7 @@ from .cards import fields_of
 _logger = logging.getLogger(__name__)
 PREPROCESSOR_NAME = 'preprocessor_config.json'  # transformers stores the preprocessing under this name
 STARTS = ('local-dir:', 'hf-hub:', 'hf_hub:')  # of names that timm takes for a folder, or a repository
+MODEL_TYPES = [layout.model_type for layout in LAYOUTS if layout.model_type]  # in a config.json of transformers
 PRETRAINED_FIELDS = {field.name for field in dataclasses.fields(PretrainedCfg)}
 
 
@@ -65,6 +67,9 @@ def find_beside(source: str) -> Tuple[Path, Dict[str, Any], Dict[str, Any], Opti
     ):
         # a folder of downloads may hold the config.json of any other model
         names_another = (config.get('architecture') or config.get('model_type')) and not _is_of_layout(config)
+        told = config.get(SHA256_FIELD)  # this package says of which weights its config is
+        if told and path.suffix != '.tar':  # a training checkpoint beside them is of the same run
+            names_another = sha256(path) != told
         if not config:
             preprocessor = {}  # it names no model, and so may be another's
         elif names_another:
@@ -98,8 +103,7 @@ def _is_of_layout(config: Dict[str, Any]) -> bool:
     name = split_model_name_tag(str(config.get('architecture')))[0]
     patterns = [pattern for family in Hybrid.families for pattern in (*family.variants, *family.foreign_names)]
     is_ours = any(re.fullmatch(pattern, name) for pattern in patterns)
-    model_type = config.get('model_type')
-    return is_ours or (model_type is not None and any(layout.model_type == model_type for layout in LAYOUTS))
+    return is_ours or config.get('model_type') in MODEL_TYPES
 
 
 def _read_json(path: Path) -> Dict[str, Any]:
@@ -139,7 +143,9 @@ def began_with(model: str) -> Dict[str, Any]:
             return config
     owner, _, name = place.partition('@')[0].rpartition('/')
     if owner == 'timm' and not model.startswith('local-dir:'):  # the names of its repositories are timm's of models
-        return {'architecture': split_model_name_tag(name)[0]}
+        architecture, tag = split_model_name_tag(name)
+        known = get_arch_pretrained_cfgs(architecture).get(name) if tag else None
+        return {'architecture': architecture, **({'pretrained_cfg': known.to_dict()} if known else {})}
     _logger.warning('%s: the run began with it, and it is not to be had; the model is found by its tensors.', model)
     return {}
 
@@ -151,8 +157,28 @@ def crop_of(preprocessor: Dict[str, Any]) -> Dict[str, Any]:
     sides = [_side(size), _side(crop) if crops else None]
     if None not in sides and 0 < sides[1] <= sides[0]:
         return dict(crop_pct=sides[1] / sides[0])
-    is_exact = isinstance(size, dict) and 'height' in size and not preprocessor.get('keep_aspect_ratio')
+    # a number is both sides, but to ViTHybrid, which takes it for the shorter
+    kind = str(preprocessor.get('image_processor_type') or preprocessor.get('feature_extractor_type'))
+    is_number = isinstance(size, (int, float)) and not kind.startswith('ViTHybrid')
+    has_both = is_number or (isinstance(size, dict) and 'height' in size)
+    is_exact = has_both and not preprocessor.get('keep_aspect_ratio')
     return dict(crop_pct=1.0, **(dict(crop_mode='squash') if is_exact and not crops else {}))
+
+
+def normalisation_of(preprocessor: Dict[str, Any]) -> Dict[str, Any]:
+    """Return mean and std as timm takes them, of numbers from 0 to 1; transformers scales pixels by a factor before."""
+    if preprocessor.get('do_normalize') is False:
+        found = dict(mean=(0.0,), std=(1.0,))
+    else:
+        told = {key: preprocessor.get(f'image_{key}') for key in ('mean', 'std')}
+        found = {
+            key: tuple(value) if isinstance(value, (list, tuple)) else (value,)
+            for key, value in told.items()
+            if value is not None
+        }
+    factor = 1.0 if preprocessor.get('do_rescale') is False else preprocessor.get('rescale_factor')
+    scale = 1.0 if factor is None or abs(255 * factor - 1) < 1e-3 else 255 * factor  # what it makes of a white pixel
+    return {key: tuple(one / scale for one in value) for key, value in found.items()}
 
 
 def _side(size: Any) -> Any:

@@ -18,7 +18,12 @@ _logger = logging.getLogger(__name__)
 StateDict = Dict[str, torch.Tensor]
 # a training checkpoint has its weights under one of these keys; averaged weights come first
 WRAPPERS = ('state_dict_ema', 'model_ema', 'state_dict', 'model_state_dict', 'model')
+HALVES = (torch.float16, torch.bfloat16)
 PREFIXES = ('model.', 'net.', 'backbone.', 'timm_model.')  # of a module that held the model, such as Lightning's
+
+# torch.compile, FSDP and activation checkpointing of single modules put these into names
+INNER_WRAPPERS = r'(^|\.)(?:(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.)+'
+MARKS = r'patch_embed\.|stem\.|trans_patch_conv\.|conv1\.'  # how a name of our models, or of a layout, may begin
 
 
 class Layout(NamedTuple):
@@ -62,12 +67,41 @@ def convert_layout(state_dict: Dict[str, Any]) -> StateDict:
 
 
 def plain_names(state_dict: StateDict) -> StateDict:
-    """Return a state dict without what a wrapper adds to all names: of DDP, torch.compile, averages, or a module."""
-    state_dict = {key: value for key, value in clean_state_dict(state_dict).items() if key != 'n_averaged'}
-    for prefix in PREFIXES if find_layout(state_dict) is TIMM else ():
-        if state_dict and all(key.startswith(prefix) for key in state_dict):
-            return clean_state_dict({key[len(prefix) :]: value for key, value in state_dict.items()})
+    """Return a state dict without what wrappers add to names: DDP, torch.compile, averages, or a module that held the
+    model, with whatever else that held, which a warning counts and names.
+    """
+    state_dict = {
+        re.sub(INNER_WRAPPERS, r'\1', key): value
+        for key, value in clean_state_dict(state_dict).items()
+        if key != 'n_averaged'
+    }
+    if find_layout(state_dict) is not TIMM or any(re.match(MARKS, key) for key in state_dict):
+        return state_dict
+    for prefix in PREFIXES:
+        inner = {key[len(prefix) :]: value for key, value in state_dict.items() if key.startswith(prefix)}
+        found = plain_names(inner) if inner else {}
+        if len(inner) < len(state_dict):  # a loss with weights, perhaps, stood beside the model
+            if find_layout(found) is TIMM and not any(re.match(MARKS, key) for key in found):
+                continue
+            others = Counter(key.partition('.')[0] for key in state_dict if not key.startswith(prefix))
+            parts = ', '.join(f'{part} ({count})' for part, count in sorted(others.items()))
+            _logger.warning('state_dict: what stands beside %s* is left out: %s.', prefix, parts)
+        if found:
+            return found
     return state_dict
+
+
+def widened(state_dict: Dict[str, Any], dtype: torch.dtype) -> Dict[str, Any]:
+    """Return a state dict whose numbers of 16 bits have a model's dtype, if that is wider.
+
+    A table that is resampled, or a convolution that is adapted, would else be rounded to 16 bits a second time.
+    """
+    if dtype in HALVES:
+        return state_dict
+    return {
+        key: value.to(dtype) if torch.is_tensor(value) and value.dtype in HALVES else value
+        for key, value in state_dict.items()
+    }
 
 
 def find_layout(state_dict: StateDict) -> Layout:
