@@ -9,6 +9,8 @@ behind the best, with the interval of the difference, to ablation_verdict.csv; w
 """
 
 import argparse
+import json
+import re
 from pathlib import Path
 from typing import Tuple
 
@@ -18,6 +20,7 @@ from image_sets import write
 
 from timm_vitres import FinetuneCfg, compare, recipe
 from timm_vitres.models.arms import ARMS, MANY_PIXELS
+from timm_vitres.training.plans import PLAN_NAME
 
 GREY = dict(in_chans=1, color_jitter=0.0)
 SETTINGS = {
@@ -77,7 +80,10 @@ def main() -> None:
     told = compare(cfg, models, args.seeds, args.lrs, args.minutes)
     cost = f'{args.minutes:g} min' if args.minutes else f'{args.epochs} epochs'
     asked = dict(set=args.set, models=' '.join(models), cost=cost, device=args.device or 'default')
-    asked['threads'] = torch.get_num_threads()
+    # of the comparison, whatever this process, which may only record it, computes with
+    machine = json.loads((told.folder / PLAN_NAME).read_text(encoding='utf-8'))['machine']
+    threads = re.match(r'(\d+) threads? of the CPU', machine)
+    asked['threads'] = int(threads.group(1)) if threads else torch.get_num_threads()
     for row in told.rows:
         if row['part'] == 'run':
             write_row('ablation', {**asked, **{name: row[name] for name in COLUMNS}}, args.record)

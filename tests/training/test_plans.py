@@ -232,6 +232,25 @@ def test_arms_and_classes_are_those_of_the_folder_where_a_comparison_began(cfg, 
     assert here['recipe']['class_map'] == str(tmp_path / 'here' / 'classes.txt') != asked(mapped)['recipe']['class_map']
 
 
+def test_an_arm_begins_every_run_with_the_same_weights(cfg, times, tmp_path):
+    pretrained = dataclasses.replace(cfg, pretrained=True)
+    model = timm_vitres.save(timm.create_model('test_vitresnet_mix', num_classes=2), tmp_path / 'model')
+    models = (f'local-dir:{model}', TINY[0])
+    arm = make_plan(cfg, asked(cfg, models), tmp_path).arms[models[0]]
+    assert arm.sha256 == ''  # of random weights
+    arm.note_weights_('arm')
+    first = arm.sha256
+    arm.note_weights_('arm')
+    timm_vitres.save(timm.create_model('test_vitresnet_mix', num_classes=2), model)
+    with pytest.raises(ValueError, match='models: arm has other weights than when the comparison began'):
+        arm.note_weights_('arm')
+    assert arm.sha256 == first
+    (tmp_path / 'other').mkdir()
+    plan = make_plan(pretrained, asked(pretrained, models), tmp_path / 'other')
+    told = json.loads((model / 'config.json').read_text())['model_sha256']
+    assert plan.arms[models[0]].sha256 == told and plan.arms[TINY[0]].sha256 == ''
+
+
 def test_a_loss_that_the_numbers_of_images_forbid_is_refused_before_all_else(tmp_path, times):
     write_folder(tmp_path / 'images', per_class=120, size=8)
     for path in sorted((tmp_path / 'images' / 'down').iterdir())[4:]:

@@ -187,6 +187,8 @@ class _Comparing:
         row.update(arm=name, lr=f'{lr:g}', seed=str(seed), epochs=str(epochs), state='')
         row.update(arm.facts())
         note_versions(self.plan, self.folder)
+        if self.cfg.pretrained:
+            arm.note_weights_(name)
         try:
             with self._heard():
                 if (folder / RECORD_NAME).is_file():

@@ -20,6 +20,8 @@ from ..data import data_config, image_mode
 from ..measure import as_minutes, as_ms, measure
 from ..models.arms import ARMS
 from ..models.layers import fused_attentions, unfuse_
+from ..weights.checksums import sha256
+from ..weights.sources import local_weights
 from ..writing import replacing
 from .creation import create_finetune_model, image_size
 from .optimisation import (
@@ -33,7 +35,7 @@ from .optimisation import (
 from .processes import Processes
 from .recipes import FOLDER, recipe
 from .reserved import check_unseen, num_training, reserve, training_counts
-from .runs import current_versions, from_anywhere
+from .runs import LOCAL, current_versions, from_anywhere
 from .settings import FinetuneCfg
 from .tasks import create_criterion, create_task
 from .verdict import LEAST_SEEDS
@@ -68,10 +70,22 @@ class ArmPlan:
     epochs: int = 0
     search_epochs: int = 0
     input_size: List[int] = dataclasses.field(default_factory=list)  # (C, H, W); empty where it was not noted yet
+    sha256: str = ''  # of the weights in a folder of this machine that it begins with
 
     def cfg(self, recipe: FinetuneCfg) -> FinetuneCfg:
         """Return the recipe with this arm's model."""
         return dataclasses.replace(recipe, model=self.model, model_kwargs=self.model_kwargs)
+
+    def note_weights_(self, name: str) -> None:
+        """Note the weights that a folder gives to every run of this arm; ValueError where they are others now."""
+        if not self.model.startswith(LOCAL):
+            return
+        found = sha256(local_weights(self.model.removeprefix(LOCAL)))
+        if self.sha256 not in ('', found):
+            raise ValueError(
+                f'models: {name} has other weights than when the comparison began; put these back, or begin another.'
+            )
+        self.sha256 = found
 
     def facts(self) -> Dict[str, str]:
         """Return what was measured of the arm, as a row has it."""
@@ -220,8 +234,9 @@ def make_plan(cfg: FinetuneCfg, asked: Dict[str, Any], folder: Path) -> Plan:
     arms = {name: parse_arm(name, side) for name in asked['models']}
     mode = image_mode(cfg.in_chans or 3)
     images = reserve(cfg, mode, asked['test_split'], asked['test_frac'])
-    for arm in arms.values() if cfg.pretrained else ():
+    for name, arm in arms.items() if cfg.pretrained else ():
         check_unseen(cfg, arm.model, images)
+        arm.note_weights_(name)
     _logger.info('%s.', images['description'])
     create_criterion(cfg, training_counts(images, cfg.val_frac, asked['seeds'][0]))  # whose error would come too late
     measure_arms_(cfg, arms, len(images['label_names']))
