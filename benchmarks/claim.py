@@ -18,6 +18,7 @@ BEGINNINGS = {
     'kd_model_name=local-dir:fmnist/resnet': 'distilled from `resnet`',
     'pretrained_path=fmnist/distilled': 'from the weights of the row above',
     'mean=fmnist/distilled': 'the mean weights of the two rows above',
+    'initial_checkpoint=': 'from the weights of a smaller run, with further blocks',
     'pretrained_path=fmnist/large-from-wide-mean': 'from the weights of the row above, with three blocks more',
     'kd_model_name=average': 'distilled from it and `resnet`',
 }

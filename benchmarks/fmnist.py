@@ -123,6 +123,8 @@ def grow(arm: str, source: Path, folder: Path) -> nn.Module:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         new = timm.create_model(ARMS[arm]['model'], **args, **ARMS[arm].get('model_kwargs', {})).eval()
+    if not (hasattr(new, 'stages') and hasattr(old, 'stages')):
+        raise SystemExit(f'{source}: only interleaved models have blocks that may be added, and the arm is {arm}.')
     for name in ('stem', 'final_conv', 'head'):
         getattr(new, name).load_state_dict(getattr(old, name).state_dict())
     for blocks, trained in zip(new.stages, old.stages):

@@ -214,6 +214,17 @@ def test_a_reader_that_leaves_early_is_no_error(arguments, workplace):
     assert (result.returncode, result.stderr) == (141, '')
 
 
+def test_a_reader_of_both_streams_that_leaves_is_no_error(workplace):
+    """As in `... 2>&1 | head -1`: a progress bar is the first to meet the closed pipe."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    images = ['picture.png'] * 12  # enough for a bar
+    command = [sys.executable, '-m', 'timm_vitres.cli', 'predict', '--model', 'local-dir:model', *images]
+    result = subprocess.run(command, stdout=writing, stderr=writing)
+    os.close(writing)
+    assert result.returncode == 141
+
+
 def test_a_pipe_that_is_not_stdout_is_a_mistake_that_is_told(monkeypatch, capsys):
     """As that to a worker that died while it was started."""
 

@@ -1,3 +1,6 @@
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import timm
@@ -237,3 +240,39 @@ def test_a_class_token_that_the_head_does_not_see_is_not_explained():
     model = randomise_(timm.create_model('test_vitresnet', global_pool='avg')).eval()
     assert model.cls_token is not None and not model.explained_parts().class_token
     assert timm.create_model('test_vitresnet').explained_parts().class_token
+
+
+def test_images_are_seen_at_a_size_that_the_model_takes(tmp_path):
+    """Of multiples alone, or up to a size: the nearest one, whatever the photograph's proportions."""
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (70, 150, 3), dtype=np.uint8)).save(tmp_path / 'a.png')
+    multiples = create('vitresnet', backbone='resnetaa34d', depth=1, num_heads=4, img_size=64)
+    assert explain(multiples, tmp_path / 'a.png').image.size == (128, 64)
+    cropped = create(pos_embed_fit='crop', img_size=(64, 96))
+    found = explain(cropped, tmp_path / 'a.png')
+    assert found.image.size == (96, 45) and found.vit.shape == (45, 96)
+    assert explain(create(), tmp_path / 'a.png', size=33).image.size == (71, 33)  # every size
+
+
+def test_threads_that_share_a_model_get_their_own_maps(tmp_path):
+    model = create()
+    xs = [torch.randn(1, 3, side, 64, generator=torch.Generator().manual_seed(side)) for side in (64, 96) * 4]
+    expected = [(grad_cam(model, x, 1), attention_rollout(model, x)) for x in xs]
+    stop = threading.Event()
+
+    def disturb():
+        while not stop.is_set():
+            with torch.inference_mode():
+                model(xs[1])
+
+    other = threading.Thread(target=disturb)
+    other.start()
+    try:
+        with ThreadPoolExecutor(2) as pool:
+            found = list(pool.map(lambda x: (grad_cam(model, x, 1), attention_rollout(model, x)), xs))
+    finally:
+        stop.set()
+        other.join()
+    for one, two in zip(found, expected):
+        for a, b in zip(one, two):
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+    assert all(attention.fused_attn for attention in model.explained_parts().attentions)

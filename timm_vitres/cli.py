@@ -3,6 +3,7 @@
 import argparse
 import io
 import os
+import select
 import sys
 from typing import List, Optional
 
@@ -27,15 +28,32 @@ def create_parser() -> argparse.ArgumentParser:
 
 
 def _reader_is_gone() -> bool:
-    """Return whether a reader of stdout, such as `head`, wants no more; then it gets nothing, not even at exit."""
-    if sys.stdout is None:
+    """Return whether a reader, such as `head`, of stdout or stderr wants no more; it gets no more, even at exit."""
+    gone = False
+    for stream in (sys.stdout, sys.stderr):
+        if stream is None:
+            continue
+        try:
+            descriptor = stream.fileno()
+            stream.flush()  # what could not be written may be there still
+            broken = _is_broken(descriptor)
+        except BrokenPipeError:
+            broken = True
+        except (OSError, ValueError):  # a stream of its own, as those of tests and notebooks
+            continue
+        if broken:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+            gone = True
+    return gone
+
+
+def _is_broken(descriptor: int) -> bool:
+    """Return whether nobody reads a pipe's other end."""
+    if not hasattr(select, 'poll'):  # Windows
         return False
-    try:
-        sys.stdout.flush()  # what could not be written is still there
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return True
-    return False
+    poll = select.poll()
+    poll.register(descriptor, 0)  # errors are told always
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def main(argv: Optional[List[str]] = None) -> int:

@@ -4,6 +4,7 @@ Papers: `Grad-CAM` (Selvaraju et al. 2017, arXiv:1610.02391), `Quantifying Atten
 Zuidema 2020, arXiv:2005.00928). image, uncropped -> (1, C, H, W) -> maps (1, H, W) -> `Explanation`.
 """
 
+import threading
 from typing import List, NamedTuple, Optional, Sequence, Tuple, Union
 
 import numpy as np
@@ -14,12 +15,13 @@ from torch import nn
 
 from .data import ImageLike, data_config, image_mode, open_image, to_batch
 from .labels import check_logits, label_names
-from .models.base import Hybrid
+from .models.base import Hybrid, ImageSizes
 from .models.layers import unfused
 
 # larger images would take gigabytes, since attention has a value for every pair of tokens
 MAX_PIXELS = 4096 * 4096
 MAX_TOKENS = 4096
+_TURNS = threading.Lock()  # hooks, and which kernel attends, are the model's: of two threads one waits
 
 
 class Explanation(NamedTuple):
@@ -44,7 +46,8 @@ def explain(
         model: A hybrid of this package with a head, in evaluation mode.
         image: A path, a PIL image, or an array (H, W) or (H, W, C) of 8-bit values.
         target: The class to explain, by its index (int) or its name (str); by default the likeliest one.
-        size: Pixels of the image's shorter side; by default the model's own input size.
+        size: Pixels of the image's shorter side; by default the model's own input size. A model that takes only some
+            sizes sees the image at the nearest one.
 
     Raises:
         ValueError: for a model that is no hybrid, is in training mode, has no head, or gives outputs that are not
@@ -95,13 +98,24 @@ def class_index(target: Union[int, str], names: Sequence[str]) -> int:
     return int(target)
 
 
+def _size_of(image: Image.Image, shorter: int, sizes: ImageSizes) -> Tuple[int, int]:
+    """Return the width and height at which an image is seen, in its proportions as nearly as the model takes them."""
+    scale = shorter / min(image.size)
+    tops = sizes.largest[::-1] if sizes.largest else None
+    if tops:
+        scale = min(scale, *(top / side for top, side in zip(tops, image.size)))
+    sides = [max(1, round(side * scale)) for side in image.size]
+    if sizes.multiple > 1:
+        sides = [max(round(side / sizes.multiple), 1) * sizes.multiple for side in sides]
+    return sides[0], sides[1]
+
+
 def _whole(image: ImageLike, model: Hybrid, size: Optional[int]) -> Tuple[torch.Tensor, Image.Image]:
     """Return a resized image twice: as a normalised batch of one, and as a picture."""
     config = data_config(model)
     channels, *own_size = config['input_size']
     opened = open_image(image, image_mode(channels))
-    scale = (size or min(own_size)) / min(opened.size)
-    width, height = (max(1, round(side * scale)) for side in opened.size)
+    width, height = _size_of(opened, size or min(own_size), model.image_sizes())
     parts = model.explained_parts()
     rows, columns = -(-height // parts.token_stride[0]), -(-width // parts.token_stride[1])
     if width * height > MAX_PIXELS or (parts.attentions and rows * columns > MAX_TOKENS):
@@ -123,18 +137,22 @@ def grad_cam(model: Hybrid, x: torch.Tensor, target: int) -> torch.Tensor:
     if parts.resnet is None:
         raise ValueError('model: it has no ResNet to look into.')
     maps: List[torch.Tensor] = []
+    own = threading.get_ident()
 
     def keep(module, args, output):
+        if threading.get_ident() != own:  # another thread uses the model meanwhile
+            return
         maps.append(output[0] if isinstance(output, tuple) else output)
 
-    hook = parts.resnet.register_forward_hook(keep)
-    try:
-        with torch.inference_mode(False), torch.enable_grad():  # whatever the caller's mode
-            # the image requires a gradient, so that frozen weights make no difference
-            logits = model(x.detach().clone().requires_grad_())
-            (gradient,) = torch.autograd.grad(logits[:, target].sum(), maps[0])
-    finally:
-        hook.remove()
+    with _TURNS:
+        hook = parts.resnet.register_forward_hook(keep)
+        try:
+            with torch.inference_mode(False), torch.enable_grad():  # whatever the caller's mode
+                # the image requires a gradient, so that frozen weights make no difference
+                logits = model(x.detach().clone().requires_grad_())
+                (gradient,) = torch.autograd.grad(logits[:, target].sum(), maps[0])
+        finally:
+            hook.remove()
     cam = (gradient.mean((2, 3), keepdim=True) * maps[0].detach()).sum(1).relu()
     return _to_pixels(cam, x, parts.resnet_stride)
 
@@ -150,12 +168,16 @@ def attention_rollout(model: Hybrid, x: torch.Tensor) -> torch.Tensor:
         raise ValueError('model: it has no attention to look into.')
     rollout: List[torch.Tensor] = []
 
+    own = threading.get_ident()
+
     def multiply(module, args, attention):  # (B, heads, N, N), too large to keep for all blocks
+        if threading.get_ident() != own:
+            return
         attention = attention.float().mean(1)
         attention = 0.5 * attention + 0.5 * torch.eye(attention.shape[-1], device=attention.device)
         rollout[:] = [attention @ rollout[0] if rollout else attention]
 
-    with torch.inference_mode(), unfused(parts.attentions):  # a fused kernel shows no attention
+    with _TURNS, torch.inference_mode(), unfused(parts.attentions):  # a fused kernel shows no attention
         hooks = [attention.attn_drop.register_forward_hook(multiply) for attention in parts.attentions]
         try:
             model.forward_features(x)

@@ -1,4 +1,4 @@
-"""Pictures, as PNGs by matplotlib (`pip install timm-vitres[plot]`).
+"""Pictures, as PNGs by matplotlib (`pip install 'timm-vitres[plot]'`).
 
 Curves, confusions and mistakes of a run; the runs of a comparison; explanations and predictions of images.
 """

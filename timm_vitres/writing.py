@@ -53,7 +53,7 @@ def check_output(name: str, path: Union[str, Path]) -> Path:
 def check_home(name: str, path: Path) -> None:
     """Raise ValueError for a path from '~': no shell has put the home folder there, and a folder '~' is a trap."""
     if path.parts and path.parts[0].startswith('~'):
-        raise ValueError(f"{name}: got {path}, which begins with '~'; give the folder that it stands for, or ./{path}.")
+        raise ValueError(f"{name}: got {path}, which begins with '~'; give {Path.cwd() / path} if that is meant.")
 
 
 @contextmanager

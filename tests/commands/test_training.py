@@ -8,6 +8,7 @@ import pytest
 
 from timm_vitres import FinetuneCfg, cli, recipe
 from timm_vitres.training import comparing, loop
+from timm_vitres.training.recipes import FOLDER
 from timm_vitres.training.verdict import Verdict
 
 
@@ -99,6 +100,26 @@ def test_what_a_recipe_switches_on_can_be_switched_off(monkeypatch):
         assert runs.pop().pretrained is expected
     with pytest.raises(SystemExit):
         cli.main(['finetune', 'images', '--no-no-check'])
+
+
+@pytest.mark.parametrize('name', [path.stem for path in sorted(FOLDER.glob('*.yaml'))])
+def test_whatever_a_recipe_switches_on_can_be_switched_off_alone(name, monkeypatch):
+    """And what it says of that alone goes with it."""
+    runs = []
+    monkeypatch.setattr(loop, 'finetune', lambda cfg, given: runs.append(cfg) or Path(cfg.output))
+    extra = ['--kd-model-name', 'resnet18'] if name == 'distill' else []
+    on = [key for key, value in recipe(name).items() if value is True and not key.startswith('no_')]
+    for key in on:
+        flag = f'--no-{key.replace("_", "-")}'
+        status = cli.main(['finetune', 'images', '--config', name, '--output', 'x', *extra, flag])
+        if key in ('amp', 'channels_last') and recipe(name).get('autotune'):
+            continue
+        assert status == 0 and getattr(runs.pop(), key) is False, key
+
+
+def test_what_is_switched_off_is_not_measured(capsys):
+    assert cli.main(['finetune', 'images', '--no-amp', '--autotune']) == 1
+    assert 'autotune: chooses amp by measurement, and no_amp was given; give one.' in capsys.readouterr().err
 
 
 def test_compare_prints_the_table_and_the_sentence(compared, capsys):

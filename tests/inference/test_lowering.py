@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from timm_vitres.inference.lowering import (
+    INT8_SETTINGS,
     Lowered,
     LoweredLogits,
     LoweredMaps,
@@ -83,3 +84,16 @@ def test_heads_are_not_quantised():
     assert quantise_(net) == 1
     assert type(net[1].weight.data) is torch.Tensor and torch.equal(net[1].weight, head)
     assert 1e-5 < difference(net[0](x), hidden) < 0.05
+
+
+def test_quantising_leaves_the_process_as_it_was():
+    """torchao sets what the compiler does with every other model, and older ones how all matrices are multiplied."""
+    config = torch._inductor.config
+
+    def settings():
+        return [getattr(config, name) for name in INT8_SETTINGS], torch.get_float32_matmul_precision()
+
+    before = settings()
+    net = nn.Sequential(nn.Linear(32, 32))
+    quantise_(net, anywhere=True)
+    assert settings() == before and type(net[0].weight.data) is not torch.Tensor

@@ -61,7 +61,7 @@ def test_what_is_fastest_is_taken_and_what_is_measured_told(wanted, monkeypatch)
     monkeypatch.setattr(
         preparation,
         'measure',
-        lambda functions, x: {key: 1.0 if key == 'after' or wanted in key else 2.0 for key in functions},
+        lambda functions, x, **options: {key: 1.0 if key == 'after' or wanted in key else 2.0 for key in functions},
     )
     model = randomise_(timm.create_model('test_vitresnet_dual')).eval()
     fast = prepare(model)
@@ -286,6 +286,8 @@ def test_it_is_neither_saved_nor_copied(compile):
     fast = prepare(model, compile=compile, example=x)
     calls = [
         (lambda: pickle.dumps(fast), 'neither saved nor copied; save the original, and prepare it again'),
+        (lambda: fast.half(), 'is not cast; prepare the original'),
+        (lambda: fast.to(torch.bfloat16), 'is not cast; prepare the original'),
         (lambda: torch.save(fast, io.BytesIO()), 'neither saved nor copied'),
         (lambda: copy.deepcopy(fast), 'neither saved nor copied'),
         (lambda: timm_vitres.fold(fast), 'neither saved nor copied'),
@@ -342,3 +344,15 @@ def test_what_computes_something_else_is_no_preparation(monkeypatch):
     monkeypatch.setattr('timm_vitres.inference.preparation.fold', lambda _: fold(wrong))
     with pytest.raises(RuntimeError, match='model: what was made of it differs from it, by'):
         prepare(model)
+
+
+def test_features_have_no_likeliest_class():
+    model = randomise_(timm.create_model('test_vitresnet', num_classes=0)).eval()
+    fast = prepare(model, 'fp32', example=torch.randn(4, 3, 64, 64))
+    assert fast.done.same_class is None and 'likeliest' not in fast.report
+
+
+def test_a_compiler_that_is_switched_off_is_named(monkeypatch):
+    monkeypatch.setattr(torch._dynamo.config, 'disable', True)
+    with pytest.raises(RuntimeError, match=r'compile: torch\.compile is switched off in this process'):
+        prepare(timm.create_model('test_vitresnet').eval(), 'fp32', compile=True)

@@ -57,6 +57,11 @@ def test_a_normalisation_in_timms_words():
     assert normalisation_of(dict(image_mean=0.0, image_std=0.5)) == dict(mean=(0.0,), std=(0.5,))
     assert normalisation_of({}) == {}
     assert normalisation_of({**told, 'do_normalize': False}) == dict(mean=(0.0,), std=(1.0,))
+    for wrong in (dict(rescale_factor=0), dict(rescale_factor='1/255'), dict(image_std=[0.0]), dict(image_mean='0.5')):
+        with pytest.raises(
+            ValueError, match=r'^preprocessor_config\.json: (rescale_factor|mean|std): got .+, expected'
+        ):
+            normalisation_of(wrong)
     # pixels from 0 to 2, as (x / 127.5 - 1) is what (x / 255 - 0.5) / 0.5 is
     other = normalisation_of(dict(image_mean=[1.0], image_std=[1.0], rescale_factor=1 / 127.5))
     assert other['mean'] == pytest.approx((0.5,)) and other['std'] == pytest.approx((0.5,))
@@ -65,14 +70,13 @@ def test_a_normalisation_in_timms_words():
 def test_a_config_of_other_weights_beside_a_file_is_left_alone(tmp_path, caplog):
     """This package writes of which weights a config.json is."""
     timm_vitres.save(timm.create_model('test_vitresnet', num_classes=2), tmp_path)
-    (tmp_path / 'copy.safetensors').write_bytes((tmp_path / 'model.safetensors').read_bytes())
-    (tmp_path / 'other.safetensors').write_bytes((tmp_path / 'model.safetensors').read_bytes() + b' ')
-    (tmp_path / 'last.pth.tar').write_bytes(b'')  # of a run in this folder
-    for name, is_its in (('copy.safetensors', True), ('other.safetensors', False), ('last.pth.tar', True)):
+    # a run's checkpoint, and what was made of it by other programs, are of the run; Google's files never are
+    for name, is_its in (('last.pth.tar', True), ('averaged.pth', True), ('R26_S_32.npz', False)):
+        (tmp_path / name).write_bytes(b'')
         caplog.clear()
         _, config, _, _ = find_beside(str(tmp_path / name))
         assert (config.get('architecture') == 'test_vitresnet') is is_its
-        assert ('is of another model than other.safetensors' in caplog.text) is not is_its
+        assert ('is of another model than R26_S_32.npz' in caplog.text) is not is_its
 
 
 def test_a_crop_in_timms_words():

@@ -56,7 +56,12 @@ def add_push(subparsers) -> None:
     parser.add_argument('folder', type=Path, metavar='FOLDER', help='of finetune, convert or timm_vitres.save')
     parser.add_argument('repo_id', metavar='OWNER/NAME', help='the repository; made if it is missing')
     parser.add_argument('--revision', metavar='BRANCH', help='branch to commit to; made if it is missing')
-    parser.add_argument('--private', action='store_true', default=None, help='make a new repository private')
+    parser.add_argument(
+        '--private',
+        action='store_true',
+        default=None,
+        help='make a new repository private, and send nothing to a public one',
+    )
     parser.add_argument('--message', default='Upload model with timm-vitres', help='of the commit')
     parser.add_argument('--yes', action='store_true', help='do it; without, only say what would be done')
     parser.set_defaults(run=run_push)

@@ -73,7 +73,7 @@ def run_finetune(args: argparse.Namespace) -> int:
 
 def _given(args: argparse.Namespace, recipe: Dict[str, Any]) -> Dict[str, Any]:
     """Return the settings of a recipe, updated by those that the command line gives."""
-    from ..training.settings import FinetuneCfg
+    from ..training.settings import NEEDED, FinetuneCfg
 
     given = dict(recipe)
     if 'lr' in vars(args) and 'lr_base' in vars(args):
@@ -82,6 +82,12 @@ def _given(args: argparse.Namespace, recipe: Dict[str, Any]) -> Dict[str, Any]:
     for name, others in (('lr', ('lr_base', 'lr_base_size', 'lr_base_scale')), ('lr_base', ('lr',))):
         for other in others if name in vars(args) else ():
             given.pop(other, None)
+    for name, other in NEEDED.items():  # what is switched off takes along what the recipe says of it alone
+        if vars(args).get(other) is False and name not in vars(args):
+            given.pop(name, None)
+    for name in ('amp', 'channels_last') if vars(args).get('autotune') else ():
+        if vars(args).get(name) is False:
+            raise ValueError(f'autotune: chooses {name} by measurement, and no_{name} was given; give one.')
     for field in dataclasses.fields(FinetuneCfg):
         told = (vars(args).get(name) for name in (field.name, _without_flag(field)))
         values = [value for value in told if value is not None]

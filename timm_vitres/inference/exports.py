@@ -58,8 +58,8 @@ def export(
         model: A timm model (also with features_only), in evaluation mode, on the CPU. One in another
             precision is exported, and compared, as its copy in float32.
         path: The file. An older export there is replaced, a checkpoint or a model's config is not.
-        format: 'onnx' for onnxruntime and others (`pip install timm-vitres[export]`); 'torchscript' for
-            `torch.jit.load`; 'pt2' for `torch.export.load`; 'openvino' (`pip install timm-vitres[openvino]`), which
+        format: 'onnx' for onnxruntime and others (`pip install 'timm-vitres[export]'`); 'torchscript' for
+            `torch.jit.load`; 'pt2' for `torch.export.load`; 'openvino' (`pip install 'timm-vitres[openvino]'`), which
             has a second file beside the first. By default what the file's name says: '.onnx', '.pt' ('.ts',
             '.torchscript'), '.pt2' or '.xml'.
         precision: 'fp32'; 'bf16' (not ONNX); 'int8' (not TorchScript), whose linear layers are quantised (weights
@@ -183,7 +183,7 @@ def write_compared(source: Source, file: Path, row: Format, what: str) -> float:
     largest = worst(differences)
     if not largest < _TOLERANCE[source.precision]:
         raise RuntimeError(f"{what}: what was written differs from the model, by {largest:.1e} of the outputs' norm.")
-    return differences[0]
+    return largest
 
 
 def _files(path: Path, row: Format) -> Tuple[Path, ...]:
@@ -256,7 +256,9 @@ def _one_sentence(what: str) -> Iterator[None]:
     except Exception as error:
         reason = next((line for line in map(str.strip, str(error).splitlines()) if line), type(error).__name__)
         if reason.startswith('Constraints violated'):
-            reason += f' (torch {torch.__version__} can not leave it open: update torch, or give dynamic=False)'
+            reason += (
+                f' (torch {torch.__version__} can not leave it open: update torch, or give dynamic=False, --static)'
+            )
         raise RuntimeError(f'{what}: {reason}') from error
 
 

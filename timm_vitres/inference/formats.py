@@ -115,7 +115,7 @@ def _load_torchscript(path: Path) -> Run:
 def _write_pt2(source: Source, path: Path) -> None:
     out = source.module(source.dtype)
     if source.precision == 'int8':
-        quantise_(out.model)
+        quantise_(out.model, anywhere=True)
     if source.precision == 'bf16':
         # torch.export can't prove what it asks of the strides of channels-last maps in bfloat16
         out.to(memory_format=torch.contiguous_format)

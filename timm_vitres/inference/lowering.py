@@ -3,9 +3,11 @@
 folded model -> `Lowered` -> float32 images in, float32 outputs out; `check_example` says what it is compared on.
 """
 
+import inspect
 from typing import Any, Callable, List, Optional, Sequence
 
 import torch
+import torch._inductor.config
 from timm.models import get_model_traits
 from timm.utils import unwrap_model
 from torch import nn
@@ -13,6 +15,8 @@ from torch import nn
 from ..data import data_config
 
 PRECISIONS = ('fp32', 'bf16', 'int8')
+# what torchao asks of the compiler for int8 layers
+INT8_SETTINGS = ('coordinate_descent_tuning', 'coordinate_descent_check_all_directions', 'force_fuse_int_mm_with_mul')
 
 
 class Lowered(nn.Module):
@@ -61,8 +65,11 @@ class LoweredMaps(Lowered):
         return [y.float() for y in maps]
 
 
-def quantise_(model: nn.Module) -> int:
+def quantise_(model: nn.Module, anywhere: bool = False) -> int:
     """Make the weights of a model's linear layers int8 by torchao, but for its heads; return how many.
+
+    Args:
+        anywhere: Whether it may run on other machines: sums of 8 bits saturate on CPUs without VNNI.
 
     Raises:
         ValueError: without torchao, and for a model that has no such layer.
@@ -85,7 +92,19 @@ def quantise_(model: nn.Module) -> int:
             f"precision: got 'int8', but {type(model).__name__} has no linear layers beside its head, which stays as "
             f"it is; use 'bf16', or OpenVINO (engine='openvino', format='openvino'), whose int8 is of convolutions."
         )
-    quantize_(model, Int8DynamicActivationInt8WeightConfig(), filter_fn=wanted)
+    options = {}
+    if 'reduce_range' in inspect.signature(Int8DynamicActivationInt8WeightConfig).parameters:  # not so in older torchao
+        from torchao.utils import should_reduce_range
+
+        device = next(model.parameters()).device
+        options['reduce_range'] = anywhere or should_reduce_range(device)
+    # torchao sets these for the whole process, and older ones the precision of every product of matrices in float32
+    precision = torch.get_float32_matmul_precision()
+    try:
+        with torch._inductor.config.patch(dict.fromkeys(INT8_SETTINGS, True)):
+            quantize_(model, Int8DynamicActivationInt8WeightConfig(**options), filter_fn=wanted)
+    finally:
+        torch.set_float32_matmul_precision(precision)
     return count
 
 

@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 import threading
-from contextlib import redirect_stdout
+from contextlib import ExitStack, redirect_stdout
 from pathlib import Path
 from typing import Any, Dict, Optional, Tuple
 
@@ -85,9 +85,13 @@ def _quantised(model: Any, images: torch.Tensor) -> Any:
     """Return a model whose convolutions and linear layers are int8, by the ranges that images (B, C, H, W) show."""
     import nncf
 
+    logger = logging.getLogger('nncf')
+    level = logger.level
     nncf.set_log_level(logging.ERROR)
     dataset = nncf.Dataset([image.numpy() for image in images.split(1)])
-    with redirect_stdout(sys.stderr):  # where progress belongs
+    with ExitStack() as stack:
+        stack.callback(logger.setLevel, level)
+        stack.enter_context(redirect_stdout(sys.stderr))  # where progress belongs
         return nncf.quantize(
             model,
             dataset,

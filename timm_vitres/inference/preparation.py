@@ -7,6 +7,7 @@ runtime of an export format -> `Prepared`, which takes and returns float32 and s
 import copy
 import logging
 import tempfile
+import threading
 import time
 from collections import Counter
 from contextlib import contextmanager, nullcontext
@@ -15,21 +16,34 @@ from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, Optional, Sequence, Tuple
 
 import torch
+import torch.utils._config_module
 from timm.models import get_model_traits
 from torch import nn
 from tqdm import tqdm
 
 from ..checks import check_choice
-from ..measure import MEMORY_FORMATS, as_ms, measure
+from ..measure import HOPELESS, MEMORY_FORMATS, as_ms, measure
 from ..models.base import Hybrid
 from .exports import capture, write_compared
 from .folding import copy_model, fold
 from .formats import ENGINES
-from .lowering import PRECISIONS, Lowered, check_example, check_outputs, difference, each, forward_only, quantise_
+from .lowering import (
+    INT8_SETTINGS,
+    PRECISIONS,
+    Lowered,
+    check_example,
+    check_outputs,
+    difference,
+    each,
+    forward_only,
+    quantise_,
+)
 
 _NAMES = {torch.float32: 'fp32', torch.bfloat16: 'bf16'}
 _WIDE = (torch.float32, torch.float64)
 _TOLERANCE = 1e-3  # merging rounds anew, and compilers add up in another order
+# older versions of torch keep the compiler's settings for all threads: of two calls one waits
+_TURNS = nullcontext() if hasattr(torch.utils._config_module, 'ContextVar') else threading.RLock()
 _logger = logging.getLogger(__name__)
 
 
@@ -85,13 +99,13 @@ def prepare(
     Args:
         model: A timm model (also with features_only) in evaluation mode. It stays as it is.
         precision: 'fp32'; 'bf16' (not with onnxruntime); 'int8', which with torch needs
-            `pip install timm-vitres[int8]`, and is fast only when compiled.
+            `pip install 'timm-vitres[int8]'`, and is fast only when compiled.
         compile: Whether torch.compile shall compile it (seconds to half a minute; once more when a
             second size comes).
         example: Images (B, C, H, W) like those to come, for measurements of time and of what the precision costs. By
             default one image of noise, of the model's own size. OpenVINO's int8 takes its ranges from them, and
             onnxruntime's makes convolutions int8 with them.
-        engine: 'torch'; 'openvino' (`pip install timm-vitres[openvino]`); 'onnxruntime' (timm-vitres[export]).
+        engine: 'torch'; 'openvino' (`pip install 'timm-vitres[openvino]'`); 'onnxruntime' (timm-vitres[export]).
 
     Returns:
         Takes images (B, C, H, W) of any floating dtype, without gradients; returns what the model returns, in float32.
@@ -143,7 +157,7 @@ def prepare(
     done.seconds_before, done.seconds_after = seconds['before'], seconds['after']
     outputs = prepared(images)
     done.difference = difference(outputs, expected)
-    done.same_class = _agreement(outputs, expected)
+    done.same_class = _agreement(outputs, expected) if getattr(model, 'num_classes', True) else None
     steps.close()
     if precision == 'fp32' and dtype in _WIDE and images.device.type == 'cpu':
         _check_same(done.difference)
@@ -175,14 +189,15 @@ def _lower(folded: nn.Module, precision: str, images: torch.Tensor, done: Prepar
         for dtype in dtypes
         for name, memory_format in MEMORY_FORMATS.items()
     }
-    seconds = measure({key: forward_only(candidate) for key, candidate in candidates.items()}, images)
+    quantised = [quantise_(each.model) for each in candidates.values()] if precision == 'int8' else []
+    # a CPU without instructions for bfloat16 takes twenty times as long for it
+    seconds = measure({key: forward_only(each) for key, each in candidates.items()}, images, hopeless=HOPELESS)
     done.candidates = {f'{_NAMES[dtype]} {name}': value for (dtype, name), value in seconds.items()}
     dtype, memory_format = min(candidates, key=lambda key: seconds[key])
     lowered = candidates[dtype, memory_format]
     done.chosen = f'{_NAMES[dtype]}, {memory_format}'
-    if precision == 'int8':
-        quantised = quantise_(lowered.model)
-        done.chosen += f', but {quantised} linear layers int8 (torchao: weights per channel, activations per token)'
+    if quantised:
+        done.chosen += f', but {quantised[0]} linear layers int8 (torchao: weights per channel, activations per token)'
     return lowered
 
 
@@ -299,8 +314,17 @@ class Prepared(nn.Module):
         """Refuse torch.jit.script (TypeError), which asks for this first."""
         raise TypeError('a prepared model is not scripted; timm_vitres.export writes the original as TorchScript.')
 
+    def _apply(self, fn: Callable, recurse: bool = True):
+        """Refuse `half`, `bfloat16` and other casts (TypeError): images are still given to it in the dtype it has."""
+        own = next(self.parameters(), None)
+        if own is not None and fn(own.new_empty(0)).dtype != own.dtype:
+            raise TypeError('a prepared model is not cast; prepare the original, which takes a precision.')
+        return super()._apply(fn, recurse)
+
     def compile_(self, images: torch.Tensor) -> None:
         """Let torch.compile compile it for images (B, C, H, W), and run it on them."""
+        if torch._dynamo.config.disable:
+            raise RuntimeError('compile: torch.compile is switched off in this process (TORCH_COMPILE_DISABLE).')
         # launching its kernels one by one takes longer than running them, for small batches
         self.graphed = images.device.type == 'cuda'
         self.lowered.compile(mode='reduce-overhead' if self.graphed else 'default')
@@ -318,7 +342,8 @@ class Prepared(nn.Module):
         if not torch.is_tensor(x) or x.ndim != 4 or not x.is_floating_point():
             got = f'shape {tuple(x.shape)} of {x.dtype}' if torch.is_tensor(x) else type(x).__name__
             raise ValueError(f'input: got {got}, expected a tensor (B, C, H, W) of a floating dtype.')
-        with torch.no_grad(), _compile_settings(x.device) if self.compiled else nullcontext():
+        settings = _compile_settings(x.device, self.precision) if self.compiled else nullcontext()
+        with torch.no_grad(), settings:
             y = self.lowered(x)
         if self.graphed:  # the next call writes to the same memory
             y = each(torch.clone, y)
@@ -326,13 +351,16 @@ class Prepared(nn.Module):
 
 
 @contextmanager
-def _compile_settings(device: torch.device) -> Iterator[None]:
+def _compile_settings(device: torch.device, precision: str) -> Iterator[None]:
     """Settings that TorchDynamo and Inductor read when they trace, which is at the first call of each new size."""
     # all that is prepared in a process counts as recompilations of one function: past the default limit it would run
     # uncompiled, without a word (the names are those of torch 2.6, aliases since)
-    limits = torch._dynamo.config.patch(cache_size_limit=1000, accumulated_cache_size_limit=10000)
+    limits = torch._dynamo.config.patch(
+        cache_size_limit=1000, accumulated_cache_size_limit=10000, suppress_errors=False
+    )
     # on CPU, weights that are constants are packed for the kernels
-    with limits, torch._inductor.config.patch(freezing=device.type == 'cpu'):
+    options = {'freezing': device.type == 'cpu', **dict.fromkeys(INT8_SETTINGS if precision == 'int8' else (), True)}
+    with _TURNS, limits, torch._inductor.config.patch(options):
         yield
 
 

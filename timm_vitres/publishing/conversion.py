@@ -105,12 +105,14 @@ def convert(
     if published:
         named = config.get('architecture') or config.get('model_type')
         if named and our_name(named) != our_name(published.architecture) and named not in MODEL_TYPES:
-            config = {}  # another model's, in the same folder
+            _logger.warning('%s: is of another model than %s, and left alone.', path.with_name(CONFIG_NAME), path.name)
+            config, preprocessor = {}, {}
         config = config if named and config else {**published.config(), **config}
     for file in checkpoint_files(path):
         check_once(file)
     weights, about = read_checkpoint(path, use_ema)
-    layout = find_layout(plain_names(weights))
+    weights = plain_names(weights)
+    layout = find_layout(weights)
     state_dict = convert_layout(weights)
     args, about, config = _with_beginning(_settings(path, about), about, config, model)
     sizes = img_size, img_size or _trained_size(args, config)
@@ -245,7 +247,7 @@ def _with_beginning(
     source = str(args.get('model') or '')
     if not source.startswith(STARTS):
         return args, {**about, 'arch': about.get('arch') or args.get('model')}, config
-    began = began_with(source)
+    began = began_with(source, bool(model))
     if model and our_name(began.get('architecture')) != our_name(model):
         return args, about, config
     cfg = {name: value for name, value in (began.get('pretrained_cfg') or {}).items() if name in BEGUN_FIELDS}

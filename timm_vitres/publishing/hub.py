@@ -117,7 +117,8 @@ def push(
         model: A model made by `timm.create_model`, or a folder that holds one (`save`, `finetune`, `convert`).
         repo_id: 'owner/name'.
         revision: Branch to commit to, created if it is missing; 'main' by default.
-        private: Whether a new repository is private; by default what the owner's settings say.
+        private: Whether a new repository is private; by default what the owner's settings say. With True, nothing is
+            sent to one that is there and public.
         token: The Hub's token; by default the one that `hf auth login` stored, or HF_TOKEN.
         label_names, data_config, card: For a model, as in `save`; a folder has its own.
 
@@ -125,7 +126,7 @@ def push(
         The commit's address.
 
     Raises:
-        ValueError: for a model or folder that would not load again.
+        ValueError: for a model or folder that would not load again, and for a public repository that shall be private.
         OSError: where another process writes to the folder, or its files can't be read.
         RuntimeError: where the Hub refuses, can't be reached, or has got something else than was sent.
     """
@@ -155,6 +156,8 @@ def _push_folder(
         return _ask(what, repo_id, function)
 
     repo_id = ask('create the repository', lambda: api.create_repo(repo_id, private=private, exist_ok=True)).repo_id
+    if private and ask('look at the repository', lambda: api.repo_info(repo_id)).private is False:
+        raise ValueError(f'private: {repo_id} is there, and public; nothing was sent. Leave private out to push to it.')
     if revision is not None:
         branch = revision
         ask('create the branch', lambda: api.create_branch(repo_id, branch=branch, exist_ok=True))
@@ -164,7 +167,7 @@ def _push_folder(
     text = set_field(card, TEXT_FIELD, text_sha256(card))
     for attempt in range(3):
         try:
-            commit, sent = _commit(api, repo_id, revision, folder, text, message, private)
+            commit, sent = _commit(api, repo_id, revision, folder, text, message)
             break
         except RuntimeError as error:
             # someone else committed in between, and their changes to the card must be kept, too
@@ -175,18 +178,10 @@ def _push_folder(
 
 
 def _commit(
-    api: HfApi,
-    repo_id: str,
-    revision: Optional[str],
-    folder: Path,
-    card: str,
-    message: str,
-    private: Optional[bool] = None,
+    api: HfApi, repo_id: str, revision: Optional[str], folder: Path, card: str, message: str
 ) -> Tuple[CommitInfo, Dict[str, Union[Path, bytes]]]:
     """Send a folder's files, and a card merged with the Hub's, in one commit; return the commit and what was sent."""
     info = _ask('look at the repository', repo_id, lambda: api.repo_info(repo_id, revision=revision))
-    if private and info.private is False:
-        raise ValueError(f'private: {repo_id} is there, and public; nothing was sent. Leave private out to push to it.')
     parent = info.sha
     old = _ask('read its card', repo_id, lambda: _read_card(api, repo_id, parent))
     sent: Dict[str, Union[Path, bytes]] = {path.name: path for path in push_files(folder)}
@@ -383,7 +378,7 @@ def verify(
             for file, name in names.items():
                 if name not in remote:
                     raise OSError(f'{file}: {hub_id} has no {name} to compare it with.')
-                found, own = _checksums(remote.get(name), file, hashes[file])
+                found, own = _checksums(remote[name], file, hashes[file])
                 if found != own:
                     raise OSError(
                         f'{file}: its checksum is {own}, but that of {name} in {hub_id} is {found}: it is damaged, or '

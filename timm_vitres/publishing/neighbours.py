@@ -6,6 +6,7 @@ file, folder, 'hf-hub:owner/name' or URL -> `find_beside` -> the weights' path, 
 import dataclasses
 import json
 import logging
+import math
 import re
 from contextlib import suppress
 from pathlib import Path
@@ -17,7 +18,7 @@ from ..checks import on_one_line, show
 from ..models.base import Hybrid
 from ..weights.augreg import url_of
 from ..weights.checkpoints import INDEX_NAMES
-from ..weights.checksums import SHA256_FIELD, sha256
+from ..weights.checksums import SHA256_FIELD
 from ..weights.downloads import NotInRepository, at_commit, hub_file, url_file
 from ..weights.files import CARD_NAME, CONFIG_NAME, WEIGHTS_NAMES
 from ..weights.layouts import LAYOUTS
@@ -67,9 +68,8 @@ def find_beside(source: str) -> Tuple[Path, Dict[str, Any], Dict[str, Any], Opti
     ):
         # a folder of downloads may hold the config.json of any other model
         names_another = (config.get('architecture') or config.get('model_type')) and not _is_of_layout(config)
-        told = config.get(SHA256_FIELD)  # this package says of which weights its config is
-        if told and path.suffix != '.tar':  # a training checkpoint beside them is of the same run
-            names_another = sha256(path) != told
+        # a config that says of which weights it is is this package's, which writes no .npz
+        names_another = names_another or (path.suffix == '.npz' and SHA256_FIELD in config)
         if not config:
             preprocessor = {}  # it names no model, and so may be another's
         elif names_another:
@@ -133,8 +133,12 @@ def _nested(config: Dict[str, Any]) -> Dict[str, Any]:
     }
 
 
-def began_with(model: str) -> Dict[str, Any]:
-    """Return the config.json of the model that a run began with, of a folder or a repository; nothing if gone."""
+def began_with(model: str, is_known: bool = False) -> Dict[str, Any]:
+    """Return the config.json of the model that a run began with, of a folder or a repository; nothing if gone.
+
+    Args:
+        is_known: Whether the architecture is known without it.
+    """
     _, _, place = model.partition(':')
     with suppress(OSError, ValueError, RuntimeError):
         path = Path(place) / CONFIG_NAME if model.startswith('local-dir:') else hub_file(place, (CONFIG_NAME,))
@@ -146,7 +150,8 @@ def began_with(model: str) -> Dict[str, Any]:
         architecture, tag = split_model_name_tag(name)
         known = get_arch_pretrained_cfgs(architecture).get(name) if tag else None
         return {'architecture': architecture, **({'pretrained_cfg': known.to_dict()} if known else {})}
-    _logger.warning('%s: the run began with it, and it is not to be had; the model is found by its tensors.', model)
+    instead = 'its arguments and data config are not known' if is_known else 'the model is found by its tensors'
+    _logger.warning('%s: the run began with it, and it is not to be had; %s.', model, instead)
     return {}
 
 
@@ -177,6 +182,11 @@ def normalisation_of(preprocessor: Dict[str, Any]) -> Dict[str, Any]:
             if value is not None
         }
     factor = 1.0 if preprocessor.get('do_rescale') is False else preprocessor.get('rescale_factor')
+    for name, values in dict(rescale_factor=(factor,), **found).items():
+        for value in values:
+            is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if (value is not None and not (is_number and math.isfinite(value))) or (name != 'mean' and value == 0):
+                raise ValueError(f'{PREPROCESSOR_NAME}: {name}: got {value!r}, expected a number to divide by.')
     scale = 1.0 if factor is None or abs(255 * factor - 1) < 1e-3 else 255 * factor  # what it makes of a white pixel
     return {key: tuple(one / scale for one in value) for key, value in found.items()}
 

@@ -9,7 +9,6 @@ images are looked at by finished runs alone. A comparison that was killed goes o
 
 import dataclasses
 import logging
-import os
 import shutil
 from contextlib import contextmanager
 from pathlib import Path
@@ -38,7 +37,7 @@ from .held_out import report as held_out_report
 from .loaders import create_loaders, names_of
 from .loop import Diverged, finetune
 from .plans import PLAN_NAME, Plan, asked_for, in_proportion, make_plan, note_versions, seen_alike, single
-from .processes import Processes, check_main
+from .processes import Processes, check_main, told_number
 from .report import Best, best_epoch, evaluate, read_summary
 from .reserved import for_verdict, images_of
 from .runs import CHECKPOINT_NAME, RECORD_NAME, Record, check_place, check_writable, held
@@ -99,7 +98,7 @@ def compare(
         ValueError, TypeError, OSError: for what can not be compared or was begun otherwise; the message says what.
     """
     check_main('compare')
-    if int(os.environ.get('WORLD_SIZE') or 1) > 1:
+    if told_number('WORLD_SIZE', 1) > 1:
         raise ValueError('compare: runs in one process; start it without torchrun.')
     cfg = seen_alike(cfg, models)
     asked = asked_for(cfg, models, seeds, lrs, minutes, test_split, test_frac)

@@ -20,6 +20,7 @@ from ..data import data_config, image_mode
 from ..measure import as_minutes, as_ms, measure
 from ..models.arms import ARMS
 from ..models.layers import fused_attentions, unfuse_
+from ..weights.checkpoints import checkpoint_files
 from ..weights.checksums import sha256
 from ..weights.sources import local_weights
 from ..writing import replacing
@@ -80,7 +81,8 @@ class ArmPlan:
         """Note the weights that a folder gives to every run of this arm; ValueError where they are others now."""
         if not self.model.startswith(LOCAL):
             return
-        found = sha256(local_weights(self.model.removeprefix(LOCAL)))
+        files = checkpoint_files(local_weights(self.model.removeprefix(LOCAL)))
+        found = ' '.join(map(sha256, files))
         if self.sha256 not in ('', found):
             raise ValueError(
                 f'models: {name} has other weights than when the comparison began; put these back, or begin another.'
@@ -221,6 +223,11 @@ def make_plan(cfg: FinetuneCfg, asked: Dict[str, Any], folder: Path) -> Plan:
     if path.is_file():
         plan = _read(path)
         _check_same(plan.asked, asked, folder)
+        noted = [arm.sha256 for arm in plan.arms.values()]
+        for name, arm in plan.arms.items() if cfg.pretrained else ():
+            arm.note_weights_(name)
+        if noted != [arm.sha256 for arm in plan.arms.values()]:  # it began before weights were noted
+            _write(plan, path)
         if plan.asked != asked:
             # a report of fewer seeds calls nothing better, so that nobody stops there because of what it says
             was_read = len(plan.seeds) >= LEAST_SEEDS and path.with_name(REPORT_NAME).is_file()

@@ -172,7 +172,7 @@ def _torchruns_store() -> Any:
     return None
 
 
-def _told(name: str, default: int) -> int:
+def told_number(name: str, default: int) -> int:
     """Return a number that torchrun gives to its processes; ValueError where the environment holds something else."""
     text = os.environ.get(name) or str(default)
     if not text.isdecimal():
@@ -190,10 +190,10 @@ def joined() -> Iterator[Processes]:
         ValueError: where torchrun's environment is there, but the others can't be reached.
     """
     is_ours = not (dist.is_available() and dist.is_initialized())
-    if is_ours and _told('WORLD_SIZE', 1) == 1:
+    if is_ours and told_number('WORLD_SIZE', 1) == 1:
         yield Processes(store=_torchruns_store())
         return
-    local_rank = _told('LOCAL_RANK', 0)
+    local_rank = told_number('LOCAL_RANK', 0)
     if not is_ours and 'LOCAL_RANK' not in os.environ and torch.cuda.is_initialized():
         local_rank = torch.cuda.current_device()  # a program that was not started by torchrun has chosen it
     try:
