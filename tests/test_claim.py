@@ -2,6 +2,7 @@
 are of the rows (claim.py)."""
 
 import csv
+import json
 import sys
 from types import SimpleNamespace
 
@@ -45,9 +46,10 @@ def test_a_comparison_is_recorded_once_and_told_in_a_table(script, results, tmp_
             for arm in models
             for seed in seeds
         ]
-        return SimpleNamespace(
-            rows=[dict(shared, part='search', arm='a'), *runs], verdict=VERDICT, sentence='It is so.'
-        )
+        # it was trained with another number of threads than that of this process, which records it
+        (tmp_path / 'compare.json').write_text(json.dumps({'machine': '7 threads of the CPU'}))
+        search = dict(shared, part='search', arm='a')
+        return SimpleNamespace(folder=tmp_path, rows=[search, *runs], verdict=VERDICT, sentence='It is so.')
 
     monkeypatch.setattr(ablation, 'compare', compare)
     monkeypatch.setattr(ablation, 'write', lambda name, root, source: tmp_path / name)
@@ -58,6 +60,7 @@ def test_a_comparison_is_recorded_once_and_told_in_a_table(script, results, tmp_
     [(cfg, models, seeds, minutes), _] = asked
     assert (models, seeds, minutes) == (['a', 'b', 'c'], [0, 1], 2.0)
     assert (cfg.img_size, cfg.in_chans, cfg.data_dir) == (64, 1, str(tmp_path / 'pairs'))
+    assert {row['threads'] for row in rows(results / 'ablation.csv')} == {'7'}
     assert [(row['set'], row['arm'], row['seed']) for row in rows(results / 'ablation.csv')] == [
         ('pairs', arm, seed) for arm in 'abc' for seed in '01'
     ]

@@ -5,6 +5,7 @@ runtime of an export format -> `Prepared`, which takes and returns float32 and s
 """
 
 import copy
+import importlib
 import logging
 import tempfile
 import threading
@@ -16,7 +17,6 @@ from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, Optional, Sequence, Tuple
 
 import torch
-import torch.utils._config_module
 from timm.models import get_model_traits
 from torch import nn
 from tqdm import tqdm
@@ -43,7 +43,8 @@ _NAMES = {torch.float32: 'fp32', torch.bfloat16: 'bf16'}
 _WIDE = (torch.float32, torch.float64)
 _TOLERANCE = 1e-3  # merging rounds anew, and compilers add up in another order
 # older versions of torch keep the compiler's settings for all threads: of two calls one waits
-_TURNS = nullcontext() if hasattr(torch.utils._config_module, 'ContextVar') else threading.RLock()
+_OF_THREADS = 'ContextVar' in vars(importlib.import_module('torch.utils._config_module'))
+_TURNS = nullcontext() if _OF_THREADS else threading.RLock()
 _logger = logging.getLogger(__name__)
 
 

@@ -103,11 +103,7 @@ def convert(
     address = urlparse(url).path if url else None  # a query may hold a secret
     published = read_name(address or path)  # a cache has names of its own
     if published:
-        named = config.get('architecture') or config.get('model_type')
-        if named and our_name(named) != our_name(published.architecture) and named not in MODEL_TYPES:
-            _logger.warning('%s: is of another model than %s, and left alone.', path.with_name(CONFIG_NAME), path.name)
-            config, preprocessor = {}, {}
-        config = config if named and config else {**published.config(), **config}
+        config, preprocessor = _of_published(path, published, config, preprocessor)
     for file in checkpoint_files(path):
         check_once(file)
     weights, about = read_checkpoint(path, use_ema)
@@ -148,6 +144,17 @@ def convert(
         license=built.pretrained_cfg.get('license'),
     )
     return save(built, folder, label_names, data, card)
+
+
+def _of_published(
+    path: Path, published: PublishedName, config: Dict[str, Any], preprocessor: Dict[str, Any]
+) -> Tuple[Dict[str, Any], Dict[str, Any]]:
+    """Return what stands beside a file that Google published, where it is of that model; else what its name says."""
+    named = config.get('architecture') or config.get('model_type')
+    if named and our_name(named) != our_name(published.architecture) and named not in MODEL_TYPES:
+        _logger.warning('%s: is of another model than %s, and left alone.', path.with_name(CONFIG_NAME), path.name)
+        return published.config(), {}
+    return (config if named else {**published.config(), **config}), preprocessor
 
 
 def _license(source: str, path: Path, source_cfg: Dict[str, Any], layout: Layout) -> Optional[str]:
