@@ -323,9 +323,8 @@ def _other_size(sizes: ImageSizes, shapes: Dict[int, Any], own: Sequence[int]) -
 
 
 def _dynamic_batch() -> Dict[int, Any]:
-    return {
-        0: Dim('batch', max=2**31 - 1)
-    }  # torch 2.6 refuses a batch without a limit, for the number that it takes then
+    # torch 2.6 refuses a batch without a limit, for the number that it takes then
+    return {0: Dim('batch', max=2**31 - 1)}
 
 
 def _dynamic_shapes(sizes: ImageSizes, shape: Sequence[int]) -> Dict[int, Any]:
