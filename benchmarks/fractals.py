@@ -14,6 +14,7 @@ of the recipe may be given anew, as --set name=value; the row has it.
 
 import argparse
 import itertools
+import json
 import shutil
 from pathlib import Path
 from typing import Any, Dict
@@ -28,6 +29,7 @@ from tqdm import tqdm
 
 from timm_vitres.training.report import best_epoch, read_summary
 from timm_vitres.training.settings import FinetuneCfg
+from timm_vitres.weights.checksums import sha256
 
 ARMS = ('fractal', 'random')
 SHARED: Dict[str, Any] = dict(in_chans=3, lr=1e-3, warmup_epochs=1.0, weight_decay=0.05, workers=1, no_check=True)
@@ -91,9 +93,16 @@ def transfer(args: argparse.Namespace, changes: Dict[str, Any]) -> None:
     weights = args.output / args.model / 'model.safetensors'
     if 'fractal' in args.arms and not weights.is_file():
         raise SystemExit(f'{weights} is missing: run `pretrain` with this --output and --model first.')
-    pretraining = (args.output / 'images' / 'README.txt').read_text().strip() if weights.is_file() else ''
-    if pretraining:
-        pretraining += f', {len(read_summary(weights.parent))} epochs'
+    pretraining = known = ''
+    if 'fractal' in args.arms:
+        done = len(read_summary(weights.parent))
+        asked = json.loads((weights.parent / 'run.json').read_text(encoding='utf-8'))['settings']['epochs']
+        if done < asked:
+            raise SystemExit(
+                f'{weights.parent}: is not over, after {done} of {asked} epochs; run `pretrain` to its end.'
+            )
+        pretraining = f'{(args.output / "images" / "README.txt").read_text().strip()}, {done} epochs'
+        known = f'-{sha256(weights)[:8]}'  # runs that began with other weights are others
     for seed, name, arm in itertools.product(args.seeds, args.sets, args.arms):
         start = dict(pretrained_path=str(weights)) if arm == 'fractal' else {}
         row = dict(set=name, arm=arm, seed=seed, model=args.model, changes=told(changes))
@@ -102,7 +111,11 @@ def transfer(args: argparse.Namespace, changes: Dict[str, Any]) -> None:
             print(f'fractals.csv has its row; without --record it is trained again: {told(row)}')
             continue
         data = write(name, args.output / 'data', args.source)
-        folder = args.output / 'transfer' / run_name(args.model, name, arm, changes=changes, seed=seed)
+        folder = (
+            args.output
+            / 'transfer'
+            / run_name(args.model, name, arm + (known if start else ''), changes=changes, seed=seed)
+        )
         settings = {**TRANSFER, **SETS[name], **start, **changes, 'model': args.model, 'seed': seed}
         train(FinetuneCfg(**settings, data_dir=str(data / 'train'), output=str(folder)))
         rows = read_summary(folder)

@@ -1,6 +1,7 @@
 """Pretraining without photographs, benchmarks/fractals.py and formulas.py: what a fractal is, and how runs go on."""
 
 import csv
+import json
 import sys
 from pathlib import Path
 
@@ -131,6 +132,18 @@ def test_folder_is_written_once_and_whole(fractals, formulas, tmp_path):
 def test_transfer_needs_pretraining(fractals, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, 'argv', ['fractals.py', 'transfer', '--output', str(tmp_path)])
     with pytest.raises(SystemExit, match=r'model\.safetensors is missing: run `pretrain` with this --output'):
+        fractals.main()
+
+
+def test_transfer_waits_for_the_end_of_pretraining(fractals, tmp_path, monkeypatch):
+    """Else its runs would be taken for those of the finished one."""
+    folder = tmp_path / 'vitresnet_nano'
+    folder.mkdir()
+    (folder / 'model.safetensors').write_bytes(b'')
+    (folder / 'run.json').write_text(json.dumps({'settings': {'epochs': 20}}))
+    (folder / 'summary.csv').write_text('epoch,eval_top1\n0,1.0\n')
+    monkeypatch.setattr(sys, 'argv', ['fractals.py', 'transfer', '--output', str(tmp_path)])
+    with pytest.raises(SystemExit, match='is not over, after 1 of 20 epochs'):
         fractals.main()
 
 
