@@ -87,8 +87,9 @@ def plot_explanation(explanation: Explanation, path: Path) -> None:
 
 def new_figure(purpose: str, width: float, height: float):
     """Return an empty matplotlib figure, in inches; ValueError, naming what it is for, where none can be made."""
-    if not can_draw():
-        raise ValueError(f'{purpose}: {why_not()}.')
+    reason = why_not()
+    if reason:
+        raise ValueError(f'{purpose}: {reason}.')
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout='constrained')

@@ -70,8 +70,7 @@ def add_push(subparsers) -> None:
 def run_push(args: argparse.Namespace) -> int:
     """Say what would be pushed, or push it."""
     from ..publishing.cards import read_card
-    from ..publishing.hub import check_folder, model_name, push, push_files
-    from ..publishing.model_folder import locked
+    from ..publishing.hub import check_folder, held, model_name, push, push_files
     from ..weights.checksums import sha256
     from ..weights.files import CARD_NAME
 
@@ -84,9 +83,7 @@ def run_push(args: argparse.Namespace) -> int:
         name = model_name(args.repo_id, args.revision)
         print(f"{address}\ntimm.create_model('{name}', pretrained=True) loads it, anywhere.")
         return 0
-    if not args.folder.is_dir():
-        raise ValueError(f'{args.folder}: there is no such folder.')
-    with locked(args.folder):  # as `push` does: it completes what a killed writer left
+    with held(args.folder):
         check_folder(args.folder)
         card = read_card(args.folder / CARD_NAME)
         print(f'Would push to {args.repo_id} (branch {args.revision or "main"}), in one commit:')

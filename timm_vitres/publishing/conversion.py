@@ -8,7 +8,6 @@ caller says otherwise.
 import argparse
 import logging
 import os
-import re
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
@@ -22,7 +21,6 @@ from timm.models import (
     get_arch_pretrained_cfgs,
     get_model_input_config,
     get_pretrained_cfg,
-    split_model_name_tag,
 )
 from timm.utils import natural_key
 
@@ -52,6 +50,7 @@ from .neighbours import (
     hub_id_of,
     license_beside,
     normalisation_of,
+    our_name,
 )
 from .saving import save
 
@@ -231,16 +230,6 @@ def _architecture(
         f'model: not given, and the checkpoint has the tensors of none of {", ".join(candidates)}; say which '
         f'architecture it is, and give its further arguments as model_kwargs.'
     )
-
-
-def our_name(told: Any) -> str:
-    """Return the name of an architecture, as it is told anywhere, without its place and tag; ours, where it has one."""
-    name = split_model_name_tag(str(told).rpartition(':')[2].rpartition('/')[2])[0]
-    for family in Hybrid.families:
-        for pattern, ours in family.foreign_names.items():
-            if re.fullmatch(pattern, name):
-                return ours
-    return name
 
 
 def _with_beginning(

@@ -6,9 +6,9 @@ folder -> `push` -> repository, one commit, its checksums compared -> timm.creat
 import logging
 import re
 import tempfile
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple, TypeVar, Union
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple, TypeVar, Union
 
 import timm
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, constants
@@ -55,6 +55,20 @@ OTHER_WEIGHTS = re.compile(
 )
 Result = TypeVar('Result')
 _logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Hold a folder that is there, as what it was meant to be: what a killed writer left is completed, and no one else
+    can change the files meanwhile.
+
+    Raises:
+        ValueError: where there is no such folder.
+    """
+    if not folder.is_dir():
+        raise ValueError(f'{folder}: there is no such folder.')
+    with locked(folder):
+        yield
 
 
 def check_folder(folder: Path) -> nn.Module:
@@ -137,9 +151,7 @@ def push(
     folder = Path(model)
     if label_names is not None or data_config is not None or card is not None:
         raise ValueError('label_names, data_config, card: go with a model; a folder has its own.')
-    if not folder.is_dir():
-        raise ValueError(f'{folder}: there is no such folder.')
-    with locked(folder):  # the lock completes what a killed writer left, and no one else can change the files meanwhile
+    with held(folder):
         return _push_folder(folder, repo_id, revision, private, token, commit_message)
 
 

@@ -98,11 +98,19 @@ def license_beside(source: str, path: Path) -> Optional[str]:
     return told if isinstance(told, str) else ''
 
 
+def our_name(told: Any) -> str:
+    """Return the name of an architecture, as it is told anywhere, without its place and tag; ours, where it has one."""
+    name = split_model_name_tag(str(told).rpartition(':')[2].rpartition('/')[2])[0]
+    for family in Hybrid.families:
+        for pattern, ours in family.foreign_names.items():
+            if re.fullmatch(pattern, name):
+                return ours
+    return name
+
+
 def _is_of_layout(config: Dict[str, Any]) -> bool:
     """Return whether a config.json is one of a model whose weights we read."""
-    name = split_model_name_tag(str(config.get('architecture')))[0]
-    patterns = [pattern for family in Hybrid.families for pattern in (*family.variants, *family.foreign_names)]
-    is_ours = any(re.fullmatch(pattern, name) for pattern in patterns)
+    is_ours = any(our_name(config.get('architecture')) in family.variants for family in Hybrid.families)
     return is_ours or config.get('model_type') in MODEL_TYPES
 
 
