@@ -192,7 +192,8 @@ def seeded(*key: int) -> Iterator[None]:
 
 def derived(*key: int) -> int:
     """Return a seed of 63 bits made from `key`; other keys give other seeds."""
-    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]) >> 1
+    # numpy pads keys with zeros: without their length, (0, 1) and (0, 1, 0) were one
+    return int(np.random.SeedSequence((len(key), *key)).generate_state(1, np.uint64)[0]) >> 1
 
 
 class Failure(NamedTuple):
