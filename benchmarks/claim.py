@@ -14,13 +14,14 @@ from timm_vitres.training.verdict import LEAST_SEEDS, LEVEL, seeds_error
 BEGINNINGS = {
     'pretrained=True': 'from the shipped weights',
     'deeper': 'from the shipped weights, with three blocks more',
-    'pretrained_path=fmnist/wide': 'from the weights of `wide`',
+    'pretrained_path=fmnist/wide-epochs=40': 'from the weights of `wide`',
     'kd_model_name=local-dir:fmnist/resnet': 'distilled from `resnet`',
     'pretrained_path=fmnist/distilled': 'from the weights of the row above',
-    'mean=fmnist/distilled': 'the mean weights of the two rows above',
+    'mean=fmnist/distilled+fmnist/distilled2': 'the mean weights of the two rows above',
     'initial_checkpoint=': 'from the weights of a smaller run, with further blocks',
-    'pretrained_path=fmnist/large-from-wide-mean': 'from the weights of the row above, with three blocks more',
-    'kd_model_name=average': 'distilled from it and `resnet`',
+    'pretrained_path=fmnist/large-from-wide-mean': 'from the weights of the row above, with two blocks more',
+    'kd_model_name=average ': 'distilled from it and `resnet`',
+    'kd_model_name=average_': 'distilled from the mean of several runs',
 }
 ROBUSTNESS = dict(top1='ImageNet', real='ReaL', v2='V2', r='R', a='A', sketch='Sketch')  # timm's results files
 

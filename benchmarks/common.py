@@ -141,7 +141,7 @@ def tested(model: nn.Module, test: Path, tta: str = '', merge: Callable[[str], s
         merge: Returns the wider class of a class, where a model learns finer ones than it is asked for.
     """
     images = ImageFolder(test)
-    paths, targets = zip(*images.reader.samples)
+    paths, targets = zip(*images.samples)
     predictions, unreadable = predict(model, paths, topk=model.num_classes, tta=tta)
     if unreadable:
         raise SystemExit(unreadable[0])

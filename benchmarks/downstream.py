@@ -14,7 +14,7 @@ from pathlib import Path
 
 import timm
 import torch
-from common import write_row
+from common import conditions, write_row
 
 sys.path.insert(0, str(Path(__file__).parent.parent / 'tests'))
 from programs import PROGRAMS
@@ -75,7 +75,8 @@ def main() -> None:
     warnings.simplefilter('ignore')
     for model in args.models:
         for program in args.programs:
-            write_row('downstream', run(program, model), args.record)
+            # with its date: what works again is a row, though it is that of before
+            write_row('downstream', {**run(program, model), **conditions()}, args.record)
 
 
 if __name__ == '__main__':

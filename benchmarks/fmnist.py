@@ -6,7 +6,7 @@ The recipe, and each run's epoch, are chosen on 5% of the training images; the 1
 when a run is over, by a model that was loaded from its folder: as it is, and with six views of each image (`--tta
 shift`). A run that was killed goes on. --record appends a row per run to benchmarks/results/fmnist.csv. Any setting of
 the recipe may be given anew, as --set name=value; the row has it. `wide` is ResNet-20 of twice its width, all of its
-stages at 28, 14 and 7 pixels, and a block of attention behind them; `large` has three blocks more. --grow begins with
+stages at 28, 14 and 7 pixels, and a block of attention behind them; `large` has two blocks more. --grow begins with
 the weights of a run of fewer blocks, and with further blocks that are the identity (Net2Net, arXiv:1511.05641), as did
 the arm `deeper` of an old row, with those of the shipped weights. --teachers gives folders of runs of the same seed,
 and so of the same validation images, from whose mean logits the arms learn. --mean trains nothing: of runs that went on

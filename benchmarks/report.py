@@ -131,7 +131,7 @@ def timings(on_cpu: bool) -> dict:
 
 
 def of_one_machine(rows: dict, model: str) -> dict:
-    """Return the rows of `timings` of the machine that measured a model last, without the machine in their keys."""
+    """Return the rows of `timings` of the machine that came to a model last, without the machine in their keys."""
     machine = [key[1] for key in rows if key[2] == model][-1]
     return {(key[0], *key[2:]): row for key, row in rows.items() if key[1] == machine}
 
@@ -203,8 +203,9 @@ def throughput_short() -> str:
         size = '256' if model == 'vitresnet_mix_bot26t' else '224'
         rows = of_one_machine(found, model)
         pairs = [[rows.get(('cpu', model, size, path, batch)) for batch in ('1', '16')] for path in paths]
-        lines.append([f'`{model}`', *(' / '.join(row['ratio'] for row in pair if row) for pair in pairs)])
-    return table(['batch 1 / 16', *paths], lines)
+        machine = short(next(iter(rows.values()))['machine'])
+        lines.append([f'`{model}`', machine, *(' / '.join(row['ratio'] for row in pair if row) for pair in pairs)])
+    return table(['batch 1 / 16', 'processor', *paths], lines)
 
 
 def precision() -> str:
@@ -269,14 +270,15 @@ def throughput_others() -> str:
 
 def throughput_train() -> str:
     """Training steps against timm's class with the settings of timm's train.py: ratios."""
-    rows = newest('throughput_train', 'device', 'model', 'setting', 'compiled', 'batch', 'size')
+    rows = newest('throughput_train', 'device', 'machine', 'model', 'setting', 'compiled', 'batch', 'size')
     return table(
         ['model', 'setting', 'on', 'batch', 'time of a step', 'memory of a step'],
         [
             [
                 f'`{row["model"]}`',
                 row['setting'] + (', compiled' if row['compiled'] == 'True' else ''),
-                *(row[column] for column in ('device', 'batch', 'ratio', 'memory_ratio')),
+                short(row['machine']) if row['device'] == 'cpu' else row['device'],
+                *(row[column] for column in ('batch', 'ratio', 'memory_ratio')),
             ]
             for row in rows.values()
         ],

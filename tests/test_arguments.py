@@ -43,7 +43,7 @@ def test_a_model_is_loaded_for_evaluation(model, tmp_path):
     [
         ('test_vitresnet', 'gpu', "device: got 'gpu', which can not be used here"),
         ('test_vitresnet', 'cuda:99', "device: got 'cuda:99', which can not be used here"),
-        ('test_vitresnet', 'meta', "device: got 'meta', where nothing is computed"),
+        ('test_vitresnet', 'meta', "device: got 'meta', which can not be used here"),
         ('vitresnet_giant', 'cpu', r"model: 'vitresnet_giant' can not be loaded: Unknown model"),
         ('test_vitresnet', 'cpu', "model: 'test_vitresnet' can not be loaded: No pretrained weights exist"),
         ('local-dir:empty', 'cpu', "model: 'local-dir:empty' can not be loaded"),

@@ -18,7 +18,7 @@ def load(root, **kwargs):
 
 
 def names_of(folder) -> list:
-    return [os.path.relpath(path, folder.reader.root) for path, _ in folder.reader.samples]
+    return [os.path.relpath(path, folder.root) for path, _ in folder.samples]
 
 
 # What is ambiguous is refused or said

@@ -10,18 +10,16 @@ from pathlib import Path
 from typing import Any, List, Optional, Sequence, Union
 
 import timm
-import torch
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from PIL import Image
 from timm.utils import ParseKwargs
 from torch import nn
 
-from .checks import read_text
+from .checks import read_text, usable_device
 from .labels import label_names, printable
 from .pictures import new_figure
-from .publishing.config_file import read_config
+from .publishing.config_file import check_config_of
 from .weights.downloads import is_transient
-from .weights.files import CONFIG_NAME
 from .writing import check_output
 
 # these errors are the user's or the world's: torch and timm raise RuntimeError for unknown or weightless models,
@@ -55,17 +53,9 @@ def load_model(name: str, device: str = 'cpu', **kwargs: Any) -> nn.Module:
         ValueError: where the device can't be used, or the model can't be loaded, because of its name, its config.json
             or its weights.
     """
+    usable = usable_device(device)
     try:
-        usable = torch.empty(0, device=device).device
-    except Exception as error:  # torch raises errors of many kinds
-        reason = one_line(error).partition('. ')[0]
-        raise ValueError(f'device: got {device!r}, which can not be used here ({reason}).') from error
-    if usable.type == 'meta':
-        raise ValueError("device: got 'meta', where nothing is computed.")
-    try:
-        folder = name.removeprefix('local-dir:')
-        if name.startswith('local-dir:') and folder and (Path(folder) / CONFIG_NAME).exists():
-            read_config(Path(folder))  # timm's own error would not name the file
+        check_config_of(name)
         model = timm.create_model(name, pretrained=True, **kwargs)
     except Exception as error:
         if is_transient(error):

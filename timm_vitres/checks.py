@@ -52,6 +52,16 @@ def first_sentence(error: BaseException) -> str:
     return on_one_line(error).partition('. ')[0].rstrip('.')
 
 
+def usable_device(name: str) -> torch.device:
+    """Return a device; ValueError where nothing can be computed on it here."""
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()  # 'meta' can't do this, nor can a device that is missing
+    except Exception as error:  # torch raises errors of many kinds
+        raise ValueError(f'device: got {name!r}, which can not be used here ({first_sentence(error)}).') from error
+    return device
+
+
 def plain(name: str, value: Any) -> Any:
     """Return a value as plain numbers, text, tuples and dicts, which JSON can hold.
 

@@ -122,7 +122,7 @@ def load(root, class_map, recorded=None, **kwargs):
 
 
 def labels_of(part) -> dict:
-    return dict(part.dataset.reader.samples[index] for index in part.indices)
+    return dict(part.dataset.samples[index] for index in part.indices)
 
 
 def test_a_class_map_orders_the_classes_of_a_folder(image_folder, tmp_path, caplog):

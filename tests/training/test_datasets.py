@@ -24,7 +24,7 @@ def load(root, recorded=None, **kwargs):
 
 
 def names_of(folder) -> list:
-    return [os.path.relpath(path, folder.reader.root) for path, _ in folder.reader.samples]
+    return [os.path.relpath(path, folder.root) for path, _ in folder.samples]
 
 
 # Folders that are as they should be
@@ -35,8 +35,7 @@ def test_image_folder(image_folder):
     assert folder.classes == ['across', 'down'] and len(folder) == 24 and folder.targets.count(0) == 12
     image, target = folder[0]
     assert image.mode == 'RGB' and target == 0
-    assert folder.filename(0) == 'across/0.png' and folder.filename(0, basename=True) == '0.png'
-    assert folder.filename(0, absolute=True) == str(image_folder / 'across' / '0.png')
+    assert folder.samples[0] == (str(image_folder / 'across' / '0.png'), 0)
 
 
 def test_image_folder_mistakes(tmp_path):
@@ -177,7 +176,7 @@ def test_an_interrupted_check_ends_at_once(image_folder, monkeypatch):
 
 
 def paths_of(data) -> tuple:
-    samples = [[part.dataset.reader.samples[index] for index in part.indices] for part in (data.train, data.val)]
+    samples = [[part.dataset.samples[index] for index in part.indices] for part in (data.train, data.val)]
     return [(os.path.basename(path), target) for path, target in samples[0]], samples[1]
 
 
@@ -198,7 +197,7 @@ def test_a_record_makes_the_same_split_whatever_the_settings_say(image_folder):
     }
     # the classes keep their order
     recorded['label_names'].reverse()
-    assert [target for _, target in load(image_folder, recorded).val.dataset.reader.samples[:1]] == [1]
+    assert [target for _, target in load(image_folder, recorded).val.dataset.samples[:1]] == [1]
 
 
 def test_a_record_of_two_folders(tmp_path):

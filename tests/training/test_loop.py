@@ -64,7 +64,7 @@ def test_it_ends_with_a_complete_model(image_folder, tmp_path):
     data = load_data(cfg, 'RGB')
     correct = 0
     for index in data.val.indices:
-        path, target = data.val.dataset.reader.samples[index]
+        path, target = data.val.dataset.samples[index]
         x = timm_vitres.preprocess(path, model)
         assert x.shape == (1, 3, 32, 48)
         correct += int(model(x).argmax() == target)
@@ -426,7 +426,7 @@ def test_the_better_weights_are_saved(best, image_folder, tmp_path, monkeypatch,
     assert all(torch.equal(one, torch.from_numpy(two)) for one, two in zip(state['answers'], answers))
     val = load_data(cfg, 'RGB').val
     for index, probability in zip(answers.indices, answers.truth):
-        path, label = val.dataset.reader.samples[val.indices[index]]
+        path, label = val.dataset.samples[val.indices[index]]
         with torch.no_grad():
             found = model(timm_vitres.preprocess(path, model)).softmax(-1)[0, label].item()
         assert found == pytest.approx(probability, abs=1e-4)

@@ -138,7 +138,7 @@ def test_of_many_classes_without_test_images_three_are_named(tmp_path):
                 place.parent.mkdir(parents=True, exist_ok=True)
                 Image.fromarray(np.full((8, 8, 3), 40 * index + number + 20 * (split == 'test'), np.uint8)).save(place)
     description = reserve(cfg(tmp_path), 'RGB')['description']
-    assert description.endswith('with none of class 1, class 2, class 3 and 2 more classes')
+    assert description.endswith('with none of class 1, class 2, class 3 and 2 more')
 
 
 def test_what_a_dataset_by_name_has_no_test_images_of_is_told_of(fashion, monkeypatch):  # noqa: F811

@@ -1,7 +1,6 @@
 """One set of images becomes two, and a record brings both back."""
 
 import json
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +11,6 @@ from timm_vitres.training.splits import (
     Data,
     Subset,
     class_counts,
-    class_names,
     read_record,
     stratified_split,
 )
@@ -73,12 +71,8 @@ def test_of_paths_left_out_for_one_reason_ten_are_named():
     assert sentences[11:] == ['copy.png: a copy of first.png']
 
 
-def test_classes_are_counted_and_named_by_index():
+def test_classes_are_counted_by_index():
     assert class_counts([2, 0, 2, 2], 4) == [1, 0, 3, 0]
-    reader = SimpleNamespace(class_to_idx={'owl': 2, 'cat': 0, 'dog': 1})
-    assert class_names(SimpleNamespace(reader=reader)) == ['cat', 'dog', 'owl']
-    for dataset in (SimpleNamespace(), SimpleNamespace(reader=SimpleNamespace(class_to_idx=None))):
-        assert class_names(dataset) == []
 
 
 def test_a_subset_has_its_own_images_in_its_own_mode():

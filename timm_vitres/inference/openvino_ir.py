@@ -112,7 +112,7 @@ def is_export(path: Path) -> bool:
 class Runner:
     """A file that runs at every size.
 
-    A graph for all sizes takes up to 1.7 times as long in int8, and 1.3 in bf16, as one of a single size
+    A graph for all sizes takes up to 1.5 times as long in int8, and 1.3 in bf16, as one of a single size
     (benchmarks/results/throughput.csv), but each of those holds the weights once more. So the first sizes that come get
     a graph of their own, and all further ones share one.
     """

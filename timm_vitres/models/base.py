@@ -18,7 +18,6 @@ from ..weights.comparison import add_batch_counts, check_dtypes, check_keys
 from ..weights.layouts import StateDict, convert_layout, widened
 from .layers import check_images
 
-TABLES = ('pos_embed', 'patch_embed.proj.weight', '_rel')  # how the names of what is fitted to a size end
 LABEL_KEYS = ('label_names', 'label_descriptions')  # where a pretrained cfg has the names of classes
 
 
@@ -52,12 +51,14 @@ class Hybrid(nn.Module):
         foreign_names: Regular expression for an architecture's name elsewhere -> the variant that loads its weights.
         resnet_names: Regular expression for the beginning of the names of the parameters that are the ResNet's.
         vit_names: The same of those that are the ViT's; what couples both, and heads, are of neither.
+        tables: How the names of what is fitted to an image size end.
         num_pyramid: How many of `feature_info` are the pyramid.
     """
 
     families: ClassVar[List[Type['Hybrid']]] = []
     variants: ClassVar[Sequence[str]] = ()
     foreign_names: ClassVar[Dict[str, str]] = {}
+    tables: ClassVar[Tuple[str, ...]] = ()
     resnet_names: ClassVar[str]
     vit_names: ClassVar[str]
     num_pyramid: int
@@ -220,7 +221,7 @@ class Hybrid(nn.Module):
     @torch.jit.ignore
     def check_without_tables(self, state_dict: StateDict) -> None:
         """Raise RuntimeError as `filter_state_dict` does, before tables are fitted, which are left out."""
-        others = {key for key in self.state_dict() if key.endswith(TABLES)}
+        others = {key for key in self.state_dict() if key.endswith(self.tables)}
         check_keys(add_batch_counts(state_dict, self), self, {*self.head_keys(), f'{self.first_conv}.weight', *others})
 
     def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:

@@ -300,6 +300,7 @@ default_cfgs = generate_default_cfgs(
 )
 
 VitResNet.variants = tuple(default_cfgs)
+VitResNet.tables = ('pos_embed', 'patch_embed.proj.weight')
 VitResNet.resnet_names = r'patch_embed\.backbone\.'
 VitResNet.vit_names = r'(?!patch_embed\.backbone\.|head\.)'
 VitResNet.foreign_names = {  # timm's, and Google's of files and of their code

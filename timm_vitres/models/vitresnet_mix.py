@@ -142,7 +142,7 @@ class VitResNetMix(InterleavedFeatures, Hybrid, ByobNet):
     @torch.jit.ignore
     def no_weight_decay(self) -> Set[str]:
         """Return the names of the parameters that weight decay spares, besides biases and norms."""
-        return {name for name, _ in self.named_parameters() if name.endswith(TABLES)}
+        return {name for name, _ in self.named_parameters() if name.endswith(self.tables)}
 
     @torch.jit.ignore
     def fit_tables(self, state_dict: StateDict, img_size: Optional[Sequence[int]] = None) -> StateDict:
@@ -271,6 +271,7 @@ default_cfgs = generate_default_cfgs(
 
 _ATTENDS = r'stages\.\d+\.\d+\.(self_attn|post_attn)\.'
 VitResNetMix.variants = tuple(default_cfgs)
+VitResNetMix.tables = TABLES
 VitResNetMix.resnet_names = rf'(?!head\.|{_ATTENDS})'
 VitResNetMix.vit_names = _ATTENDS
 VitResNetMix.foreign_names = {

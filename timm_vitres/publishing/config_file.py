@@ -15,6 +15,7 @@ from ..data import DATA_FIELDS, check_data_config
 from ..labels import normalise_label_names
 from ..weights.checksums import SHA256_FIELD
 from ..weights.files import CONFIG_NAME
+from ..weights.sources import LOCAL
 
 ABOUT_WEIGHTS = ('license', 'tag', 'description', 'origin_url', 'paper_name', 'paper_ids', 'notes')  # fields of a cfg
 
@@ -49,6 +50,13 @@ def read_config(folder: Path) -> Dict[str, Any]:
     if told is not None and not (isinstance(told, str) and len(told) == 64 and set(told) <= set('0123456789abcdef')):
         raise ValueError(f'{path}: {SHA256_FIELD}: got {show(told)}, expected the 64 digits of a sha256.')
     return config
+
+
+def check_config_of(name: str) -> None:
+    """Raise ValueError for the name of a folder whose config.json is none; timm's own error would not name the file."""
+    folder = name.removeprefix(LOCAL)
+    if name.startswith(LOCAL) and folder and (Path(folder) / CONFIG_NAME).is_file():
+        read_config(Path(folder))
 
 
 def told_of_weights(cfg: Mapping[str, Any], source: Mapping[str, Any]) -> Dict[str, Any]:

@@ -22,12 +22,11 @@ from ..weights.checksums import SHA256_FIELD
 from ..weights.downloads import NotInRepository, at_commit, hub_file, url_file
 from ..weights.files import CARD_NAME, CONFIG_NAME, WEIGHTS_NAMES
 from ..weights.layouts import LAYOUTS
-from ..weights.sources import hub_weights, local_weights
+from ..weights.sources import LOCAL, hub_weights, local_weights
 from .cards import fields_of
 
 _logger = logging.getLogger(__name__)
 PREPROCESSOR_NAME = 'preprocessor_config.json'  # transformers stores the preprocessing under this name
-STARTS = ('local-dir:', 'hf-hub:', 'hf_hub:')  # of names that timm takes for a folder, or a repository
 MODEL_TYPES = [layout.model_type for layout in LAYOUTS if layout.model_type]  # in a config.json of transformers
 PRETRAINED_FIELDS = {field.name for field in dataclasses.fields(PretrainedCfg)}
 
@@ -49,7 +48,7 @@ def find_beside(source: str) -> Tuple[Path, Dict[str, Any], Dict[str, Any], Opti
     url = None if hub_id or Path(source).exists() else url_of(source)
     if url:
         return url_file(url), {}, {}, url
-    path = hub_weights(hub_id) if hub_id else local_weights(source.removeprefix('local-dir:'))
+    path = hub_weights(hub_id) if hub_id else local_weights(source.removeprefix(LOCAL))
     for name in (CONFIG_NAME, PREPROCESSOR_NAME):
         beside = path.with_name(name)
         if found and found[0].get('architecture') and found[0].get('pretrained_cfg'):  # timm's config says all
@@ -61,11 +60,7 @@ def find_beside(source: str) -> Tuple[Path, Dict[str, Any], Dict[str, Any], Opti
         content = _read_json(beside) if beside.is_file() else {}
         found.append(content if found else _nested(content))
     config, preprocessor = found
-    if (
-        not hub_id
-        and Path(source.removeprefix('local-dir:')).is_file()
-        and path.name not in (*WEIGHTS_NAMES, *INDEX_NAMES)
-    ):
+    if not hub_id and Path(source.removeprefix(LOCAL)).is_file() and path.name not in (*WEIGHTS_NAMES, *INDEX_NAMES):
         # a folder of downloads may hold the config.json of any other model
         names_another = (config.get('architecture') or config.get('model_type')) and not _is_of_layout(config)
         # a config that says of which weights it is is this package's, which writes no .npz
@@ -149,12 +144,12 @@ def began_with(model: str, is_known: bool = False) -> Dict[str, Any]:
     """
     _, _, place = model.partition(':')
     with suppress(OSError, ValueError, RuntimeError):
-        path = Path(place) / CONFIG_NAME if model.startswith('local-dir:') else hub_file(place, (CONFIG_NAME,))
+        path = Path(place) / CONFIG_NAME if model.startswith(LOCAL) else hub_file(place, (CONFIG_NAME,))
         config = _nested(_read_json(path))
         if config.get('architecture'):
             return config
     owner, _, name = place.partition('@')[0].rpartition('/')
-    if owner == 'timm' and not model.startswith('local-dir:'):  # the names of its repositories are timm's of models
+    if owner == 'timm' and not model.startswith(LOCAL):  # the names of its repositories are timm's of models
         architecture, tag = split_model_name_tag(name)
         known = get_arch_pretrained_cfgs(architecture).get(name) if tag else None
         return {'architecture': architecture, **({'pretrained_cfg': known.to_dict()} if known else {})}

@@ -39,6 +39,19 @@ def read_class_map(path: str) -> List[str]:
     return names
 
 
+def order_of(names: Sequence[Any], known: Sequence[Any]) -> Optional[List[int]]:
+    """Return the place of each name among as many known ones, however both are spelt; None where they are others."""
+    places = {composed(str(name)): index for index, name in enumerate(known)}
+    order = [places.get(composed(str(name)), -1) for name in names]
+    return order if sorted(order) == list(range(len(known))) else None
+
+
+def first_other(names: Sequence[Any], known: Sequence[Any]) -> Any:
+    """Return the first name that is not among known ones; where all are, the first."""
+    spelt = {composed(str(name)) for name in known}
+    return next((name for name in names if composed(str(name)) not in spelt), names[0])
+
+
 class Labels:
     """Labels as a dataset stores them -> class indices.
 

@@ -15,12 +15,12 @@ from timm.models import load_state_dict, resolve_model_input_args
 from torch import nn
 
 from ..checks import is_installed, on_one_line
-from ..folders import composed
 from ..labels import normalise_label_names
 from ..models.base import Hybrid
-from ..publishing.config_file import read_config
+from ..publishing.config_file import check_config_of
 from ..weights.files import CONFIG_NAME
 from ..weights.sources import SOURCE_ARGUMENTS
+from .class_maps import first_other, order_of
 from .settings import FinetuneCfg
 
 _logger = logging.getLogger(__name__)
@@ -81,15 +81,13 @@ def _order_head_(model: nn.Module, name: str, label_names: List[str]) -> None:
     with suppress(ValueError):  # it has no names, or they have no order
         cfg = getattr(model, 'pretrained_cfg', None) or {}
         known = normalise_label_names(cfg.get('label_names'), len(label_names))
-    known, label_names = ([composed(label) for label in labels] for labels in (known, label_names))
-    if not known or known == label_names:
+    if not known:
         return  # without names, or with another number of classes, whose head is new
-    if sorted(known) != sorted(label_names):
-        other = next(label for label in known if label not in label_names)
+    order = order_of(label_names, known)
+    if order is None:
+        other = first_other(known, label_names)
         _logger.warning('model: the head of %s begins with as many other classes, such as %r.', name, other)
         return
-    places = {label: index for index, label in enumerate(known)}
-    order = [places[label] for label in label_names]
     heads = model.get_classifier()
     for head in heads if isinstance(heads, tuple) else (heads,):
         for parameter in head.parameters():
@@ -136,9 +134,7 @@ def input_args(name: str, **kwargs: Any) -> Dict[str, Any]:
         ValueError: for arguments that do not fit, and for a folder or repository whose config.json is not timm's.
     """
     try:
-        folder = Path(name.removeprefix('local-dir:'))
-        if name.startswith('local-dir:') and (folder / CONFIG_NAME).is_file():
-            read_config(folder)
+        check_config_of(name)
         return resolve_model_input_args(name, **kwargs)
     except (json.JSONDecodeError, LookupError, AttributeError, AssertionError) as error:
         raise ValueError(

@@ -10,8 +10,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Set, Tuple, Union
 
-from timm.data import ImageDataset
-from timm.data.readers.reader import Reader
+from PIL import Image
+from torch.utils.data import Dataset
 
 from ..checks import some
 from ..data import open_image
@@ -20,12 +20,11 @@ from ..walking import File, Found, below, find_images, shown
 from .checking import MANY, BackgroundCheck, raise_for, unreadable
 from .class_maps import read_class_map
 from .copies import check_copies, check_left, find_copies, split_argument
-from .named_datasets import COMPARED, load_named, reload_named
+from .named_datasets import load_named, reload_named, steps
 from .settings import FinetuneCfg
-from .splits import Data, Subset, class_counts, class_names, read_record, stratified_split
+from .splits import SETS, Data, Subset, class_counts, read_record, stratified_split
 
 _logger = logging.getLogger(__name__)
-SETS = ('train', 'validation')
 UNREADABLE = 'Mend or remove it, or leave such images out with --skip-bad.'
 FOUND_LATE = 'Mend or remove it, or leave such images out with --skip-bad; then begin another run.'
 
@@ -62,7 +61,7 @@ def _load_folder(cfg: FinetuneCfg, mode: str) -> Data:
     names = read_class_map(cfg.class_map) if cfg.class_map else []
     class_map = {name: index for index, name in enumerate(names)}
     known_to = f'class_map {shown(cfg.class_map)}' if names else 'the training data'
-    shared = dict(input_img_mode=mode, known_to=known_to)
+    shared = dict(mode=mode, known_to=known_to)
     # names are checked first, since opening all images takes long
     train = val = ImageFolder(splits.train, class_map, any_name=splits.train != root or not cfg.train_split, **shared)
     if len(train.classes) < 2:
@@ -70,7 +69,7 @@ def _load_folder(cfg: FinetuneCfg, mode: str) -> Data:
             f'data_dir: {shown(splits.train)} has the one class {shown(train.classes[0])!r}; at least two are needed.'
         )
     if splits.validation is not None:
-        val = ImageFolder(splits.validation, train.reader.class_to_idx, any_name=True, **shared)
+        val = ImageFolder(splits.validation, train.class_to_idx, any_name=True, **shared)
         check_apart(train, val)
     folders = [train] if train is val else [val, train]
     count = sum(map(len, folders))
@@ -85,7 +84,7 @@ def _load_folder(cfg: FinetuneCfg, mode: str) -> Data:
         how = f'validation on {len(val_indices)} of them, held out class by class ({cfg.val_frac:g}, seed {cfg.seed})'
         count = len(train_indices) + len(val_indices)
     else:
-        of_val = {path for path, _ in val.reader.samples}
+        of_val = {path for path, _ in val.samples}
         copied = {path: first for path, first in copies.items() if first in of_val and path not in of_val}
         check_copies(copied, len(val), 'validation')
         targets, names = train.targets, train.classes
@@ -95,7 +94,7 @@ def _load_folder(cfg: FinetuneCfg, mode: str) -> Data:
         how = f'validation on the {len(val)} images of {splits.validation.name}/'
         count = len(train)
     left_out = {**splits.left_out, **train.left_out, **val.left_out}
-    sets = Subset(train, train_indices, mode), Subset(val, val_indices, mode)
+    sets = Subset(train, train_indices), Subset(val, val_indices)
     check = None if cfg.no_check or is_checked_now else _background_check(sets, FOUND_LATE)
     _say_empty(train)
     description = f'{count} images of {len(train.classes)} classes in {shown(root.resolve().name)}; {how}'
@@ -106,8 +105,8 @@ def _load_folder(cfg: FinetuneCfg, mode: str) -> Data:
 
 def _copies(folders: Sequence['LabelledImages']) -> Dict[str, str]:
     """Return the copies among the images of folders, of which the first one's are kept; see `find_copies`."""
-    labels = {path: label for folder in folders for path, label in folder.reader.samples}
-    files = {path: file for folder in folders for path, file in folder.reader.files.items()}
+    labels = {path: label for folder in folders for path, label in folder.samples}
+    files = {path: file for folder in folders for path, file in folder.files.items()}
     copies = find_copies([(path, files[path].size) for path in labels])
     others = [(path, first) for path, first in copies.items() if labels[path] != labels[first]]
     if others:
@@ -118,7 +117,7 @@ def _copies(folders: Sequence['LabelledImages']) -> Dict[str, str]:
 
 def _split(cfg: FinetuneCfg, images: 'ImageFolder', copies: Dict[str, str]) -> Tuple[List[int], List[int]]:
     """Hold a part of each class out; copies of what is trained on are so, too, those of what is held out left out."""
-    paths, targets = [path for path, _ in images.reader.samples], images.targets
+    paths, targets = [path for path, _ in images.samples], images.targets
     once = [index for index, path in enumerate(paths) if path not in copies]
     own = Counter(targets[index] for index in once)
     for target, count in Counter(targets).items():
@@ -152,20 +151,20 @@ def _folder_data(
 
 def listed(root: Path, images: Subset) -> List[List[Any]]:
     """Return a record's entry of images in a folder: [path in it, class name, bytes] of each."""
-    reader, names = images.dataset.reader, images.dataset.classes
-    chosen = [reader.samples[index] for index in images.indices]
+    folder, names = images.dataset, images.dataset.classes
+    chosen = [folder.samples[index] for index in images.indices]
     places = below(root, (path for path, _ in chosen))
     return [
-        [place.replace(os.sep, '/'), names[target], reader.files[path].size]
+        [place.replace(os.sep, '/'), names[target], folder.files[path].size]
         for place, (path, target) in zip(places, chosen)
     ]
 
 
 def _background_check(sets: Tuple[Subset, Subset], advice: str) -> BackgroundCheck:
     """Return a check of both sets, not begun; validation images come first, since a run needs them last."""
-    train, val = ([images.dataset.reader.samples[index][0] for index in images.indices] for images in sets)
+    train, val = ([images.dataset.samples[index][0] for index in images.indices] for images in sets)
     _logger.info('%d images: they are opened while the run trains; one that cannot be read ends it.', len(train + val))
-    return BackgroundCheck(val + train, sets[0].mode, advice)
+    return BackgroundCheck(val + train, sets[0].dataset.mode, advice)
 
 
 def _say_empty(train: 'LabelledImages') -> None:
@@ -183,8 +182,8 @@ def check_apart(train: 'LabelledImages', val: 'LabelledImages', role: str = 'val
     argument = split_argument(role)
 
     def identities(images: LabelledImages) -> Dict[Any, str]:
-        files = images.reader.files
-        keys = [(files[path].identity, path) for path, _ in images.reader.samples]
+        files = images.files
+        keys = [(files[path].identity, path) for path, _ in images.samples]
         return {key if key[1] else os.path.realpath(path): path for key, path in keys}
 
     ours, theirs = identities(train), identities(val)
@@ -196,19 +195,17 @@ def check_apart(train: 'LabelledImages', val: 'LabelledImages', role: str = 'val
         )
 
     def contents(images: LabelledImages) -> List[Tuple[str, int]]:
-        reader = images.reader
-        paths = [path for path, _ in reader.samples]
-        return [(place, reader.files[path].size) for place, path in zip(below(reader.root, paths), paths)]
+        paths = [path for path, _ in images.samples]
+        return [(place, images.files[path].size) for place, path in zip(below(images.root, paths), paths)]
 
     def begin_alike() -> bool:
-        pairs = list(zip(train.reader.samples, val.reader.samples))
-        steps = pairs[:: -(-len(pairs) // COMPARED)]
-        return all(find_copies([(path, 0) for path, _ in pair]) for pair in steps)
+        pairs = list(zip(train.samples, val.samples))
+        return all(find_copies([(path, 0) for path, _ in pairs[index]]) for index in steps(len(pairs)))
 
     # other images may have the same names and sizes, such as numbered ones that are not compressed
     if len(train) == len(val) and contents(train) == contents(val) and begin_alike():
         raise ValueError(
-            f'{argument}: {shown(val.reader.root)} is a copy of {shown(train.reader.root)} (all names and sizes are '
+            f'{argument}: {shown(val.root)} is a copy of {shown(train.root)} (all names and sizes are '
             'the same); take other images.'
         )
 
@@ -249,8 +246,8 @@ def _reload_folder(cfg: FinetuneCfg, mode: str, recorded: Dict[str, Any], looks:
         raise ValueError('recorded: an image is named twice; begin another run.')
     left_out = {path: reason for path, reason in found.left_out.items() if path not in known}
     left_out.update({path: 'not part of this run' for path in found.images if path not in known})
-    both = [LabelledImages(FolderReader(root, samples[split], class_to_idx, sizes), mode) for split in SETS]
-    sets = Subset(both[0], range(len(both[0])), mode), Subset(both[1], range(len(both[1])), mode)
+    both = [LabelledImages(root, samples[split], class_to_idx, sizes, mode) for split in SETS]
+    sets = Subset(both[0], range(len(both[0]))), Subset(both[1], range(len(both[1])))
     check = None
     if not cfg.no_check and len(known) > MANY:
         check = _background_check(sets, 'The run began with it: put the file back as it was, or begin another run.')
@@ -267,14 +264,15 @@ def _file(path: str) -> Optional[File]:
     return File(info.st_size, (info.st_dev, info.st_ino))
 
 
-class FolderReader(Reader):
-    """A timm reader of known files.
+class LabelledImages(Dataset):
+    """Image files with classes, opened by `open_image`.
 
     Args:
-        root: The folder.
+        root: The folder that they are in.
         samples: (path, class index) of each.
         class_to_idx: Class name -> index.
         files: Path -> what is known of the file, its size among it.
+        mode: The PIL mode of the images.
     """
 
     def __init__(
@@ -283,45 +281,30 @@ class FolderReader(Reader):
         samples: List[Tuple[str, int]],
         class_to_idx: Dict[str, int],
         files: Dict[str, File],
+        mode: str = 'RGB',
     ):
-        super().__init__()
         self.root = str(root)
         self.samples = samples
         self.class_to_idx = class_to_idx
         self.files = files
-
-    def __getitem__(self, index: int):
-        path, target = self.samples[index]
-        return open(path, 'rb'), target
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def _filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:
-        path = self.samples[index][0]
-        return os.path.basename(path) if basename else path if absolute else os.path.relpath(path, self.root)
-
-
-class LabelledImages(ImageDataset):
-    """timm's `ImageDataset` of files with classes, opened by `open_image`."""
-
-    def __init__(self, reader: FolderReader, input_img_mode: str = 'RGB'):
-        super().__init__(reader.root, reader=reader, input_img_mode=input_img_mode)
+        self.mode = mode
 
     @property
     def targets(self) -> List[int]:
         """The class index of every image."""
-        return [target for _, target in self.reader.samples]
+        return [target for _, target in self.samples]
 
     @property
     def classes(self) -> List[str]:
         """The class names, by index."""
-        return class_names(self)
+        return sorted(self.class_to_idx, key=self.class_to_idx.__getitem__)
 
-    def __getitem__(self, index: int):
-        path, target = self.reader.samples[index]
-        image = open_image(path, self.input_img_mode)
-        return image if self.transform is None else self.transform(image), target
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> Tuple[Image.Image, int]:
+        path, target = self.samples[index]
+        return open_image(path, self.mode), target
 
     def check(self, advice: str, workers: int = 1) -> None:
         """Open every image; raise ValueError, with an advice, for the first that can't be read."""
@@ -329,7 +312,7 @@ class LabelledImages(ImageDataset):
 
     def unreadable(self, workers: int = 1) -> Dict[str, str]:
         """Open every image; return the reason for each path that can't be read."""
-        return unreadable([path for path, _ in self.reader.samples], self.input_img_mode, workers)
+        return unreadable([path for path, _ in self.samples], self.mode, workers)
 
 
 class ImageFolder(LabelledImages):
@@ -354,7 +337,7 @@ class ImageFolder(LabelledImages):
         self,
         root: Union[str, Path],
         class_map: Optional[Dict[str, int]] = None,
-        input_img_mode: str = 'RGB',
+        mode: str = 'RGB',
         any_name: bool = False,
         known_to: str = 'the training data',
     ):
@@ -365,7 +348,7 @@ class ImageFolder(LabelledImages):
         if unknown:
             raise ValueError(f'data_dir: {shown(root)} has classes that {known_to} lacks: {", ".join(unknown)}.')
         samples = [(path, indices[composed(name)]) for path, name in found.samples]
-        super().__init__(FolderReader(root, samples, class_map, found.files), input_img_mode)
+        super().__init__(root, samples, class_map, found.files, mode)
         self.left_out = found.left_out
 
     def check_images(self, skip_bad: bool = False, workers: int = 1) -> None:
@@ -373,7 +356,7 @@ class ImageFolder(LabelledImages):
         if not skip_bad:
             return self.check(UNREADABLE, workers)
         bad = self.unreadable(workers)
-        missing = set(self.targets) - {target for path, target in self.reader.samples if path not in bad}
+        missing = set(self.targets) - {target for path, target in self.samples if path not in bad}
         if missing:
             name = shown(self.classes[min(missing)])
             raise ValueError(f'data_dir: none of the images of class {name!r} can be read.')
@@ -381,5 +364,5 @@ class ImageFolder(LabelledImages):
 
     def leave_out(self, reasons: Dict[str, str]) -> None:
         """Leave images out, for a reason each."""
-        self.reader.samples = [sample for sample in self.reader.samples if sample[0] not in reasons]
+        self.samples = [sample for sample in self.samples if sample[0] not in reasons]
         self.left_out = {**self.left_out, **reasons}

@@ -23,9 +23,8 @@ from ..walking import shown
 from .class_maps import Labels, read_class_map
 from .settings import FinetuneCfg
 from .shards import ShardReader, is_local, open_bytes
-from .splits import Data, Subset, class_counts, class_names, read_record, stratified_split, without
+from .splits import SETS, Data, Subset, class_counts, read_record, stratified_split, without
 
-SETS = ('train', 'validation')
 PREFIXES = ('torch', 'hfds', 'hfids', 'tfds', 'wds')
 STREAMS = ('hfids', 'tfds', 'wds')
 KEYED = ('hfds', *STREAMS)  # samples of these datasets have fields with names
@@ -80,7 +79,7 @@ def load_named(cfg: FinetuneCfg, mode: str) -> Data:
         }
     counts = class_counts([targets[index] for index in train_indices], len(names))
     description = f'{cfg.dataset}, {len(train_indices)} images to train on; {how}'
-    sets = Subset(train, train_indices, mode, labels), Subset(val, val_indices, mode, labels)
+    sets = _subset(train, train_indices, mode, labels), _subset(val, val_indices, mode, labels)
     return Data(*sets, names, counts, description, {}, lists)
 
 
@@ -144,8 +143,13 @@ def reload_named(cfg: FinetuneCfg, mode: str, recorded: Dict[str, Any]) -> Data:
         indices = list(range(len(dataset))) if indices is None else indices
         if name == 'train' and targets is not None:
             counts = class_counts([targets[index] for index in indices], len(names))
-        sets.append(Subset(dataset, indices, mode, labels))
+        sets.append(_subset(dataset, indices, mode, labels))
     return Data(sets[0], sets[1], names, counts, recorded['description'], {}, lists)
+
+
+def _subset(dataset: Dataset, indices: Sequence[int], mode: str, labels: Labels) -> Subset:
+    """Return some images of a dataset in a PIL mode, in which `ReaderImages` has opened them already."""
+    return Subset(dataset, indices, None if isinstance(dataset, ReaderImages) else mode, labels)
 
 
 def _check_not_sharded(cfg: FinetuneCfg) -> None:
@@ -329,8 +333,12 @@ class ReaderImages(ImageDataset):
 
 
 def _names(dataset: Dataset) -> List[str]:
-    names = getattr(dataset, 'classes', None) or getattr(getattr(dataset, 'reader', None), 'names', None)
-    return [', '.join(name) if isinstance(name, tuple) else str(name) for name in names or class_names(dataset)]
+    """Return the class names of a dataset, by index; the list is empty if it names none."""
+    reader = getattr(dataset, 'reader', None)
+    names = getattr(dataset, 'classes', None) or getattr(reader, 'names', None)
+    class_to_idx = getattr(reader, 'class_to_idx', None) or {}
+    names = names or sorted(class_to_idx, key=class_to_idx.__getitem__)
+    return [', '.join(name) if isinstance(name, tuple) else str(name) for name in names]
 
 
 def _known(dataset: Dataset, cfg: FinetuneCfg, split: str, labels: Labels) -> Optional[List[int]]:
@@ -376,7 +384,7 @@ def _entry(
     entry['indices'] = None if indices is None else list(indices)
     if isinstance(dataset, ReaderImages):
         images = hashlib.sha256()
-        for index in _steps(len(dataset)):
+        for index in steps(len(dataset)):
             images.update(dataset.encoded(index)[0])
         entry['images_sha256'] = images.hexdigest()
     if isinstance(reader, ShardReader):
@@ -384,7 +392,8 @@ def _entry(
     return entry
 
 
-def _steps(length: int) -> List[int]:
+def steps(length: int) -> List[int]:
+    """Return the places of a few of so many samples, as far apart as they can be, the first and the last among them."""
     return sorted({round(i * (length - 1) / COMPARED) for i in range(COMPARED + 1)})
 
 
@@ -412,7 +421,7 @@ def _check_apart(cfg: FinetuneCfg, train: Dataset, val: Dataset) -> None:
         image, target = dataset[index]
         return image.size, image.tobytes(), target
 
-    if all(seen(train, index) == seen(val, index) for index in _steps(len(val))):
+    if all(seen(train, index) == seen(val, index) for index in steps(len(val))):
         raise ValueError(
             f'val_split: {cfg.val_split!r} of {cfg.dataset!r} has the same images as {cfg.train_split!r}; name another '
             "split, or hold a part out with val_split ''."

@@ -22,7 +22,7 @@ from ..models.arms import ARMS
 from ..models.layers import fused_attentions, unfuse_
 from ..weights.checkpoints import checkpoint_files
 from ..weights.checksums import sha256
-from ..weights.sources import local_weights
+from ..weights.sources import LOCAL, STARTS, local_weights
 from ..writing import replacing
 from .creation import create_finetune_model, image_size
 from .optimisation import (
@@ -36,7 +36,7 @@ from .optimisation import (
 from .processes import Processes
 from .recipes import FOLDER, recipe
 from .reserved import check_unseen, num_training, reserve, training_counts
-from .runs import LOCAL, current_versions, from_anywhere
+from .runs import current_versions, from_anywhere
 from .settings import FinetuneCfg
 from .tasks import create_criterion, create_task
 from .verdict import LEAST_SEEDS
@@ -192,7 +192,7 @@ def parse_arm(text: str, img_size: int) -> ArmPlan:
     """
     if text in ARMS:
         return ArmPlan(ARMS[text].model, ARMS[text].model_kwargs(img_size))
-    if text.startswith(('local-dir:', 'hf-hub:', 'hf_hub:')):
+    if text.startswith(STARTS):
         return ArmPlan(from_anywhere('model', text), {})
     name, _, arguments = text.partition(':')
     if not timm.is_model(name.partition('.')[0]):

@@ -17,12 +17,13 @@ from ..publishing.cards import DATASET_TYPE, render_card
 from ..views import averaged
 from ..walking import shown
 from ..weights.files import CURVES_NAME, SUMMARY_NAME
+from ..weights.sources import LOCAL
 from ..writing import replacing
 from .held_out import Answers, report
 from .loaders import Batches
 from .optimisation import learning_rate
 from .processes import Processes
-from .runs import LOCAL, Record, given_settings
+from .runs import Record, given_settings
 
 ALWAYS_TOLD = ('epochs', 'batch_size', 'opt', 'lr', 'weight_decay', 'sched', 'layer_decay', 'smoothing', 'seed')
 # settings that a card's recipe leaves out: others of its sentences have them, or they say where, and not how

@@ -16,10 +16,11 @@ from torch.utils.data import IterableDataset
 
 from ..folders import find_splits, folders_in, split_folder
 from ..walking import shown
+from ..weights.sources import LOCAL
 from .checking import MANY, raise_for, unreadable
 from .copies import check_copies, check_left, find_copies
 from .datasets import UNREADABLE, ImageFolder, check_apart, listed, load_data
-from .runs import LOCAL, Record
+from .runs import Record
 from .settings import FinetuneCfg
 from .splits import Data, Subset, class_counts, stratified_split, without
 
@@ -155,14 +156,14 @@ def _of_dataset(cfg: FinetuneCfg, mode: str, test_split: str) -> Dict[str, Any]:
 
 def _of_folder(cfg: FinetuneCfg, mode: str, root: Path, name: str, data: Data) -> List[List[Any]]:
     """Return what a record says of the images in a folder of test images."""
-    class_map = data.train.dataset.reader.class_to_idx
+    class_map = data.train.dataset.class_to_idx
     test = ImageFolder(root / name, class_map, mode, any_name=True)
     check_apart(data.train.dataset, test, TEST)
     if data.val.dataset is not data.train.dataset:
         check_apart(data.val.dataset, test, TEST)
     if not cfg.no_check:
         test.check_images(cfg.skip_bad, cfg.workers)
-    return listed(root, Subset(test, range(len(test)), mode))
+    return listed(root, Subset(test, range(len(test))))
 
 
 def _leave_out_copies(root: Path, rows: Dict[str, Any]) -> None:

@@ -21,6 +21,7 @@ import torch
 from .. import __version__
 from ..checks import plain, some
 from ..publishing.model_folder import locked
+from ..weights.sources import LOCAL
 from ..writing import check_home, replacing
 from .settings import NEEDED, FinetuneCfg
 
@@ -30,7 +31,6 @@ CHECKPOINT_NAME = 'last.pth.tar'
 UPWARD = ('epochs', 'early_stopping')
 CHANGEABLE = (*UPWARD, 'workers', 'device', 'validation_batch_size', 'data_dir')
 PATHS = ('data_dir', 'model', 'kd_model_name', 'pretrained_path', 'initial_checkpoint', 'class_map')
-LOCAL = 'local-dir:'
 _PLACES = ('output', 'resume')  # these settings say where a run lies, and are not recorded
 
 

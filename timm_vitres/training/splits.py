@@ -7,11 +7,13 @@ from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tu
 import numpy as np
 from torch.utils.data import Dataset
 
+from ..checks import some
 from ..data import open_image
 from ..walking import shown
 from .checking import BackgroundCheck
 
 _NAMING = re.compile(r' \(.*| as .*|(?<=^a link) to .*|(?<=^a copy) of .*', re.DOTALL)
+SETS = ('train', 'validation')  # of a run, by the names that its record has for them
 NAMED = 10  # at most this many paths are named for one reason: a million images may have a text file each
 
 
@@ -55,10 +57,10 @@ class Data(NamedTuple):
 def read_record(recorded: Dict[str, Any], kind: type) -> Dict[str, Any]:
     """Return a record's two sets; raise ValueError unless both are of `kind`: list (image folder) or dict (dataset)."""
     what = 'an image folder' if kind is list else 'a named dataset'
-    for name in ('train', 'validation', 'label_names', 'description'):
+    for name in (*SETS, 'label_names', 'description'):
         if not isinstance(recorded, dict) or name not in recorded:
             raise ValueError(f'recorded: the record of the images lacks {name!r}.')
-    sets = {name: recorded[name] for name in ('train', 'validation')}
+    sets = {name: recorded[name] for name in SETS}
     labels, description = recorded['label_names'], recorded['description']
     good = isinstance(labels, list) and isinstance(description, str)
     good = good and all(isinstance(value, kind) for value in sets.values())
@@ -81,28 +83,21 @@ def class_counts(targets: List[int], num_classes: int) -> List[int]:
 
 def without(labels: Sequence[str]) -> str:
     """Return what a description says of classes that a set has no images of, and no figure of it tells of."""
-    more = f' and {len(labels) - 3} more classes' if len(labels) > 3 else ''
-    return f', with none of {", ".join(map(shown, labels[:3]))}{more}' if labels else ''
-
-
-def class_names(dataset: Dataset) -> List[str]:
-    """Return the class names of a dataset with one of timm's readers, by index; the list is empty if it names none."""
-    class_to_idx = getattr(getattr(dataset, 'reader', None), 'class_to_idx', None) or {}
-    return sorted(class_to_idx, key=class_to_idx.__getitem__)
+    return f', with none of {some(map(shown, labels))}' if labels else ''
 
 
 class Subset(Dataset):
-    """Some images of a map-style dataset in a PIL mode, with a transform of their own.
+    """Some images of a map-style dataset, with a transform of their own.
 
-    The dataset returns PIL images; `transform` is set by `create_loaders`, and `labels` returns the class index of a
-    label as the dataset stores it.
+    The dataset returns PIL images, in `mode` if that is None, else as it stores them; `transform` is set by
+    `create_loaders`, and `labels` returns the class index of a label as the dataset stores it.
     """
 
     def __init__(
         self,
         dataset: Dataset,
         indices: Sequence[int],
-        mode: str = 'RGB',
+        mode: Optional[str] = None,
         labels: Optional[Callable[[Any], int]] = None,
     ):
         self.dataset = dataset
@@ -116,10 +111,11 @@ class Subset(Dataset):
 
     def __getitem__(self, index: int):
         image, target = self.dataset[self.indices[index]]
-        try:
-            image = open_image(image, self.mode)
-        except ValueError as error:  # an image of a named dataset has no path that could name it
-            raise ValueError(f'dataset: image {self.indices[index]}: {error}') from error
+        if self.mode is not None:
+            try:
+                image = open_image(image, self.mode)
+            except ValueError as error:  # an image of a named dataset has no path that could name it
+                raise ValueError(f'dataset: image {self.indices[index]}: {error}') from error
         target = target if self.labels is None else self.labels(target)
         return image if self.transform is None else self.transform(image), target
 

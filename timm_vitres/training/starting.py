@@ -10,7 +10,7 @@ import torch
 from timm.utils import random_seed
 from torch import nn
 
-from ..checks import first_sentence, on_one_line, plain
+from ..checks import on_one_line, plain, usable_device
 from ..data import data_config, image_mode
 from ..measure import fastest_training
 from ..weights.files import CONFIG_NAME, WEIGHTS_NAME
@@ -87,7 +87,7 @@ class Setup:
         images: Optional[Dict[str, Any]] = None,
     ) -> Record:
         """Make what the run needs, and return its record, which is new unless one is given."""
-        self.device = _check_device(self.processes.device(cfg.device))
+        self.device = usable_device(self.processes.device(cfg.device))
         check_processes(cfg, self.device, self.processes)
         check_optimizer(cfg)
         _tell_of_bfloat16(cfg, self.device)
@@ -171,16 +171,6 @@ def _tell_of_bfloat16(cfg: FinetuneCfg, device: torch.device) -> None:
             'slower here than float32%s.',
             *(('GPU', ', and so than --amp-dtype float16') if device.type == 'cuda' else ('CPU', '')),
         )
-
-
-def _check_device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device).item()  # 'meta' can't do this, nor can a device that is missing
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = first_sentence(error)
-        raise ValueError(f'device: got {name!r}, which can not be used here ({reason}).') from error
-    return device
 
 
 def is_over(cfg: FinetuneCfg, history: List[Dict[str, float]]) -> bool:

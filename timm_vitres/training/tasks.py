@@ -18,7 +18,8 @@ from torch.nn import functional as F
 
 from ..checks import on_one_line
 from ..data import data_config
-from ..folders import composed
+from ..publishing.config_file import check_config_of
+from .class_maps import first_other, order_of
 from .settings import FinetuneCfg
 
 
@@ -95,6 +96,7 @@ def create_teacher(cfg: FinetuneCfg, label_names: List[str], config: Dict[str, A
     """
     in_chans = config['input_size'][0]
     try:
+        check_config_of(str(cfg.kd_model_name))
         model = timm.create_model(cfg.kd_model_name, pretrained=True, in_chans=in_chans)
     except Exception as error:  # timm raises errors of many kinds for a name, a folder or weights that are not there
         raise ValueError(f'kd_model_name: {cfg.kd_model_name!r} can not be loaded: {on_one_line(error)}') from error
@@ -106,13 +108,11 @@ def create_teacher(cfg: FinetuneCfg, label_names: List[str], config: Dict[str, A
                 f'kd_model_name: {cfg.kd_model_name!r} has {model.num_classes} classes, but the images have '
                 f'{len(label_names)}; fine-tune it on them first, or learn from its features (kd_distill_type).'
             )
-        known, wanted = ([composed(str(label)) for label in labels or ()] for labels in (names, label_names))
-        if names is not None and known != wanted:
-            if sorted(known) != sorted(wanted):
-                unknown = sorted(set(wanted) - set(known))[0]
-                raise ValueError(f'kd_model_name: {cfg.kd_model_name!r} has no class {unknown!r}, as the images have.')
-            places = {name: index for index, name in enumerate(known)}
-            order = [places[name] for name in wanted]
+        if names is not None:
+            order = order_of(label_names, names)
+            if order is None:
+                other = first_other(label_names, names)
+                raise ValueError(f'kd_model_name: {cfg.kd_model_name!r} has no class {other!r}, as the images have.')
     if cfg.channels_last:
         model.to(memory_format=torch.channels_last)
     return Teacher(model, config, data_config(model), order)

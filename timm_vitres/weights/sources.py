@@ -17,6 +17,8 @@ from .downloads import at_commit, hub_file, url_file
 from .files import WEIGHTS_NAME, WEIGHTS_NAMES, WEIGHTS_SUFFIXES
 from .shipped import is_shipped
 
+LOCAL = 'local-dir:'
+STARTS = (LOCAL, 'hf-hub:', 'hf_hub:')  # of names that timm takes for a folder, or a repository
 # arguments of timm.create_model that say where weights come from; what names a model must not choose them, too
 SOURCE_ARGUMENTS = frozenset(
     ('pretrained', 'pretrained_cfg', 'pretrained_cfg_overlay', 'pretrained_model_args', 'checkpoint_path', 'cache_dir')
