@@ -1,4 +1,3 @@
-import importlib
 import json
 
 import pytest
@@ -6,6 +5,7 @@ import timm
 from PIL import Image
 
 from timm_vitres import cli, preprocess
+from timm_vitres.commands import inference
 
 
 def test_predict_prints_a_table(model_folder, picture, capsys):
@@ -81,14 +81,13 @@ def test_predict_takes_folders(model_folder, image_folder, tmp_path, capsys):
 
 
 def test_json_is_whole_where_prediction_ends_early(model_folder, picture, monkeypatch, capsys):
-    prediction = importlib.import_module('timm_vitres.prediction')
-    whole = prediction.predict_each
+    whole = inference.predict_each
 
     def predict_each(model, images, *args, **kwargs):
         yield from whole(model, images[:2])
         raise ValueError('the third is one too many.')
 
-    monkeypatch.setattr(prediction, 'predict_each', predict_each)
+    monkeypatch.setattr(inference, 'predict_each', predict_each)
     command = ['predict', str(picture), str(picture), str(picture), '--model', f'local-dir:{model_folder}', '--json']
     assert cli.main(command) == 1
     printed = capsys.readouterr()

@@ -25,11 +25,11 @@ def test_the_whole_way(image_folder, tmp_path, capsys):
         '--output',
         f'{tmp_path}/run',
     ]
-    flags += ['--epochs', '6', '-b', '8', '-j', '1', '--lr', '3e-3', '--hflip', '0']
+    flags += ['--epochs', '12', '-b', '8', '-j', '1', '--lr', '3e-3', '--hflip', '0']
     result = subprocess.run([*command, 'finetune', str(image_folder), *flags], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    assert f'local-dir:{tmp_path}/run' in result.stdout and 'epoch 5' in result.stdout
-    assert 'epoch 1/6' in result.stderr  # the progress bar
+    assert f'local-dir:{tmp_path}/run' in result.stdout and 'epoch 11' in result.stdout
+    assert 'epoch 1/12' in result.stderr  # the progress bar
     images = [str(image_folder / name / '0.png') for name in ('across', 'down')]
     flags = ['--model', f'local-dir:{tmp_path}/run', '--json']
     result = subprocess.run([*command, 'predict', *images, *flags], capture_output=True, text=True)
@@ -39,7 +39,7 @@ def test_the_whole_way(image_folder, tmp_path, capsys):
     again = ['finetune', str(image_folder), '--model', 'test_vitresnet', '--output', str(tmp_path / 'run')]
     assert cli.main(again) == 1
     assert 'holds a run already' in capsys.readouterr().err
-    resumed = [*again, '--model-kwargs', 'depth=1', '--img-size', '32', '--epochs', '6', '--resume']
+    resumed = [*again, '--model-kwargs', 'depth=1', '--img-size', '32', '--epochs', '12', '--resume']
     assert cli.main(resumed) == 0
 
 
@@ -113,13 +113,28 @@ def test_whatever_a_recipe_switches_on_can_be_switched_off_alone(name, monkeypat
         flag = f'--no-{key.replace("_", "-")}'
         status = cli.main(['finetune', 'images', '--config', name, '--output', 'x', *extra, flag])
         if key in ('amp', 'channels_last') and recipe(name).get('autotune'):
+            assert status == 1  # it is what is measured
             continue
         assert status == 0 and getattr(runs.pop(), key) is False, key
 
 
-def test_what_is_switched_off_is_not_measured(capsys):
-    assert cli.main(['finetune', 'images', '--no-amp', '--autotune']) == 1
-    assert 'autotune: chooses amp by measurement, and no_amp was given; give one.' in capsys.readouterr().err
+@pytest.mark.parametrize('flag', ['--no-amp', '--amp', '--channels-last', '--no-fused-attn'])
+@pytest.mark.parametrize('autotune', [['--autotune'], ['--config', 'fmnist']])
+def test_what_is_given_is_not_measured(flag, autotune, capsys, monkeypatch):
+    runs = []
+    monkeypatch.setattr(loop, 'finetune', lambda cfg, given: runs.append(cfg) or Path(cfg.output))
+    assert cli.main(['finetune', 'images', flag, *autotune]) == 1 and not runs
+    name = flag.removeprefix('--').replace('-', '_')
+    name = name if name == 'no_fused_attn' else name.removeprefix('no_')
+    expected = f'autotune: chooses {name} by measurement, and it was given, too; add --no-autotune.'
+    assert expected in capsys.readouterr().err
+    assert cli.main(['finetune', 'images', flag, *autotune, '--no-autotune']) == 0
+    assert getattr(runs.pop(), name) is not flag.startswith('--no-a')
+
+
+def test_an_empty_config_is_no_default(compared, capsys):
+    assert cli.main(['compare', 'images', '--output', 'out', '--config', '']) == 1 and not compared
+    assert "config: got '', which is no file" in capsys.readouterr().err
 
 
 def test_compare_prints_the_table_and_the_sentence(compared, capsys):
@@ -137,7 +152,7 @@ def test_compare_of_pretrained_models_leaves_sizes_and_colours_to_their_weights(
     assert cli.main([*pretrained, '--config', 'compare']) == 0  # a recipe that was asked for is taken as it is
     first, second, third = [cfg for cfg, _ in compared]
     assert (first.img_size, first.mean, first.std, first.crop_pct) == (None, None, None, None)
-    assert first.epochs == recipe('compare')['epochs'] and second.img_size == (96,) and second.mean is None
+    assert first.epochs == recipe('compare')['epochs'] and second.img_size == 96 and second.mean is None
     assert third.mean == (0.5,) and third.img_size is not None
 
 

@@ -147,6 +147,37 @@ def test_a_finished_comparison_is_not_made_again_and_seeds_can_be_added(unbroken
     assert compare(recipe(images, tmp_path / 'out'), **{**FLAGS, 'seeds': (0, 1, 5, 6)}).sentence == again.sentence
 
 
+def test_runs_that_are_gone_are_made_again(unbroken, images, tmp_path, monkeypatch, caplog):
+    shutil.copytree(unbroken.folder, tmp_path / 'out')
+    begin, made = comparing.finetune, []
+    monkeypatch.setattr(comparing, 'finetune', lambda cfg, *others: made.append(cfg) or begin(cfg, *others))
+    lr = next(row['lr'] for row in unbroken.rows if row['part'] == 'run' and row['arm'] == MODELS[1])
+    gone, answers = (tmp_path / 'out' / 'runs' / f'{MODELS[1]}-lr{lr}-seed{seed}' for seed in (0, 1))
+    shutil.rmtree(gone)
+    (answers / 'test.csv').unlink()
+    again = compare(recipe(images, tmp_path / 'out', workers=1), **FLAGS)  # which changes nothing, and may be changed
+    assert [cfg.seed for cfg in made] == [0, 1] and [cfg.resume for cfg in made] == [None, True]
+    assert sorted(figures(again.rows)) == sorted(figures(unbroken.rows)) and again.sentence == unbroken.sentence
+    assert caplog.text.count('test.csv is gone; that run is made again.') == 2
+
+
+@pytest.mark.parametrize(
+    'changes, message',
+    [
+        (dict(aa='rand-m9-mstd0.5-inc'), "aa: got 'rand-m9-mstd0.5-inc'"),
+        (dict(cutmix_minmax=(0.5, 0.51)), 'cutmix_minmax: got 0.5 and 0.51'),
+        (dict(device='cuda:77'), "device: got 'cuda:77', which can not be used here"),
+        (dict(sched='wsd', decay_epochs=50.0), "sched: 'wsd' can not be used"),
+        (dict(opt='no-such'), 'opt: '),
+    ],
+)
+def test_what_no_run_can_have_leaves_no_folder(changes, message, images, tmp_path):
+    with pytest.raises(ValueError, match=f'^{message}'):
+        compare(recipe(images, tmp_path / 'out', **changes), **FLAGS)
+    assert not (tmp_path / 'out' / 'compare.json').exists()
+    assert compare(recipe(images, tmp_path / 'out', epochs=1), MODELS, (0,), (1e-3,)).rows
+
+
 def test_a_learning_rate_that_diverges_is_a_row_and_an_arm_that_always_does_is_named(images, tmp_path, monkeypatch):
     begin = comparing.finetune
 

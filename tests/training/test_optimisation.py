@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 import timm_vitres
 from timm_vitres.data import data_config
+from timm_vitres.training.creation import BATCH_NORMS, create_finetune_model
 from timm_vitres.training.loop import finetune
 from timm_vitres.training.optimisation import (
     Stepper,
@@ -64,6 +65,14 @@ def test_the_rate_is_that_of_the_images_that_are_there(image_folder, tmp_path, n
     }
     assert rate == pytest.approx(0.1 * 18 / 256)
     assert f'batch_size=18, opt=sgd, lr={rate:g}' in ' '.join((folder / 'README.md').read_text().split())
+
+
+def test_the_rate_is_that_of_the_batches_that_an_epoch_has(image_folder, tmp_path, no_pictures):
+    options = dict(lr_base=0.1, sched='constant', warmup_epochs=0, opt='sgd', epochs=1, val_frac=0.25)
+    folder = finetune(settings(image_folder, tmp_path / 'run', batch_size=4, grad_accum_steps=16, **options))
+    state = torch.load(folder / 'last.pth.tar', weights_only=True)
+    assert state['optimizer']['param_groups'][0]['lr'] == pytest.approx(0.1 * 16 / 256)  # 18 images are 4 batches
+    assert 'opt=sgd, lr=0.00625' in ' '.join((folder / 'README.md').read_text().split())
 
 
 def rates(**kwargs):
@@ -206,6 +215,44 @@ def made(options):
     task = create_task(options, model, list('abc'), None, dict(data_config(model)), CPU)
     optimizer = create_optimizer(options, model, options.lr)
     return model, optimizer, Stepper(options, task, optimizer, CPU, False)
+
+
+def test_lookahead_ends_an_epoch_with_its_slow_weights():
+    """As timm's train.py has it: those are what is evaluated and saved."""
+    options = cfg(opt='lookahead_sgd', lr=0.1)
+    model, optimizer, stepper = made(options)
+    start = model.head.weight.detach().clone()
+    for index, (x, target) in enumerate(batches([4] * 3), 1):
+        stepper.backward(stepper.loss(x, target), 1, True, index == 3)
+    slow = optimizer._base_optimizer.state[model.head.weight]['lookahead_slow_buff']
+    assert torch.equal(model.head.weight, slow) and not torch.equal(slow, start)
+
+
+def test_kron_draws_the_same_numbers_in_all_processes():
+    [group] = create_optimizer(cfg(opt='kron'), torch.nn.Linear(2, 2, bias=False), 0.01).param_groups
+    assert group['deterministic'] is True
+    options = cfg(opt='kron', opt_kwargs=dict(deterministic=False))
+    [group] = create_optimizer(options, torch.nn.Linear(2, 2, bias=False), 0.01).param_groups
+    assert group['deterministic'] is False
+
+
+@pytest.mark.parametrize('name', ['test_vitresnet_mix', 'test_vitresnet_dual', 'resnet18'])
+def test_checkpointing_leaves_the_statistics_of_batch_norm_alone(name):
+    found = []
+    for grad_checkpointing in (False, True):
+        options = cfg(model=name, img_size=None, grad_checkpointing=grad_checkpointing)
+        torch.manual_seed(0)
+        model = create_finetune_model(options, 3)
+        task = create_task(options, model, list('abc'), None, dict(data_config(model)), CPU)
+        stepper = Stepper(options, task, create_optimizer(options, model, 0.01), CPU, False)
+        task.train()
+        for x, target in batches([4] * 2):
+            stepper.backward(stepper.loss(F.interpolate(x, (64, 64)), target), 1, True)
+        found.append({key: value for key, value in model.state_dict().items() if 'running' in key})
+    assert found[0].keys() == found[1].keys() and found[0]
+    for key, value in found[0].items():
+        torch.testing.assert_close(found[1][key], value, msg=key)
+    assert {layer.momentum for layer in model.modules() if isinstance(layer, BATCH_NORMS)} == {0.1}
 
 
 @pytest.mark.parametrize('clip', [dict(), dict(clip_grad=0.05)])

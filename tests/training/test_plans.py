@@ -5,6 +5,7 @@ import pytest
 import timm
 import torch
 from conftest import write_folder
+from timm.task import ClassificationTask
 
 import timm_vitres
 from timm_vitres.models.arms import ARMS
@@ -153,15 +154,16 @@ def test_named_arms_see_the_same_images(tmp_path, monkeypatch):
 
 
 def test_schedules_have_the_same_shape_for_fewer_epochs():
-    cfg = FinetuneCfg(data_dir='photos', epochs=20, warmup_epochs=2, mixup_off_epoch=15, decay_milestones=(5, 10))
+    settings = dict(warmup_epochs=2, mixup=0.2, mixup_off_epoch=15, decay_milestones=(5, 10))
+    cfg = FinetuneCfg(data_dir='photos', epochs=20, **settings)
     assert in_proportion(cfg, 20, 20) == cfg
     half = in_proportion(cfg, 10, 20)
     assert (half.warmup_epochs, half.mixup_off_epoch, half.decay_milestones) == (1.0, 8, (2, 5))
     assert in_proportion(dataclasses.replace(cfg, mixup_off_epoch=0), 10, 20).mixup_off_epoch == 0  # that is: never
     assert in_proportion(cfg, 1, 200).decay_milestones == (1,)  # they still rise
     for sched, epochs, expected in (
-        *(('step', 3, 1.5), ('step', 1, 1.0), ('step', None, 45.0)),
-        *(('wsd', 1, 0.05), ('wsd', 0.2, 0.2), ('wsd', None, None)),
+        *(('step', 3, 1.5), ('step', 1, 0.5), ('step', 0.5, 0.25), ('step', None, 45.0)),
+        *(('wsd', 1, 0.05), ('wsd', 4, 2.0), ('wsd', 0.2, 0.2), ('wsd', None, None)),
     ):
         asked_cfg = dataclasses.replace(cfg, sched=sched, decay_epochs=epochs)
         assert in_proportion(asked_cfg, 10, 20).decay_epochs == expected
@@ -176,6 +178,15 @@ def test_epochs_are_equal_or_those_that_fit(cfg, times, tmp_path):
         assert make_plan(cfg, asked(cfg, minutes=minutes), tmp_path / name) == plan  # as it is read back
     with pytest.raises(ValueError, match=r'^minutes: got 0.07, but an epoch of test_vitresnet_mix takes 0.1 here'):
         make_plan(cfg, asked(cfg, minutes=0.07), tmp_path)
+
+
+def test_a_size_is_the_same_however_it_was_given(cfg, times, tmp_path):
+    make_plan(cfg, asked(cfg), tmp_path)
+    flag = dataclasses.replace(cfg, img_size=[32])
+    assert flag == cfg and make_plan(flag, asked(flag), tmp_path).asked['recipe']['img_size'] == 32
+    path = tmp_path / 'compare.json'
+    path.write_text(path.read_text().replace('"img_size": 32', '"img_size": [32]'))  # as it was noted once
+    assert make_plan(cfg, asked(cfg), tmp_path).asked['recipe']['img_size'] == 32
 
 
 def test_a_plan_is_kept_but_for_seeds_that_are_added(cfg, times, tmp_path):
@@ -298,6 +309,27 @@ def test_arms_are_measured_by_steps_of_training(cfg, monkeypatch):
         assert (arm.step_seconds, arm.latency_seconds) == (2.0, 3.0)
     facts = dict(parameters=str(arms['vit'].parameters), step_ms='2000', latency_ms='3000')
     assert arms['vit'].facts() == facts
+
+
+def test_a_measured_step_is_that_of_a_run(cfg, monkeypatch):
+    """Of a step of many batches each costs its part, and averaging the weights costs what it does."""
+    done = []
+    backward, update = plans.Stepper.backward, ClassificationTask.update_ema
+
+    def measure(functions, x, rounds, seconds):
+        done.clear()
+        next(iter(functions.values()))(x)
+        expected.append(list(done))
+        return dict.fromkeys(functions, 1.0)
+
+    expected = []
+    monkeypatch.setattr(plans, 'measure', measure)
+    monkeypatch.setattr(plans.Stepper, 'backward', lambda *args: done.append(args[2:]) or backward(*args))
+    monkeypatch.setattr(ClassificationTask, 'update_ema', lambda *args, **kw: done.append(kw) or update(*args, **kw))
+    arms = {'vit': parse_arm('vit', 32)}
+    measure_arms_(dataclasses.replace(cfg, grad_accum_steps=2, model_ema=True), arms, 2)
+    assert arms['vit'].step_seconds == 0.5 and arms['vit'].latency_seconds == 1.0
+    assert expected == [[(2, False), (2, True), dict(step=1)], []]
 
 
 @pytest.mark.parametrize('fused', [True, False])

@@ -174,7 +174,8 @@ def card_of(model, autotuned=None, weights='eval', **kwargs):
     settings = dict(data_dir='photos/cells', model='test_vitresnet', lr=3e-3, epochs=5)
     data = dict(label_names=['cat', 'dog', 'owl'], description='24 images of 3 classes', train=[], validation=[])
     record = Record(FinetuneCfg(**{**settings, **kwargs}), data, timm.data.resolve_model_data_config(model), autotuned)
-    return run_card(record, Best(ROW, weights), model, 'Cells', record.trained_cfg.batch_size)
+    steps = dict(lr=record.trained_cfg.lr, batch_size=record.trained_cfg.batch_size, processes=record.processes)
+    return run_card(record, Best(ROW, weights), model, 'Cells', steps)
 
 
 def test_a_card_tells_what_the_run_recorded(model):

@@ -51,6 +51,10 @@ def test_no_number_is_out_of_its_limits_or_no_number(field, capsys):
         (dict(decay_rate=2.0), 'decay_rate: got 2, expected at most 1, but of sched poly'),
         (dict(freeze_epochs=2), 'freeze_epochs: got 2, which says nothing without freeze; give both'),
         (dict(kd_temperature=2.0), 'kd_temperature: got 2.0, which says nothing without kd_model_name'),
+        (
+            dict(mixup_off_epoch=2),
+            'mixup_off_epoch: got 2, which says nothing without mixup or cutmix or cutmix_minmax',
+        ),
         (dict(decay_milestones=(2, 1)), r'decay_milestones: got \(2, 1\), expected epochs that rise'),
         (dict(cutmix_minmax=(0.9, 0.1)), 'cutmix_minmax: got .* the smaller number first'),
         (dict(cutmix_minmax=(0.1, 0.9), batch_size=3), 'batch_size: got 3'),

@@ -134,6 +134,38 @@ def test_a_run_is_recorded_with_what_it_is_made_of(image_folder, tmp_path):
     assert setup.data.val[0][0].mode == 'L'
 
 
+@pytest.mark.parametrize(
+    'options, message',
+    [
+        (dict(decay_epochs=3.0), 'decay_epochs: got 3.0, which changes nothing beside sched cosine.'),
+        (dict(decay_rate=0.5, sched='wsd'), 'decay_rate: got 0.5, which changes nothing beside sched wsd.'),
+        (
+            dict(color_jitter=0.8, aa='rand-m9-inc1'),
+            'color_jitter: got 0.8, which changes nothing beside aa rand-m9-inc1.',
+        ),
+        (dict(color_jitter=0.8, aa='3a'), None),
+        (dict(amp_dtype='float16'), 'amp_dtype: got float16, which changes nothing beside float32, without amp.'),
+        (dict(decay_rate=0.5, sched='poly'), None),
+        (dict(model='test_vit.r160_in1k'), 'model: of test_vit.r160_in1k only the architecture is taken; --pretrained'),
+        (dict(model='vitresnet_mix_nano.untrained'), None),
+    ],
+)
+def test_what_changes_nothing_is_told_of(options, message, image_folder, tmp_path, caplog):
+    with ExitStack() as stack:
+        Setup(Processes()).begin(settings(image_folder, tmp_path / 'run', **options), [], stack)
+    assert [text for text in caplog.messages if text.startswith(message or '')] if message else not caplog.messages
+
+
+def test_a_folder_of_which_no_weights_are_asked_for_is_told_of(image_folder, tmp_path, caplog, no_pictures):
+    finetune(settings(image_folder, tmp_path / 'run', epochs=1))
+    assert 'only the architecture' not in caplog.text
+    cfg = settings(image_folder, tmp_path / 'next', epochs=1, model=f'local-dir:{tmp_path / "run"}')
+    for given, count in ((dict(pretrained=True), 0), ({}, 1)):
+        with ExitStack() as stack:
+            Setup(Processes()).begin(dataclasses.replace(cfg, **given), [], stack)
+        assert caplog.text.count('run only the architecture is taken; --pretrained begins with its weights.') == count
+
+
 def test_a_run_takes_the_images_that_it_is_given(image_folder, tmp_path, no_pictures):
     """Where another run's record says them, whatever the settings say; and it goes on with these."""
     cfg = settings(image_folder, tmp_path / 'run', epochs=1, seed=3, val_frac=0.5)

@@ -11,15 +11,20 @@ from typing import Any, Callable, Iterator, List
 from tqdm import tqdm
 
 from ..arguments import HelpFormatter, check_count, check_picture, class_of, load_model, size_of
+from ..data import example_images, find_files
+from ..explanation import explain
+from ..inference.formats import FORMATS
+from ..inference.lowering import PRECISIONS
 from ..labels import printable
+from ..pictures import check_drawn, plot_explanation, plot_predictions
+from ..prediction import predict_each
+from ..views import TTA
 from ..walking import shown
 from ..writing import check_output
 
 
 def add_predict(subparsers) -> None:
     """`timm-vitres predict`."""
-    from ..views import TTA
-
     parser = subparsers.add_parser('predict', help='classify images', formatter_class=HelpFormatter)
     parser.add_argument('images', nargs='+', metavar='IMAGE', help='image files, or folders of them')
     parser.add_argument('--model', required=True, help="a timm model's name.tag, local-dir:<folder>, hf-hub:<id>")
@@ -40,10 +45,6 @@ def add_predict(subparsers) -> None:
 
 def run_predict(args: argparse.Namespace) -> int:
     """Print names and probabilities of the likeliest classes of every image; 1 if an image could not be read."""
-    from ..data import find_files
-    from ..pictures import check_drawn, plot_predictions
-    from ..prediction import predict_each
-
     for name in ('topk', 'batch_size'):
         check_count(name, getattr(args, name))
     files = find_files(args.images)
@@ -90,9 +91,6 @@ def add_explain(subparsers) -> None:
 
 def run_explain(args: argparse.Namespace) -> int:
     """Draw an image, what the ResNet sees of it, and what the ViT sees of it."""
-    from ..explanation import explain
-    from ..pictures import plot_explanation
-
     check_count('size', args.size)
     check_picture('output', args.output, [args.image])
     if not args.image.exists():
@@ -107,9 +105,6 @@ def run_explain(args: argparse.Namespace) -> int:
 
 def add_export(subparsers) -> None:
     """`timm-vitres export`."""
-    from ..inference.formats import FORMATS
-    from ..inference.lowering import PRECISIONS
-
     runtimes = [f'{row.runtime} ({", ".join(row.suffixes)})' for row in FORMATS.values()]
     parser = subparsers.add_parser(
         'export', help='write a model for another runtime, such as onnxruntime', formatter_class=HelpFormatter
@@ -141,7 +136,6 @@ def add_export(subparsers) -> None:
 
 def run_export(args: argparse.Namespace) -> int:
     """Export, and say what was written."""
-    from ..data import example_images
     from ..inference.exports import check_target, export
 
     check_count('num_images', args.num_images)

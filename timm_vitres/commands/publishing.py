@@ -16,6 +16,8 @@ from ..arguments import (
     read_names,
     size_of,
 )
+from ..weights.checksums import sha256
+from ..weights.files import CARD_NAME
 from .printing import say
 
 
@@ -71,8 +73,6 @@ def run_push(args: argparse.Namespace) -> int:
     """Say what would be pushed, or push it."""
     from ..publishing.cards import read_card
     from ..publishing.hub import check_folder, held, model_name, push, push_files
-    from ..weights.checksums import sha256
-    from ..weights.files import CARD_NAME
 
     check_repo_id('repo_id', args.repo_id)
     check_branch('revision', args.revision)

@@ -5,6 +5,10 @@ import dataclasses
 from typing import Any, Dict, List, Tuple
 
 from ..arguments import HelpFormatter, NamedValues
+from ..models.arms import ARMS
+from ..training.plans import OWN, RECIPE, REPORT_NAME, SEEN
+from ..training.recipes import recipe, recipe_names, recipe_text
+from ..training.settings import ARGPARSE, NEEDED, PAIRS, FinetuneCfg, idle, kind_of
 from .printing import own_rank
 
 FLAGS_OF_COMPARE = ('models', 'seeds', 'lrs', 'minutes', 'test_split', 'test_frac')
@@ -12,8 +16,6 @@ FLAGS_OF_COMPARE = ('models', 'seeds', 'lrs', 'minutes', 'test_split', 'test_fra
 
 def add_finetune(subparsers) -> None:
     """`timm-vitres finetune`: every field of `FinetuneCfg` is a flag; what is not given is not in the namespace."""
-    from ..training.settings import PAIRS, FinetuneCfg
-
     parser = subparsers.add_parser(
         'finetune', help='fine-tune a model on an image folder or dataset', formatter_class=HelpFormatter
     )
@@ -25,14 +27,12 @@ def add_finetune(subparsers) -> None:
         help='YAML of settings, or the name of a recipe (timm-vitres recipes); the other flags win over it',
     )
     for field in dataclasses.fields(FinetuneCfg):
-        _add_setting(parser, field)
+        _add_setting(parser, field, field.default)
     parser.set_defaults(run=run_finetune)
 
 
-def flag_of(field: dataclasses.Field) -> Tuple[List[str], Dict[str, Any]]:
+def flag_of(field: dataclasses.Field, default: Any) -> Tuple[List[str], Dict[str, Any]]:
     """Return the flags of a setting on the command line, and what argparse needs to know of them."""
-    from ..training.settings import ARGPARSE, kind_of
-
     known = field.metadata
     flags = [*([known['short']] if 'short' in known else []), '--' + field.name.replace('_', '-')]
     options = {name: known[name] for name in ARGPARSE if name in known}
@@ -41,13 +41,13 @@ def flag_of(field: dataclasses.Field) -> Tuple[List[str], Dict[str, Any]]:
         # what a recipe switches on, --no-NAME switches off
         switch = 'store_true' if field.name.startswith('no_') else argparse.BooleanOptionalAction
         options.update(dict(action=switch) if kind is bool else dict(type=kind))
-    if field.default not in (None, False, ''):
-        options['help'] += f' (default: {field.default})'
+    if default not in (None, False, ''):
+        options['help'] += f' (default: {default})'
     return flags, options
 
 
-def _add_setting(parser: argparse.ArgumentParser, field: dataclasses.Field) -> None:
-    flags, options = flag_of(field)
+def _add_setting(parser: argparse.ArgumentParser, field: dataclasses.Field, default: Any) -> None:
+    flags, options = flag_of(field, default)
     if 'positional' in field.metadata:
         told = f'the same as {flags[-1]}'
         parser.add_argument(_without_flag(field), nargs='?', metavar=field.metadata['positional'], help=told)
@@ -61,8 +61,6 @@ def _without_flag(field: dataclasses.Field) -> str:
 def run_finetune(args: argparse.Namespace) -> int:
     """Fine-tune, and say where the model is and how it is loaded."""
     from ..training.loop import finetune
-    from ..training.recipes import recipe
-    from ..training.settings import FinetuneCfg
 
     given = _given(args, {} if args.config is None else recipe(args.config))
     folder = finetune(FinetuneCfg(**given), given)
@@ -71,23 +69,15 @@ def run_finetune(args: argparse.Namespace) -> int:
     return 0
 
 
-def _given(args: argparse.Namespace, recipe: Dict[str, Any]) -> Dict[str, Any]:
+def _given(args: argparse.Namespace, settings: Dict[str, Any]) -> Dict[str, Any]:
     """Return the settings of a recipe, updated by those that the command line gives."""
-    from ..training.settings import NEEDED, FinetuneCfg
-
-    given = dict(recipe)
+    given = dict(settings)
     if 'lr' in vars(args) and 'lr_base' in vars(args):
         raise ValueError(f'lr: got {args.lr:g}, and lr_base {args.lr_base:g}, which tells another rate; give one.')
     # a flag wins over the recipe, which may say the same by the other
     for name, others in (('lr', ('lr_base', 'lr_base_size', 'lr_base_scale')), ('lr_base', ('lr',))):
         for other in others if name in vars(args) else ():
             given.pop(other, None)
-    for name, other in NEEDED.items():  # what is switched off takes along what the recipe says of it alone
-        if vars(args).get(other) is False and name not in vars(args):
-            given.pop(name, None)
-    for name in ('amp', 'channels_last') if vars(args).get('autotune') else ():
-        if vars(args).get(name) is False:
-            raise ValueError(f'autotune: chooses {name} by measurement, and no_{name} was given; give one.')
     for field in dataclasses.fields(FinetuneCfg):
         told = (vars(args).get(name) for name in (field.name, _without_flag(field)))
         values = [value for value in told if value is not None]
@@ -95,15 +85,17 @@ def _given(args: argparse.Namespace, recipe: Dict[str, Any]) -> Dict[str, Any]:
             raise ValueError(f'{field.name}: got {values[1]} and {values[0]}; give one.')
         if values:
             given[field.name] = values[0]
+    for name in idle(given):  # what is switched off takes along what the recipe says of it alone
+        if name not in vars(args) and any(other in vars(args) for other in NEEDED[name]):
+            del given[name]
+    for name in ('amp', 'channels_last', 'no_fused_attn') if given.get('autotune') else ():
+        if name in vars(args):
+            raise ValueError(f'autotune: chooses {name} by measurement, and it was given, too; add --no-autotune.')
     return given
 
 
 def add_compare(subparsers) -> None:
     """`timm-vitres compare`: its own flags, and those of `finetune` that make one recipe for all arms."""
-    from ..models.arms import ARMS
-    from ..training.plans import OWN
-    from ..training.settings import PAIRS, FinetuneCfg
-
     parser = subparsers.add_parser(
         'compare',
         help='train hybrids and their parents on your images, and say which differ by more than chance',
@@ -137,9 +129,10 @@ def add_compare(subparsers) -> None:
         **told,
     )
     parser.add_argument('--test-frac', type=float, help='part of each class that is held out for testing; 0.25', **told)
+    settings = recipe(RECIPE)
     for field in dataclasses.fields(FinetuneCfg):
         if field.name not in OWN:
-            _add_setting(parser, field)
+            _add_setting(parser, field, settings.get(field.name, field.default))
     parser.set_defaults(run=run_compare)
 
 
@@ -147,13 +140,10 @@ def run_compare(args: argparse.Namespace) -> int:
     """Compare, and print the table and the sentence."""
     from ..training.comparing import compare
     from ..training.comparison_report import PICTURE_NAME, RESULTS_NAME, table_lines
-    from ..training.plans import OWN, RECIPE, REPORT_NAME, SEEN
-    from ..training.recipes import recipe
-    from ..training.settings import FinetuneCfg
 
-    config = args.config or RECIPE
+    config = RECIPE if args.config is None else args.config
     settings = recipe(config)
-    if not args.config and getattr(args, 'pretrained', False):  # weights have a size and a normalisation of their own
+    if args.config is None and getattr(args, 'pretrained', False):  # weights have a size and colours of their own
         settings = {name: value for name, value in settings.items() if name not in SEEN}
     given = _given(args, settings)
     left_out = [name for name in OWN if name in given]
@@ -179,8 +169,6 @@ def add_recipes(subparsers) -> None:
 
 def run_recipes(args: argparse.Namespace) -> int:
     """Print the names of the recipes, each with its first line; or the whole of one."""
-    from ..training.recipes import recipe_names, recipe_text
-
     if args.name is not None:
         print(recipe_text(args.name), end='')
         return 0

@@ -38,12 +38,12 @@ from ..weights.checksums import check_once, is_of_this_package
 from ..weights.comparison import add_batch_counts, check_dtypes, check_keys
 from ..weights.files import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME
 from ..weights.layouts import Layout, StateDict, convert_layout, find_layout, plain_names
-from ..weights.sources import SOURCE_ARGUMENTS
+from ..weights.sources import SOURCE_ARGUMENTS, STARTS
+from ..writing import check_home
 from .cards import OURS, read_card, render_card
 from .config_file import told_of_weights
 from .neighbours import (
     MODEL_TYPES,
-    STARTS,
     began_with,
     crop_of,
     find_beside,
@@ -168,6 +168,7 @@ def _license(source: str, path: Path, source_cfg: Dict[str, Any], layout: Layout
 
 def _check_folder(folder: Path) -> None:
     """Raise FileExistsError for a folder with files in the place of the model's that this package has not written."""
+    check_home('folder', folder)
     card, config = read_card(folder / CARD_NAME), folder / CONFIG_NAME
     taken = [CARD_NAME] if card is not None and not OURS.search(card) else []
     if not config.is_file() or not is_of_this_package(config.read_text(encoding='utf-8', errors='replace')):

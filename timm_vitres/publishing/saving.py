@@ -26,6 +26,7 @@ from ..models.base import Hybrid
 from ..timm_private import save_config_for_hf
 from ..weights.checksums import SHA256_FIELD
 from ..weights.files import CARD_NAME, CONFIG_NAME
+from ..writing import check_home
 from .cards import OURS, check_card, merge_cards, read_card, set_field
 from .model_folder import locked, replace_model, with_sha256
 
@@ -63,6 +64,7 @@ def save(
         OSError: where writing fails, or another process writes to the folder; its last good model stays.
     """
     folder, model = Path(folder), unwrap_model(model)
+    check_home('folder', folder)
     if not hasattr(model, 'pretrained_cfg') or not hasattr(model, 'num_classes'):
         raise ValueError(
             f'model: got {type(model).__name__}, expected a model made by timm.create_model without features_only.'

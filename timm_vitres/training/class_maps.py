@@ -41,8 +41,11 @@ def read_class_map(path: str) -> List[str]:
 
 def order_of(names: Sequence[Any], known: Sequence[Any]) -> Optional[List[int]]:
     """Return the place of each name among as many known ones, however both are spelt; None where they are others."""
-    places = {composed(str(name)): index for index, name in enumerate(known)}
-    order = [places.get(composed(str(name)), -1) for name in names]
+    spelt, others = ([composed(str(name)) for name in each] for each in (names, known))
+    if spelt == others:  # names may repeat: ImageNet has two cranes
+        return list(range(len(others)))
+    places = {name: index for index, name in enumerate(others)}
+    order = [places.get(name, -1) for name in spelt]
     return order if sorted(order) == list(range(len(known))) else None
 
 

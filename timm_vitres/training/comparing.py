@@ -23,6 +23,7 @@ from ..data import image_mode
 from ..models.arms import ARMS
 from ..weights.files import WEIGHTS_NAME
 from .comparison_report import (
+    ANSWERS_NAME,
     COLUMNS,
     Row,
     arm_figures,
@@ -121,7 +122,7 @@ class _Comparing:
 
     def __init__(self, cfg: FinetuneCfg, plan: Plan, folder: Path):
         self.cfg, self.plan, self.folder = cfg, plan, folder
-        self.rows = read_rows(folder)
+        self.rows = [row for row in read_rows(folder) if not self._is_lost(row)]
         self.heard: set = set()  # warnings of runs, each of which is said once
 
     def run(self) -> Comparison:
@@ -140,6 +141,14 @@ class _Comparing:
                     '%s, lr %g, seed %d: %s, %s s (%d of %d runs)', *(name, lr, seed, what, row['seconds'], done, total)
                 )
         return self._finish(chosen)
+
+    def _is_lost(self, row: Row) -> bool:
+        """Return whether a row is of a run whose answers, which a verdict needs, are gone; it is made again."""
+        answers = self._place(row['part'], row['arm'], float(row['lr']), int(row['seed'])) / ANSWERS_NAME
+        lost = row['part'] == RUN and not row['state'] and not answers.is_file()
+        if lost:
+            _logger.warning('%s is gone; that run is made again.', answers)
+        return lost
 
     def _row(self, part: str, name: str, lr: float, seed: int) -> Optional[Row]:
         key = (part, name, f'{lr:g}', str(seed))
@@ -191,7 +200,7 @@ class _Comparing:
         try:
             with self._heard():
                 if (folder / RECORD_NAME).is_file():
-                    finetune(dataclasses.replace(cfg, resume=True), ())
+                    finetune(dataclasses.replace(cfg, resume=True), ('workers',))
                 else:
                     shutil.rmtree(folder, ignore_errors=True)  # what a kill before the record has left
                     finetune(cfg, None, images)

@@ -19,7 +19,7 @@ from ..labels import normalise_label_names
 from ..models.base import Hybrid
 from ..publishing.config_file import check_config_of
 from ..weights.files import CONFIG_NAME
-from ..weights.sources import SOURCE_ARGUMENTS
+from ..weights.sources import SOURCE_ARGUMENTS, STARTS
 from .class_maps import first_other, order_of
 from .settings import FinetuneCfg
 
@@ -92,6 +92,14 @@ def _order_head_(model: nn.Module, name: str, label_names: List[str]) -> None:
     for head in heads if isinstance(heads, tuple) else (heads,):
         for parameter in head.parameters():
             parameter.data = parameter.data[order].contiguous()
+
+
+def tell_of_random_weights(cfg: FinetuneCfg) -> None:
+    """Warn of a run or an arm that takes no more than the architecture from a name that elsewhere means weights."""
+    if cfg.pretrained or cfg.pretrained_path or cfg.initial_checkpoint:
+        return
+    if cfg.model.startswith(STARTS) or ('.' in cfg.model and timm.is_model_pretrained(cfg.model)):
+        _logger.warning('model: of %s only the architecture is taken; --pretrained begins with its weights.', cfg.model)
 
 
 def without_weights(cfg: FinetuneCfg) -> FinetuneCfg:

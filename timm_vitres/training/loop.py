@@ -136,7 +136,8 @@ class _Run:
             self.record = record.with_teacher(self.task.teacher.sha256)  # pyright: ignore
         if cfg.fsdp:
             shard_(self.model, self.device, processes)
-        self.lr = learning_rate(cfg, self.train_batches.batch_size * cfg.grad_accum_steps * processes.count)
+        batches = max(min(cfg.grad_accum_steps, len(self.train_batches)), 1)  # of a step; an epoch may have no more
+        self.lr = learning_rate(cfg, self.train_batches.batch_size * batches * processes.count)
         if cfg.min_lr > self.lr:
             raise ValueError(f'min_lr: got {cfg.min_lr:g}, expected at most the learning rate, which is {self.lr:g}.')
         self.optimizer = create_optimizer(cfg, self.task.get_trainable_module(), self.lr)
@@ -225,13 +226,13 @@ class _Run:
         name = f'epoch {epoch + 1}/{self.cfg.epochs}'
         self.optimizer.zero_grad()
         with self.processes.bar(self.train_batches, name) as bar:
-            for (x, target), (share, is_last) in zip(bar, plan):
+            for index, ((x, target), (share, is_last)) in enumerate(zip(bar, plan), 1):
                 x, target = x.to(self.device), target.to(self.device)
                 if self.mixup is not None:
                     x, target = self.mixup(x, target)
                 if self.cfg.channels_last:
                     x = x.contiguous(memory_format=torch.channels_last)
-                losses.update(self._step(x, target, share, is_last, epoch), len(x))
+                losses.update(self._step(x, target, share, is_last, epoch, index == len(plan)), len(x))
                 bar.set_postfix(loss=f'{losses.avg:.3f}', refresh=False)
                 if not is_last:
                     continue
@@ -249,7 +250,9 @@ class _Run:
                     distribute_bn(module, self.processes.count, reduce=True)
         return self.processes.mean(losses.avg)
 
-    def _step(self, x: torch.Tensor, target: torch.Tensor, share: int, is_last: bool, epoch: int) -> float:
+    def _step(
+        self, x: torch.Tensor, target: torch.Tensor, share: int, is_last: bool, epoch: int, is_end: bool
+    ) -> float:
         """Take a batch, and return its loss; gradients of many processes are averaged with the last of a step."""
         with nullcontext() if is_last or self.cfg.fsdp else self.task.no_sync():
             try:
@@ -260,7 +263,7 @@ class _Run:
                 ) from error
             if self.processes.any(not torch.isfinite(loss)):
                 raise self._diverged(f'the loss became {loss.item()}', epoch)
-            self.stepper.backward(loss, share, is_last)
+            self.stepper.backward(loss, share, is_last, is_end)
         return loss.item()
 
     def _freeze(self, epoch: int) -> None:
@@ -359,14 +362,20 @@ class _Run:
                 if not cfg.pretrained or cfg.pretrained_path or cfg.initial_checkpoint:
                     model.pretrained_cfg = told_of_weights(model.pretrained_cfg, {})  # pyright: ignore
                 name = shown(self.folder.resolve().name)
-                card = run_card(self.record, best, model, name, self.train_batches.batch_size)
+                steps = dict(lr=self.lr, batch_size=self.train_batches.batch_size, processes=self.processes.count)
+                card = run_card(self.record, best, model, name, steps)
                 save(model, self.folder, self.record.label_names, self.record.data_config, card)
         if self.processes.is_first:
             if cfg.checkpoint_hist:
                 metrics = [best_epoch([row], cfg.eval_metric).metric(cfg.eval_metric) for row in self.history]
                 metrics = [-metric for metric in metrics] if cfg.eval_metric == 'loss' else metrics
-                keep_best(self.folder, self._kept_state(), metrics, cfg.checkpoint_hist, cfg.model)
+                keep_best(self.folder, self._kept_state(), metrics, cfg.checkpoint_hist, self._architecture)
             write_summary(self.history, self.folder)
+
+    @property
+    def _architecture(self) -> str:
+        """The model's name in the registry; that of the settings may be a folder's."""
+        return unwrap_model(self.model).pretrained_cfg.get('architecture') or self.cfg.model
 
     def _whole_model(self, weights: str) -> Optional[nn.Module]:
         """Return the model as it is saved: whole, adapters merged; None in all processes but the first."""

@@ -21,6 +21,7 @@ from ..data import open_image
 from ..folders import split_role
 from ..walking import shown
 from .class_maps import Labels, read_class_map
+from .processes import told_number
 from .settings import FinetuneCfg
 from .shards import ShardReader, is_local, open_bytes
 from .splits import SETS, Data, Subset, class_counts, read_record, stratified_split, without
@@ -53,7 +54,7 @@ def load_named(cfg: FinetuneCfg, mode: str) -> Data:
     class_map = read_class_map(cfg.class_map) if cfg.class_map else None
     train, labels = _open(cfg, mode, train_split, True, class_map)
     if isinstance(train, IterableDataset):
-        _check_not_sharded(cfg)
+        _check_processes(cfg)
         return _load_stream(cfg, mode, train, labels, (train_split, val_split), class_map)
     targets = _targets(train, cfg, train_split, labels)
     names = labels.names or [str(index) for index in range(max(targets) + 1)]
@@ -137,7 +138,7 @@ def reload_named(cfg: FinetuneCfg, mode: str, recorded: Dict[str, Any]) -> Data:
                     f'{what or _changed(value, found["shards"])}.'
                 )
         if isinstance(dataset, IterableDataset):
-            _check_not_sharded(cfg)
+            _check_processes(cfg)
             sets.append(dataset)
             continue
         indices = list(range(len(dataset))) if indices is None else indices
@@ -152,8 +153,15 @@ def _subset(dataset: Dataset, indices: Sequence[int], mode: str, labels: Labels)
     return Subset(dataset, indices, None if isinstance(dataset, ReaderImages) else mode, labels)
 
 
-def _check_not_sharded(cfg: FinetuneCfg) -> None:
-    """Raise ValueError for a stream under fsdp, whose processes would wait for ever for one that has a batch less."""
+def _check_processes(cfg: FinetuneCfg) -> None:
+    """Raise ValueError for a stream under fsdp, whose processes would wait for ever for one that has a batch less, and
+    for one of tfds in many processes.
+    """
+    if cfg.dataset.startswith('tfds/') and told_number('WORLD_SIZE', 1) > 1:
+        raise ValueError(
+            f'dataset: {cfg.dataset!r} is for one process alone: its reader repeats validation images for others, and '
+            'without workers gives all of them the same part; use wds/ or hfds/.'
+        )
     if cfg.fsdp:
         raise ValueError(
             f'fsdp: {cfg.dataset!r} is a stream, whose processes validate on different numbers of batches; leave fsdp '

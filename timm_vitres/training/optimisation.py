@@ -15,10 +15,11 @@ from torch import nn
 from torch.nn.utils import get_total_norm
 
 from ..inference.lowering import each
-from .creation import head_parameters
+from .creation import BATCH_NORMS, head_parameters
 from .settings import FinetuneCfg
 
 _logger = logging.getLogger(__name__)
+STEP_EPOCHS = 90.0  # after so many the rate falls by timm's schedule 'step', unless told otherwise
 
 
 def check_optimizer(cfg: FinetuneCfg) -> None:
@@ -57,6 +58,8 @@ def create_optimizer(cfg: FinetuneCfg, module: nn.Module, lr: float) -> torch.op
         betas=cfg.opt_betas,
     )
     options = {name: value for name, value in options.items() if value is not None}
+    if 'kron' in cfg.opt.lower():  # it draws numbers, which all processes must have in common
+        options['deterministic'] = True
     try:
         return create_optimizer_v2(module, opt=cfg.opt, **{**options, **(cfg.opt_kwargs or {})})
     except Exception as error:  # optimizers may need a package, a GPU, or other arguments
@@ -70,7 +73,8 @@ def create_scheduler(cfg: FinetuneCfg, optimizer: torch.optim.Optimizer, num_upd
     if cfg.sched == 'none':
         for group in optimizer.param_groups:  # schedules of timm's apply what layer_decay has noted
             group['lr'] *= group.get('lr_scale', 1.0)
-    first = {'step': cfg.decay_epochs or 90, 'multistep': min(cfg.decay_milestones, default=None)}.get(cfg.sched)
+    decays = dict(step=cfg.decay_epochs or STEP_EPOCHS, multistep=min(cfg.decay_milestones, default=None))
+    first = decays.get(cfg.sched)
     if first is not None and first >= cfg.epochs:
         _logger.warning('sched: %r changes nothing before epoch %g, and the run has %d.', cfg.sched, first, cfg.epochs)
     try:
@@ -165,6 +169,8 @@ class Stepper:
         if cfg.amp:  # autocast on CPUs leaves log_softmax in the lower precision, where that on GPUs does not
             module.register_forward_hook(_in_float32)
         module = getattr(module, 'student', module)  # of a task that has a projection beside it
+        layers = module.modules() if cfg.grad_checkpointing else ()
+        self.checkpointed = [layer for layer in layers if isinstance(layer, BATCH_NORMS)]
         # timm knows of one head, the last two parameters of a model
         self.heads = {id(value) for value in head_parameters(module)} if hasattr(module, 'get_classifier') else set()
 
@@ -184,8 +190,12 @@ class Stepper:
         with self.autocast():
             return self.task(x, target)['loss']
 
-    def backward(self, loss: torch.Tensor, share: int, is_last: bool) -> None:
-        """Add the gradients of a batch's loss to those of the others of its step; take the step after the last."""
+    def backward(self, loss: torch.Tensor, share: int, is_last: bool, is_end: bool = False) -> None:
+        """Add the gradients of a batch's loss to those of the others of its step; take the step after the last.
+
+        Args:
+            is_end: Whether it is the epoch's last step, after which the model is evaluated and saved.
+        """
         loss = loss / share if share > 1 else loss
         clip = self.cfg.clip_grad
         parameters: Any = None
@@ -194,7 +204,7 @@ class Stepper:
             parameters = list(self.task.get_clip_parameters(exclude_head=self.cfg.clip_mode == 'agc'))
             parameters = [value for value in parameters if value.requires_grad and id(value) not in spared]
         if self.scaler is not None:
-            with self.stepping():
+            with self.stepping(), _still_statistics(self.checkpointed):
                 self.scaler(
                     loss,
                     self.optimizer,
@@ -204,14 +214,30 @@ class Stepper:
                     need_update=is_last,
                 )
         else:
-            loss.backward()
+            with _still_statistics(self.checkpointed):
+                loss.backward()
             if is_last:
                 if clip is not None:
                     dispatch_clip_grad(parameters, value=clip, mode=self.cfg.clip_mode)
                 with self.stepping():
                     self.optimizer.step()
+        if is_end and hasattr(self.optimizer, 'sync_lookahead'):  # it passes over what has no gradient
+            self.optimizer.sync_lookahead()
         if is_last:
             self.optimizer.zero_grad()
+
+
+@contextmanager
+def _still_statistics(norms: List[nn.Module]) -> Iterator[None]:
+    """Let BatchNorms keep their statistics: in a backward pass with checkpoints they see a batch once more."""
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = 0.0
+    try:
+        yield
+    finally:
+        for norm, momentum in zip(norms, momenta):
+            norm.momentum = momentum  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def are_finite(tensors: List[torch.Tensor]) -> bool:

@@ -15,7 +15,7 @@ from typing import Any, Dict, List, Optional, Sequence, Tuple
 import timm
 import torch
 
-from ..checks import on_one_line, plain, some
+from ..checks import on_one_line, plain, some, usable_device
 from ..data import data_config, image_mode
 from ..measure import as_minutes, as_ms, measure
 from ..models.arms import ARMS
@@ -24,12 +24,15 @@ from ..weights.checkpoints import checkpoint_files
 from ..weights.checksums import sha256
 from ..weights.sources import LOCAL, STARTS, local_weights
 from ..writing import replacing
-from .creation import create_finetune_model, image_size
+from .creation import create_finetune_model, image_size, tell_of_random_weights
+from .loaders import check_cutmix, check_policy
 from .optimisation import (
+    STEP_EPOCHS,
     Stepper,
     are_finite,
     check_optimizer,
     create_optimizer,
+    create_scheduler,
     fast_kernels,
     needs_muon_in_float32,
 )
@@ -37,7 +40,7 @@ from .processes import Processes
 from .recipes import FOLDER, recipe
 from .reserved import check_unseen, num_training, reserve, training_counts
 from .runs import current_versions, from_anywhere
-from .settings import FinetuneCfg
+from .settings import MIXING, FinetuneCfg
 from .tasks import create_criterion, create_task
 from .verdict import LEAST_SEEDS
 
@@ -132,11 +135,11 @@ def in_proportion(cfg: FinetuneCfg, epochs: int, most: int) -> FinetuneCfg:
         return cfg
     part = epochs / most
     changed: Dict[str, Any] = dict(warmup_epochs=cfg.warmup_epochs * part)
-    decay_epochs = 90.0 if cfg.decay_epochs is None and cfg.sched == 'step' else cfg.decay_epochs  # timm's default
-    if decay_epochs is not None and decay_epochs >= 1:  # else it is a part already
+    decay_epochs = STEP_EPOCHS if cfg.decay_epochs is None and cfg.sched == 'step' else cfg.decay_epochs
+    is_part = cfg.sched in ('wsd', 'rsqrt')  # to these less than one epoch is a part of all
+    if decay_epochs is not None and not (is_part and decay_epochs < 1):
         own = decay_epochs * part
-        is_part = cfg.sched in ('wsd', 'rsqrt')  # to these less than one epoch is a part of all
-        changed['decay_epochs'] = own if own >= 1 else decay_epochs / most if is_part else 1.0
+        changed['decay_epochs'] = decay_epochs / most if is_part and own < 1 else own
     if cfg.mixup_off_epoch:
         changed['mixup_off_epoch'] = max(round(cfg.mixup_off_epoch * part), 1)
     milestones = sorted({max(round(epoch * part), 1) for epoch in cfg.decay_milestones})
@@ -236,11 +239,17 @@ def make_plan(cfg: FinetuneCfg, asked: Dict[str, Any], folder: Path) -> Plan:
             _write(plan, path)
         _logger.info('The comparison in %s goes on.', folder)
         return plan
+    usable_device(Processes().device(cfg.device))
     check_optimizer(cfg)
     side = min(image_size(cfg.img_size or recipe(RECIPE)['img_size']))
     arms = {name: parse_arm(name, side) for name in asked['models']}
     mode = image_mode(cfg.in_chans or 3)
+    check_policy(cfg.aa, mode)
+    if cfg.img_size is not None:
+        check_cutmix(cfg.cutmix_minmax, image_size(cfg.img_size))
     images = reserve(cfg, mode, asked['test_split'], asked['test_frac'])
+    for arm in arms.values():
+        tell_of_random_weights(arm.cfg(cfg))
     for name, arm in arms.items() if cfg.pretrained else ():
         check_unseen(cfg, arm.model, images)
         arm.note_weights_(name)
@@ -263,6 +272,7 @@ def make_plan(cfg: FinetuneCfg, asked: Dict[str, Any], folder: Path) -> Plan:
                 told = name, as_minutes(seconds)
                 _logger.warning('minutes: %s gets %s, since epochs are whole; give more for equal times.', *told)
         arm.search_epochs = max(round(arm.epochs / SHORT), 1)
+    _check_schedules(cfg, arms, batches)
     device = Processes().device(cfg.device)
     threads = torch.get_num_threads()
     machine = f'{threads} thread{"s" * (threads > 1)} of the CPU' if device == 'cpu' else device
@@ -278,6 +288,15 @@ def make_plan(cfg: FinetuneCfg, asked: Dict[str, Any], folder: Path) -> Plan:
     )
     _write(plan, path)
     return plan
+
+
+def _check_schedules(cfg: FinetuneCfg, arms: Dict[str, ArmPlan], batches: int) -> None:
+    """Raise ValueError where the epochs of a run are too few for the schedule."""
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=cfg.lr)
+    most = max(arm.epochs for arm in arms.values())
+    for epochs in sorted({epochs for arm in arms.values() for epochs in (arm.epochs, arm.search_epochs)}):
+        own = dataclasses.replace(in_proportion(cfg, epochs, most), epochs=epochs)
+        create_scheduler(own, optimizer, batches)
 
 
 def note_versions(plan: Plan, folder: Path) -> None:
@@ -314,7 +333,7 @@ def measure_arms_(cfg: FinetuneCfg, arms: Dict[str, ArmPlan], num_classes: int) 
     nothing = torch.zeros(1, device=device)  # each arm has images of its own size
     with fast_kernels():  # by which runs train
         for name, seconds in measure(steps, nothing, ROUNDS, SECONDS).items():
-            arms[name].step_seconds = seconds
+            arms[name].step_seconds = seconds / cfg.grad_accum_steps
     for model in models:
         model.eval()
     for name, seconds in measure(views, nothing, ROUNDS, SECONDS).items():
@@ -327,8 +346,8 @@ def measure_arms_(cfg: FinetuneCfg, arms: Dict[str, ArmPlan], num_classes: int) 
 def _functions(
     cfg: FinetuneCfg, model: torch.nn.Module, shape: Tuple[int, ...], num_classes: int, device: torch.device
 ) -> Tuple[Any, Any]:
-    """Return functions for a training step, for which the model is ready, and for an image, for which it must be set to
-    evaluation; both ignore what they are called with.
+    """Return functions for a training step, of `cfg.grad_accum_steps` batches, for which the model is ready, and for an
+    image, for which it must be set to evaluation; both ignore what they are called with.
     """
     layout = torch.channels_last if cfg.channels_last else torch.contiguous_format
     model = model.to(device, memory_format=layout)
@@ -336,17 +355,22 @@ def _functions(
         unfuse_(fused_attentions(model))
     x = torch.randn(cfg.batch_size, *shape, device=device).contiguous(memory_format=layout)
     target = torch.randint(num_classes, (cfg.batch_size,), device=device)
-    plain_loss = dataclasses.replace(cfg, mixup=0.0, cutmix=0.0, cutmix_minmax=None, model_kwargs=None)
+    plain_loss = dataclasses.replace(cfg, model_kwargs=None, **{name: getattr(FinetuneCfg, name) for name in MIXING})
     task = create_task(plain_loss, model, [str(i) for i in range(num_classes)], None, {}, device)
     optimizer = create_optimizer(cfg, task.get_trainable_module(), 1e-6)
     stepper = Stepper(cfg, task, optimizer, device, needs_muon_in_float32(cfg, device))
 
+    if cfg.model_ema:
+        task.setup_ema(decay=cfg.model_ema_decay, use_warmup=cfg.model_ema_warmup)
     task.train()
     tensors = [*model.parameters(), *model.buffers()]
 
     def step(_: Any) -> None:
-        stepper.backward(stepper.loss(x, target), 1, True)
+        for share, is_last in stepper.plan(cfg.grad_accum_steps):
+            stepper.backward(stepper.loss(x, target), share, is_last)
         are_finite(tensors)  # as a run asks after every step
+        if cfg.model_ema:
+            task.update_ema(step=1)
 
     def view(_: Any) -> None:
         with torch.inference_mode():
@@ -360,6 +384,8 @@ def _check_same(before: Dict[str, Any], now: Dict[str, Any], folder: Path) -> No
     old, new = ({**asked, **asked['recipe']} for asked in (before, now))
     for asked in (old, new):
         del asked['recipe']
+    if isinstance(old.get('img_size'), list) and len(old['img_size']) == 1:  # as it was noted once
+        old['img_size'] = old['img_size'][0]
     for field in dataclasses.fields(FinetuneCfg):
         if field.name in new and field.name != 'epochs':  # one that is younger than the comparison was at its default
             old.setdefault(field.name, json.loads(json.dumps(field.default)))

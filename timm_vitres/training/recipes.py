@@ -84,6 +84,11 @@ def recipe_text(name: str) -> str:
 def _file_of(name: str) -> Path:
     path = Path(name)
     if name in recipe_names() and not path.is_file():
+        edited = Path(f'{name}.yaml')
+        if edited.is_file() and edited.resolve() != (FOLDER / edited).resolve():
+            raise ValueError(
+                f'config: {name} is a recipe of the package, and {edited} is here, too; give {edited}, or rename it.'
+            )
         return FOLDER / f'{name}.yaml'
     if not name or not path.exists():
         names = ', '.join(recipe_names())

@@ -21,7 +21,6 @@ from ..weights.sources import LOCAL
 from ..writing import replacing
 from .held_out import Answers, report
 from .loaders import Batches
-from .optimisation import learning_rate
 from .processes import Processes
 from .runs import Record, given_settings
 
@@ -114,13 +113,14 @@ def count_epochs(folder: Path) -> int:
     return len(read_summary(folder))
 
 
-def run_card(record: Record, best: Best, model: nn.Module, name: str, batch_size: int) -> str:
+def run_card(record: Record, best: Best, model: nn.Module, name: str, steps: Dict[str, Any]) -> str:
     """Return the card of a run's model.
 
     Args:
         best: The epoch, and the weights, that the model is of.
         name: The card's title.
-        batch_size: Images of each process in a step, which may be fewer than were asked for.
+        steps: The learning rate, the images of each process in a batch, which may be fewer than were asked for, and the
+            number of processes, of the epochs that this process has trained.
     """
     cfg = record.trained_cfg
     data_name = cfg.dataset or shown(Path(str(cfg.data_dir)).resolve().name)
@@ -153,7 +153,7 @@ def run_card(record: Record, best: Best, model: nn.Module, name: str, batch_size
         model,
         model_name=name,
         description=f'`{_without_place(cfg.model)}` fine-tuned with timm-vitres from {start}.',
-        recipe=f'{record.data["description"]}. {_recipe(record, batch_size)}.',
+        recipe=f'{record.data["description"]}. {_recipe(record, **steps)}.',
         source='local-dir:.',
         label_names=record.label_names,
         data_config=record.data_config,
@@ -167,16 +167,15 @@ def run_card(record: Record, best: Best, model: nn.Module, name: str, batch_size
     )
 
 
-def _recipe(record: Record, batch_size: int) -> str:
+def _recipe(record: Record, lr: float, batch_size: int, processes: int) -> str:
     """Return what a run was trained with, as name=value: what every run has, and what this one was given beside."""
     cfg = record.trained_cfg
     names = dict.fromkeys([*ALWAYS_TOLD, *(name for name in given_settings(cfg) if name not in TOLD_ELSEWHERE)])
     values = {name: getattr(cfg, name) for name in names}
-    values['batch_size'] = batch_size
-    values['lr'] = f'{learning_rate(cfg, batch_size * cfg.grad_accum_steps * record.processes):g}'
+    values.update(batch_size=batch_size, lr=f'{lr:g}')
     if cfg.kd_model_name:
         values['kd_model_name'] = _without_place(cfg.kd_model_name).removeprefix(LOCAL)
-    values.update(dict(processes=record.processes) if record.processes > 1 else {})
+    values.update(dict(processes=processes) if processes > 1 else {})
     return ', '.join(f'{name}={value}' for name, value in values.items())
 
 

@@ -23,7 +23,7 @@ from ..checks import plain, some
 from ..publishing.model_folder import locked
 from ..weights.sources import LOCAL
 from ..writing import check_home, replacing
-from .settings import NEEDED, FinetuneCfg
+from .settings import FinetuneCfg, idle
 
 _logger = logging.getLogger(__name__)
 RECORD_NAME = 'run.json'
@@ -191,9 +191,8 @@ class Record:
             raise ValueError(f'resume: {path} was changed after the run wrote it, so nobody can say what the run is.')
         try:
             settings = content.pop('settings')
-            for name, other in NEEDED.items():  # older versions took such, which say nothing
-                if not settings.get(other):
-                    settings.pop(name, None)
+            for name in idle(settings):  # older versions took such
+                del settings[name]
             cfg = FinetuneCfg(**settings, output=str(folder))
             return cls(cfg=cfg, **{**content, 'data_config': plain('data_config', content['data_config'])})
         except (TypeError, ValueError, KeyError) as error:

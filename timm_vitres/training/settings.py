@@ -6,7 +6,7 @@ import numbers
 import os
 import typing
 from dataclasses import dataclass
-from typing import Any, Dict, Optional, Tuple, Union
+from typing import Any, Dict, List, Optional, Tuple, Union
 
 import numpy as np
 
@@ -30,26 +30,25 @@ NOT_OF_NO_AUG = (
 # a dataset of one of these names is an image folder; timm would open it by its own reader or by torchvision's
 FOLDER_NAMES = ('', 'folder', 'image_folder', 'imagefolder', 'torch/folder', 'torch/image_folder')
 MAX_COUNT = 2**31 - 1  # the sum of two such is a seed that numpy takes
-# settings that say nothing where another is left out
+MIXING = ('mixup', 'cutmix', 'cutmix_minmax', 'mixup_prob', 'mixup_switch_prob', 'mixup_mode', 'mixup_off_epoch')
+# settings that say nothing where all of others are left out
 NEEDED = {
-    'torchcompile_mode': 'torchcompile',
-    'freeze_epochs': 'freeze',
-    'kd_distill_type': 'kd_model_name',
-    'kd_token_distill_type': 'kd_model_name',
-    'kd_temperature': 'kd_model_name',
-    'distill_loss_weight': 'kd_model_name',
-    'task_loss_weight': 'kd_model_name',
-    'lr_base_scale': 'lr_base',
-    'lr_base_size': 'lr_base',
-    'model_ema_warmup': 'model_ema',
-    'model_ema_decay': 'model_ema',
-    'clip_mode': 'clip_grad',
-    'remode': 'reprob',
-    'recount': 'reprob',
-    'bce_sum': 'bce_loss',
-    'bce_target_thresh': 'bce_loss',
-    'bce_pos_weight': 'bce_loss',
+    'torchcompile_mode': ('torchcompile',),
+    'freeze_epochs': ('freeze',),
+    **dict.fromkeys(('kd_distill_type', 'kd_token_distill_type', 'kd_temperature'), ('kd_model_name',)),
+    **dict.fromkeys(('distill_loss_weight', 'task_loss_weight'), ('kd_model_name',)),
+    **dict.fromkeys(('lr_base_scale', 'lr_base_size'), ('lr_base',)),
+    **dict.fromkeys(('model_ema_warmup', 'model_ema_decay'), ('model_ema',)),
+    'clip_mode': ('clip_grad',),
+    **dict.fromkeys(('remode', 'recount'), ('reprob',)),
+    **dict.fromkeys(('bce_sum', 'bce_target_thresh', 'bce_pos_weight'), ('bce_loss',)),
+    **dict.fromkeys(MIXING[3:], MIXING[:3]),
 }
+
+
+def idle(settings: typing.Mapping[str, Any]) -> List[str]:
+    """Return those of some settings that say nothing, since what they need is not among them."""
+    return [name for name, others in NEEDED.items() if name in settings and not any(map(settings.get, others))]
 
 
 def _option(default: Any, help: str, **kwargs: Any) -> Any:
@@ -264,7 +263,9 @@ class FinetuneCfg:
     mixup_off_epoch: int = _option(0, 'first epoch without mixup and cutmix; 0 is never', low=0, high=MAX_COUNT)
     smoothing: float = _option(0.1, 'label smoothing', low=0, below=1)
     # The run
-    output: str = _option('output', 'folder of the run and its model: a new or an empty one')
+    output: str = _option(
+        'output', 'folder of the run and its model: a new or an empty one (or, of a comparison, its own)'
+    )
     resume: Union[None, bool, str] = _option(
         None,
         'go on with the run in output, or in PATH, by its own settings; only epochs and early-stopping (upward), '
@@ -327,9 +328,10 @@ class FinetuneCfg:
         return self.mixup > 0 or self.cutmix > 0 or self.cutmix_minmax is not None
 
     def _check_together(self) -> None:
-        for name, other in NEEDED.items():
-            if not getattr(self, other) and getattr(self, name) != getattr(type(self), name):
-                raise ValueError(f'{name}: got {getattr(self, name)!r}, which says nothing without {other}; give both.')
+        for name in idle(vars(self)):
+            if getattr(self, name) != getattr(type(self), name):
+                told, others = getattr(self, name), ' or '.join(NEEDED[name])
+                raise ValueError(f'{name}: got {told!r}, which says nothing without {others}; give both.')
         for name in ('scale', 'ratio'):
             low, high = getattr(self, name)
             if low > high:
@@ -399,7 +401,8 @@ def _checked(name: str, value: Any, kinds: Tuple[Any, ...], limits: typing.Mappi
             *others, last = map(str, limits['lengths'])
             lengths = f'{", ".join(others)} or {last}' if others else last
             raise ValueError(f'{name}: got {tuple(value)}, expected {lengths} numbers.')
-        return tuple(_number(name, one, kind_of(name), limits, value) for one in value)
+        found = tuple(_number(name, one, kind_of(name), limits, value) for one in value)
+        return found[0] if len(found) == 1 and int in origins else found  # --img-size 64 is what a recipe calls 64
     if int in origins or float in origins:
         return _number(name, value, kind_of(name), limits, value)
     expected = dict(bool='True or False', str='text', dict='a dict of arguments', tuple='numbers')

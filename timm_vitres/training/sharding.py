@@ -25,7 +25,7 @@ def check_processes(cfg: FinetuneCfg, device: torch.device, processes: Processes
             raise ValueError(f'fsdp: does not go with {name}; leave one of them out.')
     if cfg.amp and cfg.amp_dtype == 'float16':
         raise ValueError("fsdp: does not go with amp_dtype 'float16'; use 'bfloat16'.")
-    if cfg.opt.startswith('lookahead'):
+    if cfg.opt.lower().startswith('lookahead'):
         raise ValueError(f'fsdp: does not go with opt {cfg.opt!r}, which saving it would step; leave out lookahead.')
     if cfg.clip_grad is not None and cfg.clip_mode == 'agc':
         raise ValueError("fsdp: does not go with clip_mode 'agc'; use 'norm' or 'value'.")

@@ -14,7 +14,7 @@ from ..checks import on_one_line, plain, usable_device
 from ..data import data_config, image_mode
 from ..measure import fastest_training
 from ..weights.files import CONFIG_NAME, WEIGHTS_NAME
-from .creation import create_finetune_model, image_size, input_args, without_weights
+from .creation import create_finetune_model, image_size, input_args, tell_of_random_weights, without_weights
 from .datasets import Data, load_data
 from .held_out import TABLE_NAME
 from .loaders import check_policy
@@ -28,6 +28,9 @@ from .states import read_state
 from .trackers import check_trackers
 
 _logger = logging.getLogger(__name__)
+OF_SCHEDULES = dict(  # which of timm's schedules take a setting
+    decay_epochs=('step', 'wsd', 'rsqrt'), decay_milestones=('multistep',), decay_rate=('step', 'multistep', 'poly')
+)
 
 
 @dataclasses.dataclass
@@ -92,6 +95,7 @@ class Setup:
         check_optimizer(cfg)
         _tell_of_bfloat16(cfg, self.device)
         check_trackers(cfg)
+        _tell_of_idle(cfg)
         mode = _check_images(cfg)
         if record is not None:
             self.cfg = cfg = _shared_out(record, self.processes)
@@ -101,6 +105,7 @@ class Setup:
             cfg = without_weights(cfg)
         self.model = create_finetune_model(cfg, len(self.data.label_names), self.data.label_names).to(self.device)
         if record is None:
+            tell_of_random_weights(cfg)
             record = self._record(cfg)
             self.cfg = record.trained_cfg
             check_processes(self.cfg, self.device, self.processes)  # autotune may have switched something on
@@ -171,6 +176,18 @@ def _tell_of_bfloat16(cfg: FinetuneCfg, device: torch.device) -> None:
             'slower here than float32%s.',
             *(('GPU', ', and so than --amp-dtype float16') if device.type == 'cuda' else ('CPU', '')),
         )
+
+
+def _tell_of_idle(cfg: FinetuneCfg) -> None:
+    """Warn of settings that change nothing beside others. timm takes them, and its recipes have them."""
+    beside = {name: f'sched {cfg.sched}' for name, scheds in OF_SCHEDULES.items() if cfg.sched not in scheds}
+    if cfg.aa and not cfg.aa.startswith('3a'):  # timm leaves colours to a policy
+        beside.update(dict.fromkeys(('color_jitter', 'color_jitter_prob'), f'aa {cfg.aa}'))
+    if not (cfg.amp or cfg.autotune):
+        beside['amp_dtype'] = 'float32, without amp'
+    for name, other in beside.items():
+        if getattr(cfg, name) != getattr(FinetuneCfg, name):
+            _logger.warning('%s: got %s, which changes nothing beside %s.', name, getattr(cfg, name), other)
 
 
 def is_over(cfg: FinetuneCfg, history: List[Dict[str, float]]) -> bool:
