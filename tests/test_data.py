@@ -67,7 +67,43 @@ def test_palette_with_transparency(picture, tmp_path):
     picture.quantize(16).save(tmp_path / 'palette.png', transparency=bytes(range(16)))
     opened = open_image(tmp_path / 'palette.png')
     assert opened.mode == 'RGB'
-    assert np.array_equal(np.asarray(opened), np.asarray(picture.quantize(16).convert('RGB')))
+    opaque = np.asarray(picture.quantize(16).convert('RGB')).astype(float)
+    alpha = np.asarray(picture.quantize(16))[..., None] / 255
+    assert np.abs(np.asarray(opened) - (alpha * opaque + (1 - alpha) * 255)).max() <= 1
+
+
+@pytest.mark.parametrize('kind', ['RGBA', 'LA', 'P', 'L', 'RGB'])
+def test_what_is_transparent_lies_on_white(kind, tmp_path):
+    """As every viewer shows a black drawing without a ground, and not black on black."""
+    drawing = Image.new('LA', (40, 60), (0, 0))
+    drawing.paste((0, 255), (10, 10, 20, 20))
+    expected = np.full((60, 40), 255)
+    expected[10:20, 10:20] = 0
+    if kind in ('RGBA', 'LA'):
+        drawing.convert(kind).save(tmp_path / 'drawing.png')
+    elif kind == 'P':
+        drawing.convert('RGBA').quantize(4).save(tmp_path / 'drawing.png')
+    else:  # one of its colours is no colour
+        colours = Image.fromarray(np.where(expected == 255, 128, 0).astype(np.uint8))
+        ground = {'L': 128, 'RGB': (128, 128, 128)}[kind]
+        colours.convert(kind).save(tmp_path / 'drawing.png', transparency=ground)
+    for mode in ('L', 'RGB'):
+        opened = np.asarray(open_image(tmp_path / 'drawing.png', mode))
+        assert np.array_equal(opened, expected if mode == 'L' else np.stack([expected] * 3, -1)), mode
+    if kind == 'RGBA':
+        assert np.asarray(open_image(tmp_path / 'drawing.png', 'RGBA'))[0, 0].tolist() == [0, 0, 0, 0]
+
+
+def test_a_negative_of_16_bits_is_read_as_those_of_8(tmp_path):
+    values = np.linspace(0, 65535, 40 * 60).reshape(40, 60)
+    Image.fromarray(values.astype(np.uint16)).save(tmp_path / '16.tif', tiffinfo={262: 0})
+    Image.fromarray((values / 257).astype(np.uint8)).save(tmp_path / 'plain.png')
+    assert Image.open(tmp_path / '16.tif').tag_v2[262] == 0
+    plain = np.asarray(open_image(tmp_path / 'plain.png', 'L')).astype(int)
+    for mode, channel in (('L', ...), ('RGB', (..., 0)), ('RGBA', (..., 0))):
+        opened = np.asarray(open_image(tmp_path / '16.tif', mode)).astype(int)
+        assert np.abs(opened[channel] + plain - 255).max() <= 1
+    assert opened[..., 3].min() == 255
 
 
 def test_sixteen_bits_are_scaled_and_not_clipped(tmp_path):

@@ -7,8 +7,9 @@ import shutil
 import numpy as np
 import pytest
 from conftest import draw, stripes, write_folder
+from PIL import Image
 
-from timm_vitres.folders import split_folder
+from timm_vitres.folders import find_classes, find_splits, split_folder
 from timm_vitres.training.datasets import ImageFolder, load_data
 from timm_vitres.training.settings import FinetuneCfg
 
@@ -251,6 +252,37 @@ def test_a_file_is_no_folder(name, tmp_path):
     hint = '' if name.endswith('png') else '; unpack it'
     with pytest.raises(NotADirectoryError, match=f'{name} is not a folder{hint}'):
         load(tmp_path / name)
+
+
+@pytest.mark.parametrize('names', [('seg_train', 'seg_test'), ('train_aug', 'valid_aug')])
+def test_folders_named_like_splits_in_part_are_no_classes(names, tmp_path):
+    """Such as Kaggle's Intel images, unpacked as they come."""
+    for name in names:
+        write_folder(tmp_path / name / name, per_class=2)
+    with pytest.raises(
+        ValueError, match=r'^data_dir: .*_(aug|test)/, .*/ in .* are named like splits; name the folders of the classes by'
+    ):
+        find_classes(tmp_path)
+    assert len(find_classes(tmp_path, any_name=True).names) == 2
+    splits = find_splits(tmp_path, f'{names[0]}/{names[0]}', f'{names[1]}/{names[1]}')
+    assert splits.train == tmp_path / names[0] / names[0] and splits.validation == tmp_path / names[1] / names[1]
+
+
+def test_classes_whose_names_have_such_words_are_classes(tmp_path):
+    for name in ('train_station', 'test_tube'):
+        (tmp_path / name).mkdir()
+        Image.new('RGB', (4, 4)).save(tmp_path / name / '0.png')
+    assert find_classes(tmp_path).names == ['test_tube', 'train_station']
+
+
+def test_a_class_without_images_is_told_why(tmp_path):
+    write_folder(tmp_path, per_class=2)
+    (tmp_path / 'cat').mkdir()
+    for index in range(3):
+        (tmp_path / 'cat' / f'IMG_{index}.HEIC').write_bytes(b'no image')
+    message = r'class folder .*cat has no image \(3 files or folders in it are left out, such as IMG_0.HEIC: no image'
+    with pytest.raises(ValueError, match=message):
+        find_classes(tmp_path)
 
 
 def test_a_models_folder_is_no_class(image_folder):

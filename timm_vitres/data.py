@@ -11,7 +11,7 @@ from typing import Annotated, Any, Dict, List, Literal, Mapping, Optional, Seque
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, ImageChops
 from timm.data import create_transform, resolve_input_data_config
 from timm.layers import to_2tuple
 from timm.models import get_model_input_config
@@ -28,6 +28,7 @@ ImageLike = Union[str, Path, Image.Image, np.ndarray]
 MODES = {1: 'L', 3: 'RGB', 4: 'RGBA'}
 MAX_ASPECT = 100  # an image's longer side may be this many times its shorter one
 WIDE_FORMATS = ('PPM', 'PNG')  # 16 bits of these may be PIL's 32; that of graphics with a header scales them to 65535
+PHOTOMETRIC_TAG = 262  # of a TIFF: 0 is white where it is 0
 BITS_TAG = 258  # of a TIFF; Pillow opens 12 bits as 16
 OVERSHOOT = 0.25  # resampling makes numbers that were from 0 to 1 leave that range by so much
 TURNS = {  # EXIF orientation -> the turn that makes the image upright
@@ -50,7 +51,8 @@ def image_mode(in_chans: int) -> str:
 
 
 def open_image(image: ImageLike, mode: str = 'RGB') -> Image.Image:
-    """Open an image upright and in a mode: EXIF orientation applied, palettes resolved, 16 bits scaled to 8.
+    """Open an image upright and in a mode: EXIF orientation applied, palettes resolved, 16 bits scaled to 8, and what
+    is transparent on white, unless the mode is RGBA.
 
     Of images of numbers with a point, 0 is black and 1 is white; 32-bit integers have no such range, and are refused.
 
@@ -117,8 +119,10 @@ def _upright_in_mode(image: Image.Image, mode: str, name: str) -> Image.Image:
             # timm resizes the shorter side: 10000 x 1 pixels would become 2240000 x 224
             limit = f'its longer side may be up to {MAX_ASPECT} times the shorter'
             raise ValueError(f'it has {image.width} x {image.height} pixels; {limit}')
-        kind, bits = image.format, getattr(image, 'tag_v2', {}).get(BITS_TAG)
-        image = _to_mode(_upright(image), mode, kind, 4095.0 if bits == (12,) else 65535.0)
+        kind, tags = image.format, getattr(image, 'tag_v2', {})
+        white = 4095.0 if tags.get(BITS_TAG) == (12,) else 65535.0
+        is_negative = tags.get(PHOTOMETRIC_TAG) == 0
+        image = _to_mode(_upright(image), mode, kind, white, is_negative)
     except Exception as error:  # Pillow decodes here, and a damaged file raises errors of any kind
         raise _ImageError(name, error) from error
     for key in TURNING_INFO:
@@ -139,11 +143,14 @@ def _upright(image: Image.Image) -> Image.Image:
     return image if turn is None else image.transpose(turn)
 
 
-def _to_mode(image: Image.Image, mode: str, kind: Optional[str], white: float) -> Image.Image:
+def _to_mode(image: Image.Image, mode: str, kind: Optional[str], white: float, is_negative: bool) -> Image.Image:
     if image.mode[0] in 'IF':  # 'I', 'I;16', 'I;16B', 'F': PIL would clip these at 255
         image = Image.fromarray(_to_8_bits(np.asarray(image), image.mode, kind, white))
-    elif image.mode in ('P', 'PA'):
-        image = image.convert('RGBA')  # a transparent palette would make PIL warn if it became RGB
+        image = ImageChops.invert(image) if is_negative else image  # PIL does so with 8 bits
+    elif mode != 'RGBA' and ('a' in image.mode.lower() or 'transparency' in image.info):
+        white_ground = Image.new('RGBA', image.size, 'white')
+        white_ground.alpha_composite(image.convert('RGBA'))
+        image = white_ground
     return image.convert(mode)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Dict, Iterable, List, NamedTuple, Optional, Sequence, Set, Tuple, Union
 
 from .checks import some
-from .walking import File, below, count_files, find_images, is_hidden, natural_order, shown
+from .walking import File, Found, below, count_files, find_images, is_hidden, natural_order, shown
 
 _logger = logging.getLogger(__name__)
 # Split folders have these names, in lower case, once `split_role` took years, separators and words like 'set' off.
@@ -106,8 +106,7 @@ def find_classes(root: Union[str, Path], any_name: bool = False) -> Classes:
     names = folders_in(root)
     found = find_images(root)
     if not found.images:
-        left_out = f' ({len(found.left_out)} files or folders are left out)' if found.left_out else ''
-        raise FileNotFoundError(f'data_dir: Found 0 images in {shown(root)} and its folders{left_out}.')
+        raise FileNotFoundError(f'data_dir: Found 0 images in {shown(root)} and its folders{_reason(root, found)}.')
     places = [tuple(path.split(os.sep)) for path in below(root, found.images)]
     loose = [parts[0] for parts in places if len(parts) == 1]
     if loose:
@@ -119,8 +118,7 @@ def find_classes(root: Union[str, Path], any_name: bool = False) -> Classes:
     filled = {parts[0] for parts in places}
     for name in names:
         if name not in filled:
-            why = found.left_out.get(str(root / name))
-            reason = f', since it is {why}' if why else ''
+            reason = _reason(root / name, found)
             raise ValueError(
                 f'data_dir: the class folder {shown(root / name)} has no image{reason}; add some, or remove it.'
             )
@@ -129,9 +127,21 @@ def find_classes(root: Union[str, Path], any_name: bool = False) -> Classes:
     for path, other in found.same.items():
         if len({name.split(os.sep)[0] for name in below(root, (path, other))}) > 1:
             raise ValueError(f'data_dir: {shown(path)} and {shown(other)} are one file in two classes; remove one.')
-    _check_nested(root, names, places)
+    _check_nested(root, names, places, any_name)
     samples = [(path, parts[0]) for path, parts in zip(found.images, places)]
     return Classes(samples, names, found.left_out, found.files)
+
+
+def _reason(folder: Path, found: Found) -> str:
+    """Return the end of a sentence about a folder without images: why, where something in it was left out."""
+    why = found.left_out.get(str(folder))
+    if why:
+        return f', since it is {why}'
+    inside = [path for path in found.left_out if folder in Path(path).parents]
+    if not inside:
+        return ''
+    first = shown(os.path.relpath(inside[0], folder))
+    return f' ({len(inside)} files or folders in it are left out, such as {first}: {found.left_out[inside[0]]})'
 
 
 def _check_names(root: Path, names: Sequence[str], any_name: bool) -> None:
@@ -148,7 +158,7 @@ def _check_names(root: Path, names: Sequence[str], any_name: bool) -> None:
         )
 
 
-def _check_nested(root: Path, names: Sequence[str], places: Sequence[Tuple[str, ...]]) -> None:
+def _check_nested(root: Path, names: Sequence[str], places: Sequence[Tuple[str, ...]], any_name: bool) -> None:
     """Raise ValueError for folders in class folders that may be the classes themselves; log a warning for others."""
     nested = [parts for parts in places if len(parts) > 2]
     if not nested:
@@ -165,6 +175,14 @@ def _check_nested(root: Path, names: Sequence[str], places: Sequence[Tuple[str, 
                 f'data_dir: the class folder {shown(root / name)} holds the folder {shown(wrong[0])!r}, named like '
                 f'{kind}; classes are the first level of folders, so move it, or rename it.'
             )
+    roles = {name: role for name in names for part in re.split(r'[\s_.-]', name) if (role := split_role(part))}
+    if len(nested) == len(places) and len(set(roles.values())) > 1 and not any_name:
+        first = next(iter(roles))
+        raise ValueError(
+            f'data_dir: {_some(list(roles))} in {shown(root)} hold no image, but folders, and are named like splits; '
+            'name the folders of the classes by train_split and val_split, such as '
+            f"{first}/{min(inner[first])}; train_split '' lets them be classes."
+        )
     first = inner[names[0]]
     if (
         len(nested) == len(places)

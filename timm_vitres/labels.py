@@ -26,12 +26,13 @@ def label_names(model: nn.Module) -> List[str]:
 
 
 def printable(text: str) -> str:
-    """Return text whose control characters, bytes that are no text, and turns of direction are escaped."""
+    """Return text on one line: its control characters, bytes that are no text, and turns of direction are escaped."""
     return ''.join(c.encode('unicode_escape').decode() if _moves(c) else c for c in text)
 
 
 def _moves(c: str) -> bool:
-    return unicodedata.category(c) in ('Cc', 'Cs') or c in '\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069'
+    is_control = unicodedata.category(c) in ('Cc', 'Cs', 'Zl', 'Zp')
+    return is_control or c in '\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069'
 
 
 def check_logits(logits: torch.Tensor, names: Sequence[str]) -> None:

@@ -15,6 +15,8 @@ from typing import Any, Dict, FrozenSet, Iterable, List, NamedTuple, Tuple, Unio
 from PIL import Image, ImageFile
 from tqdm import tqdm
 
+from .labels import printable
+
 # Operating systems add these folders; the thumbnails in them are images.
 SYSTEM_FOLDERS = ('__MACOSX', '@eaDir', '$RECYCLE.BIN', 'System Volume Information', 'lost+found')
 MOST_COUNTED = 10000  # files in a folder that is left out
@@ -40,8 +42,8 @@ class Found(NamedTuple):
 
 
 def shown(path: Union[str, Path]) -> str:
-    """Return a path as it can be printed on one line: control characters and undecodable bytes are escaped."""
-    return ''.join(c if c.isprintable() else c.encode('unicode_escape').decode() for c in str(path))
+    """Return a path as it can be printed on one line; see `printable`."""
+    return printable(str(path))
 
 
 def natural_order(name: str) -> Tuple[list, str]:

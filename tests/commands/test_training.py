@@ -25,7 +25,7 @@ def test_the_whole_way(image_folder, tmp_path, capsys):
         '--output',
         f'{tmp_path}/run',
     ]
-    flags += ['--epochs', '12', '-b', '8', '-j', '1', '--lr', '3e-3', '--hflip', '0']
+    flags += ['--epochs', '12', '-b', '8', '-j', '1', '--lr', '3e-3', '--hflip', '0', '--eval-metric', 'loss']
     result = subprocess.run([*command, 'finetune', str(image_folder), *flags], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert f'local-dir:{tmp_path}/run' in result.stdout and 'epoch 11' in result.stdout
@@ -39,7 +39,8 @@ def test_the_whole_way(image_folder, tmp_path, capsys):
     again = ['finetune', str(image_folder), '--model', 'test_vitresnet', '--output', str(tmp_path / 'run')]
     assert cli.main(again) == 1
     assert 'holds a run already' in capsys.readouterr().err
-    resumed = [*again, '--model-kwargs', 'depth=1', '--img-size', '32', '--epochs', '12', '--resume']
+    flags = ['--model-kwargs', 'depth=1', '--img-size', '32', '--epochs', '12', '--eval-metric', 'loss']
+    resumed = [*again, *flags, '--resume']
     assert cli.main(resumed) == 0
 
 

@@ -23,11 +23,13 @@ def test_a_copy_is_that_of_the_first_that_has_its_content(tmp_path):
     assert find_copies(files) == {str(tmp_path / 'd'): a}
 
 
-def test_too_many_files_are_not_read(tmp_path, monkeypatch):
+def test_too_many_files_are_not_read(tmp_path, monkeypatch, caplog):
     files = write(tmp_path, {'a': b'1', 'b': b'1', 'c': b'2'})
-    for many, found in ((3, 1), (2, 0)):
-        monkeypatch.setattr(copies, 'MANY', many)
-        assert len(find_copies(files)) == found
+    monkeypatch.setattr(copies, 'MANY', 3)
+    assert find_copies(files) == {str(tmp_path / 'b'): str(tmp_path / 'a')}
+    assert find_copies([*files, ('d', 2), ('e', 3)]) == find_copies(files)  # only those of equal size count
+    monkeypatch.setattr(copies, 'MANY', 2)
+    assert find_copies(files) is None and 'nobody looks for copies, since 3 images have the size' in caplog.text
 
 
 def test_half_of_a_set_is_no_accident():

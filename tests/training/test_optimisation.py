@@ -229,10 +229,10 @@ def test_lookahead_ends_an_epoch_with_its_slow_weights():
 
 
 def test_kron_draws_the_same_numbers_in_all_processes():
-    [group] = create_optimizer(cfg(opt='kron'), torch.nn.Linear(2, 2, bias=False), 0.01).param_groups
+    group = create_optimizer(cfg(opt='kron'), torch.nn.Linear(2, 2), 0.01).param_groups[0]
     assert group['deterministic'] is True
     options = cfg(opt='kron', opt_kwargs=dict(deterministic=False))
-    [group] = create_optimizer(options, torch.nn.Linear(2, 2, bias=False), 0.01).param_groups
+    group = create_optimizer(options, torch.nn.Linear(2, 2), 0.01).param_groups[0]
     assert group['deterministic'] is False
 
 

@@ -78,9 +78,7 @@ def test_a_file_goes_before_a_recipe_of_its_name(tmp_path, monkeypatch):
 def test_a_recipe_that_was_edited_here_is_asked_about(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / 'lora.yaml').write_text('epochs: 3')
-    with pytest.raises(
-        ValueError, match=r'^config: lora is a recipe of the package, and lora\.yaml is here'
-    ):
+    with pytest.raises(ValueError, match=r'^config: lora is a recipe of the package, and lora\.yaml is here'):
         recipe('lora')
     assert recipe('lora.yaml') == dict(epochs=3)
     monkeypatch.chdir(FOLDER)

@@ -9,6 +9,7 @@ from huggingface_hub import ModelCard
 
 from timm_vitres.training import report
 from timm_vitres.training.loaders import Batches
+from timm_vitres.training.optimisation import learning_rate
 from timm_vitres.training.report import (
     Best,
     best_epoch,
@@ -174,7 +175,9 @@ def card_of(model, autotuned=None, weights='eval', **kwargs):
     settings = dict(data_dir='photos/cells', model='test_vitresnet', lr=3e-3, epochs=5)
     data = dict(label_names=['cat', 'dog', 'owl'], description='24 images of 3 classes', train=[], validation=[])
     record = Record(FinetuneCfg(**{**settings, **kwargs}), data, timm.data.resolve_model_data_config(model), autotuned)
-    steps = dict(lr=record.trained_cfg.lr, batch_size=record.trained_cfg.batch_size, processes=record.processes)
+    batch_size = record.trained_cfg.batch_size
+    lr = learning_rate(record.trained_cfg, batch_size)
+    steps = dict(lr=lr, batch_size=batch_size, processes=record.processes)
     return run_card(record, Best(ROW, weights), model, 'Cells', steps)
 
 

@@ -166,6 +166,29 @@ def test_no_copy_of_a_test_image_is_trained_on(tmp_path, caplog):
         reserve(cfg(tmp_path), 'RGB')
 
 
+def test_what_is_left_out_is_named_and_counted(tmp_path, caplog):
+    for split, per_class in (('train', 8), ('val', 4), ('test', 4)):
+        write_folder(tmp_path / split, per_class=per_class, seed=len(split))
+        (tmp_path / split / 'down' / 'phone.heic').write_bytes(b'no image here')
+    (tmp_path / 'test' / 'down' / '0.png').write_bytes(b'no image')
+    (tmp_path / 'train' / 'down' / '0.png').write_bytes(b'no image')
+    description = reserve(cfg(tmp_path, skip_bad=True), 'RGB')['description']
+    assert description.endswith('test images are the 7 of test/; 5 files or folders left out')
+    told = [text for text in caplog.messages if text.startswith('left out: ')]
+    assert len(told) == 5 and sum('phone.heic' in text for text in told) == 3
+
+
+def test_validation_images_that_are_all_copies_of_test_images_are_refused(tmp_path):
+    for split, per_class, seed in (('train', 8, 0), ('test', 6, 1)):
+        write_folder(tmp_path / split, per_class=per_class, seed=seed)
+    for name in ('across', 'down'):
+        (tmp_path / 'val' / name).mkdir(parents=True)
+        for index in range(2):
+            shutil.copy(tmp_path / 'test' / name / f'{index}.png', tmp_path / 'val' / name)
+    with pytest.raises(ValueError, match=r'^val_split: all 4 validation images are copies of test images, such as'):
+        reserve(cfg(tmp_path), 'RGB')
+
+
 def test_of_many_images_those_of_the_verdict_are_opened_first(tmp_path, monkeypatch):
     write_folder(tmp_path, per_class=12)
     for path in (tmp_path / 'down').iterdir():

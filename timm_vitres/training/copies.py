@@ -4,10 +4,11 @@ files -> `find_copies` -> which of them have the content of an earlier one.
 """
 
 import hashlib
+import logging
 from collections import defaultdict
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterable, List, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterable, List, Optional, Sequence, Tuple
 
 from tqdm import tqdm
 
@@ -15,20 +16,25 @@ from ..walking import shown
 from ..weights.checksums import sha256
 from .checking import MANY
 
+_logger = logging.getLogger(__name__)
 BEGINNING = 1 << 16  # bytes of a file that tell most files of equal size apart
 
 
-def find_copies(files: Sequence[Tuple[str, int]]) -> Dict[str, str]:
-    """Return each path whose content an earlier one has, with the first that has it.
+def find_copies(files: Sequence[Tuple[str, int]]) -> Optional[Dict[str, str]]:
+    """Return each path whose content an earlier one has, with the first that has it; None where nobody looked.
 
-    Only files of equal size are read, and no more of them than tells them apart. Of more than `MANY` none are: they are
-    too many to be read before a run begins.
+    Only files of equal size are read, and no more of them than tells them apart; none where more than `MANY` are, too
+    many to be read before a run begins.
 
     Args:
         files: (path, bytes) of each. One that can't be read is no copy; whoever opens it as an image will say so.
     """
-    sizes = dict(files if len(files) <= MANY else ())
+    sizes = dict(files)
     alike = _alike([list(sizes)], sizes.__getitem__)
+    count = sum(map(len, alike))
+    if count > MANY:
+        _logger.warning('data_dir: nobody looks for copies, since %d images have the size of another one.', count)
+        return None
     alike = _alike(tqdm(alike, desc='looking for copies', leave=False), _beginning)
     alike = _alike(alike, lambda path: sha256(Path(path)))
     return {path: first for first, *others in alike for path in others}

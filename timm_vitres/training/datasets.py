@@ -107,7 +107,7 @@ def _copies(folders: Sequence['LabelledImages']) -> Dict[str, str]:
     """Return the copies among the images of folders, of which the first one's are kept; see `find_copies`."""
     labels = {path: label for folder in folders for path, label in folder.samples}
     files = {path: file for folder in folders for path, file in folder.files.items()}
-    copies = find_copies([(path, files[path].size) for path in labels])
+    copies = find_copies([(path, files[path].size) for path in labels]) or {}
     others = [(path, first) for path, first in copies.items() if labels[path] != labels[first]]
     if others:
         names = map(shown, others[0])
@@ -252,7 +252,7 @@ def _reload_folder(cfg: FinetuneCfg, mode: str, recorded: Dict[str, Any], looks:
     if not cfg.no_check and len(known) > MANY:
         check = _background_check(sets, 'The run began with it: put the file back as it was, or begin another run.')
     for images in both if not cfg.no_check and check is None else []:
-        images.check('It could be read when the run began; put it back.')
+        images.check('It could be read when the run began; put it back.', cfg.workers)
     return _folder_data(root, sets, recorded['description'], left_out, check)
 
 
@@ -306,7 +306,7 @@ class LabelledImages(Dataset):
         path, target = self.samples[index]
         return open_image(path, self.mode), target
 
-    def check(self, advice: str, workers: int = 1) -> None:
+    def check(self, advice: str, workers: int) -> None:
         """Open every image; raise ValueError, with an advice, for the first that can't be read."""
         raise_for(self.unreadable(workers), advice)
 

@@ -10,15 +10,15 @@ import os
 from collections import Counter
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence, Set
+from typing import Any, Dict, List, Optional, Sequence, Set, Tuple
 
 from torch.utils.data import IterableDataset
 
 from ..folders import find_splits, folders_in, split_folder
 from ..walking import shown
 from ..weights.sources import LOCAL
-from .checking import MANY, raise_for, unreadable
-from .copies import check_copies, check_left, find_copies
+from .checking import raise_for, unreadable
+from .copies import check_copies, check_left, find_copies, split_argument
 from .datasets import UNREADABLE, ImageFolder, check_apart, listed, load_data
 from .runs import Record
 from .settings import FinetuneCfg
@@ -60,9 +60,13 @@ def reserve(cfg: FinetuneCfg, mode: str, test_split: str = TEST, test_frac: floa
     if splits.validation is None:
         rows = {'train': sorted(rows['train'] + rows['validation']), 'validation': None}
     if name is not None:
-        rows['test'] = _of_folder(cfg, mode, root, name, data)
+        rows['test'], left_out = _of_folder(cfg, mode, root, name, data)
+        others = {path: reason for path, reason in data.left_out.items() if path != str(root / name)}
+        data = data._replace(left_out={**others, **left_out})
         how = f'test images are the {len(rows["test"])} of {name}/'
-    _leave_out_copies(root, rows)
+    for text in data.skipped:
+        _logger.warning('left out: %s', text)
+    are_out = _leave_out_copies(root, rows)
     _check_counts(rows['train'], 1 + (splits.validation is None) + (name is None))
     if name is None:
         kept, held = stratified_split(_targets(rows['train'], data.label_names), test_frac, TEST_SEED)
@@ -73,7 +77,9 @@ def reserve(cfg: FinetuneCfg, mode: str, test_split: str = TEST, test_frac: floa
     how += without([label for label in data.label_names if label not in found])
     count = sum(len(part) for part in rows.values() if part)
     description = f'{count} images of {len(data.label_names)} classes in {shown(root.resolve().name)}; {how}'
-    return {'label_names': data.label_names, 'description': description, 'copies_are_out': count <= MANY, **rows}
+    if data.left_out:
+        description += f'; {len(data.left_out)} files or folders left out'
+    return {'label_names': data.label_names, 'description': description, 'copies_are_out': are_out, **rows}
 
 
 def check_unseen(cfg: FinetuneCfg, model: str, images: Dict[str, Any]) -> None:
@@ -121,7 +127,8 @@ def _seen(cfg: FinetuneCfg, record: Record, test: Any) -> Set[Any]:
     theirs = {os.path.join(os.path.realpath(place), name): size for entry in own for name, _, size in entry}
     ours = {os.path.join(root, name): size for name, _, size in test}
     same = {path for path, size in ours.items() if theirs.get(path) == size}
-    copies = find_copies([*theirs.items(), *((path, size) for path, size in ours.items() if path not in theirs)])
+    files = [*theirs.items(), *((path, size) for path, size in ours.items() if path not in theirs)]
+    copies = find_copies(files) or {}
     return same | {path for path, first in copies.items() if path in ours and first in theirs}
 
 
@@ -154,8 +161,10 @@ def _of_dataset(cfg: FinetuneCfg, mode: str, test_split: str) -> Dict[str, Any]:
     }
 
 
-def _of_folder(cfg: FinetuneCfg, mode: str, root: Path, name: str, data: Data) -> List[List[Any]]:
-    """Return what a record says of the images in a folder of test images."""
+def _of_folder(
+    cfg: FinetuneCfg, mode: str, root: Path, name: str, data: Data
+) -> Tuple[List[List[Any]], Dict[str, str]]:
+    """Return what a record says of the images in a folder of test images, and what is left out there, with reasons."""
     class_map = data.train.dataset.class_to_idx
     test = ImageFolder(root / name, class_map, mode, any_name=True)
     check_apart(data.train.dataset, test, TEST)
@@ -163,17 +172,23 @@ def _of_folder(cfg: FinetuneCfg, mode: str, root: Path, name: str, data: Data) -
         check_apart(data.val.dataset, test, TEST)
     if not cfg.no_check:
         test.check_images(cfg.skip_bad, cfg.workers)
-    return listed(root, Subset(test, range(len(test))))
+    return listed(root, Subset(test, range(len(test)))), test.left_out
 
 
-def _leave_out_copies(root: Path, rows: Dict[str, Any]) -> None:
-    """Leave out copies of test images, of validation images, and of any image of a set that is still to be split."""
+def _leave_out_copies(root: Path, rows: Dict[str, Any]) -> bool:
+    """Leave out copies of test images, of validation images, and of any image of a set that is still to be split.
+
+    Returns:
+        Whether copies were looked for, which they are not among too many images.
+    """
     files = {
         os.path.join(root, place): (name, size)
         for name in ('test', 'validation', 'train')
         for place, _, size in rows.get(name) or ()
     }
     copies = find_copies([(path, size) for path, (_, size) in files.items()])
+    if copies is None:
+        return False
     role = {path: name for path, (name, _) in files.items()}
     for name in (TEST, 'validation'):
         copied = {path: first for path, first in copies.items() if role[first] == name != role[path]}
@@ -187,7 +202,13 @@ def _leave_out_copies(root: Path, rows: Dict[str, Any]) -> None:
         _logger.warning('left out: %d images are copies of others, such as %s of %s.', *found)
         for name, part in rows.items():
             rows[name] = part and [row for row in part if os.path.join(root, row[0]) not in gone]
+            if part and not rows[name]:
+                raise ValueError(
+                    f'{split_argument(name)}: all {len(part)} {name} images are copies of test images, such as '
+                    f'{shown(example)} of {shown(copies[example])}; take other images.'
+                )
         check_left(labels, (label for _, label, _ in rows['train']))
+    return True
 
 
 def _check_counts(rows: List[List[Any]], least: int) -> None:

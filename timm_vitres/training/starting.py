@@ -137,6 +137,8 @@ def _load(cfg: FinetuneCfg, mode: str, recorded: Optional[Dict[str, Any]], proce
     data = load_data(cfg, mode, recorded, looks=processes.is_first or processes.local_rank == 0)
     for text in data.skipped:
         _logger.warning('left out: %s', text)
+    if recorded is None and processes.is_first:
+        _logger.info('%s.', data.description)
     return data
 
 
