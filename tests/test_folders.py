@@ -259,9 +259,8 @@ def test_folders_named_like_splits_in_part_are_no_classes(names, tmp_path):
     """Such as Kaggle's Intel images, unpacked as they come."""
     for name in names:
         write_folder(tmp_path / name / name, per_class=2)
-    with pytest.raises(
-        ValueError, match=r'^data_dir: .*_(aug|test)/, .*/ in .* are named like splits; name the folders of the classes by'
-    ):
+    message = r'^data_dir: .*_(aug|test)/, .*/ in .* are named like splits; name the folders of the classes by'
+    with pytest.raises(ValueError, match=message):
         find_classes(tmp_path)
     assert len(find_classes(tmp_path, any_name=True).names) == 2
     splits = find_splits(tmp_path, f'{names[0]}/{names[0]}', f'{names[1]}/{names[1]}')

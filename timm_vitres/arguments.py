@@ -20,7 +20,7 @@ from .labels import label_names, printable
 from .pictures import new_figure
 from .publishing.config_file import check_config_of
 from .weights.downloads import is_transient
-from .writing import check_output
+from .writing import TEMPORARY, check_output
 
 # these errors are the user's or the world's: torch and timm raise RuntimeError for unknown or weightless models,
 # TypeError for unknown arguments; any other error is a mistake of ours, and shows its stack trace
@@ -96,7 +96,7 @@ def _is_drawn(path: Path) -> bool:
 def check_new_folder(name: str, folder: Path) -> None:
     """Raise OSError unless a folder is new or empty, and can be written to."""
     if folder.is_dir():
-        if any(folder.iterdir()):
+        if any(not path.name.startswith(TEMPORARY) for path in folder.iterdir()):  # those a killed writer may leave
             raise FileExistsError(f'{name}: {folder} is not empty, and is not written over; give a new folder.')
         folder = folder / 'model'
     elif os.path.lexists(folder):

@@ -132,14 +132,20 @@ def test_the_order_of_sources_is_timms(tmp_path, monkeypatch):
         find()
 
 
-def test_usual_names_go_before_others_and_shards_go_last(tmp_path):
+def test_safetensors_go_before_pickles_and_usual_names_before_others(tmp_path):
     index = write_shards(timm.create_model('test_vitresnet', num_classes=2), tmp_path)
     assert sources.local_weights(tmp_path) == index
-    (tmp_path / 'mine.pth').touch()
-    assert sources.local_weights(tmp_path) == index
-    for name in ('model.pth', 'pytorch_model.pth', 'pytorch_model.bin', 'model.safetensors'):
+    for name in ('mine.pth', 'model.pth', 'pytorch_model.pth', 'pytorch_model.bin'):  # may be left of an older model
         (tmp_path / name).touch()
+        assert sources.local_weights(tmp_path) == index
+    (tmp_path / 'model.safetensors').touch()
+    assert sources.local_weights(tmp_path) == sources.weights_file(tmp_path) == tmp_path / 'model.safetensors'
+    (tmp_path / 'model.safetensors').unlink()
+    index.rename(tmp_path / 'pytorch_model.bin.index.json')
+    for name in ('pytorch_model.bin', 'pytorch_model.pth', 'model.pth'):
         assert sources.local_weights(tmp_path) == sources.weights_file(tmp_path) == tmp_path / name
+        (tmp_path / name).unlink()
+    assert sources.local_weights(tmp_path) == tmp_path / 'pytorch_model.bin.index.json'
     assert sources.local_weights(tmp_path / 'mine.pth') == tmp_path / 'mine.pth'
 
 

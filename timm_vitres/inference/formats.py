@@ -16,7 +16,7 @@ from torch import nn
 
 from ..checks import is_installed
 from . import openvino_ir
-from .lowering import LoweredLogits, LoweredMaps, forward_only, quantise_
+from .lowering import LoweredLogits, LoweredMaps, forward_only, linear_layers, quantise_
 
 CONFIG_ENTRY = 'config.json'  # what a file says of its images and classes
 Run = Callable[[torch.Tensor], Any]  # images (B, C, H, W), float32 -> a tensor, or a list of them
@@ -120,6 +120,9 @@ def _write_pt2(source: Source, path: Path) -> None:
         # torch.export can't prove what it asks of the strides of channels-last maps in bfloat16
         out.to(memory_format=torch.contiguous_format)
     program = torch.export.export(out, (source.images,), dynamic_shapes=(source.sizes,))
+    for module in program.graph_module.modules():
+        for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
+            node.meta.pop('stack_trace', None)  # where in whose folders the code of each one stands
     torch.export.save(program, path, extra_files={CONFIG_ENTRY: source.config_text})
 
 
@@ -142,6 +145,8 @@ def _write_onnx(source: Source, path: Path) -> None:
     assert program is not None  # it is None with dynamo=False only
     program.save(path, external_data=False)
     if source.precision == 'int8':
+        if source.calibration is None:
+            linear_layers(source.folded)
         _quantise_onnx_(path, source.calibration)
     proto = onnx.load(path)
     for node in proto.graph.node:

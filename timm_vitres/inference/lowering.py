@@ -4,7 +4,7 @@ folded model -> `Lowered` -> float32 images in, float32 outputs out; `check_exam
 """
 
 import inspect
-from typing import Any, Callable, List, Optional, Sequence
+from typing import Any, Callable, List, Optional, Sequence, Set
 
 import torch
 import torch._inductor.config
@@ -65,6 +65,22 @@ class LoweredMaps(Lowered):
         return [y.float() for y in maps]
 
 
+def linear_layers(model: nn.Module) -> Set[str]:
+    """Return the names of a model's linear layers, but for its heads; ValueError where int8 has none to quantise."""
+    classifier = (
+        get_model_traits(model).get('classifier') or getattr(model, 'pretrained_cfg', {}).get('classifier') or ()
+    )
+    heads = (classifier,) if isinstance(classifier, str) else classifier
+    found = {name for name, module in model.named_modules() if type(module) is nn.Linear and name not in heads}
+    if not found:
+        raise ValueError(
+            f"precision: got 'int8', but {type(model).__name__} has no linear layers beside its head, which stays as "
+            "it is; use 'bf16', or what makes convolutions int8: OpenVINO (engine='openvino', format='openvino'), or "
+            "format='onnx' with images of yours."
+        )
+    return found
+
+
 def quantise_(model: nn.Module, anywhere: bool = False) -> int:
     """Make the weights of a model's linear layers int8 by torchao, but for its heads; return how many.
 
@@ -78,20 +94,7 @@ def quantise_(model: nn.Module, anywhere: bool = False) -> int:
         from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
     except ImportError:
         raise ValueError('precision: \'int8\' needs torchao, pip install "timm-vitres[int8]".') from None
-    classifier = (
-        get_model_traits(model).get('classifier') or getattr(model, 'pretrained_cfg', {}).get('classifier') or ()
-    )
-    heads = (classifier,) if isinstance(classifier, str) else classifier
-
-    def wanted(module: nn.Module, name: str) -> bool:
-        return type(module) is nn.Linear and name not in heads
-
-    count = sum(wanted(module, name) for name, module in model.named_modules())
-    if not count:
-        raise ValueError(
-            f"precision: got 'int8', but {type(model).__name__} has no linear layers beside its head, which stays as "
-            f"it is; use 'bf16', or OpenVINO (engine='openvino', format='openvino'), whose int8 is of convolutions."
-        )
+    layers = linear_layers(model)
     options = {}
     if 'reduce_range' in inspect.signature(Int8DynamicActivationInt8WeightConfig).parameters:  # not so in older torchao
         from torchao.utils import should_reduce_range
@@ -102,10 +105,11 @@ def quantise_(model: nn.Module, anywhere: bool = False) -> int:
     precision = torch.get_float32_matmul_precision()
     try:
         with torch._inductor.config.patch(dict.fromkeys(INT8_SETTINGS, True)):
-            quantize_(model, Int8DynamicActivationInt8WeightConfig(**options), filter_fn=wanted)
+            config = Int8DynamicActivationInt8WeightConfig(**options)
+            quantize_(model, config, filter_fn=lambda _, name: name in layers)
     finally:
         torch.set_float32_matmul_precision(precision)
-    return count
+    return len(layers)
 
 
 def check_example(model: nn.Module, example: Optional[torch.Tensor]) -> torch.Tensor:

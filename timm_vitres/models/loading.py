@@ -197,8 +197,8 @@ def create_pretrained(
                 check_once(file)
         except FileNotFoundError as error:
             raise OSError(f'{path}: was replaced while it was being read; load it again.') from error
-        if source.source == 'local-dir':
-            check_noted(source.notes, Path(source.file or ''))
+        if source.source in ('local-dir', 'hf-hub'):
+            check_noted(source.notes, Path(source.file or '') if source.source == 'local-dir' else path.parent)
     state_dict = widened(state_dict, dtype or torch.get_default_dtype())
     size = img_sizes[0] if img_sizes else None
     if len(img_sizes) > 1:

@@ -226,6 +226,11 @@ def _architecture(
             check_keys(add_batch_counts(state_dict, built), built)
         except (RuntimeError, ValueError, TypeError):
             continue
+        _logger.warning(
+            'model: %s is found by its tensors; what none of them shows (num_heads, act_layer, strides, the colours of '
+            'images) is taken to be its own, unless --model and --model-kwargs say otherwise.',
+            name,
+        )
         return name, kwargs
     raise ValueError(
         f'model: not given, and the checkpoint has the tensors of none of {", ".join(candidates)}; say which '

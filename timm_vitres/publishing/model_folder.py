@@ -11,13 +11,13 @@ import re
 import secrets
 import shutil
 import threading
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Dict, Iterator, Mapping, Optional, Tuple
 
 import torch
 
-from ..weights.checksums import SHA256_FIELD, remember
+from ..weights.checksums import SHA256_FIELD, remember, sha256, told_sha256
 from ..weights.files import CARD_HEAD, CARD_NAME, CONFIG_NAME, WEIGHTS_NAME, write_safetensors
 from ..writing import TEMPORARY, replace, sync
 
@@ -98,13 +98,24 @@ def _recover(folder: Path) -> None:
             continue
         if not _OWN.fullmatch(path.name):  # an export's, which needs no lock
             continue
-        begun = not (path / WEIGHTS_NAME).exists() or not (path / CONFIG_NAME).exists()
-        if _READY.fullmatch(path.name) and (begun or not (folder / CONFIG_NAME).exists()):
+        if _READY.fullmatch(path.name) and _is_wanted(path, folder):
             _move(path, folder, config_first=False)  # where there is no config yet, nothing loads before it
         else:
             doomed = folder / f'{TEMPORARY}{secrets.token_hex(8)}'
             replace(path, doomed)  # half removed under its old name, it would be half put in place the next time
             shutil.rmtree(doomed)
+
+
+def _is_wanted(ready: Path, folder: Path) -> bool:
+    """Return whether what a killed writer left belongs to what the folder holds now, which may be put there since."""
+    digest = ready.name.removeprefix(TEMPORARY)
+    if not (ready / CONFIG_NAME).exists():
+        with suppress(OSError):  # a config.json that tells no sha256
+            return told_sha256(folder) == digest
+        return False
+    if not (ready / WEIGHTS_NAME).exists():
+        return (folder / WEIGHTS_NAME).is_file() and sha256(folder / WEIGHTS_NAME) == digest
+    return not (folder / CONFIG_NAME).exists()  # where there is none yet, nothing loads before it
 
 
 def _move(ready: Path, folder: Path, config_first: bool) -> None:

@@ -18,6 +18,7 @@ from ..checks import is_installed, on_one_line
 from ..labels import normalise_label_names
 from ..models.base import Hybrid
 from ..publishing.config_file import check_config_of
+from ..weights.checksums import check_once
 from ..weights.files import CONFIG_NAME
 from ..weights.sources import SOURCE_ARGUMENTS, STARTS
 from .class_maps import first_other, order_of
@@ -113,6 +114,7 @@ def _weights(cfg: FinetuneCfg) -> Dict[str, Any]:
     for name in given:
         if not Path(getattr(cfg, name)).is_file():
             raise FileNotFoundError(f'{name}: there is no file {getattr(cfg, name)}.')
+        check_once(Path(getattr(cfg, name)))  # timm, which reads the latter, compares no checksum
     if len(given) == 2 or (cfg.initial_checkpoint and cfg.pretrained):
         raise ValueError('initial_checkpoint: give only one of initial_checkpoint, pretrained_path and pretrained.')
     if cfg.pretrained_path:  # timm compares the classes of a file by its cfg, and -1 are no model's

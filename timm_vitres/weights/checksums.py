@@ -93,12 +93,18 @@ def published_sha256(path: Path) -> Optional[str]:
     `model.safetensors`; the package tells those of the weights that it holds.
 
     Raises:
-        OSError: where a part of the package is missing.
+        OSError: where a part of the package is missing, and where a repository's config.json is of other weights.
     """
     if is_shipped(path):
         return shipped_sha256(path)
     blob = _blob(path)
     if blob is not None:
+        told = told_sha256(path.parent) if path.name == WEIGHTS_NAME else None
+        if told not in (None, blob.name):
+            raise OSError(
+                f'{path}: is not what {CONFIG_NAME} beside it tells of; the repository has the one of another model '
+                'than the other.'
+            )
         return blob.name
     if path.name != WEIGHTS_NAME:
         return None

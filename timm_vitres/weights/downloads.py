@@ -135,6 +135,12 @@ def _download(url: str, path: Path, published: Optional[str]) -> None:
         raise ConnectionError('it ended too early')
 
 
+def without_secrets(url: str) -> str:
+    """Return an address as it may be told: without user, password and query."""
+    parts = urlparse(url)
+    return parts._replace(netloc=parts.netloc.rpartition('@')[2], params='', query='', fragment='').geturl()
+
+
 def url_file(url: str, cache_dir: Union[None, str, Path] = None) -> Path:
     """Return a file that a URL names, downloaded into torch's cache of checkpoints (or `cache_dir`).
 
@@ -157,12 +163,12 @@ def url_file(url: str, cache_dir: Union[None, str, Path] = None) -> Path:
             replace(part, path)
         except RuntimeError as error:  # torch compares the hash before the file is in the cache
             raise OSError(
-                f'{url}: what arrived is not what the name says ({error}). Try again; if it is no sha256 that the name '
-                f"has, load the file by other means, and give pretrained_cfg_overlay=dict(file='...')."
+                f'{without_secrets(url)}: what arrived is not what the name says ({error}). Try again; if it is no '
+                "sha256 that the name has, load the file by other means, and give pretrained_cfg_overlay=dict(file='...')."
             ) from error
         except OSError as error:
             raise OSError(
-                f'{url}: could not be downloaded ({error}). Once it is here by other means, '
+                f'{without_secrets(url)}: could not be downloaded ({error}). Once it is here by other means, '
                 f"pretrained_cfg_overlay=dict(file='...') takes it."
             ) from error
         finally:

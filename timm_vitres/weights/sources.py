@@ -19,6 +19,8 @@ from .shipped import is_shipped
 
 LOCAL = 'local-dir:'
 STARTS = (LOCAL, 'hf-hub:', 'hf_hub:')  # of names that timm takes for a folder, or a repository
+# safetensors first, as transformers reads them: a pickle may be left of an older model
+USUAL_NAMES = (WEIGHTS_NAME, INDEX_NAMES[0], *WEIGHTS_NAMES[1:], INDEX_NAMES[1])
 # arguments of timm.create_model that say where weights come from; what names a model must not choose them, too
 SOURCE_ARGUMENTS = frozenset(
     ('pretrained', 'pretrained_cfg', 'pretrained_cfg_overlay', 'pretrained_model_args', 'checkpoint_path', 'cache_dir')
@@ -95,11 +97,10 @@ def find_weights(cfg: PretrainedCfg, cache_dir: Union[None, str, Path] = None, t
 def local_weights(path: Union[str, Path]) -> Path:
     """Return a file itself, the weights in a folder (see `weights_file`), or the index of its shards."""
     folder = Path(path)
-    whole = pending_weights(folder) or any((folder / name).is_file() for name in WEIGHTS_NAMES)
-    if folder.is_dir() and not whole:
-        for name in INDEX_NAMES:
-            if (folder / name).is_file():
-                return folder / name
+    if folder.is_dir() and not pending_weights(folder):
+        first = next((folder / name for name in USUAL_NAMES if (folder / name).is_file()), None)
+        if first is not None:
+            return first
     return weights_file(path)
 
 
@@ -120,7 +121,7 @@ def hub_weights(
         OSError: where `hub_file` raises one.
     """
     try:
-        path = hub_file(model_id, filenames or (*WEIGHTS_NAMES, *INDEX_NAMES), cache_dir, token)
+        path = hub_file(model_id, filenames or USUAL_NAMES, cache_dir, token)
         for shard in checkpoint_files(path):
             if shard != path:  # all shards must come from the index's commit
                 hub_file(at_commit(model_id, path.parent.name), (shard.name,), cache_dir, token)
