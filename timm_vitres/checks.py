@@ -119,7 +119,8 @@ def _has_device(value: Any) -> bool:
 def normalises_tokens(name: str) -> bool:
     """Return whether a norm of timm's takes tokens (B, N, D)."""
     try:
-        return get_norm_layer(name)(8)(torch.ones(2, 3, 8)).shape == (2, 3, 8)  # pyright: ignore[reportOptionalCall]
+        layer = get_norm_layer(name)(8).to('meta')  # pyright: ignore[reportOptionalCall]
+        return layer(torch.ones(2, 3, 8, device='meta')).shape == (2, 3, 8)
     except Exception:  # the name is unknown, or the layer takes another number of dimensions
         return False
 
@@ -129,7 +130,8 @@ def normalises_maps(name: str) -> bool:
     """Return whether a norm of timm's takes the maps (B, C, H, W) of a ResNet."""
     for find in (get_norm_layer, get_norm_act_layer):  # the first is for `ResNet`, the second for `ResNetV2`
         try:
-            if find(name)(64)(torch.ones(2, 64, 3, 5)).shape == (2, 64, 3, 5):  # pyright: ignore[reportOptionalCall]
+            layer = find(name)(64).to('meta')  # pyright: ignore[reportOptionalCall]
+            if layer(torch.ones(2, 64, 3, 5, device='meta')).shape == (2, 64, 3, 5):
                 return True
         except Exception:  # the name is unknown here, or the layer takes no maps
             continue

@@ -4,6 +4,7 @@ import copy
 import json
 import os
 import time
+import zipfile
 
 import numpy as np
 import onnx
@@ -273,6 +274,23 @@ def test_a_model_is_exported_from_the_cpu():
 
 
 @pytest.mark.recent
+def test_int8_that_would_quantise_nothing_is_refused(tmp_path):
+    model = timm.create_model('test_vitresnet_mix').eval()  # its attention is of convolutions
+    with pytest.raises(
+        ValueError, match=r"^precision: got 'int8', but VitResNetMix has no linear layers beside its head"
+    ):
+        export(model, tmp_path / 'model.onnx', precision='int8', dynamic=False)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_does_not_tell_where_the_code_lies(tmp_path):
+    model = timm.create_model('test_vitresnet').eval()
+    path = export(model, tmp_path / 'model.pt2', dynamic=False).path
+    with zipfile.ZipFile(path) as archive:
+        content = b''.join(archive.read(name) for name in archive.namelist())
+    assert b'timm_vitres/models' not in content and b'site-packages' not in content
+
+
 def test_onnx_ranges_of_images(tmp_path):
     """With images, convolutions are int8, too."""
     model = create('vitresnet', **LAYERS)

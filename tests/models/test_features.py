@@ -209,7 +209,7 @@ def test_tokens_of_every_block(name, norm):
         every = list(range(len(expected)))
         same(model.get_intermediate_layers(x, n=every, norm=norm), [output[:, 3:] for output in expected])
         same(model.get_intermediate_layers(x, norm=norm), [expected[-1][:, 3:]])
-        same(model.get_intermediate_layers(x, n=(1, 0), norm=norm), [output[:, 3:] for output in expected[1::-1]])
+        same(model.get_intermediate_layers(x, n=(1, 0, 1), norm=norm), [output[:, 3:] for output in expected[:2]])
         ((layer, prefix),) = model.get_intermediate_layers(x, reshape=True, return_prefix_tokens=True, norm=norm)
         same([layer.flatten(2).transpose(1, 2), prefix], last)
 

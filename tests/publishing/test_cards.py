@@ -283,6 +283,42 @@ def test_what_the_user_set_in_the_head_stays():
     assert f'---\n{index}' in merged and 'Mine.' in merged and cards.merge_cards(merged, ours) == merged
 
 
+FIELD_CAMPAIGN = """---
+# figures of the field campaign, do not edit
+license: mit
+base_model:
+model-index:
+- name: solar
+  results:
+  - {task: {type: image-classification}, dataset: {type: custom, name: roofs},  metrics: [{type: f1, value: 91.0}]}
+  - task: {type: image-classification}
+    dataset: {type: custom, name: fields}
+    metrics: [{type: accuracy, value: 62.0, verified: false, note: of 3 days}, {type: f1, value: 60.0}]
+    source: {name: our report, url: https://example.org}
+---
+Text of mine.
+"""
+
+
+def test_results_of_data_of_one_type_stay_apart_however_often_they_are_merged():
+    model = randomise_(timm.create_model('test_vitresnet', num_classes=2))
+    facts = dict(model_name='stripes', description='A run.', recipe='One epoch.', source='local-dir:.')
+    own = EvalResult('image-classification', 'imagefolder', 'roofs', 'accuracy', 75.0, dataset_config='roofs')
+    new = cards.render_card(model, results=[own], **facts)
+    once = cards.merge_cards(FIELD_CAMPAIGN, new)
+    before, after = (yaml.safe_load(text.split('---')[1]) for text in (FIELD_CAMPAIGN, once))
+    [index], [old] = after['model-index'], before['model-index']
+    assert index['name'] == 'solar' and index['results'][:2] == old['results'] and len(index['results']) == 3
+    assert index['results'][2]['metrics'][0]['value'] == 75.0
+    assert '# figures of the field campaign, do not edit' in once and 'base_model:\n' in once
+    assert cards.merge_cards(once, new) == once
+    better = cards.merge_cards(once, new.replace('75.0', '80.0'))
+    results = yaml.safe_load(better.split('---')[1])['model-index'][0]['results']
+    assert [entry['metrics'][0]['value'] for entry in results] == [91.0, 62.0, 80.0]
+    unmeasured = cards.merge_cards(FIELD_CAMPAIGN, cards.render_card(model, **facts))
+    assert FIELD_CAMPAIGN.split('---')[1].strip() in unmeasured  # letter by letter
+
+
 def test_what_this_package_wrote_in_the_head_is_brought_up_to_date():
     facts = dict(model_name='x', description='A.', recipe='B.', source='local-dir:.')
     headless, classifier = (

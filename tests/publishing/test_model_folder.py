@@ -238,6 +238,24 @@ def test_weights_in_shards_that_a_killed_writer_replaces_are_not_read(die, tmp_p
     assert seen == {False, True}
 
 
+@pytest.mark.parametrize('moved', ['config.json', 'model.safetensors'])
+def test_what_was_put_there_after_a_kill_stays(moved, tmp_path):
+    """A remainder is completed only where the folder still holds its other half."""
+    folder, other = (save(model, tmp_path / name, **told) for name, (model, told) in zip(('folder', 'other'), two()))
+    digest = json.loads((folder / 'config.json').read_text())['model_sha256']
+    ready = folder / f'{writing.TEMPORARY}{digest}'
+    ready.mkdir()
+    for name in {'config.json', 'model.safetensors', 'README.md'} - {moved}:
+        shutil.copy(folder / name, ready / name)
+    for name in ('config.json', 'model.safetensors'):  # a backup of the user's
+        shutil.copy(other / name, folder / name)
+    with model_folder.locked(folder):
+        pass
+    assert not ready.exists()
+    for name in ('config.json', 'model.safetensors'):
+        assert (folder / name).read_bytes() == (other / name).read_bytes()
+
+
 def test_planted_links_are_not_followed(tmp_path):
     target = tmp_path / 'target'
     target.write_text('mine')

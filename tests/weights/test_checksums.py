@@ -240,6 +240,24 @@ def test_a_file_that_is_another_is_named_with_a_remedy(name, config, remedy, tmp
         checksums.check(path, ONE)
 
 
+def test_a_repository_of_which_weights_alone_were_replaced_is_named(tmp_path):
+    """Its config.json tells of other weights, and of the order of other classes."""
+    content = b'weights'
+    digest = hashlib.sha256(content).hexdigest()
+    snapshot = tmp_path / 'models--me--x' / 'snapshots' / ('a' * 40)
+    snapshot.mkdir(parents=True)
+    (tmp_path / 'models--me--x' / 'blobs').mkdir()
+    (tmp_path / 'models--me--x' / 'blobs' / digest).write_bytes(content)
+    (snapshot / 'model.safetensors').symlink_to(f'../../blobs/{digest}')
+    for told, is_good in (({}, True), ({'model_sha256': digest}, True), ({'model_sha256': '0' * 64}, False)):
+        (snapshot / 'config.json').write_text(json.dumps(told))
+        if is_good:
+            assert checksums.published_sha256(snapshot / 'model.safetensors') == digest
+            continue
+        with pytest.raises(OSError, match='is not what config.json beside it tells of'):
+            checksums.published_sha256(snapshot / 'model.safetensors')
+
+
 def test_a_damaged_blob_is_named_rather_than_the_link_to_it(tmp_path):
     (tmp_path / 'blobs').mkdir()
     (tmp_path / 'blobs' / ONE).write_bytes(b'weights')

@@ -50,6 +50,17 @@ class RelPosEmbed(PosEmbedRel):
         return rows.flatten(2, 3), columns.flatten(2, 3)
 
 
+class Seen(nn.Identity):
+    """Where a hook may look at what is passed on."""
+
+    __jit_unused_properties__ = ['is_watched']
+
+    @property
+    def is_watched(self) -> bool:
+        """Whether one does."""
+        return bool(self._forward_hooks or self._forward_pre_hooks)
+
+
 @register_notrace_module  # it looks at the size of the map
 class RelPosAttn(BottleneckAttn):
     """timm's `BottleneckAttn` for maps of any size: the tables of relative positions are resampled.
@@ -69,7 +80,7 @@ class RelPosAttn(BottleneckAttn):
         timms = self.pos_embed
         self.pos_embed = RelPosEmbed((timms.height, timms.width), timms.dim_head, timms.scale, device='meta')
         self.pos_embed.height_rel, self.pos_embed.width_rel = timms.height_rel, timms.width_rel
-        self.attn_drop = nn.Identity()  # here attention can be seen (`explain`)
+        self.attn_drop = Seen()  # here attention can be seen (`explain`, timm's AttentionExtract)
         self.fused_attn = use_fused_attn()
         self.fused_from = 512  # pixels; of smaller maps the matrix costs less than what the kernel needs beside it
 
@@ -89,6 +100,7 @@ class RelPosAttn(BottleneckAttn):
         by_kernel = self.fused_attn and not is_exporting()
         if not torch.jit.is_scripting():  # and a trace would keep device and dtype of the indicators as constants
             by_kernel = by_kernel and not torch.compiler.is_compiling() and not torch.jit.is_tracing()
+            by_kernel = by_kernel and not self.attn_drop.is_watched  # the kernel holds no matrix to be seen
         if by_kernel and height * width >= self.fused_from:
             x = self._attend_fused(queries, keys, values, rows, columns)
         else:

@@ -61,8 +61,9 @@ class SerialFeatures(nn.Module):
         """List the maps: those of the pyramid, which the last block ends, then the tokens of every block but the first.
 
         So the first entries are the pyramid, the last one is the last block, as in a ViT, and -k is the k-th block
-        from the end. The first block is left out for programs that take entries at even distances: the four that
-        segmentation_models' DPT takes are then a map of the pyramid and, of 12 blocks, the fourth, eighth and last.
+        from the end, up to depth - 1. The first block is left out for programs that take entries at even distances: the
+        four that segmentation_models' DPT takes are then a map of the pyramid and, of 12 blocks, the fourth, eighth and
+        last.
         """
         embed, depth = self.patch_embed, len(self.blocks)
         levels = list(embed.backbone.feature_info)
@@ -252,12 +253,12 @@ class SerialFeatures(nn.Module):
         norm: bool = False,
         attn_mask: Optional[torch.Tensor] = None,
     ) -> List[torch.Tensor]:
-        """Return the tokens after blocks (DINO's interface): the last `n` blocks, or those numbered in `n`."""
+        """Return the tokens after blocks, in their order (DINO's interface): the last `n`, or those numbered in `n`."""
         blocks, last_block = feature_take_indices(len(self.blocks), n if isinstance(n, int) else list(n))
         plan = Plan([], self.patch_embed.num_levels, True, last_block, blocks)
         computed = self._run(x, plan, norm, attn_mask, is_causal=False)
         layers: List[Any] = []
-        for block in blocks:
+        for block in sorted(set(blocks)):
             prefix, patches = computed.tokens[block].tensor_split([self.num_prefix_tokens], dim=1)
             layer = unflatten_tokens(patches, computed.grid).contiguous() if reshape else patches
             layers.append((layer, prefix) if return_prefix_tokens and self.num_prefix_tokens > 0 else layer)

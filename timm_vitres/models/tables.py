@@ -1,5 +1,6 @@
 """Tables that depend on a size: those of a checkpoint are fitted to the model, as timm does it."""
 
+import logging
 import math
 from typing import Any, Dict, Optional, Sequence
 
@@ -13,6 +14,8 @@ from .composition import output_stride_with
 from .config import PatchSize, VitResNetCfg
 from .embedding import ResNetEmbed
 from .layers import crop_pos_embed
+
+_logger = logging.getLogger(__name__)
 
 
 class SerialTables(nn.Module):
@@ -142,6 +145,12 @@ def _fit_pos_embed(
         if math.prod(grid) == num_tokens:
             old_grid = grid
         elif side is not None:
+            if img_size is None:
+                _logger.warning(
+                    'pos_embed: %d positions are taken for %d x %d; if they are of another grid, load them as '
+                    'pretrained weights, with their input_size in the pretrained_cfg.',
+                    *(num_tokens, side, side),
+                )
             old_grid = (side, side)
         else:
             raise RuntimeError(

@@ -114,7 +114,7 @@ class VitResNet(SerialFeatures, SerialTables, Hybrid, VisionTransformer):
         self.cfg = cfg
         # the first convolution depends on the backbone, so its name is a trait of the instance, not of the cfg
         first_conv = next(name for name, module in self.named_modules() if isinstance(module, nn.Conv2d))
-        self._traits = dict(first_conv=first_conv, classifier=('head',))
+        self._traits = dict(first_conv=first_conv, classifier=('head',), fixed_input_size=False)
         self._init_drop_path(drop_path_rate)
         self._init_feature_info()
 

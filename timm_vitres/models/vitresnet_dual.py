@@ -117,7 +117,8 @@ class VitResNetDual(Hybrid):
         self.norm = nn.LayerNorm(cfg.embed_dim, **dd)
         self.head_drop = nn.Dropout(drop_rate)
         self.reset_classifier(num_classes, cfg.global_pool)
-        self._traits = dict(first_conv='stem.conv1', classifier=('head_resnet', 'head_vit'))
+        heads = ('head_resnet', 'head_vit')
+        self._traits = dict(first_conv='stem.conv1', classifier=heads, fixed_input_size=False)
 
         third = cfg.depth // 3
         self.units_of_level = [0, third, 2 * third, cfg.depth - 1, cfg.depth]  # how many units each map comes after

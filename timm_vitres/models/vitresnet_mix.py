@@ -109,7 +109,7 @@ class VitResNetMix(InterleavedFeatures, Hybrid, ByobNet):
         self.feature_info = [levels[i] for i in self.level_indices]
         self.num_pyramid = len(self.feature_info)
         first_conv = next(name for name, module in self.named_modules() if isinstance(module, nn.Conv2d))
-        self._traits = dict(first_conv=first_conv, classifier=('head.fc',))
+        self._traits = dict(first_conv=first_conv, classifier=('head.fc',), fixed_input_size=False)
         self.weight_init_mode = 'reset' if weight_init == 'skip' else weight_init
         if weight_init not in ('', 'skip') and num_classes > 0:
             self.init_head_('head.fc')
@@ -257,13 +257,14 @@ default_cfgs = generate_default_cfgs(
             interpolation='bilinear',
             crop_pct=1.0,
             crop_mode='center',
+            first_conv='stem.conv',
             label_names=(
                 *('T-shirt/top', 'Trouser', 'Pullover', 'Dress', 'Coat'),
                 *('Sandal', 'Shirt', 'Sneaker', 'Bag', 'Ankle boot'),
             ),
         ),
         # the name without a tag is one for colours and any classes; timm takes the last of those that could be it
-        'vitresnet_mix_nano.untrained*': _cfg(input_size=(3, 64, 64), crop_pct=1.0),
+        'vitresnet_mix_nano.untrained*': _cfg(input_size=(3, 64, 64), crop_pct=1.0, first_conv='stem.conv'),
         'vitresnet_mix.untrained': _cfg(),
         'test_vitresnet_mix.untrained': _cfg(input_size=(3, 96, 96), pool_size=(3, 3)),
     }

@@ -8,10 +8,11 @@ import logging
 import re
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub.repocard_data import model_index_to_eval_results
 from torch import nn
 
 from ..checks import on_one_line
@@ -179,22 +180,60 @@ def merge_cards(old: str, new: str) -> str:
     replaced = {_about(result) for result in ours.data.eval_results or []}
     is_same = are_of_same_weights(old, new)  # else results that stand in the text go with it
     written = [] if is_same else ''.join(OURS.findall(text)).splitlines()
-    results = [
-        result
-        for result in theirs.data.eval_results or []
-        if _about(result) not in replaced and (result.dataset_type != DATASET_TYPE or _line(result) not in written)
-    ]
-    data.eval_results = [*results, *(ours.data.eval_results or [])] or None
+
+    def is_kept(result: EvalResult) -> bool:
+        return _about(result) not in replaced and (result.dataset_type != DATASET_TYPE or _line(result) not in written)
+
+    own = ours.data.to_dict().get('model-index')
+    data.eval_results = [*filter(is_kept, theirs.data.eval_results or []), *(ours.data.eval_results or [])] or None
     data.model_name = theirs.data.model_name or ours.data.model_name
-    before, after = theirs.data.to_dict(), data.to_dict()
-    index = (yaml.safe_load(head) or {}).get('model-index') if head is not None else None
-    if index and len(index) > 1:  # huggingface_hub would make one model of them
-        before['model-index'] = after['model-index'] = index
-        after.pop('model_name', None)
-    changed = {key: value for key, value in after.items() if before.get(key) != value}
-    head = _with_fields(head if head is not None else 'library_name: timm\n', changed, after)
+    # fields stay as the YAML has them: huggingface_hub drops those without a value, and makes one result of several on
+    # data of one type
+    head = head if head is not None else 'library_name: timm\n'
+    raw = yaml.safe_load(head) or {}
+    before, merged = theirs.data.to_dict(), data.to_dict()
+    merged['model-index'] = _merged_index(raw.get('model-index'), merged.get('model-index'), own, is_kept)
+    changed = {name: value for name, value in merged.items() if value is not None and before.get(name) != value}
+    if changed.get('model-index') == raw.get('model-index'):
+        changed.pop('model-index', None)
+    if 'model-index' in raw or 'model-index' in changed:
+        changed.pop('model_name', None)
+    after = {**raw, **changed}
+    for name in {*before} - {name for name, value in merged.items() if value is not None}:
+        changed[name] = None
+        after.pop(name, None)
+    head = _with_fields(head, changed, after)
     new_text = _with_result(_split(new)[1], text) if is_same else _split(new)[1]
     return f'---\n{head}---\n{_merged(text, new_text, theirs.data.get(TEXT_FIELD))}'
+
+
+def _merged_index(
+    old: Optional[List[Any]],
+    new: Optional[List[Any]],
+    ours: Optional[List[Any]],
+    is_kept: Callable[[EvalResult], bool],
+) -> Optional[List[Any]]:
+    """Return the results of a merged card: those of the old one that are kept, entry by entry as they are, and ours.
+
+    Args:
+        old: The old card's model-index; one of several models stays.
+        new: That of all results that are kept and ours, as huggingface_hub writes it, for where there is no old one.
+        ours: That of ours alone.
+    """
+    if not old or len(old) > 1:
+        return old or new
+    results = []
+    for entry in old[0].get('results') or []:
+        metrics = [metric for metric in entry.get('metrics') or [] if is_kept(_result_of(entry, metric))]
+        if metrics:
+            results.append(entry if len(metrics) == len(entry['metrics']) else {**entry, 'metrics': metrics})
+    results += ours[0]['results'] if ours else []
+    return [{**old[0], 'results': results}] if results else None
+
+
+def _result_of(entry: Dict[str, Any], metric: Dict[str, Any]) -> EvalResult:
+    """Return what huggingface_hub makes of a metric of an entry of a model-index."""
+    return model_index_to_eval_results([{'name': '', 'results': [{**entry, 'metrics': [metric]}]}])[1][0]
 
 
 def _with_result(new: str, old: str) -> str:

@@ -164,7 +164,7 @@ def url_file(url: str, cache_dir: Union[None, str, Path] = None) -> Path:
         except RuntimeError as error:  # torch compares the hash before the file is in the cache
             raise OSError(
                 f'{without_secrets(url)}: what arrived is not what the name says ({error}). Try again; if it is no '
-                "sha256 that the name has, load the file by other means, and give pretrained_cfg_overlay=dict(file='...')."
+                "sha256 that the name has, load it by other means: pretrained_cfg_overlay=dict(file='...') takes it."
             ) from error
         except OSError as error:
             raise OSError(
