@@ -267,3 +267,19 @@ def test_some_words_of_many():
 def test_the_first_sentence_of_an_error():
     assert checks.first_sentence(ValueError('it is so.\nAnd more. Still more')) == 'it is so'
     assert checks.first_sentence(ValueError('version 2.1 is needed')) == 'version 2.1 is needed'
+
+
+def test_norms_are_known_where_parameters_are_made_on_meta(monkeypatch):
+    """As accelerate's `init_empty_weights` makes them; and what was found there holds elsewhere."""
+    register = torch.nn.Module.register_parameter
+
+    def on_meta(self, name, parameter):
+        register(self, name, None if parameter is None else torch.nn.Parameter(parameter.to('meta')))
+
+    for known in (checks.normalises_tokens, checks.normalises_maps):
+        known.cache_clear()
+    monkeypatch.setattr(torch.nn.Module, 'register_parameter', on_meta)
+    assert checks.normalises_tokens('rmsnorm') and checks.normalises_maps('groupnorm')
+    assert not checks.normalises_tokens('batchnorm2d') and not checks.normalises_maps('no-such')
+    monkeypatch.undo()
+    assert timm.create_model('test_vitresnet', norm_layer='rmsnorm').norm.weight.device.type == 'cpu'

@@ -9,6 +9,7 @@ from typing import Any, Callable, Dict, List, Tuple
 
 import torch
 from torch import nn
+from torch.utils.benchmark import Timer
 
 from .models.layers import fused_attentions, unfused
 
@@ -101,8 +102,6 @@ def measure(
     Args:
         x: On the device whose time is taken.
     """
-    from torch.utils.benchmark import Timer  # it is imported late, since importing this package does not need it
-
     timers = {
         name: Timer('function(x)', globals=dict(function=function, x=x), num_threads=torch.get_num_threads())
         for name, function in functions.items()

@@ -30,11 +30,11 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from .checks import MAX_BATCH, between, conform
+from .checks import MAX_BATCH, between, check_choice, conform
 from .data import as_model_takes, data_config, image_mode, open_image
 from .labels import check_logits, label_names
 from .plugins import taught, teach
-from .views import averaged, check_tta
+from .views import TTA, averaged
 from .walking import shown
 
 MAX_CLASSES = 2**31 - 1  # torch's
@@ -157,7 +157,7 @@ def predict_each(
     topk = conform('topk', topk, Annotated[int, between(1, MAX_CLASSES)])
     batch_size = conform('batch_size', batch_size, Annotated[int, between(1, MAX_BATCH)])
     workers = conform('workers', workers, Annotated[int, between(0, MAX_WORKERS)])
-    check_tta(tta)
+    check_choice('tta', tta, TTA)
     if not isinstance(model, nn.Module):
         raise TypeError(f'model: got {type(model).__name__}, expected a torch.nn.Module; timm.create_model makes one.')
     plain = unwrap_model(model)

@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from .checks import check_choice
+
 TTA = ('', 'flip', 'shift')
 
 
@@ -26,15 +28,9 @@ def averaged(model: nn.Module, x: torch.Tensor, tta: str = '') -> torch.Tensor:
     Raises:
         ValueError: for another `tta`.
     """
-    check_tta(tta)
+    check_choice('tta', tta, TTA)
     logits = [weight * model(view).float() for view, weight in _views(x, tta)]
     return torch.stack(logits).sum(0)
-
-
-def check_tta(tta: str) -> None:
-    """Raise ValueError for a test-time augmentation that does not exist."""
-    if tta not in TTA:
-        raise ValueError(f'tta: got {tta!r}, expected one of {", ".join(map(repr, TTA))}.')
 
 
 def _views(x: torch.Tensor, tta: str) -> Iterator[Tuple[torch.Tensor, float]]:

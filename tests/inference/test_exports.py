@@ -276,9 +276,7 @@ def test_a_model_is_exported_from_the_cpu():
 @pytest.mark.recent
 def test_int8_that_would_quantise_nothing_is_refused(tmp_path):
     model = timm.create_model('test_vitresnet_mix').eval()  # its attention is of convolutions
-    with pytest.raises(
-        ValueError, match=r"^precision: got 'int8', but VitResNetMix has no linear layers beside its head"
-    ):
+    with pytest.raises(RuntimeError, match='VitResNetMix has no linear layers beside its head'):
         export(model, tmp_path / 'model.onnx', precision='int8', dynamic=False)
     assert not list(tmp_path.iterdir())
 

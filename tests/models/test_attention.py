@@ -78,3 +78,20 @@ def test_what_fused_attention_gets_is_what_kernels_of_gpus_take(size, monkeypatc
 def test_no_image_has_no_answer():
     for name in ('test_vitresnet', 'test_vitresnet_dual', 'test_vitresnet_mix'):
         assert timm.create_model(name, num_classes=3).eval()(torch.randn(0, 3, 64, 64)).shape == (0, 3)
+
+
+def test_whoever_looks_sees_attention_whatever_the_size():
+    """timm's `AttentionExtract`: the kernel, which holds no matrix, gives way to hooks, and to nothing else."""
+    model = timm.create_model('vitresnet_mix_bot26t').eval()
+    x = torch.randn(1, 3, 384, 384)
+    with torch.inference_mode():
+        expected = model(x)
+        maps = timm.utils.AttentionExtract(model, method='hook')(x)
+    sizes = {'stages.2.1': 24**2, 'stages.3.0': 24**2, 'stages.3.1': 12**2}
+    assert {name: y.shape[-1] for name, y in maps.items()} == {
+        f'{name}.self_attn.attn_drop': size for name, size in sizes.items()
+    }
+    for y in maps.values():
+        assert relative_difference(y.sum(-1), torch.ones_like(y[..., 0])) < 1e-5
+    with torch.inference_mode():
+        assert relative_difference(model(x), expected) < 1e-5

@@ -294,3 +294,20 @@ def test_a_family_without_tables_leaves_them():
     weights = dict(model.state_dict(), pos_embed=torch.ones(1, 7, 48))
     found = model.fit_tables(weights)
     assert found == weights and found is not weights
+
+
+@pytest.mark.parametrize('family', Hybrid.families, ids=lambda family: family.__name__)
+def test_the_registry_names_the_first_convolution_or_leaves_it_open(family):
+    for name in family.variants:
+        model = timm.create_model(name, device='meta')
+        for cfg in timm.models.get_arch_pretrained_cfgs(name).values():
+            assert cfg.first_conv in (None, model.first_conv), name
+        facts = timm.models.get_model_input_config(model)
+        assert facts['fixed_input_size'] is False and facts['first_conv'] == model.first_conv
+
+
+@pytest.mark.parametrize('name, timms', [('vitresnet_mix_bot26t', 'botnet26t_256.c1_in1k'), ('vitresnet_small', None)])
+def test_a_cfg_of_timms_does_not_fix_the_size(name, timms):
+    cfg = timm.get_pretrained_cfg(timms or name).to_dict()
+    model = timm.create_model(name, pretrained_cfg={**cfg, 'fixed_input_size': True}, device='meta')
+    assert timm.data.resolve_model_data_config(model, dict(img_size=384))['input_size'] == (3, 384, 384)

@@ -227,3 +227,12 @@ def test_tokens_of_another_size_are_those_of_the_model_that_was_saved(name, befo
         expected = torch.cat([table[:, :prefix], rows], 1)
     assert old != new
     torch.testing.assert_close(loaded.pos_embed, torch.nn.Parameter(expected))
+
+
+def test_a_grid_that_nobody_tells_is_told_of(caplog):
+    """A square one is what images of other sizes have as a rule; 2 x 8 tokens are as many."""
+    source, other = (timm.create_model('vitresnet_tiny', img_size=size) for size in ((64, 256), (128, 256)))
+    other.load_state_dict(source.state_dict())
+    assert caplog.messages[0].startswith('pos_embed: 16 positions are taken for 4 x 4; if they are of another grid')
+    source.load_state_dict(source.state_dict())
+    assert len(caplog.messages) == 1

@@ -13,8 +13,8 @@ from timm_vitres.training.optimisation import learning_rate
 from timm_vitres.training.report import (
     Best,
     best_epoch,
-    count_epochs,
     evaluate,
+    read_summary,
     run_card,
     write_summary,
 )
@@ -136,10 +136,10 @@ HISTORY = [
 @pytest.mark.parametrize('draws', [True, False])
 def test_the_table_has_a_row_for_each_epoch(draws, tmp_path, monkeypatch):
     monkeypatch.setattr(report, 'can_draw', lambda: draws)
-    assert count_epochs(tmp_path) == 0
+    assert len(read_summary(tmp_path)) == 0
     for number in (1, 2):
         write_summary(HISTORY[:number], tmp_path)
-        assert count_epochs(tmp_path) == number
+        assert len(read_summary(tmp_path)) == number
     assert (tmp_path / 'summary.csv').read_bytes() == (
         b'epoch,train_loss,eval_loss,eval_top1,eval_balanced,seconds\n0,2.0,2.5,25.0,20.0,1.5\n1,1.0,1.5,75.0,70.0,1.25\n'
     )
@@ -157,13 +157,13 @@ def test_a_whole_table_means_that_the_curves_are_drawn(tmp_path, monkeypatch):
     monkeypatch.setattr(report, 'plot_curves', fail)
     with pytest.raises(OSError, match=r'curves\.png could not be written'):
         write_summary(HISTORY, tmp_path)
-    assert count_epochs(tmp_path) == 1 and (tmp_path / 'curves.png').read_bytes() == curves
+    assert len(read_summary(tmp_path)) == 1 and (tmp_path / 'curves.png').read_bytes() == curves
 
 
 @pytest.mark.parametrize('data', [b'', b'\xff\xfe\x00', b'epoch,train_loss\n'])
 def test_a_table_that_can_not_be_read_has_no_epochs(data, tmp_path):
     (tmp_path / 'summary.csv').write_bytes(data)
-    assert count_epochs(tmp_path) == 0
+    assert len(read_summary(tmp_path)) == 0
 
 
 ROW = dict(epoch=3, eval_loss=0.5, eval_top1=91.6666, eval_balanced=88.3333, eval_macro_f1=87.6543)

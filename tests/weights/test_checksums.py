@@ -254,7 +254,7 @@ def test_a_repository_of_which_weights_alone_were_replaced_is_named(tmp_path):
         if is_good:
             assert checksums.published_sha256(snapshot / 'model.safetensors') == digest
             continue
-        with pytest.raises(OSError, match='is not what config.json beside it tells of'):
+        with pytest.raises(OSError, match=r'is not what config\.json beside it tells of'):
             checksums.published_sha256(snapshot / 'model.safetensors')
 
 

@@ -34,6 +34,15 @@ def test_a_url_is_downloaded_once(tmp_path):
         timm.create_model('test_vitresnet', **options)
 
 
+def test_secrets_of_an_address_are_not_told(tmp_path):
+    url = f'file://user:pass@/{tmp_path}/none.pth?signature=SECRET#part'
+    with pytest.raises(OSError, match=r'^file://.*/none\.pth: could not be downloaded') as error:
+        downloads.url_file(url, tmp_path)
+    url = 'https://user:pass@host.org:8080/a.pth?signature=SECRET'
+    assert downloads.without_secrets(url) == 'https://host.org:8080/a.pth'
+    assert not any(secret in str(error.value) for secret in ('pass@', 'SECRET'))
+
+
 def test_a_download_that_fails_is_one_sentence_and_leaves_nothing(tmp_path):
     cache = tmp_path / 'cache'
     (tmp_path / 'weights-0a1b2c3d.pth').write_bytes(b'half of it')
@@ -47,15 +56,6 @@ def test_a_download_that_fails_is_one_sentence_and_leaves_nothing(tmp_path):
 
 
 @pytest.mark.parametrize('name', ['a.pth', 'a.safetensors', 'a.npz'])
-def test_secrets_of_an_address_are_not_told(tmp_path):
-    url = f'file://user:pass@/{tmp_path}/none.pth?signature=SECRET#part'
-    with pytest.raises(OSError, match=r'^file://.*/none\.pth: could not be downloaded') as error:
-        downloads.url_file(url, tmp_path)
-    url = 'https://user:pass@host.org:8080/a.pth?signature=SECRET'
-    assert downloads.without_secrets(url) == 'https://host.org:8080/a.pth'
-    assert not any(secret in str(error.value) for secret in ('pass@', 'SECRET'))
-
-
 def test_what_ended_too_early_is_not_kept(name, tmp_path, monkeypatch):
     """A connection may end without an error, and the half of a file would stay in the cache for ever."""
     path, cache = tmp_path / name, tmp_path / 'cache'

@@ -133,6 +133,8 @@ def _load_pt2(path: Path) -> Run:
 def _write_onnx(source: Source, path: Path) -> None:
     import onnx
 
+    if source.precision == 'int8' and source.calibration is None:
+        linear_layers(source.folded)
     program = torch.onnx.export(
         source.module(),
         (source.images,),
@@ -145,8 +147,6 @@ def _write_onnx(source: Source, path: Path) -> None:
     assert program is not None  # it is None with dynamo=False only
     program.save(path, external_data=False)
     if source.precision == 'int8':
-        if source.calibration is None:
-            linear_layers(source.folded)
         _quantise_onnx_(path, source.calibration)
     proto = onnx.load(path)
     for node in proto.graph.node:
@@ -242,7 +242,7 @@ ROWS = (
         suffixes=('.xml',),
         precisions=('fp32', 'bf16', 'int8'),
         write=_write_openvino,
-        load=openvino_ir.load,
+        load=openvino_ir.Runner,
         extra='openvino',
         packages=('openvino', 'onnx', 'onnxscript'),
         packages_int8=('nncf',),

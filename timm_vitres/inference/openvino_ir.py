@@ -167,8 +167,3 @@ class Runner:
             model = model.clone()
             model.reshape(list(shape))
         return self.core.compile_model(model, 'CPU', self.settings)
-
-
-def load(path: Path) -> Runner:
-    """Return what a file computes."""
-    return Runner(path)

@@ -13,6 +13,7 @@ import torch
 from timm.models.vision_transformer import get_init_weights_vit
 from torch import nn
 
+from ..checks import check_choice
 from ..weights.checkpoints import read_checkpoint
 from ..weights.comparison import add_batch_counts, check_dtypes, check_keys
 from ..weights.layouts import StateDict, convert_layout, widened
@@ -144,8 +145,7 @@ class Hybrid(nn.Module):
     @torch.jit.ignore
     def train_one_head(self, head: str) -> None:
         """Set every head but the one of this name to zero, and freeze it, so that the sum of logits is that one's."""
-        if head not in self.heads:
-            raise ValueError(f'head: got {head!r}, expected one of {", ".join(map(repr, self.heads))}.')
+        check_choice('head', head, tuple(self.heads))
         for name in self.heads:
             for parameter in self.get_submodule(name).parameters() if name != head else ():
                 nn.init.zeros_(parameter).requires_grad_(False)

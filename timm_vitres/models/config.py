@@ -24,7 +24,6 @@ from ..checks import (
     conform,
 )
 
-__all__ = ['VitResNetCfg', 'VitResNetDualCfg', 'VitResNetMixCfg']
 GlobalPool = Literal['', 'avg', 'avgmax', 'max', 'token', 'map', 'prr']
 StemType = Literal['', 'deep', 'deep_tiered', 'tiered', 'fixed', 'deep_fixed', 'same', 'deep_same']
 DualGlobalPool = Literal['', 'avg', 'token']

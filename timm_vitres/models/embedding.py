@@ -15,7 +15,6 @@ from torch import nn
 from .layers import check_images, crop_pos_embed, is_captured, resample_pos_embed, same_padding
 from .merging import batch_norms_of_convolutions, merge_batch_norm_
 
-__all__ = ['ResNetEmbed']
 Size = Union[int, Tuple[int, int]]
 
 

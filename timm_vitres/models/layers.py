@@ -18,24 +18,6 @@ from ..timm_private import EXPORTING_FLAG
 from ..timm_private import feature_take_indices as take_indices
 from .merging import check_plain, make_channels_last_
 
-__all__ = [
-    'PadSameConv2d',
-    'PadSameMaxPool2d',
-    'PadSameStdConv2d',
-    'check_images',
-    'checked_images',
-    'crop_pos_embed',
-    'feature_take_indices',
-    'fused_attentions',
-    'is_captured',
-    'pad_to',
-    'resample_pos_embed',
-    'same_padding',
-    'unflatten_tokens',
-    'unfuse_',
-    'unfused',
-]
-
 
 def feature_take_indices(num_features: int, indices: Optional[Union[int, List[int]]] = None) -> Tuple[List[int], int]:
     """Return indices of features, counted from 0, and the highest: all of them, the last so many, or those listed.

@@ -211,13 +211,6 @@ class VitResNetDual(Hybrid):
             token_stride=(side, side),
         )
 
-    def _begin(self, stem: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor, Tuple[int, int]]:
-        """Return the map (stride 4), the class token, and the grid of patch tokens, that the first unit takes."""
-        x = self.maxpool(stem)
-        stride = self.token_stride
-        grid = ((x.shape[-2] + stride - 1) // stride, (x.shape[-1] + stride - 1) // stride)
-        return x, self.cls_token.expand(x.shape[0], -1, -1), grid
-
     def forward_features(self, x: torch.Tensor) -> MapAndTokens:
         """Take x (B, C, H, W) -> the ResNet's map (B, C', H / 32, W / 32), the ViT's tokens (B, 1 + N, D)."""
         kept: List[int] = []
@@ -232,7 +225,10 @@ class VitResNetDual(Hybrid):
         x = self.stem(x)
         if 0 in kept:
             levels.append(x)
-        x, tokens, grid = self._begin(x)
+        x = self.maxpool(x)
+        stride = self.token_stride
+        grid = ((x.shape[-2] + stride - 1) // stride, (x.shape[-1] + stride - 1) // stride)
+        tokens = self.cls_token.expand(x.shape[0], -1, -1)
         for i, unit in enumerate(self.units):
             if i < num_units:
                 if self.grad_checkpointing and not torch.jit.is_scripting():

@@ -104,8 +104,8 @@ def render_config(
         ValueError: for a value that it can't hold; the message names the argument.
     """
     own: Optional[List[str]] = None
-    with suppress(ValueError):  # names that the model has without an order are no names
-        own = normalise_label_names(_own_label_names(model), model.num_classes)
+    with suppress(ValueError):  # there are none, of other classes, or without an order
+        own = normalise_label_names(model.pretrained_cfg.get('label_names'), model.num_classes)
     names = own if label_names is None else normalise_label_names(label_names, model.num_classes)
     tested: Dict[str, Any] = {}
     if data_config:
@@ -136,11 +136,6 @@ def _item(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return tuple(_item(one) for one in value)
     return value.item() if isinstance(value, np.generic) else value
-
-
-def _own_label_names(model: nn.Module) -> Any:
-    names = model.pretrained_cfg.get('label_names')
-    return names if names is not None and len(names) == model.num_classes else None
 
 
 def _state_dict(model: nn.Module) -> Dict[str, torch.Tensor]:

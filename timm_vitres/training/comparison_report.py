@@ -15,7 +15,7 @@ from ..pictures import can_draw, plot_comparison
 from ..walking import shown
 from ..writing import replacing
 from .held_out import Answers
-from .plans import OWN, REPORT_NAME, SHORT, Plan
+from .plans import OWN, REPORT_NAME, Plan
 from .runs import given_settings
 from .settings import FinetuneCfg
 from .verdict import Verdict, listed
@@ -177,7 +177,7 @@ def _how(cfg: FinetuneCfg, plan: Plan, chosen: Mapping[str, float], rows: Mappin
     if len(plan.lrs) > 1:
         search = (
             f'The learning rate of each arm is that of {lrs} which was best on validation images, with seed '
-            f'{plan.seeds[0]} and a {"third" if SHORT == 3 else f"{SHORT}th"} of the epochs, or one; the chance of '
+            f'{plan.seeds[0]} and a third of the epochs, or one; the chance of '
             'that choice is in no interval.'
         )
         ends = [name for name, lr in chosen.items() if f'{lr:g}' in (f'{min(plan.lrs):g}', f'{max(plan.lrs):g}')]

@@ -202,26 +202,13 @@ class Failure(NamedTuple):
     sentence: str
 
 
-class _Epoch:
-    """The number of the epoch, in memory that loader processes share."""
-
-    def __init__(self):
-        self.shared = multiprocessing.Value('q', 0, lock=False)
-
-    def set(self, epoch: int) -> None:
-        self.shared.value = epoch
-
-    def get(self) -> int:
-        return self.shared.value
-
-
 class _Seeded(Dataset):
     """A dataset whose random numbers depend on (seed, epoch, index) alone.
 
     An index beyond the end is a further augmentation of an image, whose number is part of the seed.
     """
 
-    def __init__(self, dataset: Any, seed: int, epoch: _Epoch, names: Sequence[str]):
+    def __init__(self, dataset: Any, seed: int, epoch: Any, names: Sequence[str]):
         self.dataset, self.seed, self.epoch, self.names = dataset, seed, epoch, names
 
     def __len__(self) -> int:
@@ -230,7 +217,7 @@ class _Seeded(Dataset):
     def __getitem__(self, index: int) -> Any:
         repeat, index = divmod(index, len(self.dataset))
         try:
-            with seeded(self.seed, self.epoch.get(), index, *([repeat] if repeat else [])):
+            with seeded(self.seed, self.epoch.value, index, *([repeat] if repeat else [])):
                 return self.dataset[index]
         except Exception as error:
             name = self.names[index] if index < len(self.names) else f'image {index}'
@@ -240,7 +227,7 @@ class _Seeded(Dataset):
 class _SeededStream(IterableDataset):
     """A stream whose random numbers depend on (seed, epoch, worker, position, process), thus on how many there are."""
 
-    def __init__(self, dataset: Any, seed: int, epoch: _Epoch, rank: int = 0):
+    def __init__(self, dataset: Any, seed: int, epoch: Any, rank: int = 0):
         self.dataset, self.seed, self.epoch = dataset, seed, epoch
         self.rank = [rank] if rank else []
 
@@ -252,7 +239,7 @@ class _SeededStream(IterableDataset):
         samples: Optional[Iterator[Any]] = None
         for position in itertools.count():
             try:
-                with seeded(self.seed, self.epoch.get(), worker.id if worker else 0, position, *self.rank):
+                with seeded(self.seed, self.epoch.value, worker.id if worker else 0, position, *self.rank):
                     samples = samples or iter(self.dataset)
                     sample = next(samples, None)
             except Exception as error:  # the stream has ended with it, and a batch that is not full would be dropped
@@ -277,7 +264,7 @@ class _Share(Sampler):
         repeats: Of so many augmentations of each image that is drawn, an epoch then has fewer images; 0 and 1 are one.
     """
 
-    def __init__(self, length: int, seed: int, epoch: _Epoch, shuffle: bool, repeats: int, processes: Processes):
+    def __init__(self, length: int, seed: int, epoch: Any, shuffle: bool, repeats: int, processes: Processes):
         self.length, self.seed, self.epoch, self.shuffle = length, seed, epoch, shuffle
         self.repeats, self.processes = max(repeats, 1), processes
         self.num_valid = len(range(processes.rank, length, processes.count))
@@ -292,7 +279,7 @@ class _Share(Sampler):
             order = torch.arange(self.length)
             order = torch.cat([order, order[-1:].repeat(-self.length % count)])
         else:
-            generator = torch.Generator().manual_seed(derived(self.seed, self.epoch.get()))
+            generator = torch.Generator().manual_seed(derived(self.seed, self.epoch.value))
             order = torch.randperm(self.length, generator=generator)
             if self.repeats > 1:
                 order = (order[:, None] + self.length * torch.arange(self.repeats)).flatten()
@@ -319,7 +306,7 @@ class Batches:
         self.dataset, self.batch_size = dataset, batch_size
         self.processes = processes or Processes()
         self.share: Optional[_Share] = None
-        self.epoch = _Epoch()
+        self.epoch: Any = multiprocessing.Value('q', 0, lock=False)  # in memory that loader processes share
         options: Dict[str, Any] = {}
         if isinstance(dataset, IterableDataset):
             if hasattr(dataset, 'set_loader_cfg'):
@@ -356,7 +343,7 @@ class Batches:
 
     def set_epoch(self, epoch: int) -> None:
         """Use the random numbers of an epoch from the next iteration on."""
-        self.epoch.set(epoch)
+        self.epoch.value = epoch
         if hasattr(self.dataset, 'set_epoch'):
             self.dataset.set_epoch(epoch)
 

@@ -108,11 +108,6 @@ def read_summary(folder: Path) -> List[Dict[str, float]]:
         return []
 
 
-def count_epochs(folder: Path) -> int:
-    """Return how many epochs the table in a folder has; 0 where none is."""
-    return len(read_summary(folder))
-
-
 def run_card(record: Record, best: Best, model: nn.Module, name: str, steps: Dict[str, Any]) -> str:
     """Return the card of a run's model.
 

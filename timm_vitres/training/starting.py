@@ -20,7 +20,7 @@ from .held_out import TABLE_NAME
 from .loaders import check_policy
 from .optimisation import check_optimizer, lacks_bfloat16, needs_muon_in_float32
 from .processes import Processes
-from .report import best_epoch, count_epochs
+from .report import best_epoch, read_summary
 from .runs import RECORD_NAME, Record, run_folder
 from .settings import FinetuneCfg
 from .sharding import check_processes, synchronised
@@ -204,7 +204,7 @@ def is_over(cfg: FinetuneCfg, history: List[Dict[str, float]]) -> bool:
 def is_whole(folder: Path, history: List[Dict[str, float]], is_over: bool = False) -> bool:
     """Return whether all that follows the last checkpoint was written; the table of epochs is written last."""
     files = [folder / WEIGHTS_NAME, folder / CONFIG_NAME, *([folder / TABLE_NAME] if is_over else [])]
-    return count_epochs(folder) == len(history) and all(path.is_file() for path in files)
+    return len(read_summary(folder)) == len(history) and all(path.is_file() for path in files)
 
 
 def _shared_out(record: Record, processes: Processes) -> FinetuneCfg:
