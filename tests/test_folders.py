@@ -259,12 +259,20 @@ def test_folders_named_like_splits_in_part_are_no_classes(names, tmp_path):
     """Such as Kaggle's Intel images, unpacked as they come."""
     for name in names:
         write_folder(tmp_path / name / name, per_class=2)
-    message = r'^data_dir: .*_(aug|test)/, .*/ in .* are named like splits; name the folders of the classes by'
+    message = r'^data_dir: .*_(aug|test)/, .*/ in .* are named like splits; name the folders that hold the classes'
     with pytest.raises(ValueError, match=message):
         find_classes(tmp_path)
     assert len(find_classes(tmp_path, any_name=True).names) == 2
     splits = find_splits(tmp_path, f'{names[0]}/{names[0]}', f'{names[1]}/{names[1]}')
     assert splits.train == tmp_path / names[0] / names[0] and splits.validation == tmp_path / names[1] / names[1]
+
+
+def test_folders_of_classes_named_like_splits_in_part_are_what_the_sentence_says(tmp_path):
+    for name in ('my_train', 'my_val'):
+        write_folder(tmp_path / name, per_class=2)
+    (tmp_path / 'my_val' / 'down').rename(tmp_path / 'my_val' / 'left')
+    with pytest.raises(ValueError, match=r'by train_split and val_split, such as my_train;'):
+        find_classes(tmp_path)
 
 
 def test_classes_whose_names_have_such_words_are_classes(tmp_path):

@@ -178,10 +178,11 @@ def _check_nested(root: Path, names: Sequence[str], places: Sequence[Tuple[str, 
     roles = {name: role for name in names for part in re.split(r'[\s_.-]', name) if (role := split_role(part))}
     if len(nested) == len(places) and len(set(roles.values())) > 1 and not any_name:
         first = next(iter(roles))
+        place = f'{first}/{min(inner[first])}' if len(inner[first]) == 1 else first
         raise ValueError(
             f'data_dir: {_some(list(roles))} in {shown(root)} hold no image, but folders, and are named like splits; '
-            'name the folders of the classes by train_split and val_split, such as '
-            f"{first}/{min(inner[first])}; train_split '' lets them be classes."
+            'name the folders that hold the classes by train_split and val_split, such as '
+            f"{place}; train_split '' lets them be classes."
         )
     first = inner[names[0]]
     if (

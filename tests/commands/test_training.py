@@ -133,6 +133,11 @@ def test_what_is_given_is_not_measured(flag, autotune, capsys, monkeypatch):
     assert getattr(runs.pop(), name) is not flag.startswith('--no-a')
 
 
+def test_a_comparison_has_no_autotune_whatever_a_recipe_says(compared, capsys):
+    assert cli.main(['compare', 'images', '--output', 'out', '--config', 'fmnist', '--amp']) == 0
+    assert compared.pop()[0].amp is True and 'autotune left out' in capsys.readouterr().out
+
+
 def test_an_empty_config_is_no_default(compared, capsys):
     assert cli.main(['compare', 'images', '--output', 'out', '--config', '']) == 1 and not compared
     assert "config: got '', which is no file" in capsys.readouterr().err

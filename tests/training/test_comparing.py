@@ -171,7 +171,11 @@ def test_runs_that_are_gone_are_made_again(unbroken, images, tmp_path, monkeypat
         (dict(opt='no-such'), 'opt: '),
     ],
 )
-def test_what_no_run_can_have_leaves_no_folder(changes, message, images, tmp_path):
+def test_what_no_run_can_have_leaves_no_folder(changes, message, images, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:  # before any image is opened, or any arm measured
+        patch.setattr(plans, 'reserve', lambda *args: pytest.fail('images were opened'))
+        with pytest.raises(ValueError, match=f'^{message}'):
+            compare(recipe(images, tmp_path / 'out', **changes), **FLAGS)
     with pytest.raises(ValueError, match=f'^{message}'):
         compare(recipe(images, tmp_path / 'out', **changes), **FLAGS)
     assert not (tmp_path / 'out' / 'compare.json').exists()

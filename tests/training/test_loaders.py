@@ -148,6 +148,12 @@ def test_drawing_for_an_image_leaves_the_generators_alone():
         assert torch.equal(torch.rand(1), first[0]) and np.random.rand() == first[1]
 
 
+def test_images_that_are_held_out_of_a_dataset_have_its_numbers():
+    assert names_of([['a/x.png', 'a', 3], ['b/y.png', 'b', 4]]) == ['a/x.png', 'b/y.png']
+    assert names_of({'split': 'train', 'count': 60, 'indices': [17, 4]}) == ['image 17', 'image 4']
+    assert names_of({'split': 'test', 'count': 60, 'indices': None}) == []
+
+
 def test_an_epoch_and_its_first_image_draw_by_seeds_of_their_own():
     assert len({derived(0), derived(0, 0), derived(0, 0, 0), derived(0, 1), derived(1, 0)}) == 5
 

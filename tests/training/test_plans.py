@@ -154,7 +154,7 @@ def test_named_arms_see_the_same_images(tmp_path, monkeypatch):
 
 
 def test_schedules_have_the_same_shape_for_fewer_epochs():
-    settings = dict(warmup_epochs=2, mixup=0.2, mixup_off_epoch=15, decay_milestones=(5, 10))
+    settings = dict(warmup_epochs=2, mixup=0.2, mixup_off_epoch=15, decay_milestones=(5, 10), sched='multistep')
     cfg = FinetuneCfg(data_dir='photos', epochs=20, **settings)
     assert in_proportion(cfg, 20, 20) == cfg
     half = in_proportion(cfg, 10, 20)
@@ -178,6 +178,13 @@ def test_epochs_are_equal_or_those_that_fit(cfg, times, tmp_path):
         assert make_plan(cfg, asked(cfg, minutes=minutes), tmp_path / name) == plan  # as it is read back
     with pytest.raises(ValueError, match=r'^minutes: got 0.07, but an epoch of test_vitresnet_mix takes 0.1 here'):
         make_plan(cfg, asked(cfg, minutes=0.07), tmp_path)
+
+
+def test_what_says_nothing_in_an_older_plan_is_passed_over(cfg, times, tmp_path):
+    make_plan(cfg, asked(cfg), tmp_path)
+    path = tmp_path / 'compare.json'
+    path.write_text(path.read_text().replace('"mixup_off_epoch": 0', '"mixup_off_epoch": 10'))
+    assert make_plan(cfg, asked(cfg), tmp_path).asked['recipe']['mixup_off_epoch'] == 0
 
 
 def test_a_size_is_the_same_however_it_was_given(cfg, times, tmp_path):

@@ -88,7 +88,8 @@ def _given(args: argparse.Namespace, settings: Dict[str, Any]) -> Dict[str, Any]
     for name in idle(given):  # what is switched off takes along what the recipe says of it alone
         if name not in vars(args) and any(other in vars(args) for other in NEEDED[name]):
             del given[name]
-    for name in ('amp', 'channels_last', 'no_fused_attn') if given.get('autotune') else ():
+    measured = given.get('autotune') and not given.get('resume')  # of what goes on the record decides
+    for name in ('amp', 'channels_last', 'no_fused_attn') if measured else ():
         if name in vars(args):
             raise ValueError(f'autotune: chooses {name} by measurement, and it was given, too; add --no-autotune.')
     return given
@@ -145,14 +146,14 @@ def run_compare(args: argparse.Namespace) -> int:
     settings = recipe(config)
     if args.config is None and getattr(args, 'pretrained', False):  # weights have a size and colours of their own
         settings = {name: value for name, value in settings.items() if name not in SEEN}
-    given = _given(args, settings)
-    left_out = [name for name in OWN if name in given]
+    left_out = [name for name in OWN if name in settings]
+    given = _given(args, {name: value for name, value in settings.items() if name not in OWN})
     if left_out:
         print(f'config: {config}: {", ".join(left_out)} left out, since every arm or run has its own.')
     own = {name: vars(args)[name] for name in FLAGS_OF_COMPARE if name in args}
     if 'minutes' in own and 'epochs' in args:
         raise ValueError('minutes: got minutes and epochs; give one.')
-    cfg = FinetuneCfg(**{name: value for name, value in given.items() if name not in OWN})
+    cfg = FinetuneCfg(**given)
     comparison = compare(cfg, **own)
     print('', *table_lines(comparison.figures), '', comparison.sentence, sep='\n')
     picture = f'{PICTURE_NAME}, ' if (comparison.folder / PICTURE_NAME).is_file() else ''

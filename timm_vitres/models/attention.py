@@ -58,7 +58,7 @@ class Seen(nn.Identity):
     @property
     def is_watched(self) -> bool:
         """Whether one does."""
-        return bool(self._forward_hooks or self._forward_pre_hooks)
+        return bool(self._forward_hooks or self._forward_pre_hooks or self._backward_hooks)
 
 
 @register_notrace_module  # it looks at the size of the map
@@ -100,7 +100,8 @@ class RelPosAttn(BottleneckAttn):
         by_kernel = self.fused_attn and not is_exporting()
         if not torch.jit.is_scripting():  # and a trace would keep device and dtype of the indicators as constants
             by_kernel = by_kernel and not torch.compiler.is_compiling() and not torch.jit.is_tracing()
-            by_kernel = by_kernel and not self.attn_drop.is_watched  # the kernel holds no matrix to be seen
+            # the kernel holds no matrix that could be seen, or changed by a layer that somebody has put there
+            by_kernel = by_kernel and not getattr(self.attn_drop, 'is_watched', True)
         if by_kernel and height * width >= self.fused_from:
             x = self._attend_fused(queries, keys, values, rows, columns)
         else:

@@ -111,9 +111,13 @@ def padded_crop(size: Sequence[int], padding: int, interpolation: str) -> transf
     )
 
 
-def names_of(rows: Any) -> List[str]:
-    """Return the images' names that a record of a folder has; none of other data."""
-    return [str(row[0]) for row in rows] if isinstance(rows, (list, tuple)) else []
+def names_of(entry: Any) -> List[str]:
+    """Return the images' names that a record's entry has: paths in a folder, or the numbers of a part of a dataset's
+    split; none of a whole split, whose images count from 0.
+    """
+    if isinstance(entry, (list, tuple)):
+        return [str(row[0]) for row in entry]
+    return [f'image {index}' for index in (entry or {}).get('indices') or ()]
 
 
 def check_policy(aa: Optional[str], mode: str) -> None:

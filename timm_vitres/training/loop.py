@@ -226,13 +226,13 @@ class _Run:
         name = f'epoch {epoch + 1}/{self.cfg.epochs}'
         self.optimizer.zero_grad()
         with self.processes.bar(self.train_batches, name) as bar:
-            for index, ((x, target), (share, is_last)) in enumerate(zip(bar, plan), 1):
+            for (x, target), (share, is_last) in zip(bar, plan):
                 x, target = x.to(self.device), target.to(self.device)
                 if self.mixup is not None:
                     x, target = self.mixup(x, target)
                 if self.cfg.channels_last:
                     x = x.contiguous(memory_format=torch.channels_last)
-                losses.update(self._step(x, target, share, is_last, epoch, index == len(plan)), len(x))
+                losses.update(self._step(x, target, share, is_last, epoch), len(x))
                 bar.set_postfix(loss=f'{losses.avg:.3f}', refresh=False)
                 if not is_last:
                     continue
@@ -250,9 +250,7 @@ class _Run:
                     distribute_bn(module, self.processes.count, reduce=True)
         return self.processes.mean(losses.avg)
 
-    def _step(
-        self, x: torch.Tensor, target: torch.Tensor, share: int, is_last: bool, epoch: int, is_end: bool
-    ) -> float:
+    def _step(self, x: torch.Tensor, target: torch.Tensor, share: int, is_last: bool, epoch: int) -> float:
         """Take a batch, and return its loss; gradients of many processes are averaged with the last of a step."""
         with nullcontext() if is_last or self.cfg.fsdp else self.task.no_sync():
             try:
@@ -263,7 +261,7 @@ class _Run:
                 ) from error
             if self.processes.any(not torch.isfinite(loss)):
                 raise self._diverged(f'the loss became {loss.item()}', epoch)
-            self.stepper.backward(loss, share, is_last, is_end)
+            self.stepper.backward(loss, share, is_last)
         return loss.item()
 
     def _freeze(self, epoch: int) -> None:

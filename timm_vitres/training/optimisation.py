@@ -190,12 +190,8 @@ class Stepper:
         with self.autocast():
             return self.task(x, target)['loss']
 
-    def backward(self, loss: torch.Tensor, share: int, is_last: bool, is_end: bool = False) -> None:
-        """Add the gradients of a batch's loss to those of the others of its step; take the step after the last.
-
-        Args:
-            is_end: Whether it is the epoch's last step, after which the model is evaluated and saved.
-        """
+    def backward(self, loss: torch.Tensor, share: int, is_last: bool) -> None:
+        """Add the gradients of a batch's loss to those of the others of its step; take the step after the last."""
         loss = loss / share if share > 1 else loss
         clip = self.cfg.clip_grad
         parameters: Any = None
@@ -221,8 +217,6 @@ class Stepper:
                     dispatch_clip_grad(parameters, value=clip, mode=self.cfg.clip_mode)
                 with self.stepping():
                     self.optimizer.step()
-        if is_end and hasattr(self.optimizer, 'sync_lookahead'):  # it passes over what has no gradient
-            self.optimizer.sync_lookahead()
         if is_last:
             self.optimizer.zero_grad()
 

@@ -10,7 +10,7 @@ import logging
 import os
 import re
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Optional, Sequence, Set, Tuple
 
 import timm
 import torch
@@ -24,7 +24,7 @@ from ..weights.checkpoints import checkpoint_files
 from ..weights.checksums import sha256
 from ..weights.sources import LOCAL, STARTS, local_weights
 from ..writing import replacing
-from .creation import create_finetune_model, image_size, tell_of_random_weights
+from .creation import create_finetune_model, image_size
 from .loaders import check_cutmix, check_policy
 from .optimisation import (
     STEP_EPOCHS,
@@ -40,7 +40,7 @@ from .processes import Processes
 from .recipes import FOLDER, recipe
 from .reserved import check_unseen, num_training, reserve, training_counts
 from .runs import current_versions, from_anywhere
-from .settings import MIXING, FinetuneCfg
+from .settings import MIXING, FinetuneCfg, idle
 from .tasks import create_criterion, create_task
 from .verdict import LEAST_SEEDS
 
@@ -135,15 +135,16 @@ def in_proportion(cfg: FinetuneCfg, epochs: int, most: int) -> FinetuneCfg:
         return cfg
     part = epochs / most
     changed: Dict[str, Any] = dict(warmup_epochs=cfg.warmup_epochs * part)
+    if cfg.sched == 'multistep':
+        changed['decay_milestones'] = tuple(sorted({max(round(epoch * part), 1) for epoch in cfg.decay_milestones}))
     decay_epochs = STEP_EPOCHS if cfg.decay_epochs is None and cfg.sched == 'step' else cfg.decay_epochs
     is_part = cfg.sched in ('wsd', 'rsqrt')  # to these less than one epoch is a part of all
-    if decay_epochs is not None and not (is_part and decay_epochs < 1):
+    if (cfg.sched == 'step' or is_part) and decay_epochs is not None and not (is_part and decay_epochs < 1):
         own = decay_epochs * part
         changed['decay_epochs'] = decay_epochs / most if is_part and own < 1 else own
     if cfg.mixup_off_epoch:
         changed['mixup_off_epoch'] = max(round(cfg.mixup_off_epoch * part), 1)
-    milestones = sorted({max(round(epoch * part), 1) for epoch in cfg.decay_milestones})
-    return dataclasses.replace(cfg, decay_milestones=tuple(milestones), **changed)
+    return dataclasses.replace(cfg, **changed)
 
 
 def asked_for(
@@ -247,15 +248,18 @@ def make_plan(cfg: FinetuneCfg, asked: Dict[str, Any], folder: Path) -> Plan:
     check_policy(cfg.aa, mode)
     if cfg.img_size is not None:
         check_cutmix(cfg.cutmix_minmax, image_size(cfg.img_size))
+    if asked['minutes'] is None:
+        _check_schedules(cfg, {cfg.epochs, _short(cfg.epochs)}, 1)
     images = reserve(cfg, mode, asked['test_split'], asked['test_frac'])
-    for arm in arms.values():
-        tell_of_random_weights(arm.cfg(cfg))
     for name, arm in arms.items() if cfg.pretrained else ():
         check_unseen(cfg, arm.model, images)
         arm.note_weights_(name)
     _logger.info('%s.', images['description'])
     create_criterion(cfg, training_counts(images, cfg.val_frac, asked['seeds'][0]))  # whose error would come too late
     measure_arms_(cfg, arms, len(images['label_names']))
+    for arm in arms.values():
+        if arm.input_size:
+            check_cutmix(cfg.cutmix_minmax, arm.input_size)
     batches = max(num_training(images, cfg.val_frac, asked['seeds'][0]) // cfg.batch_size, 1)
     for name, arm in arms.items():
         arm.epochs = cfg.epochs
@@ -271,8 +275,9 @@ def make_plan(cfg: FinetuneCfg, asked: Dict[str, Any], folder: Path) -> Plan:
             if abs(seconds / 60 / asked['minutes'] - 1) > UNEQUAL:
                 told = name, as_minutes(seconds)
                 _logger.warning('minutes: %s gets %s, since epochs are whole; give more for equal times.', *told)
-        arm.search_epochs = max(round(arm.epochs / SHORT), 1)
-    _check_schedules(cfg, arms, batches)
+        arm.search_epochs = _short(arm.epochs)
+    if asked['minutes'] is not None:
+        _check_schedules(cfg, {epochs for arm in arms.values() for epochs in (arm.epochs, arm.search_epochs)}, batches)
     device = Processes().device(cfg.device)
     threads = torch.get_num_threads()
     machine = f'{threads} thread{"s" * (threads > 1)} of the CPU' if device == 'cpu' else device
@@ -290,12 +295,16 @@ def make_plan(cfg: FinetuneCfg, asked: Dict[str, Any], folder: Path) -> Plan:
     return plan
 
 
-def _check_schedules(cfg: FinetuneCfg, arms: Dict[str, ArmPlan], batches: int) -> None:
-    """Raise ValueError where the epochs of a run are too few for the schedule."""
+def _short(epochs: int) -> int:
+    """Return how many epochs the search for a learning rate takes."""
+    return max(round(epochs / SHORT), 1)
+
+
+def _check_schedules(cfg: FinetuneCfg, lengths: Set[int], batches: int) -> None:
+    """Raise ValueError where runs of some numbers of epochs are too short for the schedule."""
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=cfg.lr)
-    most = max(arm.epochs for arm in arms.values())
-    for epochs in sorted({epochs for arm in arms.values() for epochs in (arm.epochs, arm.search_epochs)}):
-        own = dataclasses.replace(in_proportion(cfg, epochs, most), epochs=epochs)
+    for epochs in sorted(lengths):
+        own = dataclasses.replace(in_proportion(cfg, epochs, max(lengths)), epochs=epochs)
         create_scheduler(own, optimizer, batches)
 
 
@@ -386,6 +395,7 @@ def _check_same(before: Dict[str, Any], now: Dict[str, Any], folder: Path) -> No
         del asked['recipe']
     if isinstance(old.get('img_size'), list) and len(old['img_size']) == 1:  # as it was noted once
         old['img_size'] = old['img_size'][0]
+    old.update({name: new.get(name) for name in idle(old)})  # older versions took such
     for field in dataclasses.fields(FinetuneCfg):
         if field.name in new and field.name != 'epochs':  # one that is younger than the comparison was at its default
             old.setdefault(field.name, json.loads(json.dumps(field.default)))

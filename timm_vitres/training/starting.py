@@ -95,7 +95,8 @@ class Setup:
         check_optimizer(cfg)
         _tell_of_bfloat16(cfg, self.device)
         check_trackers(cfg)
-        _tell_of_idle(cfg)
+        if self.processes.is_first:
+            _tell_of_idle(cfg)
         mode = _check_images(cfg)
         if record is not None:
             self.cfg = cfg = _shared_out(record, self.processes)
@@ -105,7 +106,8 @@ class Setup:
             cfg = without_weights(cfg)
         self.model = create_finetune_model(cfg, len(self.data.label_names), self.data.label_names).to(self.device)
         if record is None:
-            tell_of_random_weights(cfg)
+            if self.processes.is_first:
+                tell_of_random_weights(cfg)
             record = self._record(cfg)
             self.cfg = record.trained_cfg
             check_processes(self.cfg, self.device, self.processes)  # autotune may have switched something on

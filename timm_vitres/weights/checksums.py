@@ -102,8 +102,8 @@ def published_sha256(path: Path) -> Optional[str]:
         told = told_sha256(path.parent) if path.name == WEIGHTS_NAME else None
         if told not in (None, blob.name):
             raise OSError(
-                f'{path}: is not what {CONFIG_NAME} beside it tells of; the repository has the one of another model '
-                'than the other.'
+                f'{path}: is not what {CONFIG_NAME} beside it tells of: one of them was replaced alone. Push both '
+                f'again, or take {SHA256_FIELD} out of {CONFIG_NAME} there; name@revision gives an older commit.'
             )
         return blob.name
     if path.name != WEIGHTS_NAME:
