@@ -45,7 +45,7 @@ def test_the_median_of_the_rounds_counts(monkeypatch):
         def timeit(self, number):
             return SimpleNamespace(mean=next(self.means))
 
-    monkeypatch.setattr('timm_vitres.measure.Timer', Timer)
+    monkeypatch.setattr('torch.utils.benchmark.Timer', Timer)
     assert measure({'a': None}, torch.ones(1)) == {'a': 3.0}
 
 
@@ -60,7 +60,7 @@ def test_a_hopeless_function_is_called_once(monkeypatch):
             calls.append(self.function)
             return SimpleNamespace(mean={'slow': 5.5, 'fair': 4.5, 'fast': 1.0}[self.function])
 
-    monkeypatch.setattr('timm_vitres.measure.Timer', Timer)
+    monkeypatch.setattr('torch.utils.benchmark.Timer', Timer)
     names = {name: name for name in ('slow', 'fair', 'fast')}
     assert measure(names, torch.ones(1), hopeless=5) == {'slow': 5.5, 'fair': 4.5, 'fast': 1.0}
     assert calls == ['slow', 'fair', 'fast'] + 3 * ['fair', 'fast']

@@ -9,7 +9,6 @@ from typing import Any, Callable, Dict, List, Tuple
 
 import torch
 from torch import nn
-from torch.utils.benchmark import Timer
 
 from .models.layers import fused_attentions, unfused
 
@@ -102,6 +101,8 @@ def measure(
     Args:
         x: On the device whose time is taken.
     """
+    from torch.utils.benchmark import Timer  # which looks for compilers, and may warn of what it finds
+
     timers = {
         name: Timer('function(x)', globals=dict(function=function, x=x), num_threads=torch.get_num_threads())
         for name, function in functions.items()
