@@ -19,6 +19,9 @@ from .creation import BATCH_NORMS, head_parameters
 from .settings import FinetuneCfg
 
 _logger = logging.getLogger(__name__)
+OF_SCHEDULES = dict(  # which of timm's schedules take a setting
+    decay_epochs=('step', 'wsd', 'rsqrt'), decay_milestones=('multistep',), decay_rate=('step', 'multistep', 'poly')
+)
 STEP_EPOCHS = 90.0  # after so many the rate falls by timm's schedule 'step', unless told otherwise
 
 

@@ -27,6 +27,7 @@ from ..writing import replacing
 from .creation import create_finetune_model, image_size
 from .loaders import check_cutmix, check_policy
 from .optimisation import (
+    OF_SCHEDULES,
     STEP_EPOCHS,
     Stepper,
     are_finite,
@@ -40,7 +41,7 @@ from .processes import Processes
 from .recipes import FOLDER, recipe
 from .reserved import check_unseen, num_training, reserve, training_counts
 from .runs import current_versions, from_anywhere
-from .settings import MIXING, FinetuneCfg, idle
+from .settings import MIXES, OF_MIXES, FinetuneCfg, idle
 from .tasks import create_criterion, create_task
 from .verdict import LEAST_SEEDS
 
@@ -57,7 +58,7 @@ OWN = (
 SEEN = ('img_size', 'mean', 'std', 'interpolation', 'crop_pct')  # what an image becomes before an arm sees it
 ELSEWHERE = ('output', 'workers', 'no_check')  # these change no result, and may change when a comparison goes on
 RECIPE = str(FOLDER / 'compare.yaml')  # by its path: a file of the user's may have its name
-SHORT = 3  # the search for a learning rate takes the epochs divided by this
+SHORT = 3  # the search for a learning rate takes the epochs divided by this, which the report calls a third
 UNEQUAL = 0.1  # part by which an arm's training time may miss what was asked for without a word
 ROUNDS, SECONDS = 11, 0.1  # of a measurement, for each arm
 
@@ -135,13 +136,14 @@ def in_proportion(cfg: FinetuneCfg, epochs: int, most: int) -> FinetuneCfg:
         return cfg
     part = epochs / most
     changed: Dict[str, Any] = dict(warmup_epochs=cfg.warmup_epochs * part)
-    if cfg.sched == 'multistep':
+    if cfg.sched in OF_SCHEDULES['decay_milestones']:
         changed['decay_milestones'] = tuple(sorted({max(round(epoch * part), 1) for epoch in cfg.decay_milestones}))
-    decay_epochs = STEP_EPOCHS if cfg.decay_epochs is None and cfg.sched == 'step' else cfg.decay_epochs
-    is_part = cfg.sched in ('wsd', 'rsqrt')  # to these less than one epoch is a part of all
-    if (cfg.sched == 'step' or is_part) and decay_epochs is not None and not (is_part and decay_epochs < 1):
+    decay_epochs = cfg.decay_epochs if cfg.sched in OF_SCHEDULES['decay_epochs'] else None
+    if cfg.sched == 'step':
+        changed['decay_epochs'] = (decay_epochs or STEP_EPOCHS) * part
+    elif decay_epochs is not None and decay_epochs >= 1:  # below, it is a part of all epochs already
         own = decay_epochs * part
-        changed['decay_epochs'] = decay_epochs / most if is_part and own < 1 else own
+        changed['decay_epochs'] = own if own >= 1 else decay_epochs / most
     if cfg.mixup_off_epoch:
         changed['mixup_off_epoch'] = max(round(cfg.mixup_off_epoch * part), 1)
     return dataclasses.replace(cfg, **changed)
@@ -364,7 +366,8 @@ def _functions(
         unfuse_(fused_attentions(model))
     x = torch.randn(cfg.batch_size, *shape, device=device).contiguous(memory_format=layout)
     target = torch.randint(num_classes, (cfg.batch_size,), device=device)
-    plain_loss = dataclasses.replace(cfg, model_kwargs=None, **{name: getattr(FinetuneCfg, name) for name in MIXING})
+    unmixed = {name: getattr(FinetuneCfg, name) for name in (*MIXES, *OF_MIXES)}
+    plain_loss = dataclasses.replace(cfg, model_kwargs=None, **unmixed)
     task = create_task(plain_loss, model, [str(i) for i in range(num_classes)], None, {}, device)
     optimizer = create_optimizer(cfg, task.get_trainable_module(), 1e-6)
     stepper = Stepper(cfg, task, optimizer, device, needs_muon_in_float32(cfg, device))

@@ -30,7 +30,8 @@ NOT_OF_NO_AUG = (
 # a dataset of one of these names is an image folder; timm would open it by its own reader or by torchvision's
 FOLDER_NAMES = ('', 'folder', 'image_folder', 'imagefolder', 'torch/folder', 'torch/image_folder')
 MAX_COUNT = 2**31 - 1  # the sum of two such is a seed that numpy takes
-MIXING = ('mixup', 'cutmix', 'cutmix_minmax', 'mixup_prob', 'mixup_switch_prob', 'mixup_mode', 'mixup_off_epoch')
+MIXES = ('mixup', 'cutmix', 'cutmix_minmax')  # any of these mixes images
+OF_MIXES = ('mixup_prob', 'mixup_switch_prob', 'mixup_mode', 'mixup_off_epoch')  # and these say how
 # settings that say nothing where all of others are left out
 NEEDED = {
     'torchcompile_mode': ('torchcompile',),
@@ -42,7 +43,7 @@ NEEDED = {
     'clip_mode': ('clip_grad',),
     **dict.fromkeys(('remode', 'recount'), ('reprob',)),
     **dict.fromkeys(('bce_sum', 'bce_target_thresh', 'bce_pos_weight'), ('bce_loss',)),
-    **dict.fromkeys(MIXING[3:], MIXING[:3]),
+    **dict.fromkeys(OF_MIXES, MIXES),
 }
 
 

@@ -18,7 +18,7 @@ from .creation import create_finetune_model, image_size, input_args, tell_of_ran
 from .datasets import Data, load_data
 from .held_out import TABLE_NAME
 from .loaders import check_policy
-from .optimisation import check_optimizer, lacks_bfloat16, needs_muon_in_float32
+from .optimisation import OF_SCHEDULES, check_optimizer, lacks_bfloat16, needs_muon_in_float32
 from .processes import Processes
 from .report import best_epoch, read_summary
 from .runs import RECORD_NAME, Record, run_folder
@@ -28,9 +28,6 @@ from .states import read_state
 from .trackers import check_trackers
 
 _logger = logging.getLogger(__name__)
-OF_SCHEDULES = dict(  # which of timm's schedules take a setting
-    decay_epochs=('step', 'wsd', 'rsqrt'), decay_milestones=('multistep',), decay_rate=('step', 'multistep', 'poly')
-)
 
 
 @dataclasses.dataclass
