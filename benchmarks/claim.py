@@ -8,7 +8,7 @@ from collections import defaultdict
 import numpy as np
 from rows import deviation, is_there, newest, read, spread, table
 
-from timm_vitres.training.verdict import LEAST_SEEDS, LEVEL, seeds_error
+from timm_vitres.training.verdict import LEAST_SEEDS, LEVEL, seeds_error, student
 
 # what the table of Fashion-MNIST says of a run's settings; the rows have all of them
 BEGINNINGS = {
@@ -208,6 +208,41 @@ def small_compare() -> str:
     row = read('small_compare')[-1]
     cells = [row['images'], row['seeds'], f'{float(row["seconds"]) / 60:.1f}', row['threads'], row['sentence']]
     return table(['photographs', 'seeds', 'minutes', 'threads', 'what it says'], [cells])
+
+
+def fractals() -> str:
+    """Fine-tuning from weights that learnt fractals, and from random ones, seed by seed the same."""
+    groups: dict = defaultdict(lambda: defaultdict(dict))
+    for row in read('fractals'):
+        groups[row['set'], row['model'], row['changes']][row['arm'], row['pretraining']][row['seed']] = row
+    lines = []
+    for (name, model, _), starts in groups.items():
+        plain = next((rows for (arm, _), rows in starts.items() if arm == 'random'), {})
+        for place, ((arm, pretraining), rows) in enumerate(sorted(starts.items(), reverse=True)):
+            common = sorted(plain.keys() & rows.keys()) if arm != 'random' else []
+            gains = np.array(
+                [float(rows[seed]['test_balanced']) - float(plain[seed]['test_balanced']) for seed in common]
+            )
+            columns = (spread([float(row[key]) for row in rows.values()], 2) for key in ('test_top1', 'test_balanced'))
+            epochs = next(iter(rows.values()))['epochs']
+            start = f'fractals ({pretraining})' if arm != 'random' else arm
+            lines.append(
+                ['' if place else f'`{name}`', '' if place else f'`{model}`', epochs, start, *columns, _gain(gains)]
+            )
+    return table(
+        ['set', 'model', 'epochs', 'start', 'accuracy (%)', 'balanced (%)', 'gain, balanced (interval)'], lines
+    )
+
+
+def _gain(gains: np.ndarray) -> str:
+    """Return the mean of differences of seeds, and its interval at 95% by their own spread, where they are enough."""
+    if not len(gains):
+        return ''
+    mean = f'{gains.mean():+.2f}'
+    if len(gains) < LEAST_SEEDS:
+        return mean
+    half = student((1 + LEVEL) / 2, len(gains) - 1) * gains.std(ddof=1) / math.sqrt(len(gains))
+    return f'{mean} ({gains.mean() - half:+.2f} to {gains.mean() + half:+.2f})'
 
 
 def scratch() -> str:

@@ -122,6 +122,24 @@ def test_a_model_from_random_weights_is_trained_once(script, results, tmp_path, 
     assert line.count('(2 seeds)') == 4
 
 
+def test_what_fractals_gain_is_told_seed_by_seed(script, results):
+    """Gains of 1, 2 and 3 points: 2 on average, by Student's 4.303 / sqrt(3) of their spread of 1; two say too little."""
+    common, claim = script('common'), script('claim')
+    shared = dict(set='elpv', model='vitresnet_nano', changes='epochs=4', epochs='4', test_top1='90')
+    for arm, figures in (('random', (70, 75, 72)), ('fractal', (71, 77, 75, 10))):
+        told = '400 classes, 4 epochs' if arm == 'fractal' else ''
+        for seed, balanced in enumerate(figures):
+            row = dict(shared, arm=arm, seed=str(seed), pretraining=told, test_balanced=str(balanced))
+            common.write_row('fractals', row, True)
+    same = '90.00 ± 0.00'
+    assert claim.fractals().splitlines()[2:] == [
+        f'| `elpv` | `vitresnet_nano` | 4 | random | {same} (3 seeds) | 72.33 ± 2.52 (3 seeds) |  |',
+        f'|  |  | 4 | fractals (400 classes, 4 epochs) | {same} (4 seeds) | 58.25 ± 32.26 (4 seeds) '
+        '| +2.00 (-0.48 to +4.48) |',
+    ]
+    assert claim._gain(claim.np.array([1.0, 2.0])) == '+1.50' and claim._gain(claim.np.array([])) == ''
+
+
 def test_finer_classes_are_merged_before_they_are_compared(script):
     common = script('common')
     finer = common.Prediction('a.png', ['67 poly', '0 mono', '33 poly', '100 mono'], [0.35, 0.3, 0.25, 0.1])
