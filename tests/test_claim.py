@@ -123,7 +123,7 @@ def test_a_model_from_random_weights_is_trained_once(script, results, tmp_path, 
 
 
 def test_what_fractals_gain_is_told_seed_by_seed(script, results):
-    """Gains of 1, 2 and 3 points: 2 on average, by Student's 4.303 / sqrt(3) of their spread of 1; two say too little."""
+    """Gains of 1, 2 and 3 points: 2 on average, and Student's 4.303 / sqrt(3) of a spread of 1; two say little."""
     common, claim = script('common'), script('claim')
     shared = dict(set='elpv', model='vitresnet_nano', changes='epochs=4', epochs='4', test_top1='90')
     for arm, figures in (('random', (70, 75, 72)), ('fractal', (71, 77, 75, 10))):
