@@ -15,7 +15,7 @@ is drawn with seed 0, so that the same data make the same folder; a folder that 
 | pairs | two photographs of Fashion-MNIST on a canvas of 64 x 64, grey | 20,000 + 5,000 | 2 | 50% |
 
 elpv: a cell is defective where its probability of a defect is above 0.5; a quarter of the cells, drawn evenly from
-every probability and cell type, is the test set.
+every probability and cell type, is the test set. Cells of one module are in both parts: see `neighbours.py`.
 elpv_grades: the classes are '0 mono' to '100 poly', so that a model learns how sure the experts were, and what kind of
 cell it is; `class_of_grade` says which class of elpv that is. A tenth of elpv's training images, 197, is in val/, for
 every seed, and for a teacher, alike.

@@ -52,6 +52,12 @@ def _cells(found: list) -> str:
     return table(['training', *names, 'took (the demo: 2 cores, others: 1)'], lines)
 
 
+def neighbours() -> str:
+    """What the training cells beside them say of the demo's test cells."""
+    lines = [[row['guess'], *(f'{float(row[key]):.1f}' for key in ('top1', 'balanced'))] for row in read('neighbours')]
+    return table(['the class of the training cell of the', 'accuracy (%)', 'balanced accuracy (%)'], lines)
+
+
 def dense() -> str:
     """IoU on held-out images of the size of training and of one that is new, of each decoder and encoder."""
     runs = defaultdict(list)
