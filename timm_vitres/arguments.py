@@ -17,7 +17,7 @@ from torch import nn
 
 from .checks import read_text, usable_device
 from .labels import label_names, printable
-from .pictures import new_figure
+from .pictures import DRAWN, new_figure
 from .publishing.config_file import check_config_of
 from .weights.downloads import is_transient
 from .writing import TEMPORARY, check_output
@@ -78,17 +78,17 @@ def check_picture(name: str, path: Path, images: Sequence[Path]) -> None:
     if path.resolve() in [image.resolve() for image in images]:
         raise ValueError(f'{name}: {path} is an image to be read, and is not written over.')
     if path.exists() and not _is_drawn(path):  # `--plot *.png` takes the first of somebody's photographs
-        raise FileExistsError(f'{name}: {path} is there, was not drawn by matplotlib, and is not written over.')
+        raise FileExistsError(f'{name}: {path} is there, was not drawn by this command, and is not written over.')
     new_figure(name, 1, 1)
 
 
 def _is_drawn(path: Path) -> bool:
-    """Return whether a file is empty, or a picture such as this package draws."""
+    """Return whether a file is empty, or a picture of predictions or of an explanation that this package drew."""
     if path.stat().st_size == 0:
         return True
     try:
         with Image.open(path, formats=['PNG']) as picture:
-            return str(picture.info.get('Software', '')).startswith('Matplotlib')
+            return DRAWN.items() <= picture.info.items()
     except Exception:  # Pillow raises errors of any kind for what is no picture
         return False
 

@@ -150,9 +150,11 @@ def grad_cam(model: Hybrid, x: torch.Tensor, target: int) -> torch.Tensor:
             with torch.inference_mode(False), torch.enable_grad():  # whatever the caller's mode
                 # the image requires a gradient, so that frozen weights make no difference
                 logits = model(x.detach().clone().requires_grad_())
-                (gradient,) = torch.autograd.grad(logits[:, target].sum(), maps[0])
+                (gradient,) = torch.autograd.grad(logits[:, target].sum(), maps[0], allow_unused=True)
         finally:
             hook.remove()
+    if gradient is None:
+        raise ValueError('model: no gradient reaches its ResNet, as through quantised layers; explain the original.')
     cam = (gradient.mean((2, 3), keepdim=True) * maps[0].detach()).sum(1).relu()
     return _to_pixels(cam, x, parts.resnet_stride)
 

@@ -14,15 +14,22 @@ from torch import nn
 
 def label_names(model: nn.Module) -> List[str]:
     """Return the names of a model's classes: its config's, else ImageNet's if their number fits, else 'class 0', ..."""
-    cfg = getattr(model, 'pretrained_cfg', {})
     num_classes = int(model.num_classes)
-    with suppress(ValueError):  # the names are missing, or belong to other classes
-        return normalise_label_names(cfg.get('label_names'), num_classes)
+    if names := own_names(model):
+        return names
     subset = infer_imagenet_subset(model)
     if subset:
         info = ImageNetInfo(subset)
         return [info.index_to_description(index) for index in range(num_classes)]
     return [f'class {index}' for index in range(num_classes)]
+
+
+def own_names(model: nn.Module) -> List[str]:
+    """Return the names that a model's cfg has for its classes; [] where it has none, or those of others."""
+    cfg = getattr(model, 'pretrained_cfg', None) or {}
+    with suppress(ValueError):
+        return normalise_label_names(cfg.get('label_names'), int(model.num_classes))
+    return []
 
 
 def printable(text: str) -> str:

@@ -7,7 +7,7 @@ import importlib
 import math
 import textwrap
 from pathlib import Path
-from typing import Any, Dict, Iterable, List, Mapping, Sequence
+from typing import Any, Dict, Iterable, List, Mapping, Optional, Sequence
 
 import numpy as np
 from PIL import Image
@@ -15,6 +15,7 @@ from PIL import Image
 from .checks import is_installed, on_one_line
 from .data import open_image
 from .explanation import Explanation
+from .labels import printable
 from .prediction import Prediction
 from .walking import shown
 from .writing import replacing
@@ -23,6 +24,7 @@ RESNET_TITLE = 'ResNet: Grad-CAM of its last stage'
 VIT_TITLE = 'ViT: attention rollout'
 NUMBERED = 30  # a confusion matrix of up to so many classes has numbers in its cells
 NAMED = 100  # and names at its sides
+DRAWN = {'Source': 'timm-vitres'}  # what a picture holds that its command may draw anew
 MOST_DRAWN = 400  # images on one picture, four in a row
 MATRIX = 11.0  # inches of the side of a larger one
 
@@ -62,7 +64,7 @@ def plot_curves(history: List[Dict[str, float]], path: Path) -> None:
 def plot_explanation(explanation: Explanation, path: Path) -> None:
     """Draw the image and its maps as one PNG, beside each other, or, where they are wide, one below the other."""
     image = explanation.image
-    panels = [(f'{explanation.label}  {100 * explanation.probability:.0f}%', None)]
+    panels = [(f'{printable(explanation.label)}  {100 * explanation.probability:.0f}%', None)]
     panels += [
         (title, values)
         for title, values in ((RESNET_TITLE, explanation.resnet), (VIT_TITLE, explanation.vit))
@@ -82,7 +84,7 @@ def plot_explanation(explanation: Explanation, path: Path) -> None:
             # the brightest hundredth is saturated, or a single patch would darken all others
             axes.imshow(values, cmap='inferno', alpha=0.6, vmin=0, vmax=max(float(np.quantile(values, 0.99)), 1e-6))
     with replacing(path) as beside:
-        figure.savefig(beside, dpi=100, format='png')
+        figure.savefig(beside, dpi=100, format='png', metadata=DRAWN)
 
 
 def new_figure(purpose: str, width: float, height: float):
@@ -102,9 +104,11 @@ def plot_predictions(predictions: Sequence[Prediction], path: Path, titles: Sequ
         ValueError: for more images than a picture can hold.
     """
     check_drawn(len(predictions))
-    best = [f'{prediction.labels[0]}  {100 * prediction.probabilities[0]:.0f}%' for prediction in predictions]
+    best = [
+        f'{printable(prediction.labels[0])}  {100 * prediction.probabilities[0]:.0f}%' for prediction in predictions
+    ]
     lines = ['\n'.join([*titles[index : index + 1], line]) for index, line in enumerate(best)]
-    plot_images((open_image(prediction.image) for prediction in predictions), lines, path)
+    plot_images((open_image(prediction.image) for prediction in predictions), lines, path, metadata=DRAWN)
 
 
 def check_drawn(count: int) -> None:
@@ -113,8 +117,18 @@ def check_drawn(count: int) -> None:
         raise ValueError(f'plot: got {count} images, expected at most {MOST_DRAWN} on one picture.')
 
 
-def plot_images(images: Iterable[Image.Image], titles: Sequence[str], path: Path, heading: str = '') -> None:
-    """Draw images as a PNG, four in a row, each with its title above it, and a heading above all."""
+def plot_images(
+    images: Iterable[Image.Image],
+    titles: Sequence[str],
+    path: Path,
+    heading: str = '',
+    metadata: Optional[Dict[str, str]] = None,
+) -> None:
+    """Draw images as a PNG, four in a row, each with its title above it, and a heading above all.
+
+    Args:
+        metadata: Texts that the file holds, by their names.
+    """
     columns = min(len(titles), 4)
     rows = math.ceil(len(titles) / columns)
     lines = max(title.count('\n') for title in titles) + 1
@@ -130,7 +144,7 @@ def plot_images(images: Iterable[Image.Image], titles: Sequence[str], path: Path
         axes.set_axis_off()
         axes.set_title(title, fontsize=10, parse_math=False)
     with replacing(path) as beside:
-        figure.savefig(beside, dpi=100, format='png')
+        figure.savefig(beside, dpi=100, format='png', metadata=metadata)
 
 
 def plot_confusion(

@@ -165,7 +165,8 @@ def predict_each(
         raise ValueError('model: it has no classes, or does not pool, so it predicts none; load one with a head.')
     pictures = _Images(list(images), data_config(model))
     options = dict(collate_fn=_collate, worker_init_fn=partial(teach, taught()))
-    options['generator'] = torch.Generator()  # starting workers would draw from torch's own
+    # starting workers would draw from torch's own; it is where torch's default device is
+    options['generator'] = torch.Generator(torch.empty(0).device)
     loader = DataLoader(pictures, batch_size, num_workers=workers, **options) if len(pictures) else ()
     return _results(model, pictures.paths, loader, topk, tta, bar and len(pictures) >= 10)
 

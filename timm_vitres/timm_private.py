@@ -3,6 +3,9 @@
 # Every model of timm's offers its features by this function, but timm.models does not export it.
 from timm.models._features import feature_take_indices
 
+# The wrapper of models that return features; a script of timm's own returns what nothing can loop over.
+from timm.models._features import FeatureGetterNet  # isort: skip
+
 # timm's public `save_for_hf` writes straight into the folder, so that a kill in between leaves half a file; what makes
 # its config.json is private.
 from timm.models._hub import save_config_for_hf
@@ -14,4 +17,4 @@ from timm.models.byobnet import _init_weights as init_byob_weights
 # exports, has True in the place of that call (github.com/pytorch/pytorch/issues/176347).
 EXPORTING_FLAG = '_is_exporting_flag'
 
-__all__ = ['EXPORTING_FLAG', 'feature_take_indices', 'init_byob_weights', 'save_config_for_hf']
+__all__ = ['EXPORTING_FLAG', 'FeatureGetterNet', 'feature_take_indices', 'init_byob_weights', 'save_config_for_hf']

@@ -129,7 +129,8 @@ def test_the_card_knows_the_weights(tmp_path):
     assert card.data['model_sha256'] == sha256(tmp_path / 'model.safetensors')
     save(second, tmp_path)
     assert ModelCard.load(tmp_path / 'README.md').data['model_sha256'] == sha256(tmp_path / 'model.safetensors')
-    assert ModelCard.load(tmp_path / 'README.md').text == card.text
+    text = ModelCard.load(tmp_path / 'README.md').text  # results are of the weights that they were measured with
+    assert '## Result\n\nNot measured.\n' in text and f'# {tmp_path.name}\n' in text and 'test_vitresnet' in text
     timm.create_model(f'local-dir:{tmp_path}', pretrained=True)
     safetensors.torch.save_file(first.state_dict(), tmp_path / 'model.safetensors')
     with pytest.raises(

@@ -299,6 +299,18 @@ def test_a_head_that_is_not_trained_stays_so():
     assert {parameter.requires_grad for parameter in model.head_resnet.parameters()} == {False}
 
 
+@pytest.mark.parametrize('name', ['beit_base_patch16_224', 'swinv2_tiny_window8_256'])
+def test_layers_that_attention_computes_past_have_no_adapters(name, caplog):
+    kwargs = dict(depth=1, embed_dim=48, num_heads=2) if 'beit' in name else dict(depths=(1, 1, 1, 1), embed_dim=24)
+    model = timm.create_model(name, num_classes=2, **kwargs)
+    add_adapters_(model, 2)
+    assert 'has no adapters beside' in caplog.text and 'attn.qkv' in caplog.text
+    x = torch.randn(2, *model.pretrained_cfg['input_size'])
+    torch.nn.functional.cross_entropy(model(x), torch.tensor([0, 1])).backward()
+    adapters = {name: value for name, value in model.named_parameters() if 'lora_' in name}
+    assert adapters and all(value.grad is not None for value in adapters.values())
+
+
 def test_adapters_need_peft_and_attention(monkeypatch):
     with pytest.raises(ValueError, match='lora: ResNet has no attention or MLP'):
         add_adapters_(create('test_resnet'), 2)

@@ -165,6 +165,23 @@ def test_a_warm_up_does_not_begin_above_the_rate(sched):
     assert max(rates(sched=sched, warmup_epochs=2, warmup_lr=5.0)) == pytest.approx(0.1)
 
 
+def test_nor_with_layers_that_learn_more_slowly():
+    options = cfg(model='test_vitresnet', lr=5e-6, layer_decay=0.65, epochs=4, warmup_epochs=2, warmup_lr=1e-5)
+    optimizer = create_optimizer(options, timm.create_model('test_vitresnet', num_classes=2), 5e-6)
+    assert min(group['lr_scale'] for group in optimizer.param_groups) < 0.5
+    scheduler = create_scheduler(options, optimizer, 3)
+    found = []
+    for update in range(12):
+        scheduler.step_update(update)
+        found.append(max(group['lr'] for group in optimizer.param_groups))
+    assert max(found) == pytest.approx(5e-6) and found[:7] == pytest.approx([5e-6] * 7, rel=0.2)
+
+
+def test_a_schedule_that_needs_a_warm_up_says_so():
+    with pytest.raises(ValueError, match=r"^sched: 'rsqrt' falls from .*; set warmup_epochs above 0"):
+        rates(sched='rsqrt', warmup_epochs=0)
+
+
 def test_a_schedule_that_changes_nothing_is_told(caplog):
     for options in (dict(sched='step'), dict(sched='multistep', decay_milestones=(6, 9))):
         caplog.clear()
@@ -191,6 +208,8 @@ def test_what_is_set_of_an_optimizer_arrives():
         (dict(opt='adahessian'), "opt: 'adahessian' needs second derivatives"),
         (dict(opt_betas=(0.9, 0.99)), r'opt_betas: got \(0.9, 0.99\), but sgd has none'),
         (dict(opt_eps=1e-6), 'opt_eps: got 1e-06, but sgd has none'),
+        (dict(opt_kwargs=dict(lr=0.1)), 'opt_kwargs: lr has a setting of its own, lr; leave it out'),
+        (dict(opt='adamw', opt_kwargs=dict(betas=[0.9, 0.9])), 'opt_kwargs: betas has a setting .*, opt_betas; leave'),
         (dict(opt='adamw', opt_betas=(0.9,)), r'opt_betas: got \(0.9,\), but adamw has 2'),
         (dict(opt='lookahead_adan', opt_betas=(0.9, 0.99)), 'opt_betas: .* has 3'),
     ],

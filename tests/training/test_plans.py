@@ -153,6 +153,13 @@ def test_named_arms_see_the_same_images(tmp_path, monkeypatch):
     assert seen_alike(cfg, ('resnet18', 'vit')).img_size == 64
 
 
+def test_a_short_schedule_is_checked_with_the_updates_that_it_has(cfg, times, tmp_path):
+    """Of three epochs, by one update each, nothing would be left to decay in."""
+    short = dataclasses.replace(cfg, sched='wsd', epochs=10)
+    plan = make_plan(short, asked(short), tmp_path)
+    assert all(arm.epochs == 10 for arm in plan.arms.values())
+
+
 def test_schedules_have_the_same_shape_for_fewer_epochs():
     settings = dict(warmup_epochs=2, mixup=0.2, mixup_off_epoch=15, decay_milestones=(5, 10), sched='multistep')
     cfg = FinetuneCfg(data_dir='photos', epochs=20, **settings)

@@ -111,6 +111,7 @@ def test_of_a_dataset_by_name_the_test_split_is_taken(fashion):  # noqa: F811
     assert images['test']['split'] == 'validation' and images['train']['split'] == 'train'
     assert images_of(images, 0.2, 0) is None and num_training(images, 0.2, 0) == 24
     assert len(load_data(named, 'L', for_verdict(images)).val) == 30
+    assert images['description'] == "torch/fashion_mnist, 30 images to train on; test on split 'validation' (30 images)"
     with pytest.raises(ValueError, match=r"^val_split: got 'test', but a comparison splits"):
         reserve(cfg(fashion, dataset='torch/fashion_mnist', val_split='test'), 'L')
     for split, message in (('train', "^test_split: 'train' has images of"), ('', "^test_split: got ''")):
@@ -164,6 +165,17 @@ def test_no_copy_of_a_test_image_is_trained_on(tmp_path, caplog):
     shutil.copytree(tmp_path / 'test/across', tmp_path / 'train/across', dirs_exist_ok=True)
     with pytest.raises(ValueError, match=r'^test_split: 3 of 4 test images are copies of training images'):
         reserve(cfg(tmp_path), 'RGB')
+
+
+def test_test_images_count_once(tmp_path, caplog):
+    """A verdict rests on images that are independent of each other."""
+    write_folder(tmp_path / 'train', per_class=8)
+    write_folder(tmp_path / 'test', per_class=3, seed=1)
+    for number in range(4):
+        shutil.copy(tmp_path / 'test/down/0.png', tmp_path / f'test/down/0 ({number}).png')
+    images = reserve(cfg(tmp_path), 'RGB')
+    assert len(images['test']) == 6 and 'left out: 4 images are copies of others' in caplog.text
+    assert 'test images are the 6 of test/' in images['description']
 
 
 def test_what_is_left_out_is_named_and_counted(tmp_path, caplog):

@@ -12,13 +12,14 @@ from torch.distributed import HashStore
 
 from timm_vitres.training import loop as module
 from timm_vitres.training import starting
+from timm_vitres.training.creation import add_adapters_
 from timm_vitres.training.datasets import load_data
 from timm_vitres.training.loop import finetune
 from timm_vitres.training.processes import Processes
 from timm_vitres.training.report import write_summary
 from timm_vitres.training.runs import Record
 from timm_vitres.training.settings import FinetuneCfg
-from timm_vitres.training.starting import Setup, is_over, is_whole
+from timm_vitres.training.starting import Setup, _check_forward, is_over, is_whole
 
 
 def history(*top1, **ema):
@@ -144,6 +145,11 @@ def test_a_run_is_recorded_with_what_it_is_made_of(image_folder, tmp_path):
             'color_jitter: got 0.8, which changes nothing beside aa rand-m9-inc1.',
         ),
         (dict(color_jitter=0.8, aa='3a'), None),
+        (dict(color_jitter=0.8, aa='rand-m9-t3a'), None),  # timm looks for it anywhere
+        (dict(sched='none', warmup_epochs=2.0), 'warmup_epochs: got 2.0, which changes nothing beside sched none.'),
+        (dict(sched='constant', min_lr=1e-5), 'min_lr: got 1e-05, which changes nothing beside sched constant.'),
+        (dict(in_chans=1, grayscale_prob=0.5), 'grayscale_prob: got 0.5, but only images of 3 channels are made grey.'),
+        (dict(grayscale_prob=0.5), None),
         (dict(amp_dtype='float16'), 'amp_dtype: got float16, which changes nothing beside float32, without amp.'),
         (dict(decay_rate=0.5, sched='poly'), None),
         (dict(model='test_vit.r160_in1k'), 'model: of test_vit.r160_in1k only the architecture is taken; --pretrained'),
@@ -155,6 +161,30 @@ def test_what_changes_nothing_is_told_of(options, message, image_folder, tmp_pat
         Setup(Processes()).begin(settings(image_folder, tmp_path / 'run', **options), [], stack)
     told = [record.message for record in caplog.records if record.levelname == 'WARNING']
     assert any(text.startswith(message) for text in told) if message else not told
+
+
+class _Past(torch.nn.Module):
+    """Attention that takes the weight of its layer, and not the layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.attn = torch.nn.Module()
+        self.attn.qkv = torch.nn.Linear(3, 6)
+        self.head = torch.nn.Linear(6, 2)
+
+    def forward(self, x):
+        return self.head(torch.nn.functional.linear(x.mean((2, 3)), self.attn.qkv.weight))
+
+    def get_classifier(self):
+        return self.head
+
+
+def test_adapters_that_would_learn_nothing_are_refused():
+    model = _Past()
+    add_adapters_(model, 2)
+    with pytest.raises(ValueError, match=r'^lora: past computes past attn\.qkv, whose adapters would learn nothing'):
+        _check_forward(model, 'past', (3, 8, 8), torch.device('cpu'))
+    assert not any(layer._forward_pre_hooks for layer in model.modules())
 
 
 def test_a_folder_of_which_no_weights_are_asked_for_is_told_of(image_folder, tmp_path, caplog, no_pictures):

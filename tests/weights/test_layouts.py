@@ -84,14 +84,24 @@ def test_a_backbone_without_its_decoder_gets_a_new_head_where_one_is_asked_for(n
 
 
 @pytest.mark.parametrize(
-    'name, license', [('MiDaS DPT', 'mit'), ('pix2tex', 'mit'), ('transformers DPT-Hybrid', 'apache-2.0')]
+    'name, file, license',
+    [
+        ('MiDaS DPT', 'dpt_hybrid-midas-501f0c75.pt', 'mit'),
+        ('MiDaS DPT', 'mine.pt', None),
+        ('pix2tex', 'weights.pth', 'mit'),
+        ('pix2tex', 'my-encoder.pth', None),  # anybody may call a part so
+        ('transformers DPT-Hybrid', 'pytorch_model.bin', None),
+        ('Conformer', 'Conformer_tiny_patch16.pth', 'apache-2.0'),
+        ('Conformer', 'checkpoint.pth', None),
+    ],
 )
-def test_a_converted_folder_has_the_licence_of_the_layouts_writers(name, license, tmp_path):
+def test_a_published_file_has_its_writers_licence_and_nobody_elses(name, file, license, tmp_path):
     architecture, write = EXAMPLES[name]
-    torch.save(write(timm.create_model(architecture)), tmp_path / 'dpt.pt')
-    out = convert(tmp_path / 'dpt.pt', tmp_path / 'out', architecture)
-    assert f'\nlicense: {license}\n' in (out / 'README.md').read_text()
-    assert timm.create_model(f'local-dir:{out}', pretrained=True).pretrained_cfg['license'] == license
+    torch.save(write(timm.create_model(architecture)), tmp_path / file)
+    out = convert(tmp_path / file, tmp_path / 'out', architecture)
+    assert (f'\nlicense: {license}\n' if license else 'license:') in (out / 'README.md').read_text() or not license
+    assert license or 'license:' not in (out / 'README.md').read_text()
+    assert timm.create_model(f'local-dir:{out}', pretrained=True).pretrained_cfg.get('license') == license
 
 
 def test_our_own_layout_is_left_as_it_is():

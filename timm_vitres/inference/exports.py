@@ -27,7 +27,7 @@ from .formats import FORMATS, Format, Run, Source
 from .lowering import check_example, check_outputs, difference, forward_only, worst
 
 DAY = 24 * 60 * 60.0  # seconds
-LARGEST = 4096  # pixels a side that a graph for all sizes is captured for
+LARGEST = 2**15  # pixels a side that a graph for all sizes is captured for
 # Outputs may be off by this part of their norm: runtimes add up in another order, and what a low precision costs is
 # reported, not judged. Outputs that are off by their whole norm are those of another model
 _TOLERANCE = {'fp32': 1e-4, 'bf16': 1.0, 'int8': 1.0}
@@ -90,7 +90,9 @@ def export(
         file = Path(folder) / f'model{row.suffixes[0]}'
         error = write_compared(source, file, row, what=str(path))
         _put_in_place(file, path, row)
-    report = f'{path}: {format}, {precision}, for {_shape(source)}; its outputs differ by {error:.1e} of their norm.'
+    report = (
+        f'{path}: {format}, {precision}, for {taken_sizes(source)}; its outputs differ by {error:.1e} of their norm.'
+    )
     return Exported(path, error, report)
 
 
@@ -239,7 +241,7 @@ def check_target(
 
 def _check_replaceable(path: Path, row: Format, is_named_so: bool) -> None:
     """Raise FileExistsError where a file that is no export would be written over."""
-    is_export = path.is_file() and is_named_so and row.is_export(path)
+    is_export = path.is_file() and row.is_export(path)
     for file in _files(path, row):
         is_empty = is_named_so and file.is_file() and not file.stat().st_size  # as tempfile makes them
         if file.exists() and not is_empty and not (is_export and file.is_file()):
@@ -268,7 +270,7 @@ def load(path: Path, format: str) -> Run:
     return FORMATS[format].load(Path(path))
 
 
-def _shape(source: Source) -> str:
+def taken_sizes(source: Source) -> str:
     """Return in words which images a file takes."""
     height, width = source.images.shape[-2:]
     if 2 not in source.sizes and 3 not in source.sizes:

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from ..checks import check_choice
 from ..measure import HOPELESS, MEMORY_FORMATS, as_ms, measure
 from ..models.base import Hybrid
-from .exports import capture, write_compared
+from .exports import capture, taken_sizes, write_compared
 from .folding import copy_model, fold
 from .formats import ENGINES
 from .lowering import (
@@ -145,6 +145,7 @@ def prepare(
         lowered = _run_by_engine(model, engine, precision, images, example is not None)
         note = getattr(lowered.run, 'note', '')
         done.chosen = f'{precision}, run by {ENGINES[engine].runtime}' + (f', {note}' if note else '')
+        done.chosen += f', for {lowered.taken}'
     prepared = Prepared(lowered, model, precision, engine)
     if compile:
         steps.update()
@@ -215,7 +216,8 @@ def _run_by_engine(
         file = Path(folder) / f'model{row.suffixes[0]}'
         write_compared(source, file, row, what=f'engine: {engine!r}')
         # it is loaded anew, since the comparison's sizes took the graphs of their own
-        return _EngineModule(row.load(file), own, _without_weights(net).check_input if dynamic else None)
+        check_input = _without_weights(net).check_input if dynamic else None
+        return _EngineModule(row.load(file), own, check_input, taken_sizes(source))
 
 
 def _without_weights(model: nn.Module) -> Any:
@@ -231,6 +233,7 @@ class _EngineModule(nn.Module):
         run: What a file computes.
         own: The lengths of the axes of images that the file has alone; None where it takes any.
         check_input: What the model refuses; engines answer images that it would not.
+        taken: In words, which images the file takes.
     """
 
     def __init__(
@@ -238,9 +241,10 @@ class _EngineModule(nn.Module):
         run: Callable[[torch.Tensor], Any],
         own: Sequence[Optional[int]],
         check_input: Optional[Callable[[torch.Tensor], None]],
+        taken: str,
     ):
         super().__init__()
-        self.run, self.own, self.check_input = run, own, check_input
+        self.run, self.own, self.check_input, self.taken = run, own, check_input, taken
 
     def forward(self, x: torch.Tensor) -> Any:
         """x: (B, C, H, W) -> what the model returns, in float32."""
@@ -280,6 +284,9 @@ class Prepared(nn.Module):
         for name in (*data, 'num_classes', 'num_features', 'feature_info'):
             if hasattr(model, name):
                 setattr(self, name, getattr(model, name))
+        net = getattr(model, 'model', model)  # timm wraps a model that returns features
+        # compiled code answers images that the model refuses
+        self.check_input = _without_weights(net).check_input if isinstance(net, Hybrid) else None
         self._traits = get_model_traits(model)  # where timm looks for the size and channels of images
         self.eval()
 
@@ -343,6 +350,8 @@ class Prepared(nn.Module):
         if not torch.is_tensor(x) or x.ndim != 4 or not x.is_floating_point():
             got = f'shape {tuple(x.shape)} of {x.dtype}' if torch.is_tensor(x) else type(x).__name__
             raise ValueError(f'input: got {got}, expected a tensor (B, C, H, W) of a floating dtype.')
+        if self.compiled and self.check_input is not None:
+            self.check_input(x)
         settings = _compile_settings(x.device, self.precision) if self.compiled else nullcontext()
         with torch.no_grad(), settings:
             y = self.lowered(x)

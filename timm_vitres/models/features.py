@@ -10,7 +10,7 @@ import torch
 from timm.models import checkpoint
 from torch import nn
 
-from .layers import feature_take_indices, unflatten_tokens
+from .layers import feature_take_indices, keep_mode_, unflatten_tokens
 
 
 def check_output_fmt(output_fmt: str) -> None:
@@ -288,6 +288,7 @@ class SerialFeatures(nn.Module):
         if prune_head:
             self.fc_norm = nn.Identity()
             self.reset_classifier(0, '')
+        keep_mode_(self)
         return plan.maps
 
     def _prune_to_resnet(self, level: int) -> None:

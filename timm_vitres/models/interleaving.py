@@ -17,7 +17,7 @@ from ..weights.layouts import StateDict
 from .attention import AttnBlock, RelPosAttn, resample_rel_pos
 from .config import VitResNetMixCfg
 from .features import as_format, check_output_fmt
-from .layers import checked_images, feature_take_indices
+from .layers import checked_images, feature_take_indices, keep_mode_
 
 TABLES = ('pos_embed.height_rel', 'pos_embed.width_rel')
 Place = Tuple[int, int]  # a stage and a block of it, counted from 0
@@ -267,4 +267,5 @@ class InterleavedFeatures(nn.Module):
                     self.stem.prune_to_tap()
             self.feature_info, self.level_indices = [*kept, last], self.level_indices[: max_index + 1]
             self.reset_classifier(0, '')
+        keep_mode_(self)
         return take_indices

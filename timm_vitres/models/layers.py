@@ -262,8 +262,16 @@ def check_images(x: torch.Tensor, in_chans: int) -> None:
         are_chans = x.ndim == 4 and x.shape[1] <= 16  # more are rather the side of an image (B, H, W, C)
         hint = f'; in_chans={x.shape[1]} makes a model for such images' if are_chans else ''
         raise ValueError(f'input: got shape {tuple(x.shape)}, expected (B, {in_chans}, H, W){hint}.')
+    if x.shape[2] == 0 or x.shape[3] == 0:
+        raise ValueError(f'input: got shape {tuple(x.shape)}, which has no pixels.')
     if not x.is_floating_point():
         raise ValueError(f'input: got {x.dtype}, expected floating-point numbers: images that are preprocessed.')
+
+
+def keep_mode_(model: nn.Module) -> None:
+    """Put modules that are new in a model in evaluation mode, where the model is."""
+    if not model.training:
+        model.eval()
 
 
 @register_notrace_function  # it looks at the shape

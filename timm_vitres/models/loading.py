@@ -11,7 +11,7 @@ import logging
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, Dict, Optional, Sequence, Type, TypeVar, Union
+from typing import Any, Dict, List, Optional, Sequence, Type, TypeVar, Union
 
 import torch
 from timm.models import (
@@ -24,18 +24,33 @@ from timm.models import (
 from torch import nn
 
 from ..checks import WeightInit, conform, conform_arguments, conform_indices
+from ..timm_private import FeatureGetterNet
 from ..weights.checkpoints import checkpoint_files, is_mapped, read_checkpoint
 from ..weights.checksums import check_noted, check_once
 from ..weights.comparison import check_keys
 from ..weights.downloads import at_commit, hub_commit
 from ..weights.files import CONFIG_NAME
 from ..weights.layouts import StateDict, convert_layout, widened
-from ..weights.sources import find_weights
+from ..weights.sources import find_weights, told_size
 from .base import Hybrid
 
 _logger = logging.getLogger(__name__)
 ModelT = TypeVar('ModelT', bound=Hybrid)
 SOURCES = ('state_dict', 'file', 'hf_hub_id', 'url')  # of a pretrained cfg: where weights are
+
+
+class Pyramid(FeatureGetterNet):
+    """timm's wrapper of a model that returns features; its script returns a list, over which its caller can loop."""
+
+    def forward(self, x: torch.Tensor):
+        """x: (B, C, H, W) -> the maps."""
+        maps = self.model.forward_intermediates(
+            x, indices=self.out_indices, norm=self.norm, output_fmt=self.output_fmt, intermediates_only=True
+        )
+        if torch.jit.is_scripting():  # the model's method may return other things, too
+            assert torch.jit.isinstance(maps, List[torch.Tensor])
+            return maps
+        return maps
 
 
 def build_hybrid(model_cls: Type[ModelT], variant: str, pretrained: bool, cfg: Any, **kwargs: Any) -> ModelT:
@@ -56,7 +71,9 @@ def build_hybrid(model_cls: Type[ModelT], variant: str, pretrained: bool, cfg: A
     fields = {field.name for field in dataclasses.fields(cfg)}
     source_cfg = cfg
     cfg = dataclasses.replace(cfg, **{name: kwargs.pop(name) for name in fields & kwargs.keys()})
-    feature_cfg: Dict[str, Any] = dict(feature_cls='getter')
+    feature_cfg: Dict[str, Any] = dict(feature_cls=Pyramid)
+    if kwargs.get('feature_cls') == 'getter':
+        kwargs.pop('feature_cls')
     if kwargs.get('feature_cls') in ('list', 'dict'):  # these look into an nn.Sequential if they are told to
         feature_cfg['flatten_sequential'] = True
     if kwargs.get('features_only'):
@@ -113,17 +130,18 @@ def _tell_of_blocks(indices: Any, model: Any) -> None:
     """Warn of indices that run past the pyramid into the tokens of single blocks, which begin with an early one.
 
     Raises:
-        ValueError: for up to six in a row from 0 or 1 on: so a decoder asks, which counts levels.
+        ValueError: for numbers in a row, up to 5, that begin in the pyramid: so a decoder asks, which counts levels.
     """
     first = model.num_pyramid
     asked = [] if isinstance(indices, int) else list(indices)
-    counts = first > 2 and asked in [list(range(start, end)) for start in (0, 1) for end in range(first + 1, 7)]
+    runs = [list(range(start, end)) for start in range(first) for end in range(first + 1, 7)]
+    counts = first > 2 and len(asked) > 1 and asked in runs
     if counts and len(asked) < len(model.feature_info):
         raise ValueError(
             f'out_indices: got {asked}, but the pyramid has {first} levels, 0 to {first - 1}; what follows are tokens '
             f'of single blocks, early ones first. For segmentation_models_pytorch give encoder_depth={first}.'
         )
-    if any(i >= first for i in asked) and any(0 <= i < first for i in asked):
+    if asked == [first] or (any(i >= first for i in asked) and any(0 <= i < first for i in asked)):
         maps = [f'{i} {entry["module"]}' for i, entry in enumerate(model.feature_info)]
         _logger.warning(
             'out_indices: got %s, but the pyramid ends with %d; what follows are tokens of single blocks, early ones '
@@ -199,14 +217,16 @@ def create_pretrained(
             raise OSError(f'{path}: was replaced while it was being read; load it again.') from error
         if source.source in ('local-dir', 'hf-hub'):
             check_noted(source.notes, Path(source.file or '') if source.source == 'local-dir' else path.parent)
+        img_sizes = [told_size(path), *img_sizes]
     state_dict = widened(state_dict, dtype or torch.get_default_dtype())
+    img_sizes = [size for size in img_sizes if size is not None]
     size = img_sizes[0] if img_sizes else None
-    if len(img_sizes) > 1:
+    if source_cfg is not None:  # of that model, whose strides may be others
+        size = model.size_of_tokens(source_cfg, size)
+    else:
         with suppress(ValueError):  # it is of none of them, which is told where it is fitted
             state_dict = convert_layout(state_dict)
             size = model.table_size(state_dict, img_sizes) or size
-    if source_cfg is not None:
-        size = model.size_of_tokens(source_cfg, size)
     state_dict = model.filter_state_dict(state_dict, size)
     _adapt_first_conv_(state_dict, model, adapts)
     new_head = _drop_other_head_(state_dict, model, source)

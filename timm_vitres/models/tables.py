@@ -145,12 +145,7 @@ def _fit_pos_embed(
         if math.prod(grid) == num_tokens:
             old_grid = grid
         elif side is not None:
-            if img_size is None:
-                _logger.warning(
-                    'pos_embed: %d positions are taken for %d x %d; if they are of another grid, load them as '
-                    'pretrained weights, with their input_size in the pretrained_cfg.',
-                    *(num_tokens, side, side),
-                )
+            _tell_of_guess(num_tokens, side)
             old_grid = (side, side)
         else:
             raise RuntimeError(
@@ -184,8 +179,17 @@ def table_size(table: torch.Tensor, embed: ResNetEmbed, num_prefix_tokens: int, 
             f'img_size: {f"got {told}" if told else "not given"}, and the {num_tokens} position embeddings of the '
             'checkpoint are no square grid; say which height and width they are for.'
         )
+    _tell_of_guess(num_tokens, side)
     height, width = embed.size_of_grid((side, side))
     return height if height == width else (height, width)
+
+
+def _tell_of_guess(num_tokens: int, side: int) -> None:
+    _logger.warning(
+        'pos_embed: %d positions are taken for %d x %d; if they are of another grid, say of which image size they are: '
+        'input_size in the pretrained_cfg, --img-size of timm-vitres convert.',
+        *(num_tokens, side, side),
+    )
 
 
 def _square_side(num_tokens: int) -> Optional[int]:

@@ -128,9 +128,10 @@ class FirstUnit(nn.Module):
 
     def forward(self, x: torch.Tensor, tokens: torch.Tensor, grid: Tuple[int, int]) -> MapAndTokens:
         """x: (B, C, h, w), tokens: the class token (B, 1, D) -> map (B, C', h, w), tokens (B, 1 + H' * W', D)."""
+        y = self.conv_block(x)[0]  # first, as it is registered: programs pair layers with gradients in this order
         patches = self.patch_embed(pad_to(x, (grid[0] * self.stride, grid[1] * self.stride)))
         tokens = self.block(torch.cat([tokens, patches.flatten(2).transpose(1, 2)], dim=1))
-        return self.conv_block(x)[0], tokens
+        return y, tokens
 
 
 class Unit(nn.Module):

@@ -34,7 +34,7 @@ from ..checks import Device, FloatType, NumClasses, Rate, Size, WeightInit, Widt
 from .base import ExplainedParts, Hybrid, ImageSizes
 from .config import DualGlobalPool, VitResNetDualCfg
 from .features import as_format, check_output_fmt
-from .layers import feature_take_indices
+from .layers import feature_take_indices, keep_mode_
 from .loading import build_hybrid
 from .units import FirstUnit, MapAndTokens, Stem, Unit
 
@@ -325,6 +325,7 @@ class VitResNetDual(Hybrid):
                 self.maxpool = nn.Identity()
                 self.cls_token.requires_grad_(False)  # nothing depends on it: DDP would wait for its gradient
             self.reset_classifier(0, '')
+        keep_mode_(self)
         return take_indices
 
 

@@ -13,13 +13,14 @@ from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.repocard_data import model_index_to_eval_results
+from timm.models import get_pretrained_cfg
 from torch import nn
 
 from ..checks import on_one_line
 from ..data import data_config as model_data_config
-from ..labels import printable
+from ..labels import own_names, printable
 from ..weights.checksums import SHA256_FIELD
-from ..weights.files import CARD_HEAD, CARD_NAME
+from ..weights.files import CARD_HEAD, CARD_NAME, CURVES_NAME
 
 _logger = logging.getLogger(__name__)
 TEMPLATE = Path(__file__).with_name('card.md')
@@ -28,9 +29,11 @@ TEMPLATE = Path(__file__).with_name('card.md')
 OURS = re.compile(r'<!-- timm-vitres:(?:(?!<!-- timm-vitres:).)*?<!-- end of timm-vitres -->', re.DOTALL)
 RESULT = re.compile(r'\n## Result\n.*?(?=\n## )', re.DOTALL)  # a section of that part
 UNMEASURED = 'Not measured.'
+MEASURED = 'Measured after epoch'  # so the note on a run's result begins
 PACKAGE_TAG = 'timm-vitres'
 DATASET_TYPE = 'imagefolder'  # of the data of results that this package writes
 TASKS = {'image-classification', 'image-feature-extraction'}  # of a model with a head, and without
+RENDERED = ('library_name', 'pipeline_tag', 'license')  # fields that this package writes by itself
 TEXT_FIELD = 'card_text_sha256'  # of a pushed card's head: the user's text as it was pushed
 
 
@@ -85,6 +88,31 @@ def render_card(
         source=repr(source),
     )
     return str(card).encode('utf-8', 'backslashreplace').decode('utf-8')  # files may have names that are no text
+
+
+def plain_card(model: nn.Module, name: str, source: str) -> str:
+    """Return the card of a model of which nothing is known but what it is."""
+    architecture = model.pretrained_cfg['architecture']
+    license = model.pretrained_cfg.get('license')
+    with suppress(RuntimeError):  # a tag that timm does not know
+        registered = get_pretrained_cfg(f'{architecture}.{model.pretrained_cfg.get("tag") or ""}'.rstrip('.'))
+        # every model of the architecture has the registry's; another one came with weights from elsewhere
+        license = None if registered is not None and registered.license == license else license
+    return render_card(
+        model,
+        model_name=name,
+        description=f'A `{architecture}` for timm, saved with timm-vitres.',
+        recipe='The recipe is not known.',
+        source=source,
+        label_names=own_names(model),
+        license=license,
+    )
+
+
+def tells_of_run(card: str) -> Optional[bool]:
+    """Return whether our part of a card tells of a run, whose curves lie beside it; None for a card without one."""
+    block = OURS.search(card)
+    return None if block is None else f']({CURVES_NAME})' in block.group(0) or MEASURED in block.group(0)
 
 
 def _as_text(value: Any) -> str:
@@ -170,8 +198,11 @@ def merge_cards(old: str, new: str) -> str:
     about = {SHA256_FIELD, TEXT_FIELD} | ({'pipeline_tag'} if stale else set())
     if not is_ours and theirs.data.get('library_name') == 'transformers':  # whose weights are replaced by timm's
         about |= {'pipeline_tag', 'library_name'}
+    asked = fields_of(new)
     for key, value in theirs.data.to_dict().items():
         if key not in ('model-index', 'tags') and (key not in about or data.get(key) is None):
+            if asked.get(key) not in (None, value) and key not in RENDERED:
+                _logger.warning('%s: its %s stays %r, not %r; change it there.', CARD_NAME, key, value, asked[key])
             data[key] = value
     data.tags = list(dict.fromkeys([*(tag for tag in tags if tag not in stale), *(ours.data.tags or [])]))
     if license and data.license != license:
@@ -204,6 +235,8 @@ def merge_cards(old: str, new: str) -> str:
         after.pop(name, None)
     head = _with_fields(head, changed, after)
     new_text = _with_result(_split(new)[1], text) if is_same else _split(new)[1]
+    if not is_same and not OURS.search(new_text):  # what we wrote of the old weights is not true of these
+        text = OURS.sub('', text)
     return f'---\n{head}---\n{_merged(text, new_text, theirs.data.get(TEXT_FIELD))}'
 
 

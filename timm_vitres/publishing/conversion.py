@@ -8,6 +8,7 @@ caller says otherwise.
 import argparse
 import logging
 import os
+import re
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
@@ -128,10 +129,10 @@ def convert(
     assign_(built, state_dict)
     fill_buffers_(built)
     source_cfg = config.get('pretrained_cfg') or {}
-    license = _license(str(source), path, source_cfg, layout)
+    file_name = Path(unquote(address) if address else path).name
+    license = _license(str(source), path, file_name, source_cfg, layout)
     built.pretrained_cfg = told_of_weights(built.pretrained_cfg, {**source_cfg, 'license': license})
     data = _data_config(built, sizes[1], args, config, preprocessor)
-    file_name = Path(unquote(address) if address else path).name
     card = render_card(
         built,
         model_name=Path(folder).resolve().name,
@@ -156,14 +157,16 @@ def _of_published(
     return (config if named else {**published.config(), **config}), preprocessor
 
 
-def _license(source: str, path: Path, source_cfg: Dict[str, Any], layout: Layout) -> Optional[str]:
-    """Return the licence that the card or the config beside weights tells; else that of the layout's own writers.
+def _license(source: str, path: Path, file_name: str, source_cfg: Dict[str, Any], layout: Layout) -> Optional[str]:
+    """Return the licence that the card or the config beside weights tells; else, of a file that has the name under
+    which the writers of its layout published it, theirs.
 
     Not so of a repository, or beside a card: whose owner tells none has none.
     """
     told = license_beside(source, path)
     license = told or source_cfg.get('license')
-    return layout.license if not license and told is None and hub_id_of(source) is None else license
+    is_theirs = told is None and hub_id_of(source) is None and re.fullmatch(layout.published, file_name)
+    return layout.license if not license and is_theirs else license
 
 
 def _check_folder(folder: Path) -> None:
@@ -221,6 +224,7 @@ def _architecture(
     for name in candidates:
         own = dict(kwargs)
         try:
+            _on_meta(name, **own).check_without_tables(state_dict)  # the grid of another model's table says nothing
             _add_shapes(name, own, state_dict, *sizes)
             built = _on_meta(name, **own)
             check_keys(add_batch_counts(state_dict, built), built)
@@ -351,7 +355,8 @@ def _label_names(args: Dict[str, Any], config: Dict[str, Any], num_classes: int)
     names = names or config.get('id2label')
     folder = args.get('data_dir') or args.get('data')
     kind = args.get('dataset') or ''
-    if not names and folder and not args.get('class_map') and kind in FOLDERS:
+    is_text = isinstance(folder, (str, Path)) and isinstance(kind, str)  # settings of other programs hold anything
+    if not names and folder and is_text and not args.get('class_map') and kind in FOLDERS:
         names = _class_folders(Path(folder), args.get('train_split') or 'train', num_classes)
         names = names and sorted(names, key=FOLDERS[kind])
         if names and len(names) == num_classes:
@@ -409,5 +414,7 @@ def _recipe(args: Dict[str, Any], about: Dict[str, Any]) -> str:
         return 'The checkpoint does not say how it was trained.'
     told = ('model', 'epochs', 'batch_size', 'opt', 'lr', 'weight_decay', 'sched', 'layer_decay', 'drop_path', 'seed')
     settings = ', '.join(f'{key}={args[key]}' for key in told if args.get(key) is not None)
-    metric = f'{args.get("eval_metric", "metric")} {about["metric"]:.2f}' if about.get('metric') else 'no metric'
-    return f"A run of timm's train.py ({settings}); it recorded epoch {about.get('epoch', 'unknown')}, {metric}."
+    number, epoch = about.get('metric'), about.get('epoch', 'unknown')
+    metric = f'{args.get("eval_metric", "metric")} {number:.2f}' if isinstance(number, (int, float)) else 'no metric'
+    whose = "A run of timm's train.py" if {'arch', 'version'} <= about.keys() else 'A run'  # others have args, too
+    return f'{whose} ({settings}); it recorded epoch {epoch}, {metric}.'

@@ -6,7 +6,7 @@ folder -> `push` -> repository, one commit, its checksums compared -> timm.creat
 import logging
 import re
 import tempfile
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple, TypeVar, Union
 
@@ -30,15 +30,15 @@ from ..weights.files import CARD_NAME, CONFIG_NAME, CURVES_NAME, SUMMARY_NAME, W
 from ..weights.shipped import is_shipped
 from ..weights.sources import find_weights
 from .cards import (
-    OURS,
     TEXT_FIELD,
     are_of_same_weights,
     fields_of,
     merge_cards,
+    plain_card,
     read_card,
-    render_card,
     set_field,
     set_source,
+    tells_of_run,
     text_sha256,
 )
 from .config_file import read_config
@@ -96,7 +96,10 @@ def push_files(folder: Path) -> List[Path]:
         ValueError: for a link to a file that is neither in the folder nor in the Hub's cache: a folder that came from
             somebody may name any file of this machine.
     """
-    names = (WEIGHTS_NAME, CONFIG_NAME, CARD_NAME, *EXTRA_NAMES)
+    card = folder / CARD_NAME
+    text = card.read_text(encoding='utf-8', errors='replace') if card.is_file() else ''
+    # where another model was saved over a run's, its curves are still there
+    names = (WEIGHTS_NAME, CONFIG_NAME, CARD_NAME, *(() if tells_of_run(text) is False else EXTRA_NAMES))
     files = [folder / name for name in names if (folder / name).is_file()]
     root = folder.resolve()
     own = [root, root.parents[1] / 'blobs'] if root.parent.name == 'snapshots' else [root]
@@ -174,7 +177,7 @@ def _push_folder(
         branch = revision
         ask('create the branch', lambda: api.create_branch(repo_id, branch=branch, exist_ok=True))
     if card is None:
-        card = _plain_card(loaded, repo_id)
+        card = plain_card(loaded, repo_id.rpartition('/')[2], model_name(repo_id))
     card = set_field(set_source(card, model_name(repo_id, revision)), SHA256_FIELD, digest)
     text = set_field(card, TEXT_FIELD, text_sha256(card))
     for attempt in range(3):
@@ -221,9 +224,8 @@ def _told_of(old: str, new: str) -> List[str]:
     """Return the files of an earlier model, beside its weights, that would be taken for the new one's, by the cards."""
     if are_of_same_weights(old, new):
         return []
-    block = OURS.search(old)
-    if block:
-        is_run = f']({CURVES_NAME})' in block.group(0) or 'Measured after epoch' in block.group(0)
+    is_run = tells_of_run(old)
+    if is_run is not None:
         return list(EXTRA_NAMES) if is_run else []
     # transformers reads this one before timm's config.json
     return [PREPROCESSOR_NAME] if fields_of(old).get('library_name') == 'transformers' else []
@@ -232,24 +234,6 @@ def _told_of(old: str, new: str) -> List[str]:
 def model_name(repo_id: str, revision: Optional[str] = None) -> str:
     """Return the name by which `timm.create_model` loads a repository's model."""
     return f'hf-hub:{repo_id}' + (f'@{revision}' if revision else '')
-
-
-def _plain_card(model: nn.Module, repo_id: str) -> str:
-    architecture = model.pretrained_cfg['architecture']
-    license = model.pretrained_cfg.get('license')
-    with suppress(RuntimeError):  # a tag that timm does not know
-        registered = get_pretrained_cfg(f'{architecture}.{model.pretrained_cfg.get("tag") or ""}'.rstrip('.'))
-        # every model of the architecture has the registry's; another one came with weights from elsewhere
-        license = None if registered is not None and registered.license == license else license
-    return render_card(
-        model,
-        model_name=repo_id.rpartition('/')[2],
-        description=f'A `{architecture}` for timm, pushed with timm-vitres.',
-        recipe='The recipe is not known.',
-        source=model_name(repo_id),
-        label_names=model.pretrained_cfg.get('label_names') or (),
-        license=license,
-    )
 
 
 def _read_card(api: HfApi, repo_id: str, revision: Optional[str]) -> Optional[str]:

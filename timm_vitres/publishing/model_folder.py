@@ -13,7 +13,7 @@ import shutil
 import threading
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Dict, Iterator, Mapping, Optional, Tuple
+from typing import Any, Callable, Dict, Iterator, Mapping, Optional, Tuple
 
 import torch
 
@@ -130,7 +130,7 @@ def replace_model(
     folder: Path,
     tensors: Mapping[str, torch.Tensor],
     config: Dict[str, Any],
-    card: Optional[bytes],
+    card: Callable[[str], Optional[bytes]],
     finds_pending: bool,
 ) -> None:
     """Replace the model in a folder. The caller holds the lock.
@@ -143,7 +143,8 @@ def replace_model(
     Args:
         folder: The model's folder; all other files in it stay.
         config: Content of config.json; the sha256 of the weights is added here.
-        card: Content of README.md; a sha256 in its head is updated here. None leaves the old card as it is.
+        card: Returns the content of README.md for the sha256 of the weights, or None where the old card stays as it is;
+            a sha256 in its head is updated here.
         finds_pending: Whether the model's loader looks for weights with the sha256 that config.json tells.
 
     Raises:
@@ -159,8 +160,9 @@ def replace_model(
         digest = write_safetensors(tensors, stage / WEIGHTS_NAME)
         text = json.dumps(_told(config, digest), indent=2, allow_nan=False) + '\n'
         (stage / CONFIG_NAME).write_text(text, encoding='utf-8')
-        if card is not None:
-            (stage / CARD_NAME).write_bytes(with_sha256(card, digest))
+        readme = card(digest)
+        if readme is not None:
+            (stage / CARD_NAME).write_bytes(with_sha256(readme, digest))
         for path in stage.iterdir():
             sync(path)
         ready = folder / f'{TEMPORARY}{digest}'

@@ -8,7 +8,7 @@ import tempfile
 import warnings
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, Dict, Optional, Sequence, Tuple, Union
 
 import numpy as np
 import timm
@@ -21,13 +21,13 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from ..data import check_data_config
 from ..data import data_config as model_data_config
-from ..labels import normalise_label_names
+from ..labels import normalise_label_names, own_names
 from ..models.base import Hybrid
 from ..timm_private import save_config_for_hf
 from ..weights.checksums import SHA256_FIELD
 from ..weights.files import CARD_NAME, CONFIG_NAME
 from ..writing import check_home
-from .cards import OURS, check_card, merge_cards, read_card, set_field
+from .cards import OURS, check_card, fields_of, merge_cards, plain_card, read_card, set_field
 from .model_folder import locked, replace_model, with_sha256
 
 TESTED = ('input_size', 'crop_pct')  # a pretrained cfg may name other ones for tests
@@ -50,9 +50,9 @@ def save(
         folder: The folder, made if it is missing. Its files of the same names are replaced.
         label_names: Names of the classes, by index; by default those in the model's cfg, if it has any.
         data_config: Preprocessing that the weights were trained with; by default the model's own.
-        card: Text of README.md; by default no card is written, and an old one keeps its text. If both cards are this
-            package's, the old text outside of its marks stays. The card's head, like config.json, tells the sha256 of
-            the weights.
+        card: Text of README.md; by default none is written where there is none. If the old card is this package's, its
+            text outside of the marks stays, and where the weights are others, its results go; another's card stays as
+            it is. The card's head, like config.json, tells the sha256 of the weights.
 
     Returns:
         The folder.
@@ -76,21 +76,33 @@ def save(
     if card is not None:
         check_card(card, 'card')
     with locked(folder):
-        text = _card(folder, card)
+        text = _card(folder, card, model)
         replace_model(folder, _state_dict(model), config, text, finds_pending=isinstance(model, Hybrid))
     return folder
 
 
-def _card(folder: Path, card: Optional[str]) -> Optional[bytes]:
-    """Return the new README.md, its sha256 still to be filled in, or None if the old one stays as it is."""
+def _card(folder: Path, card: Optional[str], model: nn.Module) -> Callable[[str], Optional[bytes]]:
+    """Return a function from the sha256 of the weights to the new README.md, or to None if the old one stays as it is.
+
+    Raises:
+        ValueError: for an old card that can't be read where there is a new one.
+    """
     path = folder / CARD_NAME
-    if card is None:
-        old = path.read_bytes() if path.is_file() else b''
-        return old if with_sha256(old, '') != old else None
-    old = read_card(path) if path.is_file() else None
-    if old is not None and OURS.search(card):  # a rendered card says nothing of the user's; one of his own says all
-        card = merge_cards(old, card)
-    return set_field(card, SHA256_FIELD, 64 * '0').encode()
+    there = path.read_bytes() if path.is_file() else b''
+    old: Optional[str] = None
+    with suppress(*(() if card is not None else (ValueError,))):
+        old = read_card(path) if path.is_file() else None
+    plain = plain_card(model, folder.resolve().name, 'local-dir:.') if card is None and old and OURS.search(old) else ''
+
+    def written(digest: str) -> Optional[bytes]:
+        if card is not None:  # a rendered card says nothing of the user's; one of his own says all
+            new = set_field(card, SHA256_FIELD, digest)
+            return (merge_cards(old, new) if old is not None and OURS.search(card) else new).encode()
+        if plain and old is not None and fields_of(old).get(SHA256_FIELD) != digest:  # its results are of other weights
+            return merge_cards(old, set_field(plain, SHA256_FIELD, digest)).encode()
+        return there if with_sha256(there, '') != there else None
+
+    return written
 
 
 def render_config(
@@ -103,9 +115,7 @@ def render_config(
     Raises:
         ValueError: for a value that it can't hold; the message names the argument.
     """
-    own: Optional[List[str]] = None
-    with suppress(ValueError):  # there are none, of other classes, or without an order
-        own = normalise_label_names(model.pretrained_cfg.get('label_names'), model.num_classes)
+    own = own_names(model)
     names = own if label_names is None else normalise_label_names(label_names, model.num_classes)
     tested: Dict[str, Any] = {}
     if data_config:

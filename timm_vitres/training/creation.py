@@ -5,7 +5,6 @@ import dataclasses
 import json
 import logging
 import re
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple, Union
 
@@ -14,8 +13,8 @@ import torch
 from timm.models import load_state_dict, resolve_model_input_args
 from torch import nn
 
-from ..checks import is_installed, on_one_line
-from ..labels import normalise_label_names
+from ..checks import is_installed, on_one_line, some
+from ..labels import own_names
 from ..models.base import Hybrid
 from ..publishing.config_file import check_config_of
 from ..weights.checksums import check_once
@@ -56,8 +55,10 @@ def create_finetune_model(cfg: FinetuneCfg, num_classes: int, label_names: Optio
         raise TypeError(f'model_kwargs: {cfg.model} can not be made with {kwargs}{reason}.') from error
     except (RuntimeError, ValueError) as error:
         name = 'pretrained_path' if cfg.pretrained_path else 'initial_checkpoint' if cfg.initial_checkpoint else ''
-        if not name:
+        if not name and isinstance(error, ValueError):
             raise
+        if not name:  # timm's, for names and tags that it does not know, and weights that do not fit
+            raise ValueError(f'model: {cfg.model!r} can not be made ({on_one_line(error)}).') from error
         raise ValueError(f'{name}: {getattr(cfg, name)} does not fit {cfg.model} ({on_one_line(error)}).') from error
     if cfg.pretrained and label_names:
         _order_head_(model, cfg.model, label_names)
@@ -78,11 +79,8 @@ def create_finetune_model(cfg: FinetuneCfg, num_classes: int, label_names: Optio
 
 def _order_head_(model: nn.Module, name: str, label_names: List[str]) -> None:
     """Bring a head that knows the run's classes into their order; tell of one that knows as many others."""
-    known: List[str] = []
-    with suppress(ValueError):  # it has no names, or they have no order
-        cfg = getattr(model, 'pretrained_cfg', None) or {}
-        known = normalise_label_names(cfg.get('label_names'), len(label_names))
-    if not known:
+    known = own_names(model)
+    if len(known) != len(label_names):
         return  # without names, or with another number of classes, whose head is new
     order = order_of(label_names, known)
     if order is None:
@@ -209,7 +207,13 @@ def add_adapters_(model: nn.Module, rank: int) -> None:
     """
     if not is_installed('peft'):
         raise ValueError('lora: needs peft, pip install "timm-vitres[lora]".')
-    adapted = [name for name, layer in model.named_modules() if re.fullmatch(ADAPTED, name) and _is_dense(name, layer)]
+    layers = dict(model.named_modules())
+    found = [name for name, layer in layers.items() if re.fullmatch(ADAPTED, name) and _is_dense(name, layer)]
+    # BEiT's, EVA's and Swin V2's attention adds a bias of its own to a product with the layer's weight
+    past = [name for name in found if getattr(layers[name.rpartition('.')[0]], 'q_bias', None) is not None]
+    adapted = [name for name in found if name not in past]
+    if past:
+        _logger.warning('lora: %s has no adapters beside %s, which it computes past.', type(model).__name__, some(past))
     if not adapted:
         raise ValueError(f'lora: {type(model).__name__} has no attention or MLP to put adapters beside.')
     heads = head_parameters(model)

@@ -328,7 +328,8 @@ class Batches:
             persistent_workers=workers > 0,
             collate_fn=_collate,
             worker_init_fn=partial(teach, taught()),
-            generator=torch.Generator(),  # else starting the workers would draw from torch's own generator
+            # else starting the workers would draw from torch's own generator; it is where torch's default device is
+            generator=torch.Generator(torch.empty(0).device),
             **options,
         )
 

@@ -260,7 +260,10 @@ class _Run:
                     f'torchcompile: {self.cfg.model} can not be compiled here ({first_sentence(error)}).'
                 ) from error
             if self.processes.any(not torch.isfinite(loss)):
-                raise self._diverged(f'the loss became {loss.item()}', epoch)
+                own = loss.item()
+                whose = '' if not math.isfinite(own) else ' of another process'
+                told = own if not whose else 'infinite, or no number,'
+                raise self._diverged(f'the loss{whose} became {told}', epoch)
             self.stepper.backward(loss, share, is_last)
         return loss.item()
 

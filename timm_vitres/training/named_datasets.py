@@ -35,8 +35,11 @@ TORCH_NAMES = (*TWO_SPLITS, 'inaturalist', 'places365', 'imagenet')
 COMPARED = 16  # two sets are compared by the images at this many even steps
 
 
-def load_named(cfg: FinetuneCfg, mode: str) -> Data:
+def load_named(cfg: FinetuneCfg, mode: str, argument: str = 'val_split') -> Data:
     """Open a dataset by timm's name for it, and split it where there is no validation split.
+
+    Args:
+        argument: What the caller calls the split in the settings' `val_split`: it may be of test images.
 
     Raises:
         ValueError: for a name or split that timm doesn't know, and for a validation split with training images in it.
@@ -45,27 +48,28 @@ def load_named(cfg: FinetuneCfg, mode: str) -> Data:
     if cfg.skip_bad:
         raise ValueError(f'skip_bad: leaves images of folders out, and none of {cfg.dataset!r}; leave it away.')
     train_split = _split(cfg, cfg.train_split, 'train_split')
-    val_split = _split(cfg, cfg.val_split, 'val_split') if cfg.val_split else ''
+    val_split = _split(cfg, cfg.val_split, argument) if cfg.val_split else ''
     if _overlap(train_split, val_split):
         raise ValueError(
-            f'val_split: {cfg.val_split!r} has images of the train_split {cfg.train_split!r}; name another split, or '
-            "hold a part out with val_split ''."
+            f'{argument}: {cfg.val_split!r} has images of the train_split {cfg.train_split!r}; {_remedy(argument)}.'
         )
     class_map = read_class_map(cfg.class_map) if cfg.class_map else None
     train, labels = _open(cfg, mode, train_split, True, class_map)
     if isinstance(train, IterableDataset):
         _check_processes(cfg)
-        return _load_stream(cfg, mode, train, labels, (train_split, val_split), class_map)
+        return _load_stream(cfg, mode, train, labels, (train_split, val_split), class_map, argument)
     targets = _targets(train, cfg, train_split, labels)
     names = labels.names or [str(index) for index in range(max(targets) + 1)]
     if val_split:
         val, val_labels = _open(cfg, mode, val_split, False, class_map)
-        _check_apart(cfg, train, val)
+        _check_apart(cfg, train, val, argument)
         known = _known(val, cfg, val_split, val_labels)
         if known is not None and max(known, default=0) >= len(names):
-            raise ValueError(f'val_split: {cfg.val_split!r} has the label {max(known)}, which {train_split!r} has not.')
+            raise ValueError(
+                f'{argument}: {cfg.val_split!r} has the label {max(known)}, which {train_split!r} has not.'
+            )
         train_indices, val_indices = range(len(targets)), range(len(val))
-        how = f'validation on split {cfg.val_split!r} ({len(val_indices)} images)'
+        how = f'{_role(argument)} on split {cfg.val_split!r} ({len(val_indices)} images)'
         lists = {'train': _entry(train, train_split, targets), 'validation': _entry(val, val_split, known)}
         if known is not None:
             found = set(known)
@@ -79,9 +83,23 @@ def load_named(cfg: FinetuneCfg, mode: str) -> Data:
             'validation': _entry(train, train_split, targets, val_indices),
         }
     counts = class_counts([targets[index] for index in train_indices], len(names))
-    description = f'{cfg.dataset}, {len(train_indices)} images to train on; {how}'
+    description = f'{public_name(str(cfg.dataset))}, {len(train_indices)} images to train on; {how}'
     sets = _subset(train, train_indices, mode, labels), _subset(val, val_indices, mode, labels)
     return Data(*sets, names, counts, description, {}, lists)
+
+
+def public_name(dataset: str) -> str:
+    """Return a dataset's name without the place of a folder on this machine, which is nobody's business."""
+    prefix, _, rest = dataset.partition('/')
+    return f'{prefix}/{shown(os.path.basename(os.path.abspath(rest)))}' if os.path.isdir(rest) else dataset
+
+
+def _role(argument: str) -> str:
+    return 'validation' if argument == 'val_split' else 'test'
+
+
+def _remedy(argument: str) -> str:
+    return 'name another split' + (", or hold a part out with val_split ''" if argument == 'val_split' else '')
 
 
 def _load_stream(
@@ -91,18 +109,19 @@ def _load_stream(
     labels: Labels,
     splits: Tuple[str, str],
     class_map: Optional[List[str]],
+    argument: str,
 ) -> Data:
     """Return the data of a stream, which nobody can split, or ask for its labels."""
     if not labels.names:
         raise ValueError(f'class_map: {cfg.dataset!r} is a stream that does not name its classes; name them by a map.')
     if not splits[1]:
-        raise ValueError(f'val_split: {cfg.dataset!r} is a stream, of which no part can be held out; name a split.')
+        raise ValueError(f'{argument}: {cfg.dataset!r} is a stream, of which no part can be held out; name a split.')
     val, _ = _open(cfg, mode, splits[1], False, class_map)
     if isinstance(train.reader, ShardReader):
-        _check_shards_apart(cfg, train.reader, val.reader)
+        _check_shards_apart(cfg, train.reader, val.reader, argument)
     lists = {name: _entry(dataset, split) for name, dataset, split in zip(SETS, (train, val), splits)}
-    how = f'validation on split {splits[1]!r} ({val.reader.num_samples} images)'
-    description = f'{cfg.dataset}, {train.reader.num_samples} images to train on; {how}'
+    how = f'{_role(argument)} on split {splits[1]!r} ({val.reader.num_samples} images)'
+    description = f'{public_name(str(cfg.dataset))}, {train.reader.num_samples} images to train on; {how}'
     return Data(train, val, labels.names, None, description, {}, lists)
 
 
@@ -405,23 +424,23 @@ def steps(length: int) -> List[int]:
     return sorted({round(i * (length - 1) / COMPARED) for i in range(COMPARED + 1)})
 
 
-def _check_shards_apart(cfg: FinetuneCfg, train: ShardReader, val: ShardReader) -> None:
+def _check_shards_apart(cfg: FinetuneCfg, train: ShardReader, val: ShardReader, argument: str) -> None:
     """Raise ValueError if two splits have a shard in common, or begin with the same images."""
     ours = {os.path.realpath(path) if is_local(path) else path for path, _ in train.shards}
     both = [path for path, _ in val.shards if (os.path.realpath(path) if is_local(path) else path) in ours]
     if both:
-        raise ValueError(f'val_split: {cfg.val_split!r} has the shard {shown(both[0])}, which is trained on.')
+        raise ValueError(f'{argument}: {cfg.val_split!r} has the shard {shown(both[0])}, which is trained on.')
     if train.num_samples == val.num_samples and train.first(COMPARED) == val.first(COMPARED):
         raise ValueError(
-            f'val_split: {cfg.val_split!r} has the same images as {cfg.train_split!r}; name another split.'
+            f'{argument}: {cfg.val_split!r} has the same images as {cfg.train_split!r}; name another split.'
         )
 
 
-def _check_apart(cfg: FinetuneCfg, train: Dataset, val: Dataset) -> None:
+def _check_apart(cfg: FinetuneCfg, train: Dataset, val: Dataset, argument: str) -> None:
     if _names(train) != _names(val):
-        raise ValueError(f'val_split: {cfg.val_split!r} has other classes than {cfg.train_split!r}.')
+        raise ValueError(f'{argument}: {cfg.val_split!r} has other classes than {cfg.train_split!r}.')
     if not len(val):
-        raise ValueError(f'val_split: {cfg.val_split!r} of {cfg.dataset!r} has no images.')
+        raise ValueError(f'{argument}: {cfg.val_split!r} of {cfg.dataset!r} has no images.')
     if len(train) != len(val):
         return
 
@@ -431,6 +450,6 @@ def _check_apart(cfg: FinetuneCfg, train: Dataset, val: Dataset) -> None:
 
     if all(seen(train, index) == seen(val, index) for index in steps(len(val))):
         raise ValueError(
-            f'val_split: {cfg.val_split!r} of {cfg.dataset!r} has the same images as {cfg.train_split!r}; name another '
-            "split, or hold a part out with val_split ''."
+            f'{argument}: {cfg.val_split!r} of {cfg.dataset!r} has the same images as {cfg.train_split!r}; '
+            f'{_remedy(argument)}.'
         )

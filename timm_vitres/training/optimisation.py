@@ -4,7 +4,7 @@ import logging
 import math
 from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
-from typing import Any, Iterator, List, Tuple
+from typing import Any, Dict, Iterator, List, Sequence, Tuple
 
 import torch
 from timm.optim import create_optimizer_v2, get_optimizer_info, muon
@@ -16,11 +16,15 @@ from torch.nn.utils import get_total_norm
 
 from ..inference.lowering import each
 from .creation import BATCH_NORMS, head_parameters
-from .settings import FinetuneCfg
+from .settings import SCHEDULES, FinetuneCfg
 
 _logger = logging.getLogger(__name__)
-OF_SCHEDULES = dict(  # which of timm's schedules take a setting
-    decay_epochs=('step', 'wsd', 'rsqrt'), decay_milestones=('multistep',), decay_rate=('step', 'multistep', 'poly')
+OF_SCHEDULES: Dict[str, Sequence[str]] = dict(  # which of timm's schedules take a setting
+    decay_epochs=('step', 'wsd', 'rsqrt'),
+    decay_milestones=('multistep',),
+    decay_rate=('step', 'multistep', 'poly'),
+    min_lr=('cosine', 'tanh', 'poly', 'wsd', 'rsqrt'),
+    **dict.fromkeys(('warmup_epochs', 'warmup_lr'), tuple(name for name in SCHEDULES if name != 'none')),
 )
 STEP_EPOCHS = 90.0  # after so many the rate falls by timm's schedule 'step', unless told otherwise
 
@@ -37,6 +41,10 @@ def check_optimizer(cfg: FinetuneCfg) -> None:
     for name, is_there in (('opt_betas', info.has_betas), ('opt_eps', info.has_eps)):
         if getattr(cfg, name) is not None and not is_there:
             raise ValueError(f'{name}: got {getattr(cfg, name)}, but {opt} has none; leave it out.')
+    for name in ('lr', 'weight_decay', 'layer_decay', 'momentum', 'eps', 'betas'):
+        if name in (cfg.opt_kwargs or {}):
+            own = f'opt_{name}' if name in ('eps', 'betas') else name
+            raise ValueError(f'opt_kwargs: {name} has a setting of its own, {own}; leave it out.')
     if cfg.opt_betas is not None and len(cfg.opt_betas) != info.num_betas:
         raise ValueError(f'opt_betas: got {cfg.opt_betas}, but {opt} has {info.num_betas}.')
 
@@ -80,13 +88,16 @@ def create_scheduler(cfg: FinetuneCfg, optimizer: torch.optim.Optimizer, num_upd
     first = decays.get(cfg.sched)
     if first is not None and first >= cfg.epochs:
         _logger.warning('sched: %r changes nothing before epoch %g, and the run has %d.', cfg.sched, first, cfg.epochs)
+    if cfg.sched == 'rsqrt' and not cfg.warmup_epochs:
+        raise ValueError("sched: 'rsqrt' falls from the length of the warm-up on; set warmup_epochs above 0.")
     try:
         scheduler, _ = create_scheduler_v2(
             optimizer,
             sched=cfg.sched,
             num_epochs=cfg.epochs,
             warmup_epochs=min(cfg.warmup_epochs, cfg.epochs / 2),
-            warmup_lr=min(cfg.warmup_lr, unscaled_lr(optimizer)),
+            # factors of layer_decay are in no rate yet
+            warmup_lr=min(cfg.warmup_lr, *(group['lr'] for group in optimizer.param_groups)),
             min_lr=cfg.min_lr,
             decay_epochs=cfg.decay_epochs,
             decay_milestones=list(cfg.decay_milestones),

@@ -250,9 +250,11 @@ def make_plan(cfg: FinetuneCfg, asked: Dict[str, Any], folder: Path) -> Plan:
     check_policy(cfg.aa, mode)
     if cfg.img_size is not None:
         check_cutmix(cfg.cutmix_minmax, image_size(cfg.img_size))
-    if asked['minutes'] is None:
-        _check_schedules(cfg, {cfg.epochs, _short(cfg.epochs)}, 1)
     images = reserve(cfg, mode, asked['test_split'], asked['test_frac'])
+    batches = max(num_training(images, cfg.val_frac, asked['seeds'][0]) // cfg.batch_size, 1)
+    updates = -(-batches // cfg.grad_accum_steps)
+    if asked['minutes'] is None:
+        _check_schedules(cfg, {cfg.epochs, _short(cfg.epochs)}, updates)
     for name, arm in arms.items() if cfg.pretrained else ():
         check_unseen(cfg, arm.model, images)
         arm.note_weights_(name)
@@ -262,7 +264,6 @@ def make_plan(cfg: FinetuneCfg, asked: Dict[str, Any], folder: Path) -> Plan:
     for arm in arms.values():
         if arm.input_size:
             check_cutmix(cfg.cutmix_minmax, arm.input_size)
-    batches = max(num_training(images, cfg.val_frac, asked['seeds'][0]) // cfg.batch_size, 1)
     for name, arm in arms.items():
         arm.epochs = cfg.epochs
         if asked['minutes'] is not None:
@@ -279,7 +280,7 @@ def make_plan(cfg: FinetuneCfg, asked: Dict[str, Any], folder: Path) -> Plan:
                 _logger.warning('minutes: %s gets %s, since epochs are whole; give more for equal times.', *told)
         arm.search_epochs = _short(arm.epochs)
     if asked['minutes'] is not None:
-        _check_schedules(cfg, {epochs for arm in arms.values() for epochs in (arm.epochs, arm.search_epochs)}, batches)
+        _check_schedules(cfg, {epochs for arm in arms.values() for epochs in (arm.epochs, arm.search_epochs)}, updates)
     device = Processes().device(cfg.device)
     threads = torch.get_num_threads()
     machine = f'{threads} thread{"s" * (threads > 1)} of the CPU' if device == 'cpu' else device
@@ -302,12 +303,12 @@ def _short(epochs: int) -> int:
     return max(round(epochs / SHORT), 1)
 
 
-def _check_schedules(cfg: FinetuneCfg, lengths: Set[int], batches: int) -> None:
+def _check_schedules(cfg: FinetuneCfg, lengths: Set[int], updates: int) -> None:
     """Raise ValueError where runs of some numbers of epochs are too short for the schedule."""
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=cfg.lr)
     for epochs in sorted(lengths):
         own = dataclasses.replace(in_proportion(cfg, epochs, max(lengths)), epochs=epochs)
-        create_scheduler(own, optimizer, batches)
+        create_scheduler(own, optimizer, updates)
 
 
 def note_versions(plan: Plan, folder: Path) -> None:

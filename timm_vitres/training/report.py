@@ -13,7 +13,7 @@ from timm.task import ClassificationEvaluator
 from torch import nn
 
 from ..pictures import can_draw, plot_curves
-from ..publishing.cards import DATASET_TYPE, render_card
+from ..publishing.cards import DATASET_TYPE, MEASURED, render_card
 from ..views import averaged
 from ..walking import shown
 from ..weights.files import CURVES_NAME, SUMMARY_NAME
@@ -21,6 +21,7 @@ from ..weights.sources import LOCAL
 from ..writing import replacing
 from .held_out import Answers, report
 from .loaders import Batches
+from .named_datasets import public_name
 from .processes import Processes
 from .runs import Record, given_settings
 
@@ -118,7 +119,7 @@ def run_card(record: Record, best: Best, model: nn.Module, name: str, steps: Dic
             number of processes, of the epochs that this process has trained.
     """
     cfg = record.trained_cfg
-    data_name = cfg.dataset or shown(Path(str(cfg.data_dir)).resolve().name)
+    data_name = public_name(cfg.dataset) if cfg.dataset else shown(Path(str(cfg.data_dir)).resolve().name)
     # huggingface_hub tells results apart by type and config of the data, not by its name
     task: Dict[str, Any] = dict(
         task_type='image-classification',
@@ -154,7 +155,7 @@ def run_card(record: Record, best: Best, model: nn.Module, name: str, steps: Dic
         data_config=record.data_config,
         results=results,
         result_note=(
-            f'Measured after epoch {int(best.row["epoch"])} on {datetime.date.today().isoformat()}, on the validation '
+            f'{MEASURED} {int(best.row["epoch"])} on {datetime.date.today().isoformat()}, on the validation '
             f'images, by which this epoch was chosen ({cfg.eval_metric}), with {measured}.'
         ),
         license=model.pretrained_cfg.get('license') if cfg.pretrained else None,

@@ -20,6 +20,7 @@ from ..weights.sources import LOCAL
 from .checking import raise_for, unreadable
 from .copies import check_copies, check_left, find_copies, split_argument
 from .datasets import UNREADABLE, ImageFolder, check_apart, listed, load_data
+from .named_datasets import load_named
 from .runs import Record
 from .settings import FinetuneCfg
 from .splits import Data, Subset, class_counts, stratified_split, without
@@ -63,10 +64,10 @@ def reserve(cfg: FinetuneCfg, mode: str, test_split: str = TEST, test_frac: floa
         rows['test'], left_out = _of_folder(cfg, mode, root, name, data)
         others = {path: reason for path, reason in data.left_out.items() if path != str(root / name)}
         data = data._replace(left_out={**others, **left_out})
-        how = f'test images are the {len(rows["test"])} of {name}/'
     for text in data.skipped:
         _logger.warning('left out: %s', text)
     are_out = _leave_out_copies(root, rows)
+    how = f'test images are the {len(rows.get(TEST, ()))} of {name}/'
     _check_counts(rows['train'], 1 + (splits.validation is None) + (name is None))
     if name is None:
         kept, held = stratified_split(_targets(rows['train'], data.label_names), test_frac, TEST_SEED)
@@ -144,17 +145,14 @@ def _of_dataset(cfg: FinetuneCfg, mode: str, test_split: str) -> Dict[str, Any]:
             f'val_split: got {cfg.val_split!r}, but a comparison splits the validation images of a dataset off its '
             'training split; leave it out.'
         )
-    try:
-        data = load_data(dataclasses.replace(cfg, val_split=test_split), mode)
-    except ValueError as error:
-        raise ValueError(str(error).replace('val_split', 'test_split')) from error
+    data = load_named(dataclasses.replace(cfg, val_split=test_split), mode, 'test_split')
     if isinstance(data.train, IterableDataset):
         raise ValueError(f'dataset: {cfg.dataset!r} is a stream, of which no validation images can be held out.')
     _check_number(len(data.val), repr(cfg.dataset))
     sets = {'train': data.lists['train'], 'validation': None, 'test': data.lists['validation']}
     return {
         'label_names': data.label_names,
-        'description': data.description.replace('validation', TEST),
+        'description': data.description,
         'counts': data.counts,
         'copies_are_out': False,
         **sets,
@@ -178,6 +176,8 @@ def _of_folder(
 def _leave_out_copies(root: Path, rows: Dict[str, Any]) -> bool:
     """Leave out copies of test images, of validation images, and of any image of a set that is still to be split.
 
+    Test images count once, too: their number is that of what a verdict rests on.
+
     Returns:
         Whether copies were looked for, which they are not among too many images.
     """
@@ -194,7 +194,8 @@ def _leave_out_copies(root: Path, rows: Dict[str, Any]) -> bool:
         copied = {path: first for path, first in copies.items() if role[first] == name != role[path]}
         check_copies(copied, len(rows.get(name) or ()), name)
     is_split = rows['validation'] is None or TEST not in rows
-    gone = {path for path, first in copies.items() if role[path] != role[first] or (is_split and role[path] == 'train')}
+    once = {TEST, *(('train',) if is_split else ())}
+    gone = {path for path, first in copies.items() if role[path] != role[first] or role[path] in once}
     if gone:
         labels = [label for _, label, _ in rows['train']]
         example = min(gone)

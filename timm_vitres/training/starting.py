@@ -10,7 +10,7 @@ import torch
 from timm.utils import random_seed
 from torch import nn
 
-from ..checks import on_one_line, plain, usable_device
+from ..checks import on_one_line, plain, some, usable_device
 from ..data import data_config, image_mode
 from ..measure import fastest_training
 from ..weights.files import CONFIG_NAME, WEIGHTS_NAME
@@ -95,6 +95,8 @@ class Setup:
         if self.processes.is_first:
             _tell_of_idle(cfg)
         mode = _check_images(cfg)
+        if mode != 'RGB' and cfg.grayscale_prob and self.processes.is_first:
+            _logger.warning('grayscale_prob: got %g, but only images of 3 channels are made grey.', cfg.grayscale_prob)
         if record is not None:
             self.cfg = cfg = _shared_out(record, self.processes)
         self.data = _load(cfg, mode, images if record is None else record.data, self.processes)
@@ -118,7 +120,7 @@ class Setup:
         config = plain('data_config', data_config(self.model, **asked))
         # the model's own data config must keep to the limits of settings, or validation would fail after an epoch
         dataclasses.replace(cfg, **{name: config[name] for name in ('mean', 'std', 'interpolation', 'crop_pct')})
-        _check_size(self.model, cfg.model, config['input_size'], self.device)
+        _check_forward(self.model, cfg.model, config['input_size'], self.device)
         autotuned = None
         if cfg.autotune:
             shape = (cfg.batch_size, *config['input_size'])
@@ -154,9 +156,14 @@ def _check_images(cfg: FinetuneCfg) -> str:
     return mode
 
 
-def _check_size(model: nn.Module, name: str, input_size: Tuple[int, ...], device: torch.device) -> None:
-    """Raise ValueError for a model that takes no images of the run's size: timm has some, which find it in an image."""
+def _check_forward(model: nn.Module, name: str, input_size: Tuple[int, ...], device: torch.device) -> None:
+    """Raise ValueError for a model that takes no images of the run's size: timm has some, which find it in an image;
+    and for one that computes past its adapters.
+    """
     was_training = model.training
+    adapted = {layer: path for path, layer in model.named_modules() if hasattr(layer, 'lora_A')}
+    idle = dict(adapted)
+    hooks = [layer.register_forward_pre_hook(lambda layer, _: idle.pop(layer, None) and None) for layer in adapted]
     try:
         with torch.no_grad():  # not inference_mode: what a model keeps of it may be used in training
             model.eval()(torch.zeros(1, *input_size, device=device))
@@ -167,6 +174,13 @@ def _check_size(model: nn.Module, name: str, input_size: Tuple[int, ...], device
         ) from error
     finally:
         model.train(was_training)
+        for hook in hooks:
+            hook.remove()
+    if idle:  # as attention does that takes a weight, and not its layer
+        raise ValueError(
+            f'lora: {name} computes past {some(idle.values())}, whose adapters would learn nothing; leave lora out, or '
+            'take another model.'
+        )
 
 
 def _tell_of_bfloat16(cfg: FinetuneCfg, device: torch.device) -> None:
@@ -182,7 +196,7 @@ def _tell_of_bfloat16(cfg: FinetuneCfg, device: torch.device) -> None:
 def _tell_of_idle(cfg: FinetuneCfg) -> None:
     """Warn of settings that change nothing beside others. timm takes them, and its recipes have them."""
     beside = {name: f'sched {cfg.sched}' for name, scheds in OF_SCHEDULES.items() if cfg.sched not in scheds}
-    if cfg.aa and not cfg.aa.startswith('3a'):  # timm leaves colours to a policy
+    if cfg.aa and '3a' not in cfg.aa:  # timm leaves colours to a policy
         beside.update(dict.fromkeys(('color_jitter', 'color_jitter_prob'), f'aa {cfg.aa}'))
     if not (cfg.amp or cfg.autotune):
         beside['amp_dtype'] = 'float32, without amp'

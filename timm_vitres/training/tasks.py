@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from ..checks import on_one_line
 from ..data import data_config
+from ..labels import own_names
 from ..publishing.config_file import check_config_of
 from .class_maps import first_other, order_of
 from .settings import FinetuneCfg
@@ -102,13 +103,13 @@ def create_teacher(cfg: FinetuneCfg, label_names: List[str], config: Dict[str, A
         raise ValueError(f'kd_model_name: {cfg.kd_model_name!r} can not be loaded: {on_one_line(error)}') from error
     order = None
     if cfg.kd_distill_type != 'feature':
-        names = (getattr(model, 'pretrained_cfg', None) or {}).get('label_names')
+        names = own_names(model)
         if model.num_classes != len(label_names):
             raise ValueError(
                 f'kd_model_name: {cfg.kd_model_name!r} has {model.num_classes} classes, but the images have '
                 f'{len(label_names)}; fine-tune it on them first, or learn from its features (kd_distill_type).'
             )
-        if names is not None:
+        if names:
             order = order_of(label_names, names)
             if order is None:
                 other = first_other(label_names, names)

@@ -257,7 +257,9 @@ def _unwrap(checkpoint: Any, use_ema: bool, path: Path, size: Optional[int] = No
     about: Dict[str, Any] = {}
     for _ in range(len(WRAPPERS)):  # the loop is bounded, since a dict may hold itself
         wrappers = [key for key in WRAPPERS if isinstance(checkpoint, dict) and isinstance(checkpoint.get(key), dict)]
-        wrappers = [key for key in wrappers if use_ema or not key.endswith('_ema')]
+        averages = [key for key in wrappers if key.endswith('_ema')]
+        left = [key for key in averages if not use_ema or not _holds_tensors(checkpoint[key])]
+        wrappers = [key for key in wrappers if key not in left]
         if not wrappers:
             break
         about = {**checkpoint, **about}
@@ -273,6 +275,12 @@ def _unwrap(checkpoint: Any, use_ema: bool, path: Path, size: Optional[int] = No
             raise NoCheckpointError(f'{path}: {key} is quantised, sparse or empty, expected a plain tensor.')
     about = {key: value for key, value in about.items() if key not in WRAPPERS}
     return _independent(checkpoint, path.stat().st_size if size is None else size), about
+
+
+def _holds_tensors(average: Dict[str, Any]) -> bool:
+    """Return whether averaged weights are some, and not the counts of an average that was never begun."""
+    parts = [average, *(average[key] for key in WRAPPERS if isinstance(average.get(key), dict))]
+    return any(torch.is_tensor(value) and value.ndim for part in parts for value in part.values())
 
 
 def _independent(state_dict: StateDict, size: int) -> StateDict:

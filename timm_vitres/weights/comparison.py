@@ -3,6 +3,8 @@
 state dict in our layout -> `add_batch_counts` -> `check_dtypes`, `check_keys` -> a state dict that the model can load.
 """
 
+from typing import List
+
 import torch
 
 from ..checks import some
@@ -59,5 +61,12 @@ def check_keys(state_dict: StateDict, model: torch.nn.Module, adaptable=()) -> N
         raise RuntimeError(
             f'The checkpoint is not one of {architecture} as it was asked for: '
             f'missing keys: {some(missing, NAMED)}; unexpected keys: {some(unexpected, NAMED)}; '
-            f'wrong shapes: {some(wrong, NAMED)}.'
+            f'wrong shapes: {some(wrong, NAMED)}.{_norm_elsewhere(missing, unexpected)}'
         )
+
+
+def _norm_elsewhere(missing: List[str], unexpected: List[str]) -> str:
+    """Return what to do where only the place of a ViT's last norm differs, which timm moves with the pooling."""
+    ours, theirs = ({key.partition('.')[0] for key in keys} for keys in (missing, unexpected))
+    is_moved = (ours, theirs) == ({'fc_norm'}, {'norm'})
+    return " global_pool 'avg' moves the norm behind the pooling; add fc_norm=False to leave it." if is_moved else ''

@@ -20,7 +20,7 @@ CARD_NAME = 'README.md'
 SUMMARY_NAME, CURVES_NAME = 'summary.csv', 'curves.png'  # how a run went, epoch by epoch
 # timm looks for a folder's weights under these names, in this order
 WEIGHTS_NAMES = (WEIGHTS_NAME, 'pytorch_model.bin', 'pytorch_model.pth', 'model.pth')
-WEIGHTS_SUFFIXES = ('.safetensors', '.pth', '.pth.tar', '.bin', '.npz')
+WEIGHTS_SUFFIXES = ('.safetensors', '.pth', '.pth.tar', '.bin', '.npz', '.pt', '.ckpt')
 ALIGNMENT = 64  # bytes
 # the head of a card, its group 1, as huggingface_hub finds it: empty lines may come before it
 CARD_HEAD = re.compile(r'\ufeff?\s*---\r?\n(.*?)(?<=\n)---[ \t]*(?:\r?\n|$)', re.DOTALL)

@@ -36,7 +36,8 @@ class Layout(NamedTuple):
     key: str  # a regular expression for a key that no other layout has
     convert: Callable[[StateDict], StateDict]
     left_out: str = r'(?!)'  # a regular expression for the beginning of keys; this one matches nothing
-    license: Optional[str] = 'apache-2.0'  # of the weights that its writers published
+    published: str = r'(?!)'  # a regular expression for the names of the files that its writers published
+    license: Optional[str] = 'apache-2.0'  # of those; the tensors of a layout may be anybody's
     model_type: Optional[str] = None  # in a config.json of transformers
 
 
@@ -287,7 +288,7 @@ def _join_qkv(state_dict: StateDict) -> StateDict:
 
 TIMM = Layout('timm', r'^$', from_timm, license=None)  # anybody's
 LAYOUTS: List[Layout] = [
-    Layout('Google JAX', r'(^|/)(conv_root|embedding)/kernel$', from_google),
+    Layout('Google JAX', r'(^|/)(conv_root|embedding)/kernel$', from_google, published=r'.*\.npz'),
     Layout(
         'transformers ViTHybrid',
         r'^(vit\.)?embeddings\.patch_embeddings\.',
@@ -307,6 +308,7 @@ LAYOUTS: List[Layout] = [
         from_midas,
         # its classifier is ImageNet's as it was before the rest was trained further, and nothing there uses it
         left_out=r'(scratch|auxlayer|pretrained\.act_postprocess\d|pretrained\.model\.head)\b',
+        published=r'dpt_hybrid[-_].*\.pt',
         license='mit',
     ),
     Layout(
@@ -314,8 +316,19 @@ LAYOUTS: List[Layout] = [
         r'^encoder\.patch_embed\.backbone\.',
         from_pix2tex,
         left_out=r'decoder\b',  # what writes the formula
+        published=r'weights\.pth',
         license='mit',
     ),
-    Layout('Conformer', r'^trans_patch_conv\.', from_conformer),
-    Layout('mmpretrain Conformer', r'^backbone\.trans_patch_conv\.', from_conformer),
+    Layout(
+        'Conformer',
+        r'^trans_patch_conv\.',
+        from_conformer,
+        published=r'Conformer_(tiny|small|base)_patch(16|32)\.pth',
+    ),
+    Layout(
+        'mmpretrain Conformer',
+        r'^backbone\.trans_patch_conv\.',
+        from_conformer,
+        published=r'conformer-\w+-p\d+_.*in1k.*\.pth',
+    ),
 ]

@@ -3,18 +3,21 @@
 pretrained cfg -> `find_weights` -> `local_weights`, `hub_weights` or `url_file` -> a file, or the index of shards.
 """
 
+import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Optional, Sequence, Union
 from urllib.parse import urlparse
 
 from huggingface_hub.errors import HFValidationError
+from timm.layers import to_2tuple
 from timm.models import PretrainedCfg, list_pretrained
 
 from ..writing import TEMPORARY
 from .checkpoints import INDEX_NAMES, checkpoint_files
-from .checksums import check_once, told_sha256
+from .checksums import check_once, is_of_this_package, told_sha256
 from .downloads import at_commit, hub_file, url_file
-from .files import WEIGHTS_NAME, WEIGHTS_NAMES, WEIGHTS_SUFFIXES
+from .files import CONFIG_NAME, WEIGHTS_NAME, WEIGHTS_NAMES, WEIGHTS_SUFFIXES
 from .shipped import is_shipped
 
 LOCAL = 'local-dir:'
@@ -45,12 +48,26 @@ def weights_file(path: Union[str, Path]) -> Path:
         if (path / name).is_file():
             return path / name
     for suffix in WEIGHTS_SUFFIXES:
-        found = sorted(path.glob(f'[!.]*{suffix}'))
+        found = sorted(file for file in path.glob(f'[!.]*{suffix}') if file.is_file())
         if len(found) > 1:
             raise ValueError(f'{path}: holds {", ".join(file.name for file in found)}; name the one that you mean.')
         if found:
             return found[0]
     raise FileNotFoundError(f'{path}: holds no weights ({", ".join(WEIGHTS_NAMES)}).')
+
+
+def told_size(path: Path) -> Optional[Sequence[int]]:
+    """Return height and width of the images that weights were saved for, as this package's config.json beside them
+    tells; None where there is none.
+    """
+    with suppress(OSError, ValueError, TypeError, AttributeError):  # a file that can't be read, or is none of ours
+        text = path.with_name(CONFIG_NAME).read_text(encoding='utf-8')
+        if path.name == WEIGHTS_NAME and is_of_this_package(text):
+            config = json.loads(text)
+            built = (config.get('model_args') or {}).get('img_size')
+            height, width = to_2tuple(built or config['pretrained_cfg'].get('input_size')[-2:])
+            return int(height), int(width)
+    return None
 
 
 def pending_weights(folder: Path) -> Optional[Path]:
