@@ -6,9 +6,9 @@ import statistics
 from collections import defaultdict
 
 import numpy as np
-from rows import deviation, is_there, newest, read, spread, table
+from rows import deviation, is_there, newest, read, runs, spread, table
 
-from timm_vitres.training.verdict import LEAST_SEEDS, LEVEL, seeds_error, student
+from timm_vitres.training.verdict import LEAST_SEEDS, LEVEL, seeds_error
 
 # what the table of Fashion-MNIST says of a run's settings; the rows have all of them
 BEGINNINGS = {
@@ -93,11 +93,11 @@ def differences() -> str:
 
 def fmnist() -> str:
     """Fashion-MNIST by one recipe: hybrids and their parents, on the test images."""
-    runs = defaultdict(list)
-    for row in read('fmnist'):
-        runs[row['arm'], row['changes'], row['epochs']].append(row)
+    groups = defaultdict(list)
+    for row in runs('fmnist', 'arm', 'changes', 'epochs', 'seed'):
+        groups[row['arm'], row['changes'], row['epochs']].append(row)
     lines = []
-    for (arm, changes, epochs), rows in runs.items():
+    for (arm, changes, epochs), rows in groups.items():
         others = ', '.join(words for key, words in BEGINNINGS.items() if key in changes or key == arm)
         columns = (spread([float(row[column]) for row in rows], 2) for column in ('test_top1', 'test_top1_tta'))
         hours = statistics.mean(float(row['train_seconds']) for row in rows) / 3600
@@ -190,11 +190,11 @@ def ablation() -> str:
 def arms() -> str:
     """Each comparison in a line: the best arm, and those that can not be told apart from it, in bold."""
     found = comparisons()
-    names = list(dict.fromkeys(arm for _, runs, _, _ in found for arm in runs))
+    names = list(dict.fromkeys(arm for _, rows, _, _ in found for arm in rows))
     lines = []
-    for name, runs, figures, behind in found:
+    for name, rows, figures, behind in found:
         told = {arm for arm, row in behind.items() if row['is_told'] == 'True'}
-        cells = dict.fromkeys(runs, 'diverged')
+        cells = dict.fromkeys(rows, 'diverged')
         for arm, values in figures.items():
             alone = ' †' if arm in behind and _is_alone(figures, behind[arm]['best'], arm) else ''
             cells[arm] = f'{deviation(values)}{alone}' if arm in told else f'**{deviation(values)}**{alone}'
@@ -211,48 +211,33 @@ def small_compare() -> str:
 
 
 def fractals() -> str:
-    """Fine-tuning from weights that learnt fractals, and from random ones, seed by seed the same."""
-    groups: dict = defaultdict(lambda: defaultdict(dict))
-    for row in read('fractals'):
-        groups[row['set'], row['model'], row['changes']][row['arm'], row['pretraining']][row['seed']] = row
+    """Fine-tuning from weights that learnt fractals, and from random ones, and what the former gain."""
+    groups: dict = defaultdict(list)
+    for row in runs('fractals', 'set', 'model', 'changes', 'pretraining', 'seed'):
+        groups[row['set'], row['model'], row['changes'], row['pretraining']].append(row)
+    key = ('set', 'model', 'changes', 'pretraining')
+    verdicts = newest('fractals_verdict', *key) if is_there('fractals_verdict') else {}
     lines = []
-    for (name, model, _), starts in groups.items():
-        plain = next((rows for (arm, _), rows in starts.items() if arm == 'random'), {})
-        for place, ((arm, pretraining), rows) in enumerate(sorted(starts.items(), reverse=True)):
-            common = sorted(plain.keys() & rows.keys()) if arm != 'random' else []
-            gains = np.array(
-                [float(rows[seed]['test_balanced']) - float(plain[seed]['test_balanced']) for seed in common]
-            )
-            columns = (spread([float(row[key]) for row in rows.values()], 2) for key in ('test_top1', 'test_balanced'))
-            epochs = next(iter(rows.values()))['epochs']
-            start = f'fractals ({pretraining})' if arm != 'random' else arm
-            lines.append(
-                ['' if place else f'`{name}`', '' if place else f'`{model}`', epochs, start, *columns, _gain(gains)]
-            )
-    return table(
-        ['set', 'model', 'epochs', 'start', 'accuracy (%)', 'balanced (%)', 'gain, balanced (interval)'], lines
-    )
-
-
-def _gain(gains: np.ndarray) -> str:
-    """Return the mean of differences of seeds, and its interval at 95% by their own spread, where they are enough."""
-    if not len(gains):
-        return ''
-    mean = f'{gains.mean():+.2f}'
-    if len(gains) < LEAST_SEEDS:
-        return mean
-    half = student((1 + LEVEL) / 2, len(gains) - 1) * gains.std(ddof=1) / math.sqrt(len(gains))
-    return f'{mean} ({gains.mean() - half:+.2f} to {gains.mean() + half:+.2f})'
+    for (name, model, changes, pretraining), found in groups.items():
+        columns = (spread([float(row[column]) for row in found], 2) for column in ('test_top1', 'test_balanced'))
+        row, start = (
+            verdicts.get((name, model, changes, pretraining)),
+            f'fractals: {pretraining}' if pretraining else 'random',
+        )
+        gain = f'{row["gain"]} ({row["low"]} to {row["high"]})' if row else ''
+        lines.append([f'`{name}`', f'`{model}`', changes, start, *columns, gain])
+    columns = ('accuracy (%)', 'balanced (%)', 'gain, balanced (interval)')
+    return table(['set', 'model', 'settings', 'start', *columns], lines)
 
 
 def scratch() -> str:
     """Our small models on the folder sets."""
-    runs = defaultdict(list)
-    for row in read('scratch'):
-        runs[row['set'], row['model'], row['changes'], row['epochs']].append(row)
+    groups = defaultdict(list)
+    for row in runs('scratch', 'set', 'model', 'changes', 'epochs', 'seed'):
+        groups[row['set'], row['model'], row['changes'], row['epochs']].append(row)
     columns = ('test_top1', 'test_balanced', 'test_top1_tta', 'test_balanced_tta')
     lines = []
-    for (name, model, changes, epochs), rows in runs.items():
+    for (name, model, changes, epochs), rows in groups.items():
         figures = (spread([float(row[column]) for row in rows], 1) for column in columns)
         hours = statistics.mean(float(row['train_seconds']) for row in rows) / 3600
         lines.append(

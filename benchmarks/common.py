@@ -35,7 +35,8 @@ def conditions() -> dict:
         cpu = names[0] if names else cpu
     return dict(
         date=datetime.date.today().isoformat(),
-        machine=f'{cpu}, {os.cpu_count()} cores',
+        # processors of one name may have other instructions
+        machine=f'{cpu}, {torch.backends.cpu.get_cpu_capability()}, {os.cpu_count()} cores',
         torch=torch.__version__,
         timm=timm.__version__,
         timm_vitres=timm_vitres.__version__,

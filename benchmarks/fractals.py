@@ -3,13 +3,16 @@
     python benchmarks/fractals.py images --output fractals [--classes 1000] [--images 100]
     python benchmarks/fractals.py pretrain --output fractals --model vitresnet_nano
     python benchmarks/fractals.py transfer --output fractals --model vitresnet_nano --seeds 0 1 2 --record
+    python benchmarks/fractals.py judge --output fractals --model vitresnet_nano --seeds 0 1 2 --record
 
 `images` writes labelled fractals (formulas.py) as an image folder, output/images/{train,val}/<class>/*.png. `pretrain`
 writes them if they are not there, and trains a model of three channels on them, in output/<model>; it goes on where it
 was interrupted. `transfer` fine-tunes from those weights and from random ones, by the same recipe, on sets of
 image_sets.py; 15% of the training images choose the epoch, and the test images are looked at once. Runs that are in
-benchmarks/results/fractals.csv are not made again, interrupted ones go on; --record appends a row for each. Any setting
-of the recipe may be given anew, as --set name=value; the row has it.
+benchmarks/results/fractals.csv are not made again, interrupted ones go on; --record appends a row for each, which names
+the weights that it began with. `judge` compares the models of both starts, seed by seed, on the test images, as
+`timm-vitres compare` does its arms; its row is in fractals_verdict.csv. Any setting of the recipe may be given anew, as
+--set name=value; the rows of `transfer` and `judge` have it.
 """
 
 import argparse
@@ -17,8 +20,9 @@ import itertools
 import json
 import shutil
 from pathlib import Path
-from typing import Any, Dict
+from typing import Any, Dict, Tuple
 
+import numpy as np
 import timm
 import torch
 from common import is_recorded, parse_changes, run_name, tested, told, train, write_row
@@ -29,6 +33,7 @@ from tqdm import tqdm
 
 from timm_vitres.training.report import best_epoch, read_summary
 from timm_vitres.training.settings import FinetuneCfg
+from timm_vitres.training.verdict import judge
 from timm_vitres.weights.checksums import sha256
 
 ARMS = ('fractal', 'random')
@@ -88,34 +93,37 @@ def pretrain(args: argparse.Namespace, changes: Dict[str, Any]) -> None:
     print(f'{folder}: {best:.2f}% of the validation fractals after {len(rows)} epochs, {hours:.2f} h.')
 
 
+def started_with(args: argparse.Namespace) -> Tuple[Path, str]:
+    """Return the weights that learnt fractals, and what they are; SystemExit where they are not there, or not done."""
+    weights = args.output / args.model / 'model.safetensors'
+    if not weights.is_file():
+        raise SystemExit(f'{weights} is missing: run `pretrain` with this --output and --model first.')
+    done = len(read_summary(weights.parent))
+    asked = json.loads((weights.parent / 'run.json').read_text(encoding='utf-8'))['settings']['epochs']
+    if done < asked:
+        raise SystemExit(f'{weights.parent}: is not over, after {done} of {asked} epochs; run `pretrain` to its end.')
+    images = (args.output / 'images' / 'README.txt').read_text().strip()
+    return weights, f'{images}, {done} epochs, weights {sha256(weights)[:8]}'
+
+
+def folder_of(args: argparse.Namespace, name: str, arm: str, pretraining: str, changes: Dict[str, Any], seed: int):
+    """Return a run's folder; runs that began with other weights are others."""
+    start = f'{arm}-{pretraining.rpartition(" ")[2]}' if pretraining else arm
+    return args.output / 'transfer' / run_name(args.model, name, start, changes=changes, seed=seed)
+
+
 def transfer(args: argparse.Namespace, changes: Dict[str, Any]) -> None:
     """Fine-tune from fractals and from random weights, and write a row for each run."""
-    weights = args.output / args.model / 'model.safetensors'
-    if 'fractal' in args.arms and not weights.is_file():
-        raise SystemExit(f'{weights} is missing: run `pretrain` with this --output and --model first.')
-    pretraining = known = ''
-    if 'fractal' in args.arms:
-        done = len(read_summary(weights.parent))
-        asked = json.loads((weights.parent / 'run.json').read_text(encoding='utf-8'))['settings']['epochs']
-        if done < asked:
-            raise SystemExit(
-                f'{weights.parent}: is not over, after {done} of {asked} epochs; run `pretrain` to its end.'
-            )
-        pretraining = f'{(args.output / "images" / "README.txt").read_text().strip()}, {done} epochs'
-        known = f'-{sha256(weights)[:8]}'  # runs that began with other weights are others
+    weights, learnt = started_with(args) if 'fractal' in args.arms else (None, '')
     for seed, name, arm in itertools.product(args.seeds, args.sets, args.arms):
         start = dict(pretrained_path=str(weights)) if arm == 'fractal' else {}
         row = dict(set=name, arm=arm, seed=seed, model=args.model, changes=told(changes))
-        row['pretraining'] = pretraining if start else ''
+        row['pretraining'] = learnt if start else ''
         if args.record and is_recorded('fractals', row):
             print(f'fractals.csv has its row; without --record it is trained again: {told(row)}')
             continue
         data = write(name, args.output / 'data', args.source)
-        folder = (
-            args.output
-            / 'transfer'
-            / run_name(args.model, name, arm + (known if start else ''), changes=changes, seed=seed)
-        )
+        folder = folder_of(args, name, arm, row['pretraining'], changes, seed)
         settings = {**TRANSFER, **SETS[name], **start, **changes, 'model': args.model, 'seed': seed}
         train(FinetuneCfg(**settings, data_dir=str(data / 'train'), output=str(folder)))
         rows = read_summary(folder)
@@ -124,10 +132,36 @@ def transfer(args: argparse.Namespace, changes: Dict[str, Any]) -> None:
         write_row('fractals', row, args.record)
 
 
+def compare(args: argparse.Namespace, changes: Dict[str, Any]) -> None:
+    """Compare both starts on the test images of each set, and write a row for each."""
+    _, learnt = started_with(args)
+    for name in args.sets:
+        test = write(name, args.output / 'data', args.source) / 'test'
+        answers: Dict[str, list] = {}
+        for arm, seed in itertools.product(ARMS, args.seeds):
+            folder = folder_of(args, name, arm, learnt if arm == 'fractal' else '', changes, seed)
+            if not (folder / 'model.safetensors').is_file():
+                raise SystemExit(f'{folder} is missing: run `transfer` with these arguments first.')
+            found = tested(timm.create_model(f'local-dir:{folder}', pretrained=True).eval(), test)
+            guessed = [prediction.labels[0] for prediction in found.predictions]
+            answers.setdefault(arm, []).append([one == true for one, true in zip(guessed, found.truth)])
+        verdict = judge(
+            {arm: np.array(rows) for arm, rows in answers.items()}, np.array(found.truth), 'balanced accuracy'
+        )
+        [(other, behind)] = verdict.behind.items()
+        gain = (
+            behind if other == 'random' else behind._replace(points=-behind.points, low=-behind.high, high=-behind.low)
+        )
+        row = dict(set=name, model=args.model, changes=told(changes), pretraining=learnt)
+        row.update(seeds=' '.join(map(str, args.seeds)), gain=f'{gain.points:.2f}', low=f'{gain.low:.2f}')
+        write_row('fractals_verdict', dict(row, high=f'{gain.high:.2f}', is_told=gain.is_told), args.record)
+        print(verdict.sentence)
+
+
 def main() -> None:
-    """Write images, pretrain, or fine-tune."""
+    """Write images, pretrain, fine-tune, or compare."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('what', choices=('images', 'pretrain', 'transfer'))
+    parser.add_argument('what', choices=('images', 'pretrain', 'transfer', 'judge'))
     parser.add_argument('--output', type=Path, default=Path('fractals'), help='folder for images, data and runs')
     parser.add_argument('--model', default='vitresnet_nano')
     parser.add_argument('--classes', type=int, default=1000, help='classes of fractals')
@@ -149,8 +183,10 @@ def main() -> None:
         print(write_images(args.output / 'images', args.classes, args.images, args.val_images))
     elif args.what == 'pretrain':
         pretrain(args, changes)
-    else:
+    elif args.what == 'transfer':
         transfer(args, changes)
+    else:
+        compare(args, changes)
 
 
 if __name__ == '__main__':

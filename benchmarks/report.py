@@ -13,7 +13,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import claim
-from rows import newest, read, spread, table
+from rows import newest, read, runs, spread, table
 
 ROOT = Path(__file__).parent.parent
 
@@ -21,7 +21,7 @@ ROOT = Path(__file__).parent.parent
 def elpv() -> str:
     """The demo's figures, and those of longer runs on its images."""
     longer = defaultdict(list)
-    for row in read('scratch'):
+    for row in runs('scratch', 'set', 'model', 'changes', 'epochs', 'seed'):
         if row['set'] == 'elpv_grades':
             row.update(top1=row['test_top1_tta'], balanced=row['test_balanced_tta'])
             longer[f'`{row["model"]}`, {row["epochs"]} epochs', row['changes']].append(row)
@@ -35,10 +35,10 @@ def elpv_before() -> str:
 
 def demos() -> list:
     """The rows of the demo, by recipe, that of today first."""
-    runs = defaultdict(list)
-    for row in read('elpv'):
-        runs[row['recipe']].append(row)
-    return list(reversed(runs.values()))
+    groups = defaultdict(list)
+    for row in runs('elpv', 'recipe', 'seed'):
+        groups[row['recipe']].append(row)
+    return list(reversed(groups.values()))
 
 
 def _cells(found: list) -> str:
@@ -60,13 +60,13 @@ def neighbours() -> str:
 
 def dense() -> str:
     """IoU on held-out images of the size of training and of one that is new, of each decoder and encoder."""
-    runs = defaultdict(list)
-    for row in read('dense'):
-        runs[row['decoder'], row['encoder'], f'{int(row["parameters"]) / 1e6:.0f}M'].append(row)
+    groups = defaultdict(list)
+    for row in runs('dense', 'decoder', 'encoder', 'parameters', 'seed'):
+        groups[row['decoder'], row['encoder'], f'{int(row["parameters"]) / 1e6:.0f}M'].append(row)
     sizes = ('same', 'larger')
     rows = [
         [decoder, f'`{encoder}`', size, *(spread([float(row[f'iou_{name}']) for row in found]) for name in sizes)]
-        for (decoder, encoder, size), found in runs.items()
+        for (decoder, encoder, size), found in groups.items()
     ]
     rows.append(
         ["Otsu's threshold, which does not learn", '', '', *(read('dense')[0][f'otsu_{name}'] for name in sizes)]
@@ -77,7 +77,7 @@ def dense() -> str:
 def nano_search() -> str:
     """Accuracy for training time of the candidates for vitresnet_nano, the best first."""
     accuracies = defaultdict(list)
-    for row in read('nano_search_train'):
+    for row in runs('nano_search_train', 'candidate', 'seed'):
         accuracies[row['candidate']].append(float(row['val_top1']))
     rows = []
     for row in read('nano_search_time'):
@@ -118,13 +118,13 @@ def dual_elpv() -> str:
     """One epoch with the losses of two heads."""
     names = {'sum': 'the sum of both heads', 'both': 'both heads, mean of two losses'}
     names.update(resnet="the ResNet's head alone", vit="the ViT's head alone")
-    runs = defaultdict(list)
-    for row in read('dual_elpv'):
-        runs[row['head_loss']].append(row)
+    groups = defaultdict(list)
+    for row in runs('dual_elpv', 'head_loss', 'seed'):
+        groups[row['head_loss']].append(row)
     return table(
         ['loss on', 'balanced accuracy (%)', 'accuracy (%)'],
         [
-            [name, *(spread([float(row[column]) for row in runs[loss]]) for column in ('balanced', 'top1'))]
+            [name, *(spread([float(row[column]) for row in groups[loss]]) for column in ('balanced', 'top1'))]
             for loss, name in names.items()
         ],
     )
@@ -228,13 +228,13 @@ def precision() -> str:
 
 def precision_train() -> str:
     """Top-1 after training in fp32 and in bf16."""
-    runs = defaultdict(list)
+    groups = defaultdict(list)
     for row in newest('precision_train', 'model', 'setting', 'seed', 'device', 'machine', 'epochs').values():
         place = short(row['machine']) if row['device'] == 'cpu' else row['device']
-        runs[row['model'], row['epochs'], place, row['setting']].append(float(row['top1']))
+        groups[row['model'], row['epochs'], place, row['setting']].append(float(row['top1']))
     return table(
         ['model', 'epochs', 'on', 'trained in', 'top-1 (%)'],
-        [[f'`{key[0]}`', *key[1:], spread(values, 2)] for key, values in runs.items()],
+        [[f'`{key[0]}`', *key[1:], spread(values, 2)] for key, values in groups.items()],
     )
 
 
@@ -313,9 +313,9 @@ def scale() -> str:
 
 def distillation() -> str:
     """vitresnet_nano with and without a teacher, which had as many images as its student, or more."""
-    runs = defaultdict(list)
-    for row in read('distillation'):
-        runs[row['arm'], row['arm'] != 'labels alone' and row['teacher_images']].append(row)
+    groups = defaultdict(list)
+    for row in runs('distillation', 'arm', 'train_images', 'teacher_images', 'epochs', 'seed'):
+        groups[row['arm'], row['arm'] != 'labels alone' and row['teacher_images']].append(row)
     names = {'teacher': 'a thin ResNet, the teacher', 'labels alone': '`vitresnet_nano`, from the labels alone'}
     names['from logits'] = "`vitresnet_nano`, from labels and the teacher's logits"
 
@@ -327,7 +327,7 @@ def distillation() -> str:
         ['model', 'training images', 'validation top-1 (%)', 'test top-1 (%)'],
         [
             [names[arm], images(arm, of_teacher, found[0]), *columns_of(found)]
-            for (arm, of_teacher), found in sorted(runs.items(), key=lambda item: list(names).index(item[0][0]))
+            for (arm, of_teacher), found in sorted(groups.items(), key=lambda item: list(names).index(item[0][0]))
         ],
     )
 

@@ -23,6 +23,11 @@ def newest(name: str, *columns: str) -> dict:
     return {tuple(row[column] for column in columns): row for row in read(name)}
 
 
+def runs(name: str, *columns: str) -> list:
+    """Return the rows of a table of runs, of those that were made again the last one alone."""
+    return list(newest(name, *columns).values())
+
+
 def deviation(values: list, digits: int = 1) -> str:
     """Return mean and standard deviation, the latter where there is more than one value."""
     mean = f'{statistics.mean(values):.{digits}f}'

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -11,6 +12,9 @@ import torch
 from conftest import write_noise
 from PIL import Image
 
+from timm_vitres.weights.checksums import sha256
+
+WEIGHTS = 'test_vitresnet/model.safetensors'
 BENCHMARKS = Path(__file__).parent.parent / 'benchmarks'
 
 
@@ -178,8 +182,17 @@ def test_pretraining_and_transfer(fractals, script, tmp_path, monkeypatch):
     assert [(row['set'], row['arm'], row['seed'], row['epochs']) for row in rows] == [
         ('elpv', 'fractal', 0, 1), ('elpv', 'random', 0, 1),
     ]  # fmt: skip
-    assert rows[0]['pretraining'] == '2 classes, 4 + 1 images of each, seed 0, 1 epochs' and not rows[1]['pretraining']
+    told = '2 classes, 4 + 1 images of each, seed 0, 1 epochs, weights ' + sha256(tmp_path / WEIGHTS)[:8]
+    assert rows[0]['pretraining'] == told and not rows[1]['pretraining']
     assert all(row['test_images'] == 4 and 0 <= row['test_balanced'] <= 100 for row in rows)
+    monkeypatch.setattr(sys, 'argv', ['fractals.py', 'judge', *options])
+    fractals.main()
+    gain = float(rows[0]['test_balanced']) - float(rows[1]['test_balanced'])
+    assert (rows[2]['pretraining'], rows[2]['seeds'], float(rows[2]['gain'])) == (told, '0', pytest.approx(gain))
+    assert (rows[2]['low'], rows[2]['is_told']) == ('-inf', False)  # of one seed nothing is concluded
+    shutil.rmtree(tmp_path / 'transfer')
+    with pytest.raises(SystemExit, match='is missing: run `transfer` with these arguments first'):
+        fractals.main()
 
 
 def test_figures_weigh_classes_alike(fractals, script, tmp_path, monkeypatch):

@@ -125,8 +125,8 @@ def add_compare(subparsers) -> None:
     )
     parser.add_argument(
         '--test-split',
-        help="split for the verdict, of which nothing is learnt or chosen; test. With '', and where an image folder "
-        'has none, a part is held out',
+        help="split for the verdict, of which nothing is learnt or chosen; test. Of an image folder, with '' or where "
+        'it has none, a part is held out',
         **told,
     )
     parser.add_argument('--test-frac', type=float, help='part of each class that is held out for testing; 0.25', **told)

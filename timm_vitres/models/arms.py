@@ -59,7 +59,7 @@ ARMS = {
         lambda stride: dict(depth=3, stem_stride=stride),
     ),
     'parallel': Arm(
-        'test_vitresnet_dual',
+        'vitresnet_dual',
         'a thin ResNet and a ViT side by side that exchange features, as in Conformer',
         _dual,
     ),

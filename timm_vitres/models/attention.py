@@ -69,6 +69,9 @@ class RelPosAttn(BottleneckAttn):
     an indicator of row and column beside every key, so that one product gives the logits: no matrix of all pairs of
     pixels is held.
 
+    torch's kernel has no second derivatives, and no forward mode: for a gradient penalty or `torch.func.jvp` call
+    `timm.layers.set_fused_attn(False)` before the model is made.
+
     Args:
         feat_size: Height and width of the map that the tables are made for.
         stride: 2 averages over 2 x 2 pixels behind the attention; an odd edge over what there is.

@@ -363,6 +363,7 @@ default_cfgs = generate_default_cfgs(
         'vitresnet_dual_base.conformer_in1k': _cfg(
             url=_MMPRETRAIN + 'conformer-base-p16_3rdparty_8xb128_in1k_20211206-bfdf8637.pth'
         ),
+        'vitresnet_dual.untrained': _cfg(),
         'test_vitresnet_dual.untrained': _cfg(input_size=(3, 96, 96)),
     }
 )
@@ -404,6 +405,12 @@ def vitresnet_dual_base(pretrained: bool = False, **kwargs) -> VitResNetDual:
     """Conformer-B/16: half as wide again, with 9 heads; 83.3M parameters."""
     cfg = VitResNetDualCfg(channels=(384, 768, 1536), embed_dim=576, num_heads=9)
     return build_hybrid(VitResNetDual, 'vitresnet_dual_base', pretrained, cfg, **kwargs)
+
+
+@register_model
+def vitresnet_dual(pretrained: bool = False, **kwargs) -> VitResNetDual:
+    """A parallel hybrid of any widths, depth and heads (see `VitResNetDualCfg`); by default the small one, 37.7M."""
+    return build_hybrid(VitResNetDual, 'vitresnet_dual', pretrained, VitResNetDualCfg(), **kwargs)
 
 
 @register_model

@@ -88,8 +88,8 @@ def compare(
         minutes: Let every model train for the epochs whose training steps take so long here, by a measurement in which
             the models take turns, in place of equal epochs. Epochs are whole, so that arms may get a third more or
             less; the report says what each got.
-        test_split: Name of the split that the verdict is on; with '', and where an image folder has none of the name,
-            `test_frac` of the images of each class is held out.
+        test_split: Name of the split that the verdict is on. Of an image folder, with '' or where it has none of the
+            name, `test_frac` of the images of each class is held out.
         test_frac: Part of each class, from 0 to 1, without these two.
 
     Returns:
