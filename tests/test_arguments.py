@@ -12,7 +12,8 @@ from PIL import Image
 
 import timm_vitres
 from timm_vitres import arguments
-from timm_vitres.pictures import plot_images
+from timm_vitres.pictures import plot_images, plot_predictions
+from timm_vitres.prediction import Prediction
 
 
 @pytest.fixture
@@ -96,12 +97,13 @@ def test_a_picture_of_somebodys_is_not_drawn_over(here):
     Image.new('RGB', (8, 8)).save('photo.png')
     Path('text.png').write_text('mine')
     before = {path.name: path.read_bytes() for path in here.iterdir() if path.is_file()}
-    for name in ('photo.png', 'text.png'):
-        with pytest.raises(FileExistsError, match=rf'^plot: {name} is there, was not drawn by matplotlib'):
+    plot_images([Image.new('RGB', (8, 8))], ['mine'], Path('figure.png'))  # matplotlib's, and a run's
+    for name in ('photo.png', 'text.png', 'figure.png'):
+        with pytest.raises(FileExistsError, match=rf'^plot: {name} is there, was not drawn by this command'):
             arguments.check_picture('plot', Path(name), [])
-    assert {path.name: path.read_bytes() for path in here.iterdir() if path.is_file()} == before
+    assert before.items() <= {path.name: path.read_bytes() for path in here.iterdir() if path.is_file()}.items()
     Path('none.png').write_text('')
-    plot_images([Image.new('RGB', (8, 8))], ['black'], Path('drawn.png'))
+    plot_predictions([Prediction('photo.png', ['caf\udce9'], [0.5])], Path('drawn.png'))  # a name that is no text
     for name in ('none.png', 'drawn.png'):
         arguments.check_picture('plot', Path(name), [])
 

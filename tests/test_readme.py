@@ -62,6 +62,7 @@ def test_python_snippets_run(tmp_path):
     for pattern, stand_in in OFFLINE:
         code, count = re.subn(pattern, stand_in, code)
         assert count, f'the README has no {pattern} any more'
+    code = with_outputs_compared(code)
     result = subprocess.run([sys.executable, '-c', code], cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
 
@@ -71,7 +72,7 @@ def test_python_snippets_run(tmp_path):
     'path', [path for path in GUIDES if '```python' in path.read_text()], ids=lambda p: p.parent.name
 )
 def test_python_snippets_of_a_guide_run_without_the_readme(path, tmp_path):
-    code = '\n'.join(snippets('python', path.read_text()))
+    code = with_outputs_compared('\n'.join(snippets('python', path.read_text())))
     if 'R50+ViT-B_16.npz' in code:
         np.savez(tmp_path / 'R50+ViT-B_16.npz', **google_layout(timm.create_model('vit_base_r50_s16_224')))
     if 'weights.pth' in code:
@@ -81,8 +82,24 @@ def test_python_snippets_of_a_guide_run_without_the_readme(path, tmp_path):
     assert result.returncode == 0, result.stderr
 
 
+def with_outputs_compared(code: str) -> str:
+    """Let lines that print what their comment ends with, a tuple or a list, fail where it is something else."""
+    told = re.compile(r'^( *)print\((.*)\)  # (?:.*: )?([\[(][\d, ]+[\])])$', re.MULTILINE)
+    return told.sub(r'\1assert list(\2) == list(\3), \2', code)
+
+
+def test_what_is_printed_is_compared():
+    code = with_outputs_compared('\n'.join(snippets('python')))
+    assert code.count('assert list(') >= 5
+    code = 'x = [1, 2]\nprint(x)  # the first two: (1, 2)\nprint(x)  # [1, 3]\nprint(x)  # what it is'
+    *right, wrong, _ = with_outputs_compared(code).splitlines()
+    exec('\n'.join(right))
+    with pytest.raises(AssertionError):
+        exec('\n'.join([*right, wrong]))
+
+
 def test_commands_are_known(tmp_path):
-    """Every `timm-vitres` line parses."""
+    """Every `timm-vitres` line parses, without abbreviations."""
     from timm_vitres.cli import create_parser
 
     commands = [line for block in snippets('sh') for line in block.replace('\\\n', ' ').splitlines()]
@@ -90,7 +107,13 @@ def test_commands_are_known(tmp_path):
     ours = [re.split('[#>]', line)[0].split()[1:] for line in commands if line.startswith('timm-vitres ')]
     assert len(ours) >= 25
     for arguments in ours:
-        create_parser().parse_args(arguments)
+        parser = create_parser()
+        parser.parse_args(arguments)
+        (commands,) = [action.choices for action in parser._actions if action.choices and 'finetune' in action.choices]
+        known = commands[arguments[0]]._option_string_actions
+        assert not [word for word in arguments if word.startswith('-') and word.partition('=')[0] not in known], (
+            arguments
+        )
     makefile = (ROOT / 'Makefile').read_text()
     targets = re.findall(r'\bmake ([a-z-]+)', README)
     assert targets and all(f'\n{target}:' in makefile for target in targets)

@@ -48,6 +48,20 @@ def test_the_first_sizes_have_graphs_of_their_own(net, tmp_path):
     assert len(run.graphs) == OWN_GRAPHS + 1 and None in run.graphs
 
 
+def test_no_image_has_no_answer(tmp_path):
+    """OpenVINO's graphs answer an empty batch with what they answered before, or with words of C++."""
+    model = randomise_(timm.create_model('test_vitresnet_mix', num_classes=3)).eval()
+    export(model, tmp_path / 'm.xml')
+    for _ in range(2):  # as the first shapes, and where all others share a graph
+        run = load(tmp_path / 'm.xml', 'openvino')
+        assert run(torch.randn(0, 3, 96, 96)).shape == (0, 3)
+        for batch in range(1, 5):
+            run(torch.randn(batch, 3, 64, 64))
+        assert run(torch.randn(0, 3, 64, 96)).shape == (0, 3)
+        with pytest.raises(ValueError, match=r'^input: got shape \(2, 3, 0, 64\), which has no pixels'):
+            run(torch.randn(2, 3, 0, 64))
+
+
 def test_outputs_are_not_overwritten_by_the_next_call(net, tmp_path):
     export(net, tmp_path / 'm.xml')
     run = load(tmp_path / 'm.xml', 'openvino')

@@ -144,7 +144,10 @@ def test_any_timm_model_by_an_engine():
 def test_an_engine_takes_what_the_model_takes(engine):
     """By itself onnxruntime and OpenVINO answer images that are smaller than a token, too."""
     model = create('test_vitresnet')
+    one = prepare(model, example=torch.randn(1, 3, 32, 64), engine=engine)  # of one token a side
+    assert 'for 32x64 pixels' in one.report
     fast = prepare(model, example=torch.randn(1, 3, 64, 64), engine=engine)
+    assert 'for any height and width' in fast.report
     for shape in ((1, 3, 3, 64), (1, 1, 64, 64), (3, 64, 64)):
         errors = []
         for run in (model, fast):
@@ -189,6 +192,9 @@ def test_compiled(precision):
     for size in (64, 96):
         x = torch.randn(2, 3, size, size)
         assert relative_difference(fast(x), model(x)) < CLOSE[precision]
+    for shape in ((1, 3, 4, 64), (1, 3, 0, 64), (1, 1, 64, 64)):  # what the model refuses, compiled code would answer
+        with pytest.raises(ValueError, match=r'^input: got'):
+            fast(torch.randn(shape))
 
 
 @pytest.mark.slow

@@ -104,6 +104,41 @@ def test_all_ways_to_the_pyramid_agree(name):
             assert relative_difference(hooked[..., : level.shape[2], : level.shape[3]], level) < 1e-6
 
 
+class _Mean(torch.nn.Module):
+    """A program that loops over what its backbone returns."""
+
+    def __init__(self, backbone):
+        super().__init__()
+        self.backbone = backbone
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = torch.zeros(len(x))
+        for level in self.backbone(x):
+            y = y + level.mean((1, 2, 3))
+        return y
+
+
+@pytest.mark.parametrize('name', SMALL)
+def test_a_program_around_a_pyramid_can_be_scripted(name):
+    net = _Mean(timm.create_model(name, features_only=True)).eval()
+    randomise_(net.backbone.model)
+    with torch.inference_mode():
+        for size in (ODD, (64, 96)):
+            x = torch.randn(2, 3, *size)
+            torch.testing.assert_close(torch.jit.script(net)(x), net(x))
+
+
+@pytest.mark.parametrize('name', SMALL)
+def test_a_model_in_evaluation_stays_so_when_it_is_pruned(name):
+    for indices in ([0], [1], 1):
+        model = timm.create_model(name).eval()
+        model.prune_intermediate_layers(indices)
+        assert not any(module.training for module in model.modules())
+        model = timm.create_model(name)
+        model.prune_intermediate_layers(indices)
+        assert all(module.training for module in model.modules())
+
+
 def test_indices_that_run_past_the_pyramid_are_told_of(caplog):
     """Programs that count levels as a ResNet has them would take an early block for the deepest map."""
     with caplog.at_level('WARNING'):
@@ -118,7 +153,9 @@ def test_indices_that_run_past_the_pyramid_are_told_of(caplog):
     assert vit.feature_info.out_indices == (1, 4)
     every = range(len(timm.create_model('vitresnet_base', device='meta').feature_info))
     timm.create_model('vitresnet_base', features_only=True, out_indices=every, device='meta')
-    for indices in ((0, 1, 2, 3, 4), [1, 2, 3, 4], range(6)):
+    timm.create_model('vitresnet_base', features_only=True, out_indices=[4], device='meta')
+    assert 'out_indices: got [4], but the pyramid ends with 3' in caplog.text
+    for indices in ((0, 1, 2, 3, 4), [1, 2, 3, 4], (2, 3, 4), range(6)):
         with pytest.raises(ValueError, match=message):
             timm.create_model('vitresnet_base', features_only=True, out_indices=indices, device='meta')
 

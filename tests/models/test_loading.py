@@ -36,6 +36,33 @@ def source(tmp_path_factory):
     return model, timm_vitres.save(model, tmp_path_factory.mktemp('source'))
 
 
+@pytest.mark.parametrize('by', ['folder', 'file', 'file and size'])
+def test_a_table_is_of_the_grid_that_its_folder_tells(by, tmp_path, caplog):
+    """64 tokens of strips are not those of a square, nor of the registry's size."""
+    strips = randomise_(timm.create_model('vitresnet_nano', num_classes=3, img_size=(32, 128)))
+    folder = timm_vitres.save(strips, tmp_path / 'strips')
+    file = folder if by == 'folder' else folder / WEIGHTS_NAME
+    size = dict(img_size=(32, 192)) if by == 'file and size' else {}
+    overlay = dict(file=str(file))
+    model = timm.create_model('vitresnet_nano', pretrained=True, num_classes=3, pretrained_cfg_overlay=overlay, **size)
+    x = torch.randn(2, 3, 32, 192)
+    with torch.inference_mode():
+        torch.testing.assert_close(model.eval()(x), strips.eval()(x), rtol=1e-4, atol=1e-4)
+    assert 'positions are taken for' not in caplog.text
+    bare = tmp_path / 'bare.pth'
+    torch.save({**strips.state_dict(), 'pos_embed': strips.pos_embed[:, :36]}, bare)  # 36 are a square of no size told
+    timm.create_model('vitresnet_nano', pretrained=True, num_classes=3, pretrained_cfg_overlay=dict(file=str(bare)))
+    assert caplog.text.count('pos_embed: 36 positions are taken for 6 x 6') == 1
+
+
+def test_a_norm_in_another_place_is_told_of(source):
+    model, folder = source
+    with pytest.raises(RuntimeError, match=r"global_pool 'avg' moves the norm behind the pooling; add fc_norm=False"):
+        timm.create_model(f'local-dir:{folder}', pretrained=True, global_pool='avg')
+    moved = timm.create_model(f'local-dir:{folder}', pretrained=True, global_pool='avg', fc_norm=False)
+    assert torch.equal(moved.norm.weight, model.norm.weight)
+
+
 @pytest.mark.parametrize('options', OPTIONS, ids=str)
 def test_what_is_loaded_is_what_copying_gives(options, source):
     """Against the model that is initialised, and then copied into, as timm does."""

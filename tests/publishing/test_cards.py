@@ -267,6 +267,29 @@ def test_a_licence_that_is_another_than_the_weights_is_told(caplog):
         assert 'its licence stays' not in caplog.text
 
 
+def test_other_fields_that_the_hub_has_otherwise_are_told_of(caplog):
+    model = randomise_(timm.create_model('test_vitresnet', num_classes=2))
+    ours = cards.render_card(model, model_name='x', description='A.', recipe='B.', source='local-dir:.')
+    new = cards.set_field(ours, 'datasets', ['right'])
+    merged = cards.merge_cards('---\ndatasets: [wrong]\nlanguage: en\npipeline_tag: image-to-image\n---\n', new)
+    assert ModelCard(merged).data.datasets == ['wrong'] and ModelCard(merged).data.language == 'en'
+    assert [text for text in caplog.messages if 'stays' in text] == [
+        "README.md: its datasets stays ['wrong'], not ['right']; change it there."
+    ]
+
+
+def test_a_card_of_ones_own_takes_away_what_was_said_of_older_weights():
+    model = randomise_(timm.create_model('test_vitresnet', num_classes=2))
+    task = dict(task_type='image-classification', dataset_type='imagefolder', dataset_name='x', metric_type='accuracy')
+    facts = dict(model_name='x', description='A.', recipe='B.', source='local-dir:.')
+    old = cards.render_card(model, results=[EvalResult(**task, metric_value=93.5)], **facts)
+    old = cards.set_field(old, 'model_sha256', 'ab' * 32) + '\nWritten on the Hub.\n'
+    for digest, is_there in (('cd', False), ('ab', True)):
+        merged = cards.merge_cards(old, f'---\nmodel_sha256: {digest * 32}\n---\n# My own\n')
+        assert ('93.5' in merged.split('---')[2]) == is_there
+        assert 'Written on the Hub.' in merged and '# My own' in merged
+
+
 def test_what_the_user_set_in_the_head_stays():
     model = randomise_(timm.create_model('test_vitresnet', num_classes=0))
     task = dict(task_type='image-classification', dataset_type='imagefolder', dataset_name='x', metric_type='accuracy')

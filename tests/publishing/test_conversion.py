@@ -21,6 +21,31 @@ def logits(model, size):
         return model.eval()(torch.linspace(-1, 1, 3 * size * size).view(1, 3, size, size))
 
 
+@pytest.mark.parametrize(
+    'args, about, told',
+    [
+        (dict(epochs=3), dict(epoch=7), 'A run (model=test_vitresnet, epochs=3); it recorded epoch 7, no metric.'),
+        (dict(data={'train': 'x'}, dataset=['a']), dict(metric={'top1': 3.0}), 'epoch unknown, no metric.'),
+        (dict(data_dir=['x']), dict(arch='test_vitresnet', version=2, metric=3), "A run of timm's train.py"),
+    ],
+)
+def test_settings_of_other_programs(args, about, told, tmp_path):
+    """DeiT's and Conformer's code writes args, too, and mmengine's anything."""
+    model = randomise_(timm.create_model('test_vitresnet', num_classes=2))
+    settings = argparse.Namespace(model='test_vitresnet', **args)
+    torch.save(dict(model=model.state_dict(), args=settings, **about), tmp_path / 'checkpoint.pth')
+    folder = convert(tmp_path / 'checkpoint.pth', tmp_path / 'out')
+    assert told in ' '.join((folder / 'README.md').read_text().split())
+
+
+@pytest.mark.parametrize('average', [{}, {'decay': 0.9, 'updates': 10}, {'state_dict': {}}])
+def test_an_average_that_is_none_is_passed_over(average, tmp_path):
+    model = randomise_(timm.create_model('test_vitresnet', num_classes=2)).eval()
+    torch.save(dict(state_dict=model.state_dict(), state_dict_ema=average, arch='test_vitresnet'), tmp_path / 'a.ckpt')
+    folder = convert(tmp_path, tmp_path / 'out')  # the folder's only file
+    assert torch.equal(logits(timm.create_model(f'local-dir:{folder}', pretrained=True), 64), logits(model, 64))
+
+
 def test_timms_training_checkpoint(tmp_path, capsys):
     """What train.py leaves, with its settings: name, classes, size, normalisation, averaged weights."""
     root = write_folder(tmp_path / 'images', per_class=1)

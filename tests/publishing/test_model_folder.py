@@ -121,7 +121,7 @@ def test_a_model_of_timm_is_never_mixed(after, die, tmp_path):
             refused += 1
         with model_folder.locked(folder):
             assert fingerprint(folder) in (old, new)
-    assert refused <= 3
+    assert count > 10 and 1 <= refused <= 3
     # as a run saves one epoch after another, with the same config, every moment loads
     count = 0
     same = {**of_second, 'label_names': of_first['label_names'], 'data_config': of_first['data_config']}
@@ -190,7 +190,7 @@ def test_an_error_at_every_write_is_one_sentence(error, die, tmp_path):
     (first, of_first), (second, of_second) = two()
     old = fingerprint(save(first, tmp_path / 'old', **of_first))
     new = fingerprint(save(second, tmp_path / 'new', **of_second))
-    count = 0
+    count = worded = 0
     while True:
         count += 1
         folder = save(first, tmp_path / str(count), **of_first)
@@ -198,23 +198,29 @@ def test_an_error_at_every_write_is_one_sentence(error, die, tmp_path):
         if caught is None:
             break
         sentence = str(caught)
-        assert sentence == 'killed' or ('\n' not in sentence and str(tmp_path / str(count)) in sentence), sentence
+        is_worded = '\n' not in sentence and str(tmp_path / str(count)) in sentence
+        # what is rendered in the system's own place for such files comes before all that touches the folder; torch's
+        # RuntimeError comes while tensors are written, and not while files are put in place
+        assert is_worded or (sentence == 'killed' and (not worded or error is RuntimeError)), sentence
+        worded += is_worded
         assert fingerprint(folder) in (old, new)
-    assert count > 5
+    assert worded > 5
 
 
 def test_convert_is_killed_at_every_write(die, tmp_path):
     model, facts = next(two())
     source = save(model, tmp_path / 'source', **facts)
     whole = fingerprint(convert(source, tmp_path / 'whole'))
-    count = 0
+    count, seen = 0, set()
     while True:
         count += 1
         folder = tmp_path / str(count)
         if not die(lambda folder=folder: convert(source, folder), count):
             break
-        if (folder / 'config.json').exists():
-            assert fingerprint(folder) == whole
+        is_there = (folder / 'config.json').exists()
+        seen.add(is_there)
+        assert not is_there or fingerprint(folder) == whole
+    assert count > 5 and seen == {False, True}
 
 
 def test_weights_in_shards_that_a_killed_writer_replaces_are_not_read(die, tmp_path):

@@ -11,12 +11,12 @@ import safetensors.torch
 import timm
 import torch
 from conftest import FACTS, randomise_, two
-from huggingface_hub import ModelCard
+from huggingface_hub import EvalResult, ModelCard
 from timm.utils import ModelEmaV3
 
 import timm_vitres
-from timm_vitres.publishing.cards import render_card
-from timm_vitres.publishing.hub import push
+from timm_vitres.publishing.cards import MEASURED, render_card
+from timm_vitres.publishing.hub import push, push_files
 from timm_vitres.publishing.saving import check_unchanged, render_config, save
 from timm_vitres.weights.checksums import sha256, told_sha256
 from timm_vitres.writing import replacing
@@ -119,6 +119,25 @@ def test_config_says_what_the_weights_were_trained_with(tmp_path):
     assert resolved['input_size'] == [3, 48, 48] or resolved['input_size'] == (3, 48, 48)
     assert tuple(resolved['mean']) == (0.1, 0.2, 0.3) and resolved['crop_pct'] == 0.8
     assert loaded.patch_embed.img_size == (28, 28)
+
+
+def test_what_was_measured_goes_with_the_model_that_is_replaced(tmp_path):
+    """What a run wrote stays in its folder; what the user wrote in its card stays there, too."""
+    first, second = (randomise_(timm.create_model('test_vitresnet', num_classes=count)) for count in (2, 5))
+    task = dict(task_type='image-classification', dataset_type='imagefolder', dataset_name='x', metric_type='accuracy')
+    facts = {**FACTS, 'results': [EvalResult(**task, metric_value=93.5)], 'result_note': f'{MEASURED} 3.'}
+    save(first, tmp_path, card=render_card(first, **facts))
+    (tmp_path / 'curves.png').write_bytes(b'curves')
+    (tmp_path / 'README.md').write_text((tmp_path / 'README.md').read_text() + '\nMine.\n')
+    before = (tmp_path / 'README.md').read_text()
+    save(first, tmp_path)
+    assert (tmp_path / 'README.md').read_text() == before
+    assert {path.name for path in push_files(tmp_path)} >= {'README.md', 'curves.png'}
+    save(second, tmp_path)
+    card = ModelCard.load(tmp_path / 'README.md')
+    assert '93.5' not in str(card) and card.text.endswith('Mine.\n') and 'Classes (5)' in card.text
+    assert card.data['model_sha256'] == sha256(tmp_path / 'model.safetensors')
+    assert {path.name for path in push_files(tmp_path)} == {'README.md', 'config.json', 'model.safetensors'}
 
 
 def test_the_card_knows_the_weights(tmp_path):

@@ -111,7 +111,7 @@ def test_of_a_dataset_by_name_the_test_split_is_taken(fashion):  # noqa: F811
     assert images['test']['split'] == 'validation' and images['train']['split'] == 'train'
     assert images_of(images, 0.2, 0) is None and num_training(images, 0.2, 0) == 24
     assert len(load_data(named, 'L', for_verdict(images)).val) == 30
-    assert images['description'] == "torch/fashion_mnist, 30 images to train on; test on split 'validation' (30 images)"
+    assert images['description'] == "torch/fashion_mnist, 30 images to train on; test on split 'test' (30 images)"
     with pytest.raises(ValueError, match=r"^val_split: got 'test', but a comparison splits"):
         reserve(cfg(fashion, dataset='torch/fashion_mnist', val_split='test'), 'L')
     for split, message in (('train', "^test_split: 'train' has images of"), ('', "^test_split: got ''")):

@@ -149,7 +149,7 @@ def input_args(name: str, **kwargs: Any) -> Dict[str, Any]:
             f"model: {name} has no {CONFIG_NAME} of timm's ({on_one_line(error)}); if it holds a checkpoint of another "
             f'layout, timm-vitres convert makes a folder of it.'
         ) from error
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RuntimeError) as error:  # the last for names and tags that timm does not know
         given = f' with {kwargs} as given' if kwargs else ''
         raise ValueError(f'model: {name} can not be made{given} ({on_one_line(error)}).') from error
 
