@@ -204,7 +204,7 @@ def test_an_error_at_every_write_is_one_sentence(error, die, tmp_path):
         assert is_worded or (sentence == 'killed' and (not worded or error is RuntimeError)), sentence
         worded += is_worded
         assert fingerprint(folder) in (old, new)
-    assert worded > 5
+    assert worded > (5 if error is OSError else 0)  # a RuntimeError meets the removal of what was written, too
 
 
 def test_convert_is_killed_at_every_write(die, tmp_path):
