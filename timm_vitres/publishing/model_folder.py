@@ -75,7 +75,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 def _lock(folder: Path) -> int:
     """Lock a folder and return its descriptor, or -1 if the system, or the file system, has no such locks."""
-    if fcntl is None:
+    if fcntl is None:  # Windows; the documents say so
         return -1
     descriptor = os.open(folder, os.O_RDONLY)
     try:

@@ -56,7 +56,7 @@ OWN = (
     *('fsdp', 'sync_bn', 'autotune'),
 )
 SEEN = ('img_size', 'mean', 'std', 'interpolation', 'crop_pct')  # what an image becomes before an arm sees it
-ELSEWHERE = ('output', 'workers', 'no_check')  # these change no result, and may change when a comparison goes on
+ELSEWHERE = ('output', 'workers', 'no_check', 'validation_batch_size')  # these change no result, and may change when a comparison goes on
 RECIPE = str(FOLDER / 'compare.yaml')  # by its path: a file of the user's may have its name
 SHORT = 3  # the search for a learning rate takes the epochs divided by this, which the report calls a third
 UNEQUAL = 0.1  # part by which an arm's training time may miss what was asked for without a word
@@ -399,7 +399,7 @@ def _check_same(before: Dict[str, Any], now: Dict[str, Any], folder: Path) -> No
         del asked['recipe']
     if isinstance(old.get('img_size'), list) and len(old['img_size']) == 1:  # as it was noted once
         old['img_size'] = old['img_size'][0]
-    old.update({name: new.get(name) for name in idle(old)})  # older versions took such
+    old.update({name: new.get(name) for name in (*idle(old), *ELSEWHERE)})  # older versions took, and noted, such
     for field in dataclasses.fields(FinetuneCfg):
         if field.name in new and field.name != 'epochs':  # one that is younger than the comparison was at its default
             old.setdefault(field.name, json.loads(json.dumps(field.default)))
