@@ -56,7 +56,8 @@ OWN = (
     *('fsdp', 'sync_bn', 'autotune'),
 )
 SEEN = ('img_size', 'mean', 'std', 'interpolation', 'crop_pct')  # what an image becomes before an arm sees it
-ELSEWHERE = ('output', 'workers', 'no_check', 'validation_batch_size')  # these change no result, and may change when a comparison goes on
+# these change no result, and may change when a comparison goes on
+ELSEWHERE = ('output', 'workers', 'no_check', 'validation_batch_size')
 RECIPE = str(FOLDER / 'compare.yaml')  # by its path: a file of the user's may have its name
 SHORT = 3  # the search for a learning rate takes the epochs divided by this, which the report calls a third
 UNEQUAL = 0.1  # part by which an arm's training time may miss what was asked for without a word
