@@ -47,7 +47,8 @@ def test_a_table_is_of_the_grid_that_its_folder_tells(by, tmp_path, caplog):
     model = timm.create_model('vitresnet_nano', pretrained=True, num_classes=3, pretrained_cfg_overlay=overlay, **size)
     x = torch.randn(2, 3, 32, 192)
     with torch.inference_mode():
-        torch.testing.assert_close(model.eval()(x), strips.eval()(x), rtol=1e-4, atol=1e-4)
+        # the table may be resampled twice; read as 8 x 8 it would be off by more than 1
+        torch.testing.assert_close(model.eval()(x), strips.eval()(x), rtol=0, atol=0.01)
     assert 'positions are taken for' not in caplog.text
     bare = tmp_path / 'bare.pth'
     torch.save({**strips.state_dict(), 'pos_embed': strips.pos_embed[:, :36]}, bare)  # 36 are a square of no size told
