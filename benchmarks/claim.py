@@ -224,7 +224,9 @@ def fractals() -> str:
             verdicts.get((name, model, changes, pretraining)),
             f'fractals: {pretraining}' if pretraining else 'random',
         )
-        gain = f'{row["gain"]} ({row["low"]} to {row["high"]})' if row else ''
+        seeds = sorted(int(one['seed']) for one in found)
+        is_of_these = row and sorted(map(int, row['seeds'].split())) == seeds
+        gain = f'{row["gain"]} ({row["low"]} to {row["high"]})' if row and is_of_these else ''
         lines.append([f'`{name}`', f'`{model}`', changes, start, *columns, gain])
     columns = ('accuracy (%)', 'balanced (%)', 'gain, balanced (interval)')
     return table(['set', 'model', 'settings', 'start', *columns], lines)

@@ -99,7 +99,7 @@ def test_a_picture_of_somebodys_is_not_drawn_over(here):
     before = {path.name: path.read_bytes() for path in here.iterdir() if path.is_file()}
     plot_images([Image.new('RGB', (8, 8))], ['mine'], Path('figure.png'))  # matplotlib's, and a run's
     for name in ('photo.png', 'text.png', 'figure.png'):
-        with pytest.raises(FileExistsError, match=rf'^plot: {name} is there, was not drawn by this command'):
+        with pytest.raises(FileExistsError, match=rf'^plot: {name} is there, is no picture that predict or explain'):
             arguments.check_picture('plot', Path(name), [])
     assert before.items() <= {path.name: path.read_bytes() for path in here.iterdir() if path.is_file()}.items()
     Path('none.png').write_text('')

@@ -140,6 +140,8 @@ def test_what_fractals_gain_is_told_beside_their_rows(script, results):
     found = dict(set='elpv', model='vitresnet_nano', changes='epochs=4', pretraining=told, seeds='0 1 2')
     common.write_row('fractals_verdict', dict(found, gain='2.00', low='-0.50', high='4.50', is_told=False), True)
     assert claim.fractals().splitlines()[2:] == [lines[0], lines[1].replace('|  |', '| 2.00 (-0.50 to 4.50) |')]
+    common.write_row('fractals', dict(row, seed='3'), True)  # of which the gain says nothing
+    assert claim.fractals().splitlines()[3].endswith('(4 seeds) |  |')
 
 
 def test_finer_classes_are_merged_before_they_are_compared(script):

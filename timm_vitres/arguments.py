@@ -78,7 +78,10 @@ def check_picture(name: str, path: Path, images: Sequence[Path]) -> None:
     if path.resolve() in [image.resolve() for image in images]:
         raise ValueError(f'{name}: {path} is an image to be read, and is not written over.')
     if path.exists() and not _is_drawn(path):  # `--plot *.png` takes the first of somebody's photographs
-        raise FileExistsError(f'{name}: {path} is there, was not drawn by this command, and is not written over.')
+        raise FileExistsError(
+            f'{name}: {path} is there, is no picture that predict or explain of this version has drawn, and is not '
+            'written over.'
+        )
     new_figure(name, 1, 1)
 
 

@@ -288,6 +288,10 @@ def test_a_card_of_ones_own_takes_away_what_was_said_of_older_weights():
         merged = cards.merge_cards(old, f'---\nmodel_sha256: {digest * 32}\n---\n# My own\n')
         assert ('93.5' in merged.split('---')[2]) == is_there
         assert 'Written on the Hub.' in merged and '# My own' in merged
+    head, ours = old.split('<!-- timm-vitres:')[0], old[old.index('<!-- timm-vitres:') :]
+    old = f'{head}Before.\n{ours}'  # what nobody has changed since it was pushed gives way to what is pushed now
+    pushed = cards.set_field(old, cards.TEXT_FIELD, cards.text_sha256(old))
+    assert 'Before.' not in cards.merge_cards(pushed, f'---\nmodel_sha256: {"cd" * 32}\n---\n# My own\n')
 
 
 def test_what_the_user_set_in_the_head_stays():

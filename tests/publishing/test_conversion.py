@@ -39,11 +39,31 @@ def test_settings_of_other_programs(args, about, told, tmp_path):
 
 
 @pytest.mark.parametrize('average', [{}, {'decay': 0.9, 'updates': 10}, {'state_dict': {}}])
-def test_an_average_that_is_none_is_passed_over(average, tmp_path):
+def test_an_average_that_is_none_is_passed_over(average, tmp_path, caplog):
     model = randomise_(timm.create_model('test_vitresnet', num_classes=2)).eval()
     torch.save(dict(state_dict=model.state_dict(), state_dict_ema=average, arch='test_vitresnet'), tmp_path / 'a.ckpt')
     folder = convert(tmp_path, tmp_path / 'out')  # the folder's only file
     assert torch.equal(logits(timm.create_model(f'local-dir:{folder}', pretrained=True), 64), logits(model, 64))
+    assert 'a.ckpt: its state_dict_ema holds no averaged weights; those beside it are taken' in caplog.text
+
+
+def test_an_average_in_an_unknown_place_is_not_passed_over(tmp_path):
+    weights = randomise_(timm.create_model('test_vitresnet', num_classes=2)).state_dict()
+    torch.save(dict(state_dict=weights, state_dict_ema={'shadow': weights, 'decay': 0.9}), tmp_path / 'a.pth')
+    with pytest.raises(ValueError, match='holds no state dict'):
+        convert(tmp_path / 'a.pth', tmp_path / 'out', 'test_vitresnet')
+
+
+def test_a_table_of_the_architectures_own_size_is_no_guess(tmp_path, caplog):
+    torch.save(timm.create_model('vitresnet_nano').state_dict(), tmp_path / 'nano.pth')
+    convert(tmp_path / 'nano.pth', tmp_path / 'out', 'vitresnet_nano')
+    assert 'positions are taken' not in caplog.text
+    torch.save(timm.create_model('vitresnet_nano', img_size=(32, 128 + 16)).state_dict(), tmp_path / 'strips.pth')
+    with pytest.raises(ValueError, match='are no square grid'):
+        convert(tmp_path / 'strips.pth', tmp_path / 'strips', 'vitresnet_nano')
+    torch.save(timm.create_model('vitresnet_nano', img_size=(32, 72)).state_dict(), tmp_path / 'square.pth')
+    convert(tmp_path / 'square.pth', tmp_path / 'square', 'vitresnet_nano')
+    assert 'pos_embed: 36 positions are taken for 6 x 6' in caplog.text
 
 
 def test_timms_training_checkpoint(tmp_path, capsys):
@@ -185,7 +205,7 @@ def test_what_is_refused(tmp_path, capsys):
     weights = model.state_dict()
     weights['pos_embed'] = torch.zeros(1, 7, 64)
     torch.save(dict(arch='test_vitresnet', state_dict=weights), tmp_path / 'e.pth')
-    with pytest.raises(ValueError, match='img_size: not given, and the 6 position embeddings'):
+    with pytest.raises(ValueError, match='img_size: tried 96 x 96, and the 6 position embeddings'):
         convert(tmp_path / 'e.pth', tmp_path / 'out')
     with pytest.raises(FileNotFoundError, match='there is no such file or folder'):
         convert(tmp_path / 'none.pth', tmp_path / 'out')

@@ -400,6 +400,24 @@ torch.save(create_finetune_model(cfg, 3).state_dict(), sys.argv[2])
     assert all(torch.equal(found[key], value) for key, value in start.state_dict().items() if 'head' not in key)
 
 
+def test_the_size_of_a_table_is_told_by_its_repository(server, run, tmp_path):
+    """Weights are named without their config.json, and 64 tokens could be of a square."""
+    strips = randomise_(timm.create_model('vitresnet_nano', num_classes=3, img_size=(32, 128)))
+    timm_vitres.save(strips, tmp_path / 'strips')
+    code = (
+        'import timm, timm_vitres, torch\n'
+        'from timm_vitres.publishing.hub import push\n'
+        'push("strips", "me/strips")\n'
+        'overlay = dict(hf_hub_id="me/strips")\n'
+        'kwargs = dict(pretrained=True, num_classes=3, img_size=(32, 128), pretrained_cfg_overlay=overlay)\n'
+        'model = timm.create_model("vitresnet_nano", **kwargs).eval()\n'
+        'own = timm.create_model("local-dir:strips", pretrained=True).eval()\n'
+        'x = torch.ones(1, 3, 32, 128)\n'
+        'print((model(x) - own(x)).abs().max().item())\n'
+    )
+    assert float(run(code, token='token-me').splitlines()[-1]) == 0
+
+
 def test_config_and_weights_are_of_one_commit(server, run, tmp_path):
     """Where the Hub does not answer for one of them, the cache's is taken, and the other must be of its commit."""
     first, folder = saved(tmp_path / 'first')

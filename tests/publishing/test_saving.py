@@ -138,6 +138,9 @@ def test_what_was_measured_goes_with_the_model_that_is_replaced(tmp_path):
     assert '93.5' not in str(card) and card.text.endswith('Mine.\n') and 'Classes (5)' in card.text
     assert card.data['model_sha256'] == sha256(tmp_path / 'model.safetensors')
     assert {path.name for path in push_files(tmp_path)} == {'README.md', 'config.json', 'model.safetensors'}
+    save(first, tmp_path, ['cat', 'dog'], dict(input_size=(3, 64, 64), mean=(0.1, 0.2, 0.3)))
+    card = ModelCard.load(tmp_path / 'README.md')
+    assert 'Classes (2): cat, dog' in card.text and '(3, 64, 64)' in card.text and 'mean (0.1, 0.2, 0.3)' in card.text
 
 
 def test_the_card_knows_the_weights(tmp_path):

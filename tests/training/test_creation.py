@@ -309,6 +309,7 @@ def test_layers_that_attention_computes_past_have_no_adapters(name, caplog):
     torch.nn.functional.cross_entropy(model(x), torch.tensor([0, 1])).backward()
     adapters = {name: value for name, value in model.named_parameters() if 'lora_' in name}
     assert adapters and all(value.grad is not None for value in adapters.values())
+    assert any('.attn.proj.' in name for name in adapters)  # which is called
 
 
 def test_adapters_need_peft_and_attention(monkeypatch):

@@ -93,6 +93,8 @@ def test_a_backbone_without_its_decoder_gets_a_new_head_where_one_is_asked_for(n
         ('transformers DPT-Hybrid', 'pytorch_model.bin', None),
         ('Conformer', 'Conformer_tiny_patch16.pth', 'apache-2.0'),
         ('Conformer', 'checkpoint.pth', None),
+        ('mmpretrain Conformer', 'conformer-small-p32_8xb128_in1k_20211206-947a0816.pth', 'apache-2.0'),
+        ('mmpretrain Conformer', 'conformer-mine-p16_in1k.pth', None),
     ],
 )
 def test_a_published_file_has_its_writers_licence_and_nobody_elses(name, file, license, tmp_path):

@@ -57,7 +57,7 @@ def export(
     Args:
         model: A timm model (also with features_only), in evaluation mode, on the CPU. One in another
             precision is exported, and compared, as its copy in float32.
-        path: The file. An older export there is replaced, a checkpoint or a model's config is not.
+        path: The file. An older export there is replaced, if its name ends as one does; anything else is not.
         format: 'onnx' for onnxruntime and others (`pip install 'timm-vitres[export]'`); 'torchscript' for
             `torch.jit.load`; 'pt2' for `torch.export.load`; 'openvino' (`pip install 'timm-vitres[openvino]'`), which
             has a second file beside the first. By default what the file's name says: '.onnx', '.pt' ('.ts',
@@ -241,7 +241,7 @@ def check_target(
 
 def _check_replaceable(path: Path, row: Format, is_named_so: bool) -> None:
     """Raise FileExistsError where a file that is no export would be written over."""
-    is_export = path.is_file() and row.is_export(path)
+    is_export = path.is_file() and is_named_so and row.is_export(path)
     for file in _files(path, row):
         is_empty = is_named_so and file.is_file() and not file.stat().st_size  # as tempfile makes them
         if file.exists() and not is_empty and not (is_export and file.is_file()):

@@ -28,8 +28,8 @@ from ..timm_private import FeatureGetterNet
 from ..weights.checkpoints import checkpoint_files, is_mapped, read_checkpoint
 from ..weights.checksums import check_noted, check_once
 from ..weights.comparison import check_keys
-from ..weights.downloads import at_commit, hub_commit
-from ..weights.files import CONFIG_NAME
+from ..weights.downloads import at_commit, hub_commit, hub_file
+from ..weights.files import CONFIG_NAME, WEIGHTS_NAME
 from ..weights.layouts import StateDict, convert_layout, widened
 from ..weights.sources import find_weights, told_size
 from .base import Hybrid
@@ -106,7 +106,8 @@ def build_hybrid(model_cls: Type[ModelT], variant: str, pretrained: bool, cfg: A
         source_cfg = source_cfg if source_cfg != cfg else None
         adapts = kwargs.get('in_chans') is not None
         cache_dir = kwargs.get('cache_dir')
-        create = partial(create_pretrained, model_cls, source, cache_dir, img_sizes, mmap, source_cfg, adapts)
+        asks = bool(given.get('hf_hub_id'))
+        create = partial(create_pretrained, model_cls, source, cache_dir, img_sizes, mmap, source_cfg, adapts, asks)
     model = build_model_with_cfg(create, variant, False, model_cfg=cfg, feature_cfg=feature_cfg, **kwargs)
     # the registry's names are those of its weights' classes
     _forget_other_labels(model, not is_tag or (pretrained and not given) or bool(overlay.get('label_names')))
@@ -171,6 +172,7 @@ def create_pretrained(
     mmap: Optional[bool] = None,
     source_cfg: Any = None,
     adapts: bool = True,
+    asks_config: bool = False,
     device: Union[None, str, torch.device] = None,
     dtype: Optional[torch.dtype] = None,
     weight_init: str = '',
@@ -184,6 +186,7 @@ def create_pretrained(
         mmap: Whether weights are mapped into memory, where their file allows it; see `is_mapped`.
         source_cfg: The config of the model that they were saved of, where it is known, and not this one's.
         adapts: Whether the caller asked for a number of image channels, so that the first convolution may be adapted.
+        asks_config: Whether the config.json beside weights on the Hub is fetched, for the size of their table.
         device: Where the model shall be.
         dtype: Of its parameters, whatever the file's; torch's default dtype by default.
         weight_init: How a new head is initialised: timm's names for it.
@@ -217,6 +220,9 @@ def create_pretrained(
             raise OSError(f'{path}: was replaced while it was being read; load it again.') from error
         if source.source in ('local-dir', 'hf-hub'):
             check_noted(source.notes, Path(source.file or '') if source.source == 'local-dir' else path.parent)
+        if asks_config and path.name == WEIGHTS_NAME:  # which the caller names without it
+            with suppress(OSError, ValueError):
+                hub_file(at_commit(str(source.hf_hub_id), path.parent.name), (CONFIG_NAME,), cache_dir)
         img_sizes = [told_size(path), *img_sizes]
     state_dict = widened(state_dict, dtype or torch.get_default_dtype())
     img_sizes = [size for size in img_sizes if size is not None]

@@ -176,7 +176,7 @@ def table_size(table: torch.Tensor, embed: ResNetEmbed, num_prefix_tokens: int, 
     if side is None:
         told = ', '.join(' x '.join(map(str, to_2tuple(size))) for size in candidates if size is not None)
         raise ValueError(
-            f'img_size: {f"got {told}" if told else "not given"}, and the {num_tokens} position embeddings of the '
+            f'img_size: {f"tried {told}" if told else "not given"}, and the {num_tokens} position embeddings of the '
             'checkpoint are no square grid; say which height and width they are for.'
         )
     _tell_of_guess(num_tokens, side)

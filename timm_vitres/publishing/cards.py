@@ -90,8 +90,14 @@ def render_card(
     return str(card).encode('utf-8', 'backslashreplace').decode('utf-8')  # files may have names that are no text
 
 
-def plain_card(model: nn.Module, name: str, source: str) -> str:
-    """Return the card of a model of which nothing is known but what it is."""
+def plain_card(
+    model: nn.Module,
+    name: str,
+    source: str,
+    label_names: Sequence[str] = (),
+    data_config: Optional[Dict[str, Any]] = None,
+) -> str:
+    """Return the card of a model of which nothing is known but what it is; names and preprocessing as in `save`."""
     architecture = model.pretrained_cfg['architecture']
     license = model.pretrained_cfg.get('license')
     with suppress(RuntimeError):  # a tag that timm does not know
@@ -104,7 +110,8 @@ def plain_card(model: nn.Module, name: str, source: str) -> str:
         description=f'A `{architecture}` for timm, saved with timm-vitres.',
         recipe='The recipe is not known.',
         source=source,
-        label_names=own_names(model),
+        label_names=label_names or own_names(model),
+        data_config=data_config,
         license=license,
     )
 
@@ -235,9 +242,7 @@ def merge_cards(old: str, new: str) -> str:
         after.pop(name, None)
     head = _with_fields(head, changed, after)
     new_text = _with_result(_split(new)[1], text) if is_same else _split(new)[1]
-    if not is_same and not OURS.search(new_text):  # what we wrote of the old weights is not true of these
-        text = OURS.sub('', text)
-    return f'---\n{head}---\n{_merged(text, new_text, theirs.data.get(TEXT_FIELD))}'
+    return f'---\n{head}---\n{_merged(text, new_text, theirs.data.get(TEXT_FIELD), is_same)}'
 
 
 def _merged_index(
@@ -277,8 +282,13 @@ def _with_result(new: str, old: str) -> str:
     return OURS.sub(lambda block: RESULT.sub(lambda _: found.group(0), block.group(0)), new)
 
 
-def _merged(old: str, new: str, pushed: Optional[str]) -> str:
-    """Return the text of a merged card; `pushed` is the sha256 of the user's part of the old one when it was pushed."""
+def _merged(old: str, new: str, pushed: Optional[str], is_same: bool) -> str:
+    """Return the text of a merged card.
+
+    Args:
+        pushed: The sha256 of the user's part of the old one when it was pushed.
+        is_same: Whether both are of the same weights.
+    """
     if _users(new) and pushed == _digest(old):
         return new
     block = OURS.search(new)
@@ -287,6 +297,8 @@ def _merged(old: str, new: str, pushed: Optional[str]) -> str:
         old = OURS.sub(lambda _: block.group(0), old, count=1)
     elif block:
         parts = [block.group(0), *parts]
+    elif not is_same:  # what we wrote of the old weights is not true of these
+        old = OURS.sub('', old)
     for part in parts:
         if part not in old:
             old = f'{old.rstrip()}\n\n{part}\n' if old.strip() else f'{part}\n'

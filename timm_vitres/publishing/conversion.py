@@ -130,7 +130,8 @@ def convert(
     fill_buffers_(built)
     source_cfg = config.get('pretrained_cfg') or {}
     file_name = Path(unquote(address) if address else path).name
-    license = _license(str(source), path, file_name, source_cfg, layout)
+    is_theirs = bool(published or re.fullmatch(layout.published, file_name))
+    license = _license(str(source), path, is_theirs, source_cfg, layout)
     built.pretrained_cfg = told_of_weights(built.pretrained_cfg, {**source_cfg, 'license': license})
     data = _data_config(built, sizes[1], args, config, preprocessor)
     card = render_card(
@@ -157,16 +158,17 @@ def _of_published(
     return (config if named else {**published.config(), **config}), preprocessor
 
 
-def _license(source: str, path: Path, file_name: str, source_cfg: Dict[str, Any], layout: Layout) -> Optional[str]:
+def _license(source: str, path: Path, is_theirs: bool, source_cfg: Dict[str, Any], layout: Layout) -> Optional[str]:
     """Return the licence that the card or the config beside weights tells; else, of a file that has the name under
-    which the writers of its layout published it, theirs.
+    which the writers of its layout published it (`is_theirs`), theirs.
 
     Not so of a repository, or beside a card: whose owner tells none has none.
     """
     told = license_beside(source, path)
     license = told or source_cfg.get('license')
-    is_theirs = told is None and hub_id_of(source) is None and re.fullmatch(layout.published, file_name)
-    return layout.license if not license and is_theirs else license
+    if not license and is_theirs and told is None and hub_id_of(source) is None:
+        return layout.license
+    return license
 
 
 def _check_folder(folder: Path) -> None:
@@ -329,7 +331,7 @@ def _add_shapes(
     if first_conv is not None and first_conv.ndim == 4:
         kwargs['in_chans'] = int(first_conv.shape[1])
     height, width = get_model_input_config(model)['input_size'][-2:]
-    last = (height, width) if height != width else None  # a square grid needs no candidate
+    last = height if height == width else (height, width)
     candidates = img_size, kwargs.get('img_size'), own_size, trained_size, last
     try:
         size = model.table_size(state_dict, candidates)

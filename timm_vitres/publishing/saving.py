@@ -76,12 +76,14 @@ def save(
     if card is not None:
         check_card(card, 'card')
     with locked(folder):
-        text = _card(folder, card, model)
+        text = _card(folder, card, model, config)
         replace_model(folder, _state_dict(model), config, text, finds_pending=isinstance(model, Hybrid))
     return folder
 
 
-def _card(folder: Path, card: Optional[str], model: nn.Module) -> Callable[[str], Optional[bytes]]:
+def _card(
+    folder: Path, card: Optional[str], model: nn.Module, config: Dict[str, Any]
+) -> Callable[[str], Optional[bytes]]:
     """Return a function from the sha256 of the weights to the new README.md, or to None if the old one stays as it is.
 
     Raises:
@@ -92,7 +94,10 @@ def _card(folder: Path, card: Optional[str], model: nn.Module) -> Callable[[str]
     old: Optional[str] = None
     with suppress(*(() if card is not None else (ValueError,))):
         old = read_card(path) if path.is_file() else None
-    plain = plain_card(model, folder.resolve().name, 'local-dir:.') if card is None and old and OURS.search(old) else ''
+    plain = ''
+    if card is None and old and OURS.search(old):
+        told = config.get('label_names') or (), config['pretrained_cfg']
+        plain = plain_card(model, folder.resolve().name, 'local-dir:.', *told)
 
     def written(digest: str) -> Optional[bytes]:
         if card is not None:  # a rendered card says nothing of the user's; one of his own says all

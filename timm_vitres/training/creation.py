@@ -210,7 +210,7 @@ def add_adapters_(model: nn.Module, rank: int) -> None:
     layers = dict(model.named_modules())
     found = [name for name, layer in layers.items() if re.fullmatch(ADAPTED, name) and _is_dense(name, layer)]
     # BEiT's, EVA's and Swin V2's attention adds a bias of its own to a product with the layer's weight
-    past = [name for name in found if getattr(layers[name.rpartition('.')[0]], 'q_bias', None) is not None]
+    past = [name for name in found if name.endswith('.qkv') and _is_passed_over(layers[name.rpartition('.')[0]])]
     adapted = [name for name in found if name not in past]
     if past:
         _logger.warning('lora: %s has no adapters beside %s, which it computes past.', type(model).__name__, some(past))
@@ -226,6 +226,10 @@ def add_adapters_(model: nn.Module, rank: int) -> None:
         raise ValueError(f'lora: peft does not go with what else is installed ({on_one_line(error)}).') from error
     for name, parameter in model.named_parameters():
         parameter.requires_grad_('lora_' in name or id(parameter) in trained)
+
+
+def _is_passed_over(attn: nn.Module) -> bool:
+    return getattr(attn, 'q_bias', None) is not None and not getattr(attn, 'qkv_bias_separate', False)
 
 
 def _is_dense(name: str, layer: nn.Module) -> bool:

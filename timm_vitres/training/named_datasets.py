@@ -91,7 +91,7 @@ def load_named(cfg: FinetuneCfg, mode: str, argument: str = 'val_split') -> Data
 def public_name(dataset: str) -> str:
     """Return a dataset's name without the place of a folder on this machine, which is nobody's business."""
     prefix, _, rest = dataset.partition('/')
-    return f'{prefix}/{shown(os.path.basename(os.path.abspath(rest)))}' if os.path.isdir(rest) else dataset
+    return f'{prefix}/{shown(os.path.basename(rest.rstrip("/")))}' if os.path.isabs(rest) else dataset
 
 
 def _role(argument: str) -> str:

@@ -41,12 +41,19 @@ def check_optimizer(cfg: FinetuneCfg) -> None:
     for name, is_there in (('opt_betas', info.has_betas), ('opt_eps', info.has_eps)):
         if getattr(cfg, name) is not None and not is_there:
             raise ValueError(f'{name}: got {getattr(cfg, name)}, but {opt} has none; leave it out.')
+    if cfg.opt_betas is not None and len(cfg.opt_betas) != info.num_betas:
+        raise ValueError(f'opt_betas: got {cfg.opt_betas}, but {opt} has {info.num_betas}.')
+
+
+def check_new_optimizer(cfg: FinetuneCfg) -> None:
+    """Check the optimizer of a run that begins: raise ValueError for what `check_optimizer` does, and for a setting in
+    `opt_kwargs` that has a name of its own, which older runs have.
+    """
+    check_optimizer(cfg)
     for name in ('lr', 'weight_decay', 'layer_decay', 'momentum', 'eps', 'betas'):
         if name in (cfg.opt_kwargs or {}):
             own = f'opt_{name}' if name in ('eps', 'betas') else name
             raise ValueError(f'opt_kwargs: {name} has a setting of its own, {own}; leave it out.')
-    if cfg.opt_betas is not None and len(cfg.opt_betas) != info.num_betas:
-        raise ValueError(f'opt_betas: got {cfg.opt_betas}, but {opt} has {info.num_betas}.')
 
 
 def learning_rate(cfg: FinetuneCfg, num_images: int) -> float:

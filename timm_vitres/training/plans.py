@@ -31,7 +31,7 @@ from .optimisation import (
     STEP_EPOCHS,
     Stepper,
     are_finite,
-    check_optimizer,
+    check_new_optimizer,
     create_optimizer,
     create_scheduler,
     fast_kernels,
@@ -244,13 +244,15 @@ def make_plan(cfg: FinetuneCfg, asked: Dict[str, Any], folder: Path) -> Plan:
         _logger.info('The comparison in %s goes on.', folder)
         return plan
     usable_device(Processes().device(cfg.device))
-    check_optimizer(cfg)
+    check_new_optimizer(cfg)
     side = min(image_size(cfg.img_size or recipe(RECIPE)['img_size']))
     arms = {name: parse_arm(name, side) for name in asked['models']}
     mode = image_mode(cfg.in_chans or 3)
     check_policy(cfg.aa, mode)
     if cfg.img_size is not None:
         check_cutmix(cfg.cutmix_minmax, image_size(cfg.img_size))
+    if asked['minutes'] is None:  # what no number of updates mends is refused before images are opened
+        _check_schedules(cfg, {cfg.epochs, _short(cfg.epochs)}, 1000)
     images = reserve(cfg, mode, asked['test_split'], asked['test_frac'])
     batches = max(num_training(images, cfg.val_frac, asked['seeds'][0]) // cfg.batch_size, 1)
     updates = -(-batches // cfg.grad_accum_steps)

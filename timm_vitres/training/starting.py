@@ -18,7 +18,13 @@ from .creation import create_finetune_model, image_size, input_args, tell_of_ran
 from .datasets import Data, load_data
 from .held_out import TABLE_NAME
 from .loaders import check_policy
-from .optimisation import OF_SCHEDULES, check_optimizer, lacks_bfloat16, needs_muon_in_float32
+from .optimisation import (
+    OF_SCHEDULES,
+    check_new_optimizer,
+    check_optimizer,
+    lacks_bfloat16,
+    needs_muon_in_float32,
+)
 from .processes import Processes
 from .report import best_epoch, read_summary
 from .runs import RECORD_NAME, Record, run_folder
@@ -89,7 +95,7 @@ class Setup:
         """Make what the run needs, and return its record, which is new unless one is given."""
         self.device = usable_device(self.processes.device(cfg.device))
         check_processes(cfg, self.device, self.processes)
-        check_optimizer(cfg)
+        (check_new_optimizer if record is None else check_optimizer)(cfg)
         _tell_of_bfloat16(cfg, self.device)
         check_trackers(cfg)
         if self.processes.is_first:

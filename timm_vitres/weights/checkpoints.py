@@ -7,6 +7,7 @@ Nothing in a checkpoint is run, and nothing in it is left out silently.
 
 import argparse
 import json
+import logging
 import math
 import os
 import pickle
@@ -25,6 +26,7 @@ import torch
 from .files import ALIGNMENT
 from .layouts import WRAPPERS, StateDict
 
+_logger = logging.getLogger(__name__)
 MMAP_VARIABLE = 'TIMM_VITRES_MMAP'
 # Hugging Face's libraries write such an index beside the shards of a checkpoint: it says which shard has which tensor
 INDEX_NAMES = ('model.safetensors.index.json', 'pytorch_model.bin.index.json')
@@ -259,6 +261,8 @@ def _unwrap(checkpoint: Any, use_ema: bool, path: Path, size: Optional[int] = No
         wrappers = [key for key in WRAPPERS if isinstance(checkpoint, dict) and isinstance(checkpoint.get(key), dict)]
         averages = [key for key in wrappers if key.endswith('_ema')]
         left = [key for key in averages if not use_ema or not _holds_tensors(checkpoint[key])]
+        if use_ema and left:
+            _logger.warning('%s: its %s holds no averaged weights; those beside it are taken.', path.name, left[0])
         wrappers = [key for key in wrappers if key not in left]
         if not wrappers:
             break
@@ -277,10 +281,14 @@ def _unwrap(checkpoint: Any, use_ema: bool, path: Path, size: Optional[int] = No
     return _independent(checkpoint, path.stat().st_size if size is None else size), about
 
 
-def _holds_tensors(average: Dict[str, Any]) -> bool:
-    """Return whether averaged weights are some, and not the counts of an average that was never begun."""
-    parts = [average, *(average[key] for key in WRAPPERS if isinstance(average.get(key), dict))]
-    return any(torch.is_tensor(value) and value.ndim for part in parts for value in part.values())
+def _holds_tensors(average: Dict[str, Any], depth: int = 5) -> bool:
+    """Return whether averaged weights are some, wherever they stand, and not the counts of an average that was never
+    begun.
+    """
+    inner = [value for value in average.values() if isinstance(value, dict)]
+    return any(torch.is_tensor(value) and value.ndim for value in average.values()) or (
+        depth > 0 and any(_holds_tensors(value, depth - 1) for value in inner)
+    )
 
 
 def _independent(state_dict: StateDict, size: int) -> StateDict:

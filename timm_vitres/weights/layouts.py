@@ -288,7 +288,7 @@ def _join_qkv(state_dict: StateDict) -> StateDict:
 
 TIMM = Layout('timm', r'^$', from_timm, license=None)  # anybody's
 LAYOUTS: List[Layout] = [
-    Layout('Google JAX', r'(^|/)(conv_root|embedding)/kernel$', from_google, published=r'.*\.npz'),
+    Layout('Google JAX', r'(^|/)(conv_root|embedding)/kernel$', from_google),
     Layout(
         'transformers ViTHybrid',
         r'^(vit\.)?embeddings\.patch_embeddings\.',
@@ -308,7 +308,7 @@ LAYOUTS: List[Layout] = [
         from_midas,
         # its classifier is ImageNet's as it was before the rest was trained further, and nothing there uses it
         left_out=r'(scratch|auxlayer|pretrained\.act_postprocess\d|pretrained\.model\.head)\b',
-        published=r'dpt_hybrid[-_].*\.pt',
+        published=r'dpt_hybrid(-midas-501f0c75|-ade20k-53898607|_384|_kitti-cb926ef4|_nyu-2ce69ec7)\.pt',
         license='mit',
     ),
     Layout(
@@ -329,6 +329,6 @@ LAYOUTS: List[Layout] = [
         'mmpretrain Conformer',
         r'^backbone\.trans_patch_conv\.',
         from_conformer,
-        published=r'conformer-\w+-p\d+_.*in1k.*\.pth',
+        published=r'conformer-(tiny|small|base)-p(16|32)_(3rdparty_)?8xb128_in1k_\d{8}-[0-9a-f]{8}\.pth',
     ),
 ]
