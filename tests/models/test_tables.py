@@ -194,7 +194,7 @@ def test_a_square_table_of_patches_that_are_not():
 
 def test_a_table_of_no_size_is_named():
     for tokens in (7, 0):
-        with pytest.raises(ValueError, match=f'^img_size: got 64 x 64, and the {tokens} position embeddings of'):
+        with pytest.raises(ValueError, match=f'^img_size: tried 64 x 64, and the {tokens} position embeddings of'):
             table_size(torch.ones(1, 1 + tokens, 8), embed(64, 96), 1, [None, (64, 64)])
 
 
