@@ -1,10 +1,7 @@
 """The private names of timm's, and torch's, that this package needs, each with the reason; no other module has one."""
 
-# Every model of timm's offers its features by this function, but timm.models does not export it.
-from timm.models._features import feature_take_indices
-
-# The wrapper of models that return features; a script of timm's own returns what nothing can loop over.
-from timm.models._features import FeatureGetterNet  # isort: skip
+# Every model of timm's offers its features by these, but timm.models exports neither.
+from timm.models._features import FeatureGetterNet, feature_take_indices
 
 # timm's public `save_for_hf` writes straight into the folder, so that a kill in between leaves half a file; what makes
 # its config.json is private.
