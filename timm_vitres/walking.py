@@ -203,3 +203,9 @@ def count_files(folder: str) -> str:
     files = itertools.islice((name for _, _, names in os.walk(folder) for name in names), MOST_COUNTED)
     count = sum(1 for _ in files)
     return f', with {count} file{"s" * (count != 1)}{" or more" * (count == MOST_COUNTED)}'
+
+
+def public_name(dataset: str) -> str:
+    """Return a dataset's name without the place of a folder on this machine, which is nobody's business."""
+    prefix, _, rest = dataset.partition('/')
+    return f'{prefix}/{shown(os.path.basename(rest.rstrip("/")))}' if os.path.isabs(rest) else dataset

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from ..checks import on_one_line
 from ..data import open_image
 from ..folders import split_role
-from ..walking import shown
+from ..walking import public_name, shown
 from .class_maps import Labels, read_class_map
 from .processes import told_number
 from .settings import FinetuneCfg
@@ -86,12 +86,6 @@ def load_named(cfg: FinetuneCfg, mode: str, argument: str = 'val_split') -> Data
     description = f'{public_name(str(cfg.dataset))}, {len(train_indices)} images to train on; {how}'
     sets = _subset(train, train_indices, mode, labels), _subset(val, val_indices, mode, labels)
     return Data(*sets, names, counts, description, {}, lists)
-
-
-def public_name(dataset: str) -> str:
-    """Return a dataset's name without the place of a folder on this machine, which is nobody's business."""
-    prefix, _, rest = dataset.partition('/')
-    return f'{prefix}/{shown(os.path.basename(rest.rstrip("/")))}' if os.path.isabs(rest) else dataset
 
 
 def _role(argument: str) -> str:

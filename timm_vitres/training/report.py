@@ -15,13 +15,12 @@ from torch import nn
 from ..pictures import can_draw, plot_curves
 from ..publishing.cards import DATASET_TYPE, MEASURED, render_card
 from ..views import averaged
-from ..walking import shown
+from ..walking import public_name, shown
 from ..weights.files import CURVES_NAME, SUMMARY_NAME
 from ..weights.sources import LOCAL
 from ..writing import replacing
 from .held_out import Answers, report
 from .loaders import Batches
-from .named_datasets import public_name
 from .processes import Processes
 from .runs import Record, given_settings
 
