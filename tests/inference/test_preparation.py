@@ -192,7 +192,13 @@ def test_compiled(precision):
     for size in (64, 96):
         x = torch.randn(2, 3, size, size)
         assert relative_difference(fast(x), model(x)) < CLOSE[precision]
-    for shape in ((1, 3, 3, 64), (1, 3, 0, 64), (1, 1, 64, 64)):  # what the model refuses, compiled code would answer
+
+
+def test_what_the_model_refuses_is_refused_before_compiled_code_could_answer():
+    fast = prepare(create('test_vitresnet'), example=torch.randn(2, 3, 64, 64))
+    fast.compiled = True
+    for shape in ((1, 3, 3, 64), (1, 3, 0, 64), (1, 1, 64, 64)):
+        fast.lowered.forward = lambda x: pytest.fail('it was answered')
         with pytest.raises(ValueError, match=r'^input: got'):
             fast(torch.randn(shape))
 
