@@ -220,13 +220,10 @@ def fractals() -> str:
     lines = []
     for (name, model, changes, pretraining), found in groups.items():
         columns = (spread([float(row[column]) for row in found], 2) for column in ('test_top1', 'test_balanced'))
-        row, start = (
-            verdicts.get((name, model, changes, pretraining)),
-            f'fractals: {pretraining}' if pretraining else 'random',
-        )
-        seeds = sorted(int(one['seed']) for one in found)
-        is_of_these = row and sorted(map(int, row['seeds'].split())) == seeds
-        gain = f'{row["gain"]} ({row["low"]} to {row["high"]})' if row and is_of_these else ''
+        start = f'fractals: {pretraining}' if pretraining else 'random'
+        row, gain = verdicts.get((name, model, changes, pretraining)), ''
+        if row and sorted(row['seeds'].split()) == sorted(one['seed'] for one in found):  # else it is of other runs
+            gain = f'{row["gain"]} ({row["low"]} to {row["high"]})'
         lines.append([f'`{name}`', f'`{model}`', changes, start, *columns, gain])
     columns = ('accuracy (%)', 'balanced (%)', 'gain, balanced (interval)')
     return table(['set', 'model', 'settings', 'start', *columns], lines)

@@ -285,8 +285,9 @@ class Prepared(nn.Module):
             if hasattr(model, name):
                 setattr(self, name, getattr(model, name))
         net = getattr(model, 'model', model)  # timm wraps a model that returns features
-        # compiled code answers images that the model refuses
-        self.check_input = _without_weights(net).check_input if isinstance(net, Hybrid) else None
+        # compiled code answers images that the model refuses; what an engine runs asks by itself
+        asks = engine == 'torch' and isinstance(net, Hybrid)
+        self.check_input = _without_weights(net).check_input if asks else None
         self._traits = get_model_traits(model)  # where timm looks for the size and channels of images
         self.eval()
 

@@ -6,7 +6,6 @@ model -> `save` -> folder/{model.safetensors, config.json, README.md} -> timm.cr
 import json
 import tempfile
 import warnings
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, Callable, Dict, Optional, Sequence, Tuple, Union
 
@@ -27,7 +26,7 @@ from ..timm_private import save_config_for_hf
 from ..weights.checksums import SHA256_FIELD
 from ..weights.files import CARD_NAME, CONFIG_NAME
 from ..writing import check_home
-from .cards import OURS, check_card, fields_of, merge_cards, plain_card, read_card, set_field
+from .cards import OURS, are_of_same_weights, check_card, merge_cards, plain_card, read_card, set_field
 from .model_folder import locked, replace_model, with_sha256
 
 TESTED = ('input_size', 'crop_pct')  # a pretrained cfg may name other ones for tests
@@ -91,9 +90,12 @@ def _card(
     """
     path = folder / CARD_NAME
     there = path.read_bytes() if path.is_file() else b''
-    old: Optional[str] = None
-    with suppress(*(() if card is not None else (ValueError,))):
+    try:
         old = read_card(path) if path.is_file() else None
+    except ValueError:
+        if card is not None:
+            raise
+        old = None
     plain = ''
     if card is None and old and OURS.search(old):
         told = config.get('label_names') or (), config['pretrained_cfg']
@@ -103,8 +105,10 @@ def _card(
         if card is not None:  # a rendered card says nothing of the user's; one of his own says all
             new = set_field(card, SHA256_FIELD, digest)
             return (merge_cards(old, new) if old is not None and OURS.search(card) else new).encode()
-        if plain and old is not None and fields_of(old).get(SHA256_FIELD) != digest:  # its results are of other weights
-            return merge_cards(old, set_field(plain, SHA256_FIELD, digest)).encode()
+        if old is not None and plain:
+            new = set_field(plain, SHA256_FIELD, digest)
+            if not are_of_same_weights(old, new):  # its results are of others
+                return merge_cards(old, new).encode()
         return there if with_sha256(there, '') != there else None
 
     return written

@@ -55,11 +55,13 @@ def create_finetune_model(cfg: FinetuneCfg, num_classes: int, label_names: Optio
         raise TypeError(f'model_kwargs: {cfg.model} can not be made with {kwargs}{reason}.') from error
     except (RuntimeError, ValueError) as error:
         name = 'pretrained_path' if cfg.pretrained_path else 'initial_checkpoint' if cfg.initial_checkpoint else ''
-        if not name and isinstance(error, ValueError):
+        if name:
+            told = f'{getattr(cfg, name)} does not fit {cfg.model} ({on_one_line(error)})'
+            raise ValueError(f'{name}: {told}.') from error
+        if isinstance(error, ValueError):
             raise
-        if not name:  # timm's, for names and tags that it does not know, and weights that do not fit
-            raise ValueError(f'model: {cfg.model!r} can not be made ({on_one_line(error)}).') from error
-        raise ValueError(f'{name}: {getattr(cfg, name)} does not fit {cfg.model} ({on_one_line(error)}).') from error
+        # timm's, for names and tags that it does not know, and weights that do not fit
+        raise ValueError(f'model: {cfg.model!r} can not be made ({on_one_line(error)}).') from error
     if cfg.pretrained and label_names:
         _order_head_(model, cfg.model, label_names)
     if cfg.pretrained_path and not isinstance(model, Hybrid):

@@ -167,9 +167,12 @@ def _check_forward(model: nn.Module, name: str, input_size: Tuple[int, ...], dev
     and for one that computes past its adapters.
     """
     was_training = model.training
-    adapted = {layer: path for path, layer in model.named_modules() if hasattr(layer, 'lora_A')}
-    idle = dict(adapted)
-    hooks = [layer.register_forward_pre_hook(lambda layer, _: idle.pop(layer, None) and None) for layer in adapted]
+    idle = {layer: path for path, layer in model.named_modules() if hasattr(layer, 'lora_A')}
+
+    def called(layer: nn.Module, _: Any) -> None:
+        idle.pop(layer, None)
+
+    hooks = [layer.register_forward_pre_hook(called) for layer in idle]
     try:
         with torch.no_grad():  # not inference_mode: what a model keeps of it may be used in training
             model.eval()(torch.zeros(1, *input_size, device=device))
