@@ -211,21 +211,26 @@ def small_compare() -> str:
 
 
 def fractals() -> str:
-    """Fine-tuning from weights that learnt fractals, and from random ones, and what the former gain."""
+    """Fine-tuning from weights that learnt fractals, from others, and what the former gain, for each pair alone."""
     groups: dict = defaultdict(list)
-    for row in runs('fractals', 'set', 'model', 'changes', 'pretraining', 'seed'):
-        groups[row['set'], row['model'], row['changes'], row['pretraining']].append(row)
-    key = ('set', 'model', 'changes', 'pretraining')
-    verdicts = newest('fractals_verdict', *key) if is_there('fractals_verdict') else {}
+    for row in runs('fractals', 'set', 'model', 'changes', 'arm', 'pretraining', 'seed'):
+        groups[row['set'], row['model'], row['changes'], row['arm'], row['pretraining']].append(row)
+    key = ('set', 'model', 'changes')
+    verdicts: dict = defaultdict(list)
+    if is_there('fractals_verdict'):
+        for row in newest('fractals_verdict', *key, 'pretraining', 'against', 'against_pretraining').values():
+            verdicts[tuple(row[column] for column in (*key, 'arm', 'pretraining'))].append(row)
     lines = []
-    for (name, model, changes, pretraining), found in groups.items():
+    for (name, model, changes, arm, pretraining), found in groups.items():
         columns = (spread([float(row[column]) for row in found], 2) for column in ('test_top1', 'test_balanced'))
-        start = f'fractals: {pretraining}' if pretraining else 'random'
-        row, gain = verdicts.get((name, model, changes, pretraining)), ''
-        if row and sorted(row['seeds'].split()) == sorted(one['seed'] for one in found):  # else it is of other runs
-            gain = f'{row["gain"]} ({row["low"]} to {row["high"]})'
-        lines.append([f'`{name}`', f'`{model}`', changes, start, *columns, gain])
-    columns = ('accuracy (%)', 'balanced (%)', 'gain, balanced (interval)')
+        gains = [
+            f'{row["gain"]} ({row["low"]} to {row["high"]}) over {row["against"]}'
+            for row in verdicts[name, model, changes, arm, pretraining]
+            if sorted(row['seeds'].split()) == sorted(one['seed'] for one in found)  # else it is of other runs
+        ]
+        start = f'{arm}: {pretraining}' if pretraining else arm
+        lines.append([f'`{name}`', f'`{model}`', changes, start, *columns, '; '.join(gains)])
+    columns = ('accuracy (%)', 'balanced (%)', 'gain, balanced (95% interval)')
     return table(['set', 'model', 'settings', 'start', *columns], lines)
 
 

@@ -2,17 +2,18 @@
 
     python benchmarks/fractals.py images --output fractals [--classes 1000] [--images 100]
     python benchmarks/fractals.py pretrain --output fractals --model vitresnet_nano
-    python benchmarks/fractals.py transfer --output fractals --model vitresnet_nano --seeds 0 1 2 --record
-    python benchmarks/fractals.py judge --output fractals --model vitresnet_nano --seeds 0 1 2 --record
+    python benchmarks/fractals.py transfer --output fractals [--arms fractal random shipped] --seeds 0 1 2 --record
+    python benchmarks/fractals.py judge --output fractals [--arms fractal random shipped] --seeds 0 1 2 --record
 
 `images` writes labelled fractals (formulas.py) as an image folder, output/images/{train,val}/<class>/*.png. `pretrain`
 writes them if they are not there, and trains a model of three channels on them, in output/<model>; it goes on where it
-was interrupted. `transfer` fine-tunes from those weights and from random ones, by the same recipe, on sets of
-image_sets.py; 15% of the training images choose the epoch, and the test images are looked at once. Runs that are in
-benchmarks/results/fractals.csv are not made again, interrupted ones go on; --record appends a row for each, which names
-the weights that it began with. `judge` compares the models of both starts, seed by seed, on the test images, as
-`timm-vitres compare` does its arms; its row is in fractals_verdict.csv. Any setting of the recipe may be given anew, as
---set name=value; the rows of `transfer` and `judge` have it.
+was interrupted. `transfer` fine-tunes from those weights, from random ones, and from the model's weights in the package
+(the arm `shipped`), by the same recipe, on sets of image_sets.py; 15% of the training images choose the epoch, and the
+test images are looked at once. Runs that are in benchmarks/results/fractals.csv are not made again, interrupted ones go
+on; --record appends a row for each, which names the weights that it began with. `judge` compares the models of the
+first of --arms with those of each other, seed by seed, on the test images, as `timm-vitres compare` does its arms; its
+rows are in fractals_verdict.csv. Any setting of the recipe may be given anew, as --set name=value; the rows of
+`transfer` and `judge` have it.
 """
 
 import argparse
@@ -34,9 +35,10 @@ from tqdm import tqdm
 from timm_vitres.training.report import best_epoch, read_summary
 from timm_vitres.training.settings import FinetuneCfg
 from timm_vitres.training.verdict import judge
+from timm_vitres.weights import shipped
 from timm_vitres.weights.checksums import sha256
 
-ARMS = ('fractal', 'random')
+ARMS = ('fractal', 'random', 'shipped')
 SHARED: Dict[str, Any] = dict(in_chans=3, lr=1e-3, warmup_epochs=1.0, weight_decay=0.05, workers=1, no_check=True)
 SHARED.update(mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25), crop_pct=1.0)
 # A fractal has no up and no left; colours say nothing of its class
@@ -49,6 +51,7 @@ SETS: Dict[str, Dict[str, Any]] = {
     'openclipart': dict(img_size=64, epochs=30, balance_classes=True, scale=(0.5, 1.0)),
     'fmnist10': dict(img_size=64, epochs=15),
 }
+Start = Tuple[Dict[str, Any], str]
 
 
 def write_images(folder: Path, classes: int, images: int, val_images: int, seed: int = 0) -> Path:
@@ -106,6 +109,30 @@ def started_with(args: argparse.Namespace) -> Tuple[Path, str]:
     return weights, f'{images}, {done} epochs, weights {sha256(weights)[:8]}'
 
 
+def shipped_start(name: str) -> Tuple[Dict[str, Any], str]:
+    """Return the settings that begin with a model's weights in the package, and what these are; SystemExit for none."""
+    cfg = timm.get_pretrained_cfg(name)
+    path = Path(cfg.file) if cfg is not None and cfg.file else None
+    if path is None or not shipped.is_shipped(path):
+        raise SystemExit(f'model: {name} has no weights in the package; leave the arm `shipped` out.')
+    return dict(pretrained=True), f'{path.stem}, weights {sha256(path)[:8]}'
+
+
+def starts(args: argparse.Namespace) -> Dict[str, Start]:
+    """Return the settings that each arm begins with, and what its weights are."""
+    found: Dict[str, Start] = {}
+    for arm in args.arms:
+        if arm == 'fractal':
+            weights, learnt = started_with(args)
+            found[arm] = dict(pretrained_path=str(weights)), learnt
+        else:
+            found[arm] = shipped_start(args.model) if arm == 'shipped' else ({}, '')
+        for name in args.sets:
+            if f'{args.model}.{name}' in found[arm][1]:
+                raise SystemExit(f'sets: the weights of the arm {arm} learnt {name}, and may know its test images.')
+    return found
+
+
 def folder_of(args: argparse.Namespace, name: str, arm: str, pretraining: str, changes: Dict[str, Any], seed: int):
     """Return a run's folder; runs that began with other weights are others."""
     start = f'{arm}-{pretraining.rpartition(" ")[2]}' if pretraining else arm
@@ -113,17 +140,16 @@ def folder_of(args: argparse.Namespace, name: str, arm: str, pretraining: str, c
 
 
 def transfer(args: argparse.Namespace, changes: Dict[str, Any]) -> None:
-    """Fine-tune from fractals and from random weights, and write a row for each run."""
-    weights, learnt = started_with(args) if 'fractal' in args.arms else (None, '')
+    """Fine-tune from each start, and write a row for each run."""
+    begun = starts(args)
     for seed, name, arm in itertools.product(args.seeds, args.sets, args.arms):
-        start = dict(pretrained_path=str(weights)) if arm == 'fractal' else {}
-        row = dict(set=name, arm=arm, seed=seed, model=args.model, changes=told(changes))
-        row['pretraining'] = learnt if start else ''
+        start, learnt = begun[arm]
+        row = dict(set=name, arm=arm, seed=seed, model=args.model, changes=told(changes), pretraining=learnt)
         if args.record and is_recorded('fractals', row):
             print(f'fractals.csv has its row; without --record it is trained again: {told(row)}')
             continue
         data = write(name, args.output / 'data', args.source)
-        folder = folder_of(args, name, arm, row['pretraining'], changes, seed)
+        folder = folder_of(args, name, arm, learnt, changes, seed)
         settings = {**TRANSFER, **SETS[name], **start, **changes, 'model': args.model, 'seed': seed}
         train(FinetuneCfg(**settings, data_dir=str(data / 'train'), output=str(folder)))
         rows = read_summary(folder)
@@ -133,29 +159,30 @@ def transfer(args: argparse.Namespace, changes: Dict[str, Any]) -> None:
 
 
 def compare(args: argparse.Namespace, changes: Dict[str, Any]) -> None:
-    """Compare both starts on the test images of each set, and write a row for each."""
-    _, learnt = started_with(args)
+    """Compare the first start with each other on the test images of each set, and write a row for each."""
+    begun = starts(args)
     for name in args.sets:
         test = write(name, args.output / 'data', args.source) / 'test'
         answers: Dict[str, list] = {}
-        for arm, seed in itertools.product(ARMS, args.seeds):
-            folder = folder_of(args, name, arm, learnt if arm == 'fractal' else '', changes, seed)
+        for arm, seed in itertools.product(begun, args.seeds):
+            folder = folder_of(args, name, arm, begun[arm][1], changes, seed)
             if not (folder / 'model.safetensors').is_file():
                 raise SystemExit(f'{folder} is missing: run `transfer` with these arguments first.')
             found = tested(timm.create_model(f'local-dir:{folder}', pretrained=True).eval(), test)
             guessed = [prediction.labels[0] for prediction in found.predictions]
             answers.setdefault(arm, []).append([one == true for one, true in zip(guessed, found.truth)])
-        verdict = judge(
-            {arm: np.array(rows) for arm, rows in answers.items()}, np.array(found.truth), 'balanced accuracy'
-        )
-        [(other, behind)] = verdict.behind.items()
-        gain = (
-            behind if other == 'random' else behind._replace(points=-behind.points, low=-behind.high, high=-behind.low)
-        )
-        row = dict(set=name, model=args.model, changes=told(changes), pretraining=learnt)
-        row.update(seeds=' '.join(map(str, args.seeds)), gain=f'{gain.points:.2f}', low=f'{gain.low:.2f}')
-        write_row('fractals_verdict', dict(row, high=f'{gain.high:.2f}', is_told=gain.is_told), args.record)
-        print(verdict.sentence)
+        first, *others = begun
+        for other in others:
+            pair = {arm: np.array(answers[arm]) for arm in (first, other)}
+            verdict = judge(pair, np.array(found.truth), 'balanced accuracy')
+            [(worse, gain)] = verdict.behind.items()
+            if worse == first:
+                gain = gain._replace(points=-gain.points, low=-gain.high, high=-gain.low)
+            row = dict(set=name, model=args.model, changes=told(changes), arm=first, pretraining=begun[first][1])
+            row.update(against=other, against_pretraining=begun[other][1], seeds=' '.join(map(str, args.seeds)))
+            row.update(gain=f'{gain.points:.2f}', low=f'{gain.low:.2f}', high=f'{gain.high:.2f}', is_told=gain.is_told)
+            write_row('fractals_verdict', row, args.record)
+            print(verdict.sentence)
 
 
 def main() -> None:
@@ -168,7 +195,7 @@ def main() -> None:
     parser.add_argument('--images', type=int, default=100, help='training images of each class of fractals')
     parser.add_argument('--val-images', type=int, default=5, help='validation images of each class of fractals')
     parser.add_argument('--sets', nargs='+', choices=SETS, default=list(SETS))
-    parser.add_argument('--arms', nargs='+', choices=ARMS, default=list(ARMS))
+    parser.add_argument('--arms', nargs='+', choices=ARMS, default=['fractal', 'random'])
     parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2], help='of the transfer')
     parser.add_argument('--set', nargs='*', default=[], metavar='NAME=VALUE', help="settings in place of the recipe's")
     parser.add_argument(
@@ -177,6 +204,8 @@ def main() -> None:
     parser.add_argument('--threads', type=int, default=2)
     parser.add_argument('--record', action='store_true', help='append a row per run to benchmarks/results/fractals.csv')
     args = parser.parse_args()
+    if args.what == 'judge' and len(set(args.arms)) < 2:
+        parser.error(f'arms: got {" ".join(args.arms)}, expected two or more to compare.')
     torch.set_num_threads(args.threads)
     changes = parse_changes(args.set)
     if args.what == 'images':

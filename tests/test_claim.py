@@ -134,12 +134,18 @@ def test_what_fractals_gain_is_told_beside_their_rows(script, results):
     same, start = '90.00 ± 0.00 (3 seeds)', '| `elpv` | `vitresnet_nano` | epochs=4 |'
     lines = [
         f'{start} random | {same} | 72.33 ± 2.52 (3 seeds) |  |',
-        f'{start} fractals: {told} | {same} | 74.00 ± 3.00 (3 seeds) |  |',
+        f'{start} fractal: {told} | {same} | 74.00 ± 3.00 (3 seeds) |  |',
     ]
     assert claim.fractals().splitlines()[2:] == lines
-    found = dict(set='elpv', model='vitresnet_nano', changes='epochs=4', pretraining=told, seeds='0 1 2')
+    found = dict(set='elpv', model='vitresnet_nano', changes='epochs=4', arm='fractal', pretraining=told)
+    found.update(against='random', against_pretraining='', seeds='0 1 2')
     common.write_row('fractals_verdict', dict(found, gain='2.00', low='-0.50', high='4.50', is_told=False), True)
-    assert claim.fractals().splitlines()[2:] == [lines[0], lines[1].replace('|  |', '| 2.00 (-0.50 to 4.50) |')]
+    gain = '2.00 (-0.50 to 4.50) over random'
+    assert claim.fractals().splitlines()[2:] == [lines[0], lines[1].replace('|  |', f'| {gain} |')]
+    found.update(against='shipped', against_pretraining='vitresnet_nano.openclipart, weights 4567cdef')
+    common.write_row('fractals_verdict', dict(found, gain='-1.00', low='-2.00', high='0.00', is_told=False), True)
+    both = f'{gain}; -1.00 (-2.00 to 0.00) over shipped'
+    assert claim.fractals().splitlines()[2:] == [lines[0], lines[1].replace('|  |', f'| {both} |')]
     common.write_row('fractals', dict(row, seed='3'), True)  # of which the gain says nothing
     assert claim.fractals().splitlines()[3].endswith('(4 seeds) |  |')
 

@@ -11,11 +11,13 @@ import pytest
 import torch
 from conftest import write_noise
 from PIL import Image
+from safetensors.torch import load_file
 
 from timm_vitres.weights.checksums import sha256
 
 WEIGHTS = 'test_vitresnet/model.safetensors'
 BENCHMARKS = Path(__file__).parent.parent / 'benchmarks'
+SHIPPED = BENCHMARKS.parent / 'timm_vitres/shipped/vitresnet_nano.openclipart.safetensors'
 
 
 @pytest.fixture
@@ -188,10 +190,43 @@ def test_pretraining_and_transfer(fractals, script, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, 'argv', ['fractals.py', 'judge', *options])
     fractals.main()
     gain = float(rows[0]['test_balanced']) - float(rows[1]['test_balanced'])
+    assert [rows[2][key] for key in ('arm', 'against', 'against_pretraining')] == ['fractal', 'random', '']
     assert (rows[2]['pretraining'], rows[2]['seeds'], float(rows[2]['gain'])) == (told, '0', pytest.approx(gain))
     assert (rows[2]['low'], rows[2]['is_told']) == ('-inf', False)  # of one seed nothing is concluded
     shutil.rmtree(tmp_path / 'transfer')
     with pytest.raises(SystemExit, match='is missing: run `transfer` with these arguments first'):
+        fractals.main()
+
+
+def test_shipped_weights_are_a_start(fractals, script, tmp_path, monkeypatch):
+    """They begin with what the package holds, and are refused for the images that they learnt."""
+    write_noise(tmp_path / 'data/elpv', train=8, test=2)
+    monkeypatch.setattr(script('common'), 'RESULTS', tmp_path)
+    begun, whole = [], fractals.train
+    monkeypatch.setattr(fractals, 'train', lambda cfg: (begun.append(cfg), whole(cfg))[1])
+    options = ['--output', str(tmp_path), '--arms', 'shipped', 'random', '--sets', 'elpv', '--seeds', '0', '1']
+    options += ['--threads', f'{torch.get_num_threads()}', '--record']
+    options += ['--set', 'epochs=1', 'img_size=32', 'batch_size=4', 'workers=0', 'lr=1.0e-6']
+    for what in ('transfer', 'judge'):
+        monkeypatch.setattr(sys, 'argv', ['fractals.py', what, *options])
+        fractals.main()
+    assert [(cfg.pretrained, cfg.pretrained_path, cfg.seed) for cfg in begun] == [
+        (True, None, 0), (False, None, 0), (True, None, 1), (False, None, 1),
+    ]  # fmt: skip
+    with open(tmp_path / 'fractals_verdict.csv', newline='') as file:
+        [row] = csv.DictReader(file)
+    learnt = f'vitresnet_nano.openclipart, weights {sha256(SHIPPED)[:8]}'
+    assert [row[key] for key in ('arm', 'pretraining', 'against', 'seeds')] == ['shipped', learnt, 'random', '0 1']
+    kernel = 'blocks.0.attn.proj.weight'
+    trained = [load_file(path / 'model.safetensors') for path in sorted((tmp_path / 'transfer').glob('*-0'))]
+    own = load_file(SHIPPED)
+    assert [torch.allclose(each[kernel], own[kernel].float(), atol=1e-4) for each in trained] == [False, True]
+    options[options.index('elpv')] = 'openclipart'
+    monkeypatch.setattr(sys, 'argv', ['fractals.py', 'transfer', *options])
+    with pytest.raises(SystemExit, match='sets: the weights of the arm shipped learnt openclipart'):
+        fractals.main()
+    monkeypatch.setattr(sys, 'argv', ['fractals.py', 'transfer', *options, '--model', 'test_vitresnet'])
+    with pytest.raises(SystemExit, match='model: test_vitresnet has no weights in the package'):
         fractals.main()
 
 
