@@ -328,6 +328,14 @@ def test_autotune_trains_with_what_is_fastest_and_goes_on_with_it(
     # it goes on with them, without measuring again
     finetune(dataclasses.replace(cfg, epochs=2, resume=True))
     assert len(calls) == 1 and len(rows(tmp_path / 'run')) == 2
+    # a flag that repeats the choice is no contradiction; one against it may be of the first command, and is told of
+    caplog.clear()
+    finetune(dataclasses.replace(cfg, epochs=2, resume=True, amp=True), ['epochs', 'amp', 'channels_last'])
+    assert 'autotune' not in caplog.text
+    finetune(dataclasses.replace(cfg, epochs=2, resume=True), ['epochs', 'amp'])
+    assert 'amp: got False, but autotune chose True when the run began, and it goes on so' in caplog.text
+    with pytest.raises(ValueError, match=r'channels_last: got True, but the run in .* was started with False'):
+        finetune(dataclasses.replace(cfg, epochs=2, resume=True, channels_last=True), ['channels_last'])
     with pytest.raises(ValueError, match=r'autotune: got True, but the run in .* was started with False'):
         finetune(dataclasses.replace(named, epochs=2, resume=True, autotune=True))
 

@@ -398,6 +398,8 @@ def test_the_power_of_a_polynomial():
 def test_the_least_rate_is_compared_with_the_one_that_is_used(image_folder, tmp_path, no_pictures):
     options = dict(opt='sgd', lr=5e-4, lr_base=0.1, min_lr=0.001, epochs=1)
     finetune(settings(image_folder, tmp_path / 'run', **options))
+    with pytest.raises(ValueError, match=r'^min_lr: got 100, expected at most the learning rate, which is 0\.003'):
+        finetune(settings(image_folder, tmp_path / 'one', min_lr=100.0))
     with pytest.raises(ValueError, match=r'min_lr: got 0\.9, expected at most the learning rate, which is 0\.003'):
         finetune(settings(image_folder, tmp_path / 'high', **{**options, 'min_lr': 0.9}))
 

@@ -222,13 +222,20 @@ def test_a_plan_is_kept_but_for_seeds_that_are_added(cfg, times, tmp_path):
     assert make_plan(cfg, asked(cfg, seeds=(0, 3)), tmp_path).images == plan.images
 
 
+def test_the_least_learning_rate_is_compared_with_the_rates_of_the_comparison(cfg):
+    assert asked(dataclasses.replace(cfg, opt='sgd', min_lr=0.005), lrs=(0.03, 0.1))['recipe']['min_lr'] == 0.005
+
+
 def test_seeds_that_are_added_after_a_verdict_are_noted(cfg, times, tmp_path):
     make_plan(cfg, asked(cfg, seeds=(0,)), tmp_path)
     assert make_plan(cfg, asked(cfg, seeds=(0, 3)), tmp_path).looks == 0
     (tmp_path / 'README.md').write_text('of two seeds, which calls nothing better')
     assert make_plan(cfg, asked(cfg, seeds=(0, 3, 4)), tmp_path).looks == 0
     assert make_plan(cfg, asked(cfg, seeds=(0, 3, 4)), tmp_path).looks == 0
-    assert make_plan(cfg, asked(cfg, seeds=(0, 3, 4, 5)), tmp_path).looks == 1
+    assert make_plan(cfg, asked(cfg, seeds=(0, 3, 4, 5)), tmp_path).looks == 0  # nothing was said of three
+    (tmp_path / 'README.md').write_text('of four seeds')
+    assert make_plan(cfg, asked(cfg, seeds=(0, 3, 4, 5, 6)), tmp_path).looks == 1
+    assert make_plan(cfg, asked(cfg, seeds=(0, 3, 4, 5, 6, 7)), tmp_path).looks == 1  # killed before its own verdict
 
 
 def test_other_versions_are_noted_where_they_train(cfg, times, tmp_path, monkeypatch, caplog):

@@ -89,6 +89,34 @@ def test_test_images_that_are_trained_on_are_refused(tmp_path):
         reserve(cfg(tmp_path), 'RGB')
 
 
+def test_validation_images_that_are_tested_on_are_called_that(tmp_path):
+    write_folder(tmp_path / 'train', per_class=4)
+    write_folder(tmp_path / 'val', per_class=2, seed=1)
+    with pytest.raises(ValueError, match=r'^test_split: 4 of 4 test images are validation images, such as '):
+        reserve(cfg(tmp_path), 'RGB', 'val')
+
+
+def test_copies_are_told_of_by_the_split_of_the_comparison_alone(tmp_path, caplog):
+    write_folder(tmp_path / 'images', per_class=10)
+    for index in range(10):
+        shutil.copy(tmp_path / f'images/down/{index}.png', tmp_path / f'images/down/{index}copy.png')
+    with caplog.at_level('WARNING'):
+        images = reserve(cfg(tmp_path / 'images'), 'RGB')
+    assert len(images['train']) + len(images['test']) == 20
+    assert [record.getMessage().partition(', such as')[0] for record in caplog.records] == [
+        'left out: 10 images are copies of others'
+    ]
+    assert images['description'].endswith('; 10 files or folders left out')
+
+
+@pytest.mark.parametrize('fraction', [0.5, 0.999])
+def test_test_images_leave_two_of_each_class_to_train_and_to_validate_on(fraction, tmp_path):
+    write_folder(tmp_path / 'images', per_class=3)
+    images = reserve(cfg(tmp_path / 'images'), 'RGB', test_frac=fraction)
+    assert len(images['test']) == 2 and len(images['train']) == 4
+    assert len(images_of(images, 0.2, 0)['validation']) == 2
+
+
 @pytest.mark.parametrize('count, least', [(1, 2), (2, 3)])
 def test_classes_of_too_few_images_are_named(count, least, tmp_path):
     write_folder(tmp_path / 'images', per_class=count)

@@ -47,7 +47,6 @@ def test_no_number_is_out_of_its_limits_or_no_number(field, capsys):
 @pytest.mark.parametrize(
     'kwargs, message',
     [
-        (dict(min_lr=100.0), 'min_lr: got 100, expected at most lr, which is 0.0005'),
         (dict(decay_rate=2.0), 'decay_rate: got 2, expected at most 1, but of sched poly'),
         (dict(freeze_epochs=2), 'freeze_epochs: got 2, which says nothing without freeze; give both'),
         (dict(kd_temperature=2.0), 'kd_temperature: got 2.0, which says nothing without kd_model_name'),

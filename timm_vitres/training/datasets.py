@@ -29,7 +29,13 @@ UNREADABLE = 'Mend or remove it, or leave such images out with --skip-bad.'
 FOUND_LATE = 'Mend or remove it, or leave such images out with --skip-bad; then begin another run.'
 
 
-def load_data(cfg: FinetuneCfg, mode: str, recorded: Optional[Dict[str, Any]] = None, looks: bool = True) -> Data:
+def load_data(
+    cfg: FinetuneCfg,
+    mode: str,
+    recorded: Optional[Dict[str, Any]] = None,
+    looks: bool = True,
+    holds_out: bool = True,
+) -> Data:
     """Open the training and the validation set of a run; if only one set is given, split it.
 
     Args:
@@ -38,6 +44,7 @@ def load_data(cfg: FinetuneCfg, mode: str, recorded: Optional[Dict[str, Any]] = 
         recorded: The result of `Data.record` when the run began: its images, split and classes are taken, whatever the
             settings say, and images that were added since are left out.
         looks: Whether a recorded folder is looked through for images that are gone; another process may have done it.
+        holds_out: Whether a part of a folder without validation images is held out; else its validation set is empty.
 
     Raises:
         FileNotFoundError, ValueError: for missing or impossible data; the message says what, and what is allowed.
@@ -52,10 +59,10 @@ def load_data(cfg: FinetuneCfg, mode: str, recorded: Optional[Dict[str, Any]] = 
             raise ValueError(f'{name}: an image folder takes none; it is for datasets that are named by dataset.')
     if recorded is None and cfg.skip_bad and cfg.no_check:
         raise ValueError('skip_bad: got no_check, too, by which no bad image is found; give one.')
-    return _load_folder(cfg, mode) if recorded is None else _reload_folder(cfg, mode, recorded, looks)
+    return _load_folder(cfg, mode, holds_out) if recorded is None else _reload_folder(cfg, mode, recorded, looks)
 
 
-def _load_folder(cfg: FinetuneCfg, mode: str) -> Data:
+def _load_folder(cfg: FinetuneCfg, mode: str, holds_out: bool) -> Data:
     root = Path(str(cfg.data_dir))
     splits = find_splits(root, cfg.train_split, cfg.val_split)
     names = read_class_map(cfg.class_map) if cfg.class_map else []
@@ -79,7 +86,9 @@ def _load_folder(cfg: FinetuneCfg, mode: str) -> Data:
     for folder in folders if is_checked_now else []:
         folder.check_images(cfg.skip_bad, cfg.workers)
     copies = _copies(folders)
-    if splits.validation is None:
+    if splits.validation is None and not holds_out:
+        train_indices, val_indices, how = range(len(train)), range(0), 'none held out'
+    elif splits.validation is None:
         train_indices, val_indices = _split(cfg, train, copies)
         how = f'validation on {len(val_indices)} of them, held out class by class ({cfg.val_frac:g}, seed {cfg.seed})'
         count = len(train_indices) + len(val_indices)
@@ -177,8 +186,10 @@ def _say_empty(train: 'LabelledImages') -> None:
         )
 
 
-def check_apart(train: 'LabelledImages', val: 'LabelledImages', role: str = 'validation') -> None:
-    """Raise ValueError if the images of another role share files with the training set, or are a copy of it."""
+def check_apart(
+    train: 'LabelledImages', val: 'LabelledImages', role: str = 'validation', other: str = 'training'
+) -> None:
+    """Raise ValueError if the images of a role share files with another set, that of training, or are a copy of it."""
     argument = split_argument(role)
 
     def identities(images: LabelledImages) -> Dict[Any, str]:
@@ -190,7 +201,7 @@ def check_apart(train: 'LabelledImages', val: 'LabelledImages', role: str = 'val
     both = [(ours[key], path) for key, path in theirs.items() if key in ours]
     if both:
         raise ValueError(
-            f'{argument}: {len(both)} of {len(val)} {role} images are training images, such as {shown(both[0][1])}, '
+            f'{argument}: {len(both)} of {len(val)} {role} images are {other} images, such as {shown(both[0][1])}, '
             f'which is {shown(both[0][0])}.'
         )
 

@@ -30,6 +30,7 @@ from .loaders import check_cutmix, create_loaders, derived, names_of
 from .optimisation import (
     Stepper,
     are_finite,
+    check_min_lr,
     create_optimizer,
     create_scheduler,
     fast_kernels,
@@ -138,8 +139,7 @@ class _Run:
             shard_(self.model, self.device, processes)
         batches = max(min(cfg.grad_accum_steps, len(self.train_batches)), 1)  # of a step; an epoch may have no more
         self.lr = learning_rate(cfg, self.train_batches.batch_size * batches * processes.count)
-        if cfg.min_lr > self.lr:
-            raise ValueError(f'min_lr: got {cfg.min_lr:g}, expected at most the learning rate, which is {self.lr:g}.')
+        check_min_lr(cfg, self.lr)
         self.optimizer = create_optimizer(cfg, self.task.get_trainable_module(), self.lr)
         self.stepper = Stepper(cfg, self.task, self.optimizer, self.device, record.is_muon_in_float32)
         self.num_updates = self.stepper.updates(len(self.train_batches))

@@ -65,6 +65,12 @@ def learning_rate(cfg: FinetuneCfg, num_images: int) -> float:
     return cfg.lr_base * (ratio**0.5 if scale == 'sqrt' else ratio)
 
 
+def check_min_lr(cfg: FinetuneCfg, lr: float) -> None:
+    """Raise ValueError where a run's schedule would end above the learning rate that it begins with."""
+    if cfg.min_lr > lr:
+        raise ValueError(f'min_lr: got {cfg.min_lr:g}, expected at most the learning rate, which is {lr:g}.')
+
+
 def create_optimizer(cfg: FinetuneCfg, module: nn.Module, lr: float) -> torch.optim.Optimizer:
     """Return the optimizer of a run's trainable module; ValueError for what it does not take."""
     options = dict(

@@ -241,6 +241,7 @@ def make_plan(cfg: FinetuneCfg, asked: Dict[str, Any], folder: Path) -> Plan:
             plan.looks += was_read and plan.seeds != asked['seeds']
             plan.asked = asked
             _write(plan, path)
+            path.with_name(REPORT_NAME).unlink(missing_ok=True)  # it is of the seeds before, and read once
         _logger.info('The comparison in %s goes on.', folder)
         return plan
     usable_device(Processes().device(cfg.device))

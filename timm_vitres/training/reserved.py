@@ -54,23 +54,25 @@ def reserve(cfg: FinetuneCfg, mode: str, test_split: str = TEST, test_frac: floa
     name = None
     if splits.train != root and test_split:
         name = split_folder(root, folders_in(root), test_split, 'test_split', TEST)
-    data = load_data(cfg, mode)
+    data = load_data(cfg, mode, holds_out=False)
     if data.check is not None:  # a bad test image would end the comparison after its first run
         raise_for(unreadable(data.check.paths, mode, cfg.workers), UNREADABLE)
     rows = {'train': data.lists['train'], 'validation': data.lists['validation']}
     if splits.validation is None:
-        rows = {'train': sorted(rows['train'] + rows['validation']), 'validation': None}
+        rows = {'train': sorted(rows['train']), 'validation': None}
     if name is not None:
         rows['test'], left_out = _of_folder(cfg, mode, root, name, data)
         others = {path: reason for path, reason in data.left_out.items() if path != str(root / name)}
         data = data._replace(left_out={**others, **left_out})
     for text in data.skipped:
         _logger.warning('left out: %s', text)
-    are_out = _leave_out_copies(root, rows)
+    copies = _leave_out_copies(root, rows)
     how = f'test images are the {len(rows.get(TEST, ()))} of {name}/'
     _check_counts(rows['train'], 1 + (splits.validation is None) + (name is None))
     if name is None:
-        kept, held = stratified_split(_targets(rows['train'], data.label_names), test_frac, TEST_SEED)
+        least = 1 + (splits.validation is None)  # of what is left, validation images are split off, too
+        targets = _targets(rows['train'], data.label_names)
+        kept, held = stratified_split(targets, test_frac, TEST_SEED, data.label_names, least)
         rows['train'], rows['test'] = ([rows['train'][index] for index in part] for part in (kept, held))
         how = f'test images are {len(held)} of them, held out class by class ({test_frac:g}, seed {TEST_SEED})'
     _check_number(len(rows['test']), str(cfg.data_dir))
@@ -78,9 +80,15 @@ def reserve(cfg: FinetuneCfg, mode: str, test_split: str = TEST, test_frac: floa
     how += without([label for label in data.label_names if label not in found])
     count = sum(len(part) for part in rows.values() if part)
     description = f'{count} images of {len(data.label_names)} classes in {shown(root.resolve().name)}; {how}'
-    if data.left_out:
-        description += f'; {len(data.left_out)} files or folders left out'
-    return {'label_names': data.label_names, 'description': description, 'copies_are_out': are_out, **rows}
+    left_out = len(data.left_out) + (copies or 0)
+    if left_out:
+        description += f'; {left_out} files or folders left out'
+    return {
+        'label_names': data.label_names,
+        'description': description,
+        'copies_are_out': copies is not None,
+        **rows,
+    }
 
 
 def check_unseen(cfg: FinetuneCfg, model: str, images: Dict[str, Any]) -> None:
@@ -167,19 +175,19 @@ def _of_folder(
     test = ImageFolder(root / name, class_map, mode, any_name=True)
     check_apart(data.train.dataset, test, TEST)
     if data.val.dataset is not data.train.dataset:
-        check_apart(data.val.dataset, test, TEST)
+        check_apart(data.val.dataset, test, TEST, 'validation')
     if not cfg.no_check:
         test.check_images(cfg.skip_bad, cfg.workers)
     return listed(root, Subset(test, range(len(test)))), test.left_out
 
 
-def _leave_out_copies(root: Path, rows: Dict[str, Any]) -> bool:
+def _leave_out_copies(root: Path, rows: Dict[str, Any]) -> Optional[int]:
     """Leave out copies of test images, of validation images, and of any image of a set that is still to be split.
 
     Test images count once, too: their number is that of what a verdict rests on.
 
     Returns:
-        Whether copies were looked for, which they are not among too many images.
+        How many were left out; None where nobody looked, since there are too many images.
     """
     files = {
         os.path.join(root, place): (name, size)
@@ -188,7 +196,7 @@ def _leave_out_copies(root: Path, rows: Dict[str, Any]) -> bool:
     }
     copies = find_copies([(path, size) for path, (_, size) in files.items()])
     if copies is None:
-        return False
+        return None
     role = {path: name for path, (name, _) in files.items()}
     for name in (TEST, 'validation'):
         copied = {path: first for path, first in copies.items() if role[first] == name != role[path]}
@@ -209,7 +217,7 @@ def _leave_out_copies(root: Path, rows: Dict[str, Any]) -> bool:
                     f'{shown(example)} of {shown(copies[example])}; take other images.'
                 )
         check_left(labels, (label for _, label, _ in rows['train']))
-    return True
+    return len(gone)
 
 
 def _check_counts(rows: List[List[Any]], least: int) -> None:

@@ -217,12 +217,19 @@ class Record:
         changes, refused = {}, []
         for name in sorted(set(given) - set(_PLACES)):
             new, old = getattr(cfg, name), getattr(self.cfg, name)
+            chosen = (self.autotuned or {}).get(name, old)
+            if new == old != chosen:  # the run may have been started so: the same call resumes it
+                told = name, new, chosen
+                _logger.warning('%s: got %r, but autotune chose %r when the run began, and it goes on so.', *told)
+            if new == chosen:
+                continue
             if new != old:  # what a run began with may be gone: it goes on without
                 new = from_anywhere(name, new, is_there=not os.path.isabs(str(old).removeprefix(LOCAL)))
             if new == old:
                 continue
             if name not in CHANGEABLE or (name in UPWARD and (None in (new, old) or new < old)):
-                refused.append(f'{name}: got {new!r}, but the run in {self.cfg.output} was started with {old!r}')
+                began = f'lr_base {self.cfg.lr_base!r}' if name == 'lr' and self.cfg.lr_base is not None else repr(old)
+                refused.append(f'{name}: got {new!r}, but the run in {self.cfg.output} was started with {began}')
             changes[name] = new
         if refused:
             raise ValueError(

@@ -354,8 +354,6 @@ class FinetuneCfg:
             raise ValueError(f'cutmix_minmax: got {self.cutmix_minmax}, expected the smaller number first.')
         if self.decay_rate > 1 and self.sched != 'poly':
             raise ValueError(f'decay_rate: got {self.decay_rate:g}, expected at most 1, but of sched poly.')
-        if self.lr_base is None and self.min_lr > self.lr:
-            raise ValueError(f'min_lr: got {self.min_lr:g}, expected at most lr, which is {self.lr:g}.')
         if self.mixes and self.batch_size % 2:
             raise ValueError(f'batch_size: got {self.batch_size}, but mixup and cutmix want an even number.')
         if not self.output:

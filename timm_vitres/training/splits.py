@@ -121,13 +121,15 @@ class Subset(Dataset):
 
 
 def stratified_split(
-    targets: Sequence[int], fraction: float, seed: int = 0, names: Sequence[str] = ()
+    targets: Sequence[int], fraction: float, seed: int = 0, names: Sequence[str] = (), least: int = 1
 ) -> Tuple[List[int], List[int]]:
     """Split indices into two parts, class by class: the second holds `fraction` of each, and at least one.
 
     Args:
         fraction: From 0 to 1, without these two.
         seed: 0 or more.
+        names: Those of the classes, for the error's sentence.
+        least: So many of each class the first part holds at least, where there are as many and one more.
 
     Raises:
         ValueError: for a class of fewer than two targets.
@@ -144,7 +146,7 @@ def stratified_split(
             name = repr(names[target]) if names else target
             raise ValueError(f'val_frac: class {name} has {count} image, which cannot be split in two; add some.')
         indices = generator.permutation(images).tolist()
-        cut = min(max(round(count * fraction), 1), count - 1)
+        cut = min(max(round(count * fraction), 1), max(count - least, 1))
         second += indices[:cut]
         first += indices[cut:]
     return sorted(first), sorted(second)

@@ -20,6 +20,7 @@ from .held_out import TABLE_NAME
 from .loaders import check_policy
 from .optimisation import (
     OF_SCHEDULES,
+    check_min_lr,
     check_new_optimizer,
     check_optimizer,
     lacks_bfloat16,
@@ -96,6 +97,8 @@ class Setup:
         self.device = usable_device(self.processes.device(cfg.device))
         check_processes(cfg, self.device, self.processes)
         (check_new_optimizer if record is None else check_optimizer)(cfg)
+        if cfg.lr_base is None:  # otherwise the number of images in a step decides, which is not known yet
+            check_min_lr(cfg, cfg.lr)
         _tell_of_bfloat16(cfg, self.device)
         check_trackers(cfg)
         if self.processes.is_first:

@@ -55,8 +55,9 @@ def judge(
     the intervals are Bonferroni's for all pairs, and hold all together with a probability of 95% (but those of pairs
     whose difference varies more from seed to seed than that of the average pair: see `seeds_error`; the sentence names
     them). The chance of what was chosen once for all seeds, as learning rates are, and of which images there were to
-    learn from, is in none. With fewer than `LEAST_SEEDS` seeds there is no interval, and
-    no arm is called better.
+    learn from, is in none; nor is a failure of one run in many that these seeds did not meet, since an arm's figures
+    over seeds are taken as normally distributed. With fewer than `LEAST_SEEDS` seeds there is no interval, and no arm
+    is called better.
 
     Args:
         correct: For every arm an array (seeds, images), 1 where the model of a seed was right on an image, else 0;
