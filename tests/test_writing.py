@@ -168,10 +168,17 @@ def test_a_planted_link_is_not_written_through(tmp_path, monkeypatch):
     """An attacker may even know the name of the file beside."""
     monkeypatch.setattr(writing.secrets, 'token_hex', lambda size: 'known')
     (tmp_path / 'target').write_text('mine')
-    (tmp_path / f'{TEMPORARY}known-a.txt').symlink_to(tmp_path / 'target')
+    (tmp_path / f'{TEMPORARY}known-new.txt').symlink_to(tmp_path / 'target')
     with pytest.raises(OSError, match=r'a\.txt could not be written .*File exists'), replacing(tmp_path / 'a.txt'):
         pytest.fail('it was opened')
     assert (tmp_path / 'target').read_text() == 'mine' and not (tmp_path / 'a.txt').exists()
+
+
+def test_a_name_may_be_as_long_as_names_can_be(tmp_path):
+    path = tmp_path / f'{"a" * 251}.txt'
+    with replacing(path) as beside:
+        beside.write_text('new')
+    assert path.read_text() == 'new' and beside.suffix == '.txt'
 
 
 def test_a_link_is_replaced_and_what_it_leads_to_is_not(old):

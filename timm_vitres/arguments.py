@@ -75,7 +75,7 @@ def check_picture(name: str, path: Path, images: Sequence[Path]) -> None:
     check_output(name, path)
     if path.suffix.lower() != '.png':
         raise ValueError(f'{name}: got {path}, expected the name of a PNG (.png).')
-    if path.resolve() in [image.resolve() for image in images]:
+    if os.path.realpath(path) in map(os.path.realpath, images):  # links in a circle, too, have one
         raise ValueError(f'{name}: {path} is an image to be read, and is not written over.')
     if path.exists() and not _is_drawn(path):  # `--plot *.png` takes the first of somebody's photographs
         raise FileExistsError(

@@ -67,7 +67,8 @@ def replacing(path: Path) -> Iterator[Path]:
     """
     with _sentence(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_name(f'{TEMPORARY}{secrets.token_hex(8)}-{path.name}')
+        # without the name, which may be as long as names can be; writers go by the suffix
+        beside = path.with_name(f'{TEMPORARY}{secrets.token_hex(8)}-new{path.suffix}')
         try:
             mode = _create(beside)
             yield beside

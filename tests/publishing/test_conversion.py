@@ -8,6 +8,7 @@ import timm
 import torch
 from conftest import randomise_, relative_difference, write_folder
 from layouts import EXAMPLES, conformer_layout, google_layout, hybrid_layout, mmpretrain_layout
+from PIL import Image
 
 import timm_vitres
 from timm_vitres.cli import main
@@ -482,6 +483,23 @@ def test_class_folders_are_those_that_timm_took(tmp_path):
         assert json.loads((written / 'config.json').read_text()).get('label_names') == expected
         (tmp_path / 'elsewhere' / 'val').mkdir(parents=True, exist_ok=True)
         (tmp_path / 'elsewhere' / 'test').mkdir(exist_ok=True)
+
+
+@pytest.mark.parametrize('dataset, expected', [('', ['whole', 'zoom']), ('torch/image_folder', ['broken', 'whole'])])
+def test_class_folders_are_those_that_hold_the_images_where_timm_read_them(dataset, expected, tmp_path):
+    for place in ('broken/zoom', 'whole'):
+        path = tmp_path / 'images/train' / place / '1.png'
+        path.parent.mkdir(parents=True)
+        Image.new('RGB', (32, 32)).save(path)
+    model = timm.create_model('test_vitresnet', num_classes=2)
+    args = argparse.Namespace(model='test_vitresnet', dataset=dataset, data_dir=str(tmp_path / 'images'))
+    torch.save(dict(state_dict=model.state_dict(), args=args), tmp_path / 'last.pth.tar')
+    images = timm.data.create_dataset(dataset, root=tmp_path / 'images', split='train')
+    read = (images if dataset else images.reader).class_to_idx
+    assert sorted(read, key=read.get) == expected
+    (tmp_path / 'images/train/whole/again').symlink_to(tmp_path / 'images/train/whole')  # whoever walks goes in circles
+    folder = convert(tmp_path / 'last.pth.tar', tmp_path / 'out')
+    assert json.loads((folder / 'config.json').read_text())['label_names'] == expected
 
 
 @pytest.mark.parametrize('name, size', [('vitresnet_mix_nano.fmnist', 64), ('vitresnet_tiny', 384)])

@@ -84,7 +84,7 @@ def export(
     source = capture(model, precision, images, example is not None, dynamic)
     row = FORMATS[format]
     path.parent.mkdir(parents=True, exist_ok=True)
-    prefix = f'{TEMPORARY}{path.name}-'
+    prefix = f'{TEMPORARY}{path.name[:50]}-'  # of a name that is as long as names can be, too
     _sweep(path.parent, prefix)
     with tempfile.TemporaryDirectory(prefix=prefix, dir=path.parent) as folder:
         file = Path(folder) / f'model{row.suffixes[0]}'

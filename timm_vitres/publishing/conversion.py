@@ -11,7 +11,7 @@ import os
 import re
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple, Union
 from urllib.parse import unquote, urlparse
 
 import timm
@@ -59,6 +59,7 @@ _logger = logging.getLogger(__name__)
 BEGUN_FIELDS = (*DATA_FIELDS, 'fixed_input_size', 'license')  # what a run takes over from the model that it begins with
 # datasets of timm's that are image folders, and how they order the classes: timm by numbers, torchvision by letters
 FOLDERS = {'': natural_key, 'folder': natural_key, 'torch/image_folder': str, 'torch/folder': str}
+OF_TIMM = ('', 'folder')  # an image's class is the folder that it lies in, however deep; torchvision's is the first
 RESAMPLING = {mode.value: mode.name.lower() for mode in Image.Resampling}  # transformers writes PIL's numbers
 
 
@@ -359,7 +360,7 @@ def _label_names(args: Dict[str, Any], config: Dict[str, Any], num_classes: int)
     kind = args.get('dataset') or ''
     is_text = isinstance(folder, (str, Path)) and isinstance(kind, str)  # settings of other programs hold anything
     if not names and folder and is_text and not args.get('class_map') and kind in FOLDERS:
-        names = _class_folders(Path(folder), args.get('train_split') or 'train', num_classes)
+        names = _class_folders(Path(folder), args.get('train_split') or 'train', num_classes, kind in OF_TIMM)
         names = names and sorted(names, key=FOLDERS[kind])
         if names and len(names) == num_classes:
             some = ', '.join(map(shown, names[:3])) + (', ...' if len(names) > 3 else '')
@@ -369,22 +370,33 @@ def _label_names(args: Dict[str, Any], config: Dict[str, Any], num_classes: int)
     return normalise_label_names(names, num_classes) if names and len(names) == num_classes else None
 
 
-def _class_folders(root: Path, split: str, num_classes: int) -> List[str]:
+def _class_folders(root: Path, split: str, num_classes: int, is_of_timm: bool) -> List[str]:
     """Return the names of the folders that timm took for classes: those of the split, if it is there, else all."""
     split = split.partition('[')[0]
     alike = [split, *(('train', 'training') if split in ('train', 'training') else ())]
     folder = next((root / name for name in alike if (root / name).is_dir()), root)
     children = [child for child in folder.iterdir() if child.is_dir()] if folder.is_dir() else []
-    filled = [child for child in children if _has_images(child)]  # timm takes no others
+    if is_of_timm:
+        places = [place for child in children for place in _image_folders(child)]
+        if set(places) - set(children):
+            return list({place.name for place in places})
+    filled = [child for child in children if any(_image_folders(child))]  # timm takes no others
     names = [child.name for child in (filled if len(filled) == num_classes else children)]  # images may be gone since
     return [] if folder == root and names and all(map(split_role, names)) else names
 
 
-def _has_images(folder: Path) -> bool:
-    """Return whether timm finds images in a folder, however deep."""
+def _image_folders(folder: Path) -> Iterator[Path]:
+    """Yield the folders in which timm finds images: a folder, and those below it, through links, but not in circles."""
     endings = tuple(get_img_extensions())
-    walk = os.walk(folder, followlinks=True)
-    return any(name.lower().endswith(endings) for _, _, files in walk for name in files)
+    seen = set()
+    for place, below, files in os.walk(folder, followlinks=True):
+        real = os.path.realpath(place)
+        if real in seen:
+            below.clear()
+            continue
+        seen.add(real)
+        if any(name.lower().endswith(endings) for name in files):
+            yield Path(place)
 
 
 def _data_config(

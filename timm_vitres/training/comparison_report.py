@@ -193,9 +193,9 @@ def _how(cfg: FinetuneCfg, plan: Plan, chosen: Mapping[str, float], rows: Mappin
         f'{plan.images["description"]}. Each counts as independent of the others: where several show one thing, or are '
         'of one series, the intervals are too narrow, unless these are on one side, in folders of their own.'
         f'{_sizes(plan)} {cost}{_judged(cfg, plan, rows)} {search} No run was trained on test images{copies}, and '
-        f'nothing was chosen by them{began}. {pool}, whose chance is in no interval. The intervals take an '
-        f"arm's figures over seeds as normally distributed: that one run in many learns nothing, which few seeds may not "
-        f'meet, is in none. Seeds: {", ".join(map(str, plan.seeds))}; mean ± sample standard deviation. Times were '
+        f'nothing was chosen by them{began}. {pool}, whose chance is in no interval. The figures of an arm over seeds '
+        'are taken as normally distributed: that one run in many learns nothing, which few seeds may not meet, is in '
+        f'no interval either. Seeds: {", ".join(map(str, plan.seeds))}; mean ± sample standard deviation. Times were '
         f'measured on {plan.machine}, in rounds in which the arms took turns: a training step of {cfg.batch_size} '
         f'images, and one image in evaluation. One recipe for all: {", ".join(given) or "the defaults"}. With '
         f'{versions}. Every run is in runs/, and a row of {RESULTS_NAME}.'
