@@ -238,7 +238,7 @@ def conform_arguments(model_cls: type, cfg: Any, kwargs: Dict[str, Any], *builde
         ValueError: for an argument that is not what its annotation says.
     """
     annotations = {**annotations_of(model_cls.__init__), **annotations_of(type(cfg))}
-    features = ('features_only', 'out_indices', 'feature_cls', 'pruned')  # timm's builder takes these from its kwargs
+    features = ('features_only', 'out_indices', 'feature_cls')  # timm's builder takes these from its kwargs
     taken = {name for builder in builders for name in inspect.signature(builder).parameters}
     check_known(kwargs, {*annotations, *features, *taken}, model_cls.__name__)
     return {

@@ -40,6 +40,7 @@ def create(**kwargs):
         (dict(backbone='resnet18', depth=0, pos_embed_fit='crop'), "pos_embed_fit: got 'crop', but with depth=0"),
         (dict(backbone='resnet18', depth=0, qk_norm=True), 'qk_norm: got True, but with depth=0'),
         (dict(backbone='resnet18', depth=0, global_pool='map', num_heads=5), 'num_heads: got 5'),
+        (dict(backbone='resnetv2_50d_evos', layers=(1, 1), channels=(64, 64)), r'channels: got \(64, 64\), with which'),
     ],
 )
 def test_a_measure_without_effect_is_refused(kwargs, message):

@@ -286,6 +286,41 @@ def test_a_head_that_fits_is_kept(source):
     assert torch.equal(loaded.norm.weight, model.norm.weight)
 
 
+@pytest.mark.parametrize(
+    'name, lost',
+    [('test_vitresnet', 'head.bias'), ('test_vitresnet_dual', 'head_vit.'), ('test_vitresnet_mix', 'head.fc.bias')],
+)
+def test_a_head_that_lost_a_part_is_an_error(name, lost, tmp_path):
+    """A new one is for other classes than the file's, or for a file that has none."""
+    model = randomise_(timm.create_model(name, num_classes=4))
+    weights = {key: value for key, value in model.state_dict().items() if not key.startswith(lost)}
+    heads = [key for key in model.head_keys() if key.endswith('weight')]
+    thin = {**model.state_dict(), heads[0]: torch.zeros(4, 8)}
+    for content, message in ((weights, f'missing keys: {lost}'), (thin, f'wrong shapes: {heads[0]}')):
+        torch.save(content, tmp_path / 'mine.pth')
+        overlay = dict(file=str(tmp_path / 'mine.pth'))
+        with pytest.raises(RuntimeError, match=re.escape(message)):
+            timm.create_model(name, pretrained=True, num_classes=4, pretrained_cfg_overlay=overlay)
+    bare = {key: value for key, value in model.state_dict().items() if key not in model.head_keys()}
+    for content in (bare, model.state_dict()):
+        torch.save(content, tmp_path / 'mine.pth')
+        other = timm.create_model(name, pretrained=True, num_classes=5, pretrained_cfg_overlay=overlay)
+        assert all(torch.equal(value, other.state_dict()[key]) for key, value in bare.items())
+
+
+@pytest.mark.parametrize(
+    'options, message',
+    [
+        (dict(features_only=True, feature_cls='nope'), "feature_cls: got 'nope', expected"),
+        (dict(pretrained=True, pretrained_cfg_overlay='x'), "pretrained_cfg_overlay: got 'x', expected a dict"),
+        (dict(pruned=True), 'pruned: is no argument of VitResNetMix'),
+    ],
+)
+def test_what_timms_builder_takes_is_checked(options, message):
+    with pytest.raises((ValueError, TypeError), match=f'^{message}'):
+        timm.create_model('test_vitresnet_mix', **options)
+
+
 def test_a_truncated_file_is_refused(tmp_path):
     model = timm.create_model('test_vitresnet', num_classes=3)
     path = timm_vitres.save(model, tmp_path) / 'model.safetensors'

@@ -255,6 +255,22 @@ def test_results_of_the_same_weights_stay():
         assert len(merged.data.eval_results or ()) == merged.text.count('- accuracy: 95.5') == count
 
 
+def test_what_was_known_of_the_same_weights_stays():
+    """A model that is pushed from Python knows its classes and its preprocessing, but not its recipe."""
+    model = randomise_(timm.create_model('test_vitresnet', num_classes=2))
+    facts = dict(model_name='stripes', description='Of a run.', recipe='Two epochs.', source='hf-hub:me/stripes')
+    old = cards.set_field(cards.render_card(model, **facts, label_names=['cat', 'dog']), 'model_sha256', 'ab' * 32)
+    config = dict(input_size=(3, 48, 48), mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+    for sha256, is_same in (('ab', True), ('cd', False)):
+        new = cards.plain_card(model, 'x', 'hf-hub:me/x', ['Katze', 'Hund'], config)
+        merged = cards.merge_cards(old, cards.set_field(new, 'model_sha256', sha256 * 32))
+        assert 'Classes (2): Katze, Hund' in merged and 'cat, dog' not in merged and 'mean (0.5, 0.5, 0.5)' in merged
+        assert 'hf-hub:me/x' in merged and 'hf-hub:me/stripes' not in merged
+        for text in ('# stripes', 'Of a run.', 'Two epochs.'):
+            assert (text in merged) == is_same
+        assert ('The recipe is not known.' in merged) != is_same
+
+
 def test_a_licence_that_is_another_than_the_weights_is_told(caplog):
     model = randomise_(timm.create_model('test_vitresnet', num_classes=2))
     facts = dict(model_name='x', description='A.', recipe='B.', source='local-dir:.')
@@ -436,8 +452,11 @@ def test_the_users_text_of_a_folder_reaches_the_card():
     assert 'Accuracy 90%.' in there
     there = cards.merge_cards(there, pushed(f'{ours}\n## Limits\n\nAccuracy 95%.\n'))
     assert 'Accuracy 95%.' in there and 'Accuracy 90%.' not in there
+    there = cards.merge_cards(there, pushed(ours))  # of a program that has no text of the user's
+    there = cards.merge_cards(there, pushed(f'{ours}\n## Limits\n\nAccuracy 95.5%.\n'))
+    assert 'Accuracy 95.5%.' in there and 'Accuracy 95%.' not in there
     there = cards.merge_cards(f'{there}\nOn the Hub.\n', pushed(f'{ours}\n## Limits\n\nAccuracy 96%.\n'))
-    assert 'On the Hub.' in there and 'Accuracy 95%.' in there and 'Accuracy 96%.' in there
+    assert 'On the Hub.' in there and 'Accuracy 95.5%.' in there and 'Accuracy 96%.' in there
     there = cards.merge_cards(there, pushed(ours))
     assert 'On the Hub.' in there and there.count('## Use') == 1
     # what was changed or taken away on the Hub alone stays so

@@ -143,12 +143,35 @@ def test_what_was_measured_goes_with_the_model_that_is_replaced(tmp_path):
     assert 'Classes (2): cat, dog' in card.text and '(3, 64, 64)' in card.text and 'mean (0.1, 0.2, 0.3)' in card.text
 
 
+@pytest.mark.parametrize(
+    'folder, options, message',
+    [
+        ('', {}, "folder: got '', expected the name of a folder"),
+        ('new', dict(card=5), 'card: got 5, expected the text of a card'),
+        ('new', dict(data_config='x'), "data_config: got 'x', expected a dict"),
+        ('new', dict(data_config={'crop_ptc': 0.9}), 'crop_ptc: is no argument of data_config; did you mean crop_pct'),
+    ],
+)
+def test_what_can_not_be_saved_so_is_refused_before_anything_is_written(
+    folder, options, message, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises((ValueError, TypeError), match=f'^{message}'):
+        save(timm.create_model('test_vitresnet', num_classes=2), folder, **options)
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_card_knows_the_weights(tmp_path):
     """Its sha256 follows what is saved, by whom ever; a file that is not the card's is refused."""
     first, second = (randomise_(timm.create_model('test_vitresnet', num_classes=2), seed=seed) for seed in (0, 1))
     save(first, tmp_path, card=render_card(first, **FACTS))
     card = ModelCard.load(tmp_path / 'README.md')
     assert card.data['model_sha256'] == sha256(tmp_path / 'model.safetensors')
+    save(first, tmp_path, ['Katze', 'Hund'])  # what is corrected stands in the card, too
+    text = (tmp_path / 'README.md').read_text()
+    assert 'Classes (2): Katze, Hund' in text and f'# {FACTS["model_name"]}\n' in text and FACTS['recipe'] in text
+    save(first, tmp_path, ['Katze', 'Hund'])
+    assert (tmp_path / 'README.md').read_text() == text
     save(second, tmp_path)
     assert ModelCard.load(tmp_path / 'README.md').data['model_sha256'] == sha256(tmp_path / 'model.safetensors')
     text = ModelCard.load(tmp_path / 'README.md').text  # results are of the weights that they were measured with

@@ -7,7 +7,7 @@ would pass over is refused, since it would be recorded with a model that does no
 import inspect
 from typing import Any, Callable, Dict, Iterable, Optional
 
-from timm.layers import StdConv2d, StdConv2dSame
+from timm.layers import EvoNorm2dS0, StdConv2d, StdConv2dSame
 from torch import nn
 
 from ..checks import check_choice, on_one_line
@@ -75,6 +75,9 @@ def create_backbone(
         empty = [key for key, value in backbone.named_parameters() if value.numel() == 0]
         if empty:
             raise ValueError(f'{empty[0]} has no values')
+        for key, module in backbone.named_modules():  # whose groups are compared with the map's channels only in use
+            if isinstance(module, EvoNorm2dS0) and module.weight.numel() % module.groups:
+                raise ValueError(f'{key} can not normalise {module.weight.numel()} channels in {module.groups} groups')
         return backbone
 
     try:

@@ -23,7 +23,7 @@ from timm.models import (
 )
 from torch import nn
 
-from ..checks import WeightInit, conform, conform_arguments, conform_indices
+from ..checks import WeightInit, check_choice, conform, conform_arguments, conform_indices, show
 from ..timm_private import FeatureGetterNet
 from ..weights.checkpoints import checkpoint_files, is_mapped, read_checkpoint
 from ..weights.checksums import check_noted, check_once
@@ -71,6 +71,9 @@ def build_hybrid(model_cls: Type[ModelT], variant: str, pretrained: bool, cfg: A
     fields = {field.name for field in dataclasses.fields(cfg)}
     source_cfg = cfg
     cfg = dataclasses.replace(cfg, **{name: kwargs.pop(name) for name in fields & kwargs.keys()})
+    if isinstance(kwargs.get('feature_cls'), str):
+        check_choice('feature_cls', kwargs['feature_cls'], ('getter', 'hook', 'list', 'dict', 'fx'))
+    _check_overlay(kwargs.get('pretrained_cfg_overlay'))
     feature_cfg: Dict[str, Any] = dict(feature_cls=Pyramid)
     if kwargs.get('feature_cls') == 'getter':
         kwargs.pop('feature_cls')
@@ -120,11 +123,17 @@ def build_with_tables(model_cls: Type[ModelT], variant: str, pretrained: bool, c
     The tables have the checkpoint's own size unless the caller gives another: timm passes `img_size` on only where
     sizes are fixed. The cfg tells the first convolution, whose name depends on the config.
     """
+    _check_overlay(kwargs.get('pretrained_cfg_overlay'))
     source = resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay'))
     kwargs.setdefault('img_size', source.input_size[-2:])
     model = build_hybrid(model_cls, variant, pretrained, cfg, **kwargs)
     model.pretrained_cfg['first_conv'] = get_model_input_config(model)['first_conv']
     return model
+
+
+def _check_overlay(overlay: Any) -> None:
+    if not isinstance(overlay, (dict, type(None))):
+        raise TypeError(f'pretrained_cfg_overlay: got {show(overlay)}, expected a dict.')
 
 
 def _tell_of_blocks(indices: Any, model: Any) -> None:
@@ -272,15 +281,20 @@ def _drop_other_head_(state_dict: StateDict, model: Hybrid, source: PretrainedCf
     """Take a head of other classes out of a state dict, and return whether the model needs a new one.
 
     A head that fits is kept, whatever the cfg says of its classes: it was trained (but for -1, which timm's train.py
-    sets for --pretrained-path, to have a new one). One that does not fit is replaced where the caller asked for other
-    classes than the source's; where he did not, the comparison lists it.
+    sets for --pretrained-path, to have a new one). One of other classes, or none, is replaced where the caller asked
+    for other classes than the source's; where he did not, or where a head has lost a part, the comparison lists it.
     """
     keys = model.head_keys()
     own = {key: value.shape for key, value in model.state_dict().items() if key in keys}
     fits = source.num_classes >= 0 and all(
         key in state_dict and state_dict[key].shape == shape for key, shape in own.items()
     )
-    if own and (fits or source.num_classes == model.num_classes):
+    found = {key: state_dict[key].shape for key in keys if key in state_dict}
+    is_other = not found or (
+        found.keys() == own.keys()
+        and all(found[key][1:] == shape[1:] and found[key][:1] != shape[:1] for key, shape in own.items())
+    )
+    if own and (fits or source.num_classes == model.num_classes or (source.num_classes >= 0 and not is_other)):
         return False
     for key in keys:
         state_dict.pop(key, None)

@@ -28,7 +28,10 @@ TEMPLATE = Path(__file__).with_name('card.md')
 # (a mark that lost its fellow is text of the user's)
 OURS = re.compile(r'<!-- timm-vitres:(?:(?!<!-- timm-vitres:).)*?<!-- end of timm-vitres -->', re.DOTALL)
 RESULT = re.compile(r'\n## Result\n.*?(?=\n## )', re.DOTALL)  # a section of that part
+FACTS = re.compile(r'\n- Architecture: .*?(?=\n\n## )', re.DOTALL)
+USE = re.compile(r'\n## Use\n.*?(?=\n<!-- end of)', re.DOTALL)
 UNMEASURED = 'Not measured.'
+UNKNOWN = 'The recipe is not known.'
 MEASURED = 'Measured after epoch'  # so the note on a run's result begins
 PACKAGE_TAG = 'timm-vitres'
 DATASET_TYPE = 'imagefolder'  # of the data of results that this package writes
@@ -108,7 +111,7 @@ def plain_card(
         model,
         model_name=name,
         description=f'A `{architecture}` for timm, saved with timm-vitres.',
-        recipe='The recipe is not known.',
+        recipe=UNKNOWN,
         source=source,
         label_names=label_names or own_names(model),
         data_config=data_config,
@@ -202,13 +205,15 @@ def merge_cards(old: str, new: str) -> str:
     data, tags, license = ours.data, theirs.data.tags or [], ours.data.license
     task, is_ours = theirs.data.get('pipeline_tag'), PACKAGE_TAG in tags
     stale = {task} & TASKS & set(tags) if is_ours and data.get('pipeline_tag') not in tags else set()  # of another head
-    about = {SHA256_FIELD, TEXT_FIELD} | ({'pipeline_tag'} if stale else set())
+    about = {SHA256_FIELD} | ({'pipeline_tag'} if stale else set())
+    if _users(_split(new)[1]) or TEXT_FIELD not in theirs.data:  # else what was pushed of it is what it was
+        about.add(TEXT_FIELD)
     if not is_ours and theirs.data.get('library_name') == 'transformers':  # whose weights are replaced by timm's
         about |= {'pipeline_tag', 'library_name'}
     asked = fields_of(new)
     for key, value in theirs.data.to_dict().items():
         if key not in ('model-index', 'tags') and (key not in about or data.get(key) is None):
-            if asked.get(key) not in (None, value) and key not in RENDERED:
+            if asked.get(key) not in (None, value) and key not in (*RENDERED, TEXT_FIELD):
                 _logger.warning('%s: its %s stays %r, not %r; change it there.', CARD_NAME, key, value, asked[key])
             data[key] = value
     data.tags = list(dict.fromkeys([*(tag for tag in tags if tag not in stale), *(ours.data.tags or [])]))
@@ -241,7 +246,7 @@ def merge_cards(old: str, new: str) -> str:
         changed[name] = None
         after.pop(name, None)
     head = _with_fields(head, changed, after)
-    new_text = _with_result(_split(new)[1], text) if is_same else _split(new)[1]
+    new_text = _with_known(_split(new)[1], text) if is_same else _split(new)[1]
     return f'---\n{head}---\n{_merged(text, new_text, theirs.data.get(TEXT_FIELD), is_same)}'
 
 
@@ -274,12 +279,20 @@ def _result_of(entry: Dict[str, Any], metric: Dict[str, Any]) -> EvalResult:
     return model_index_to_eval_results([{'name': '', 'results': [{**entry, 'metrics': [metric]}]}])[1][0]
 
 
-def _with_result(new: str, old: str) -> str:
-    """Return a card's text that says nothing was measured, with the result of an older one of the same weights."""
-    found = RESULT.search(''.join(OURS.findall(old)))
-    if found is None or UNMEASURED not in new:
+def _with_known(new: str, old: str) -> str:
+    """Return a card's text, with what an older one of the same weights knew and it does not: result, recipe, title."""
+    there, block = OURS.search(old), OURS.search(new)
+    if there is None or block is None or UNMEASURED not in block.group(0):
         return new
-    return OURS.sub(lambda block: RESULT.sub(lambda _: found.group(0), block.group(0)), new)
+    known, told = there.group(0), block.group(0)
+    parts = [RESULT]
+    if UNKNOWN in told:  # it knows what the model is, and no more
+        known, told, parts = told, known, [FACTS, USE]
+    for part in parts:
+        found = part.search(known)
+        if found:
+            told = part.sub(found.group(0).replace('\\', r'\\'), told)
+    return OURS.sub(lambda _: told, new)
 
 
 def _merged(old: str, new: str, pushed: Optional[str], is_same: bool) -> str:

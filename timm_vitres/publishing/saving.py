@@ -4,21 +4,23 @@ model -> `save` -> folder/{model.safetensors, config.json, README.md} -> timm.cr
 """
 
 import json
+import os
 import tempfile
 import warnings
 from pathlib import Path
-from typing import Any, Callable, Dict, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, Dict, Mapping, Optional, Sequence, Tuple, Union
 
 import numpy as np
 import timm
 import torch
 from timm.layers import FrozenBatchNormAct2d
-from timm.models import get_model_args, get_model_input_config
+from timm.models import PretrainedCfg, get_model_args, get_model_input_config
 from timm.utils import unwrap_model
 from torch import nn
 from torchvision.ops import FrozenBatchNorm2d
 
-from ..data import check_data_config
+from ..checks import check_known
+from ..data import DATA_FIELDS, check_data_config
 from ..data import data_config as model_data_config
 from ..labels import normalise_label_names, own_names
 from ..models.base import Hybrid
@@ -26,7 +28,7 @@ from ..timm_private import save_config_for_hf
 from ..weights.checksums import SHA256_FIELD
 from ..weights.files import CARD_NAME, CONFIG_NAME
 from ..writing import check_home
-from .cards import OURS, are_of_same_weights, check_card, merge_cards, plain_card, read_card, set_field
+from .cards import OURS, check_card, merge_cards, plain_card, read_card, set_field
 from .model_folder import locked, replace_model, with_sha256
 
 TESTED = ('input_size', 'crop_pct')  # a pretrained cfg may name other ones for tests
@@ -60,8 +62,11 @@ def save(
         ValueError: where label_names are not as many as the model's classes, data_config or card are impossible, the
             model is no timm model, or it was changed (folded, quantised, pruned) so that `timm.create_model` would not
             build it.
+        TypeError: for a card that is no text, and a data_config that is no dict, or has names that none has.
         OSError: where writing fails, or another process writes to the folder; its last good model stays.
     """
+    if not os.fspath(folder):
+        raise ValueError("folder: got '', expected the name of a folder.")
     folder, model = Path(folder), unwrap_model(model)
     check_home('folder', folder)
     if not hasattr(model, 'pretrained_cfg') or not hasattr(model, 'num_classes'):
@@ -73,6 +78,8 @@ def save(
     config = render_config(model, label_names, data_config)
     check_unchanged(model, config)
     if card is not None:
+        if not isinstance(card, str):
+            raise TypeError(f'card: got {card!r:.200}, expected the text of a card.')
         check_card(card, 'card')
     with locked(folder):
         text = _card(folder, card, model, config)
@@ -106,9 +113,7 @@ def _card(
             new = set_field(card, SHA256_FIELD, digest)
             return (merge_cards(old, new) if old is not None and OURS.search(card) else new).encode()
         if old is not None and plain:
-            new = set_field(plain, SHA256_FIELD, digest)
-            if not are_of_same_weights(old, new):  # its results are of others
-                return merge_cards(old, new).encode()
+            return merge_cards(old, set_field(plain, SHA256_FIELD, digest)).encode()
         return there if with_sha256(there, '') != there else None
 
     return written
@@ -123,11 +128,17 @@ def render_config(
 
     Raises:
         ValueError: for a value that it can't hold; the message names the argument.
+        TypeError: for a data_config that is no dict, or has names that none has.
     """
     own = own_names(model)
     names = own if label_names is None else normalise_label_names(label_names, model.num_classes)
     tested: Dict[str, Any] = {}
+    if data_config is not None and not isinstance(data_config, Mapping):
+        raise TypeError(
+            f'data_config: got {data_config!r:.200}, expected a dict, as timm.data.resolve_data_config gives.'
+        )
     if data_config:
+        check_known(data_config, {*DATA_FIELDS, *vars(PretrainedCfg())}, 'data_config')  # a cfg's others say nothing here
         data_config = check_data_config('data_config', data_config, get_model_input_config(model)['input_size'][0])
     else:
         data_config = model_data_config(model)
