@@ -153,7 +153,7 @@ def test_a_part_that_is_not_there_is_not_explained(photograph):
         (dict(target=1.0), r'target: got 1\.0'),
         (dict(target='zebra'), "target: got 'zebra'"),
         (dict(target='1'), "target: got '1'"),
-        (dict(size='big'), "size: got 'big'"),
+        (dict(size='big'), "size: got 'big', expected a whole number"),
         (dict(size=1.5), r'size: got 1\.5'),
         (dict(size=2100), 'size: the image of 160x70 pixels would be seen as 4800x2100, which is 9900 tokens'),
         (dict(size=0), 'size: got 0'),

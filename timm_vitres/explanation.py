@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
+from .checks import ImageSide, conform
 from .data import ImageLike, data_config, image_mode, open_image, to_batch
 from .labels import check_logits, label_names
 from .models.base import Hybrid, ImageSizes
@@ -60,8 +61,7 @@ def explain(
         raise ValueError('model: it has no head, or does not pool, so there is no prediction to explain.')
     if model.training:
         raise ValueError('model: it is in training mode; call model.eval() before it is explained.')
-    if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
-        raise ValueError(f'size: got {size!r}, expected a whole number of pixels from 1 up.')
+    size = conform('size', size, Optional[ImageSide])
     names = label_names(model)
     index = None if target is None else class_index(target, names)
 

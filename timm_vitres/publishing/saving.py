@@ -138,7 +138,7 @@ def render_config(
             f'data_config: got {data_config!r:.200}, expected a dict, as timm.data.resolve_data_config gives.'
         )
     if data_config:
-        check_known(data_config, {*DATA_FIELDS, *vars(PretrainedCfg())}, 'data_config')  # a cfg's others say nothing here
+        check_known(data_config, {*DATA_FIELDS, *vars(PretrainedCfg())}, 'data_config')  # others are idle
         data_config = check_data_config('data_config', data_config, get_model_input_config(model)['input_size'][0])
     else:
         data_config = model_data_config(model)
