@@ -311,7 +311,10 @@ def test_a_head_that_lost_a_part_is_an_error(name, lost, tmp_path):
 @pytest.mark.parametrize(
     'options, message',
     [
-        (dict(features_only=True, feature_cls='nope'), "feature_cls: got 'nope', expected"),
+        (
+            dict(features_only=True, feature_cls='nope'),
+            "feature_cls: got 'nope', expected one of 'getter', 'hook', 'fx', 'list'",
+        ),
         (dict(pretrained=True, pretrained_cfg_overlay='x'), "pretrained_cfg_overlay: got 'x', expected a dict"),
         (dict(pruned=True), 'pruned: is no argument of VitResNetMix'),
     ],
@@ -319,6 +322,8 @@ def test_a_head_that_lost_a_part_is_an_error(name, lost, tmp_path):
 def test_what_timms_builder_takes_is_checked(options, message):
     with pytest.raises((ValueError, TypeError), match=f'^{message}'):
         timm.create_model('test_vitresnet_mix', **options)
+    with pytest.raises(ValueError, match="^feature_cls: got 'list', expected"):
+        timm.create_model('test_vitresnet', features_only=True, feature_cls='list')
 
 
 def test_a_truncated_file_is_refused(tmp_path):

@@ -53,6 +53,7 @@ class Hybrid(nn.Module):
         resnet_names: Regular expression for the beginning of the names of the parameters that are the ResNet's.
         vit_names: The same of those that are the ViT's; what couples both, and heads, are of neither.
         tables: How the names of what is fitted to an image size end.
+        feature_classes: timm's wrappers for features that can take the family's; two take modules in a row alone.
         num_pyramid: How many of `feature_info` are the pyramid.
     """
 
@@ -62,6 +63,7 @@ class Hybrid(nn.Module):
     tables: ClassVar[Tuple[str, ...]] = ()
     resnet_names: ClassVar[str]
     vit_names: ClassVar[str]
+    feature_classes: ClassVar[Tuple[str, ...]] = ('getter', 'hook', 'fx')
     num_pyramid: int
     weight_init_mode: str  # timm's name for how the head of a ViT is initialised
     folded: bool = False  # whether `fold` made it

@@ -72,7 +72,8 @@ def build_hybrid(model_cls: Type[ModelT], variant: str, pretrained: bool, cfg: A
     source_cfg = cfg
     cfg = dataclasses.replace(cfg, **{name: kwargs.pop(name) for name in fields & kwargs.keys()})
     if isinstance(kwargs.get('feature_cls'), str):
-        check_choice('feature_cls', kwargs['feature_cls'], ('getter', 'hook', 'list', 'dict', 'fx'))
+        kwargs['feature_cls'] = kwargs['feature_cls'].lower()  # as timm takes them
+        check_choice('feature_cls', kwargs['feature_cls'], model_cls.feature_classes)
     _check_overlay(kwargs.get('pretrained_cfg_overlay'))
     feature_cfg: Dict[str, Any] = dict(feature_cls=Pyramid)
     if kwargs.get('feature_cls') == 'getter':

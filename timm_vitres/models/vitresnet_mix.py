@@ -275,6 +275,7 @@ VitResNetMix.variants = tuple(default_cfgs)
 VitResNetMix.tables = TABLES
 VitResNetMix.resnet_names = rf'(?!head\.|{_ATTENDS})'
 VitResNetMix.vit_names = _ATTENDS
+VitResNetMix.feature_classes = ('getter', 'hook', 'fx', 'list', 'dict')
 VitResNetMix.foreign_names = {
     r'botnet26t_256': 'vitresnet_mix_bot26t',
     r'eca_botnext26ts_256': 'vitresnet_mix_eca_bot26ts',
