@@ -322,7 +322,7 @@ def test_a_head_that_lost_a_part_is_an_error(name, lost, tmp_path):
 def test_what_timms_builder_takes_is_checked(options, message):
     with pytest.raises((ValueError, TypeError), match=f'^{message}'):
         timm.create_model('test_vitresnet_mix', **options)
-    with pytest.raises(ValueError, match="^feature_cls: got 'list', expected"):
+    with pytest.raises(ValueError, match=r"^feature_cls: got 'list', expected"):
         timm.create_model('test_vitresnet', features_only=True, feature_cls='list')
 
 
