@@ -57,6 +57,7 @@ def test_a_comparison_that_is_older_than_a_setting_goes_on(cfg, times, tmp_path)
     path.write_text(json.dumps(content))
     (tmp_path / plans.REPORT_NAME).write_text('read')
     assert make_plan(cfg, asked(cfg, seeds=(0, 1, 2)), tmp_path).looks == 0
+    assert (tmp_path / plans.REPORT_NAME).read_text() == 'read'  # it is of the same seeds
     changed = dataclasses.replace(cfg, no_fused_attn=True)
     with pytest.raises(ValueError, match='no_fused_attn: got True, not False'):
         make_plan(changed, asked(changed, seeds=(0, 1, 2)), tmp_path)

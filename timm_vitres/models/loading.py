@@ -283,18 +283,14 @@ def _drop_other_head_(state_dict: StateDict, model: Hybrid, source: PretrainedCf
 
     A head that fits is kept, whatever the cfg says of its classes: it was trained (but for -1, which timm's train.py
     sets for --pretrained-path, to have a new one). One of other classes, or none, is replaced where the caller asked
-    for other classes than the source's; where he did not, or where a head has lost a part, the comparison lists it.
+    for other classes than the source's; where he did not, or one of as many has lost a part, the comparison lists it.
     """
     keys = model.head_keys()
     own = {key: value.shape for key, value in model.state_dict().items() if key in keys}
     fits = source.num_classes >= 0 and all(
         key in state_dict and state_dict[key].shape == shape for key, shape in own.items()
     )
-    found = {key: state_dict[key].shape for key in keys if key in state_dict}
-    is_other = not found or (
-        found.keys() == own.keys()
-        and all(found[key][1:] == shape[1:] and found[key][:1] != shape[:1] for key, shape in own.items())
-    )
+    is_other = all(state_dict[key].shape[:1] != shape[:1] for key, shape in own.items() if key in state_dict)
     if own and (fits or source.num_classes == model.num_classes or (source.num_classes >= 0 and not is_other)):
         return False
     for key in keys:

@@ -237,11 +237,13 @@ def make_plan(cfg: FinetuneCfg, asked: Dict[str, Any], folder: Path) -> Plan:
             _write(plan, path)
         if plan.asked != asked:
             # a report of fewer seeds calls nothing better, so that nobody stops there because of what it says
+            adds_seeds = plan.seeds != asked['seeds']
             was_read = len(plan.seeds) >= LEAST_SEEDS and path.with_name(REPORT_NAME).is_file()
-            plan.looks += was_read and plan.seeds != asked['seeds']
+            plan.looks += was_read and adds_seeds
             plan.asked = asked
             _write(plan, path)
-            path.with_name(REPORT_NAME).unlink(missing_ok=True)  # it is of the seeds before, and read once
+            if adds_seeds:
+                path.with_name(REPORT_NAME).unlink(missing_ok=True)  # it is of the seeds before, and read once
         _logger.info('The comparison in %s goes on.', folder)
         return plan
     usable_device(Processes().device(cfg.device))
