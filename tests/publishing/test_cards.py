@@ -258,7 +258,12 @@ def test_results_of_the_same_weights_stay():
 def test_what_was_known_of_the_same_weights_stays():
     """A model that is pushed from Python knows its classes and its preprocessing, but not its recipe."""
     model = randomise_(timm.create_model('test_vitresnet', num_classes=2))
-    facts = dict(model_name='stripes', description='Of a run.', recipe='Two epochs.', source='hf-hub:me/stripes')
+    facts = dict(
+        model_name='stripes',
+        description='Of a run.',
+        recipe='Two epochs.\n- Architecture: big',
+        source='hf-hub:me/stripes',
+    )
     old = cards.set_field(cards.render_card(model, **facts, label_names=['cat', 'dog']), 'model_sha256', 'ab' * 32)
     config = dict(input_size=(3, 48, 48), mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
     for sha256, is_same in (('ab', True), ('cd', False)):
@@ -266,7 +271,7 @@ def test_what_was_known_of_the_same_weights_stays():
         merged = cards.merge_cards(old, cards.set_field(new, 'model_sha256', sha256 * 32))
         assert 'Classes (2): Katze, Hund' in merged and 'cat, dog' not in merged and 'mean (0.5, 0.5, 0.5)' in merged
         assert 'hf-hub:me/x' in merged and 'hf-hub:me/stripes' not in merged
-        for text in ('# stripes', 'Of a run.', 'Two epochs.'):
+        for text in ('# stripes', 'Of a run.', 'Two epochs.\n- Architecture: big'):
             assert (text in merged) == is_same
         assert ('The recipe is not known.' in merged) != is_same
 

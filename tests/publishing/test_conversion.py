@@ -580,3 +580,14 @@ def test_a_file_that_was_downloaded_is_known_by_its_address(tmp_path, monkeypatc
     for source in ('imagenet21k/R50+ViT-B_16', 'gs://vit_models/imagenet21k/R50+ViT-B_16.npz'):
         with pytest.raises(InterruptedError, match='it was pretrained on imagenet21k'):
             convert(source, tmp_path / 'out')
+
+
+def test_class_folders_that_got_folders_of_their_own_since(tmp_path):
+    for place in ('cat/old', 'cat', 'dog'):
+        (tmp_path / 'images/train' / place).mkdir(parents=True, exist_ok=True)
+        Image.new('RGB', (32, 32)).save(tmp_path / 'images/train' / place / '1.png')
+    model = timm.create_model('test_vitresnet', num_classes=2)
+    args = argparse.Namespace(model='test_vitresnet', dataset='', data_dir=str(tmp_path / 'images'))
+    torch.save(dict(state_dict=model.state_dict(), args=args), tmp_path / 'last.pth.tar')
+    folder = convert(tmp_path / 'last.pth.tar', tmp_path / 'out')
+    assert json.loads((folder / 'config.json').read_text())['label_names'] == ['cat', 'dog']

@@ -170,8 +170,11 @@ def test_the_card_knows_the_weights(tmp_path):
     save(first, tmp_path, ['Katze', 'Hund'])  # what is corrected stands in the card, too
     text = (tmp_path / 'README.md').read_text()
     assert 'Classes (2): Katze, Hund' in text and f'# {FACTS["model_name"]}\n' in text and FACTS['recipe'] in text
-    save(first, tmp_path, ['Katze', 'Hund'])
-    assert (tmp_path / 'README.md').read_text() == text
+    (tmp_path / 'README.md').write_bytes(f'{text}\n## Limits\n\n- Classes (0): mine\n'.replace('\n', '\r\n').encode())
+    save(first, tmp_path, ['chat', 'chien'])
+    edited = (tmp_path / 'README.md').read_bytes()  # nothing but that, letter by letter
+    assert edited.replace(b'chat, chien', b'Katze, Hund').replace(b'\r\n', b'\n').decode().startswith(text)
+    assert edited.count(b'\n') == edited.count(b'\r\n') and edited.endswith(b'- Classes (0): mine\r\n')
     save(second, tmp_path)
     assert ModelCard.load(tmp_path / 'README.md').data['model_sha256'] == sha256(tmp_path / 'model.safetensors')
     text = ModelCard.load(tmp_path / 'README.md').text  # results are of the weights that they were measured with

@@ -53,7 +53,8 @@ class Hybrid(nn.Module):
         resnet_names: Regular expression for the beginning of the names of the parameters that are the ResNet's.
         vit_names: The same of those that are the ViT's; what couples both, and heads, are of neither.
         tables: How the names of what is fitted to an image size end.
-        feature_classes: timm's wrappers for features that can take the family's; two take modules in a row alone.
+        feature_classes: timm's wrappers that can return the family's features, or some: 'list' and 'dict' take modules
+            in a row, and 'fx', of the serial family, single blocks.
         num_pyramid: How many of `feature_info` are the pyramid.
     """
 

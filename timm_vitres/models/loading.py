@@ -15,6 +15,8 @@ from typing import Any, Dict, List, Optional, Sequence, Type, TypeVar, Union
 
 import torch
 from timm.models import (
+    FeatureDictNet,
+    FeatureListNet,
     PretrainedCfg,
     adapt_input_conv,
     build_model_with_cfg,
@@ -78,7 +80,8 @@ def build_hybrid(model_cls: Type[ModelT], variant: str, pretrained: bool, cfg: A
     feature_cfg: Dict[str, Any] = dict(feature_cls=Pyramid)
     if kwargs.get('feature_cls') == 'getter':
         kwargs.pop('feature_cls')
-    if kwargs.get('feature_cls') in ('list', 'dict'):  # these look into an nn.Sequential if they are told to
+    if kwargs.get('feature_cls') in ('list', 'dict', FeatureListNet, FeatureDictNet):
+        # these look into an nn.Sequential if they are told to
         feature_cfg['flatten_sequential'] = True
     if kwargs.get('features_only'):
         kwargs['num_classes'] = 0

@@ -28,8 +28,8 @@ TEMPLATE = Path(__file__).with_name('card.md')
 # (a mark that lost its fellow is text of the user's)
 OURS = re.compile(r'<!-- timm-vitres:(?:(?!<!-- timm-vitres:).)*?<!-- end of timm-vitres -->', re.DOTALL)
 RESULT = re.compile(r'\n## Result\n.*?(?=\n## )', re.DOTALL)  # a section of that part
-FACTS = re.compile(r'\n- Architecture: .*?(?=\n\n## )', re.DOTALL)
-USE = re.compile(r'\n## Use\n.*?(?=\n<!-- end of)', re.DOTALL)
+FACTS = re.compile(r'^- Architecture: `.*\n- Input: .*\n- Classes \([^\r\n]*', re.MULTILINE)  # lines of it
+USE = re.compile(r'\n## Use\n(?!.*\n## Use\n).*?(?=\n<!-- end of)', re.DOTALL)
 UNMEASURED = 'Not measured.'
 UNKNOWN = 'The recipe is not known.'
 MEASURED = 'Measured after epoch'  # so the note on a run's result begins
@@ -291,8 +291,21 @@ def _with_known(new: str, old: str) -> str:
     for part in parts:
         found = part.search(known)
         if found:
-            told = part.sub(found.group(0).replace('\\', r'\\'), told)
+            told = part.sub(found.group(0).replace('\\', r'\\'), told, count=1)
     return OURS.sub(lambda _: told, new)
+
+
+def with_facts(card: str, other: str) -> str:
+    """Return a card as it is, but for what its part of ours says of architecture, input and classes: as the other's."""
+    facts = FACTS.search(other)
+    if facts is None:
+        return card
+
+    def renewed(block: 're.Match[str]') -> str:
+        newline = '\r\n' if '\r\n' in block.group(0) else '\n'
+        return FACTS.sub(lambda _: facts.group(0).replace('\n', newline), block.group(0), count=1)
+
+    return OURS.sub(renewed, card, count=1)
 
 
 def _merged(old: str, new: str, pushed: Optional[str], is_same: bool) -> str:

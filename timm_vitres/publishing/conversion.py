@@ -378,8 +378,9 @@ def _class_folders(root: Path, split: str, num_classes: int, is_of_timm: bool) -
     children = [child for child in folder.iterdir() if child.is_dir()] if folder.is_dir() else []
     if is_of_timm:
         places = [place for child in children for place in _image_folders(child)]
-        if set(places) - set(children):
-            return list({place.name for place in places})
+        names = {place.name for place in places}
+        if set(places) - set(children) and len(names) == num_classes:
+            return list(names)
     filled = [child for child in children if any(_image_folders(child))]  # timm takes no others
     names = [child.name for child in (filled if len(filled) == num_classes else children)]  # images may be gone since
     return [] if folder == root and names and all(map(split_role, names)) else names
@@ -388,13 +389,10 @@ def _class_folders(root: Path, split: str, num_classes: int, is_of_timm: bool) -
 def _image_folders(folder: Path) -> Iterator[Path]:
     """Yield the folders in which timm finds images: a folder, and those below it, through links, but not in circles."""
     endings = tuple(get_img_extensions())
-    seen = set()
     for place, below, files in os.walk(folder, followlinks=True):
-        real = os.path.realpath(place)
-        if real in seen:
+        if os.path.realpath(place) in map(os.path.realpath, Path(place).parents):
             below.clear()
             continue
-        seen.add(real)
         if any(name.lower().endswith(endings) for name in files):
             yield Path(place)
 

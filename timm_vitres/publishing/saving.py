@@ -28,7 +28,16 @@ from ..timm_private import save_config_for_hf
 from ..weights.checksums import SHA256_FIELD
 from ..weights.files import CARD_NAME, CONFIG_NAME
 from ..writing import check_home
-from .cards import OURS, check_card, merge_cards, plain_card, read_card, set_field
+from .cards import (
+    OURS,
+    are_of_same_weights,
+    check_card,
+    merge_cards,
+    plain_card,
+    read_card,
+    set_field,
+    with_facts,
+)
 from .model_folder import locked, replace_model, with_sha256
 
 TESTED = ('input_size', 'crop_pct')  # a pretrained cfg may name other ones for tests
@@ -113,7 +122,10 @@ def _card(
             new = set_field(card, SHA256_FIELD, digest)
             return (merge_cards(old, new) if old is not None and OURS.search(card) else new).encode()
         if old is not None and plain:
-            return merge_cards(old, set_field(plain, SHA256_FIELD, digest)).encode()
+            new = set_field(plain, SHA256_FIELD, digest)
+            if not are_of_same_weights(old, new):  # its results are of others
+                return merge_cards(old, new).encode()
+            return with_facts(there.decode(), plain).encode()
         return there if with_sha256(there, '') != there else None
 
     return written
