@@ -221,10 +221,15 @@ def test_shipped_weights_are_a_start(fractals, script, tmp_path, monkeypatch):
     trained = [load_file(path / 'model.safetensors') for path in sorted((tmp_path / 'transfer').glob('*-0'))]
     own = load_file(SHIPPED)
     assert [torch.allclose(each[kernel], own[kernel].float(), atol=1e-4) for each in trained] == [False, True]
-    options[options.index('elpv')] = 'openclipart'
-    monkeypatch.setattr(sys, 'argv', ['fractals.py', 'transfer', *options])
-    with pytest.raises(SystemExit, match='sets: the weights of the arm shipped learnt openclipart'):
-        fractals.main()
+    for model, name in (
+        ('vitresnet_nano', 'openclipart'),
+        ('vitresnet_nano.openclipart', 'openclipart'),
+        ('vitresnet_mix_nano.fmnist', 'fmnist10'),  # a part of what was learnt
+    ):
+        options[options.index('--sets') + 1] = name
+        monkeypatch.setattr(sys, 'argv', ['fractals.py', 'transfer', *options, '--model', model])
+        with pytest.raises(SystemExit, match=f'sets: the weights of the arm shipped learnt {name}'):
+            fractals.main()
     monkeypatch.setattr(sys, 'argv', ['fractals.py', 'transfer', *options, '--model', 'test_vitresnet'])
     with pytest.raises(SystemExit, match='model: test_vitresnet has no weights in the package'):
         fractals.main()

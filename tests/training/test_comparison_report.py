@@ -20,9 +20,8 @@ from timm_vitres.training.verdict import judge
 def plan(minutes=None):
     arms = {name: ArmPlan('resnet18', {}, 1_234_567, 0.0123, 0.004, 7, 2) for name in ('a', 'b', 'c')}
     asked = dict(seeds=[0, 1], lrs=[0.001, 0.01], minutes=minutes)
-    return Plan(
-        asked, {'description': '9 images', 'copies_are_out': True}, arms, {'timm': '1.0'}, '2 threads of the CPU'
-    )
+    images = {'description': '9 images', 'copies_are_out': True, 'validation': []}
+    return Plan(asked, images, arms, {'timm': '1.0'}, '2 threads of the CPU')
 
 
 def row(accuracy, state=''):
@@ -109,6 +108,9 @@ def test_the_report_says_what_was_judged_and_of_which_size_images_are(tmp_path):
 
     cfg = FinetuneCfg(data_dir='x', eval_metric='balanced')
     assert 'by balanced on validation images (a 1 to 3 of 7 and b 7 of 7).' in text(cfg)
+    assert 'All runs learn from the same images, whose chance' in text(cfg)
+    told.images['validation'] = None
+    assert 'All runs learn from the same images, of which each seed holds others out for validation, whose' in text(cfg)
     assert ' pixels' not in text(cfg) and 'weights that arms began with' not in text(cfg)
     for arm in told.arms.values():
         arm.input_size = [3, 64, 96]
