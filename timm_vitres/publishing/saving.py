@@ -61,8 +61,8 @@ def save(
         label_names: Names of the classes, by index; by default those in the model's cfg, if it has any.
         data_config: Preprocessing that the weights were trained with; by default the model's own.
         card: Text of README.md; by default none is written where there is none. If the old card is this package's, its
-            text outside of the marks stays, and where the weights are others, its results go; another's card stays as
-            it is. The card's head, like config.json, tells the sha256 of the weights.
+            text outside of the marks stays, its classes and input follow, and where the weights are others, its results
+            go; another's card stays as it is. The card's head, like config.json, tells the sha256 of the weights.
 
     Returns:
         The folder.
