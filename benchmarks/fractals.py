@@ -21,7 +21,7 @@ import itertools
 import json
 import shutil
 from pathlib import Path
-from typing import Any, Dict, Tuple
+from typing import Any, Dict, Sequence, Tuple
 
 import numpy as np
 import timm
@@ -110,12 +110,19 @@ def started_with(args: argparse.Namespace) -> Tuple[Path, str]:
     return weights, f'{images}, {done} epochs, weights {sha256(weights)[:8]}'
 
 
-def shipped_start(name: str) -> Tuple[Dict[str, Any], str]:
-    """Return the settings that begin with a model's weights in the package, and what these are; SystemExit for none."""
+def shipped_start(name: str, sets: Sequence[str]) -> Start:
+    """Return the settings that begin with a model's weights in the package, and what these are.
+
+    Raises:
+        SystemExit: where it has none, or they learnt one of the sets.
+    """
     cfg = timm.get_pretrained_cfg(name)
     path = Path(cfg.file) if cfg is not None and cfg.file else None
     if path is None or not shipped.is_shipped(path):
         raise SystemExit(f'model: {name} has no weights in the package; leave the arm `shipped` out.')
+    for one in sets:
+        if cfg.tag == WHOLE.get(one, one):
+            raise SystemExit(f'sets: the weights of the arm shipped learnt {one}, and may know its test images.')
     return dict(pretrained=True), f'{path.stem}, weights {sha256(path)[:8]}'
 
 
@@ -127,10 +134,7 @@ def starts(args: argparse.Namespace) -> Dict[str, Start]:
             weights, learnt = started_with(args)
             found[arm] = dict(pretrained_path=str(weights)), learnt
         else:
-            found[arm] = shipped_start(args.model) if arm == 'shipped' else ({}, '')
-        for name in args.sets if arm == 'shipped' else []:
-            if timm.get_pretrained_cfg(args.model).tag == WHOLE.get(name, name):
-                raise SystemExit(f'sets: the weights of the arm {arm} learnt {name}, and may know its test images.')
+            found[arm] = shipped_start(args.model, args.sets) if arm == 'shipped' else ({}, '')
     return found
 
 

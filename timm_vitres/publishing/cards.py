@@ -285,27 +285,27 @@ def _with_known(new: str, old: str) -> str:
     if there is None or block is None or UNMEASURED not in block.group(0):
         return new
     known, told = there.group(0), block.group(0)
-    parts = [RESULT]
     if UNKNOWN in told:  # it knows what the model is, and no more
-        known, told, parts = told, known, [FACTS, USE]
-    for part in parts:
-        found = part.search(known)
-        if found:
-            told = part.sub(found.group(0).replace('\\', r'\\'), told, count=1)
-    return OURS.sub(lambda _: told, new)
+        merged = _with_part(USE, _with_part(FACTS, known, told), told)
+    else:
+        merged = _with_part(RESULT, told, known)
+    return OURS.sub(lambda _: merged, new)
 
 
 def with_facts(card: str, other: str) -> str:
     """Return a card as it is, but for what its part of ours says of architecture, input and classes: as the other's."""
-    facts = FACTS.search(other)
-    if facts is None:
-        return card
 
     def renewed(block: 're.Match[str]') -> str:
-        newline = '\r\n' if '\r\n' in block.group(0) else '\n'
-        return FACTS.sub(lambda _: facts.group(0).replace('\n', newline), block.group(0), count=1)
+        text = block.group(0)
+        return _with_part(FACTS, text, other.replace('\n', '\r\n') if '\r\n' in text else other)
 
     return OURS.sub(renewed, card, count=1)
+
+
+def _with_part(part: 're.Pattern[str]', text: str, other: str) -> str:
+    """Return a text with its first part of a kind as another text has it; as it is where the other has none."""
+    found = part.search(other)
+    return part.sub(lambda _: found.group(0), text, count=1) if found else text
 
 
 def _merged(old: str, new: str, pushed: Optional[str], is_same: bool) -> str:

@@ -10,6 +10,7 @@ import logging
 import os
 import re
 from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple, Union
 from urllib.parse import unquote, urlparse
@@ -376,12 +377,12 @@ def _class_folders(root: Path, split: str, num_classes: int, is_of_timm: bool) -
     alike = [split, *(('train', 'training') if split in ('train', 'training') else ())]
     folder = next((root / name for name in alike if (root / name).is_dir()), root)
     children = [child for child in folder.iterdir() if child.is_dir()] if folder.is_dir() else []
-    if is_of_timm:
-        places = [place for child in children for place in _image_folders(child)]
-        names = {place.name for place in places}
-        if set(places) - set(children) and len(names) == num_classes:
-            return list(names)
-    filled = [child for child in children if any(_image_folders(child))]  # timm takes no others
+    found = {child: list(islice(_image_folders(child), None if is_of_timm else 1)) for child in children}
+    places = {place for below in found.values() for place in below}
+    names = {place.name for place in places}
+    if is_of_timm and places - set(children) and len(names) == num_classes:
+        return list(names)
+    filled = [child for child, below in found.items() if below]  # timm takes no others
     names = [child.name for child in (filled if len(filled) == num_classes else children)]  # images may be gone since
     return [] if folder == root and names and all(map(split_role, names)) else names
 

@@ -68,9 +68,9 @@ def reserve(cfg: FinetuneCfg, mode: str, test_split: str = TEST, test_frac: floa
         _logger.warning('left out: %s', text)
     copies = _leave_out_copies(root, rows)
     how = f'test images are the {len(rows.get(TEST, ()))} of {name}/'
-    _check_counts(rows['train'], 1 + (splits.validation is None) + (name is None))
+    least = 1 + (splits.validation is None)  # of what is not tested on, validation images may be split off, too
+    _check_counts(rows['train'], least + (name is None))
     if name is None:
-        least = 1 + (splits.validation is None)  # of what is left, validation images are split off, too
         targets = _targets(rows['train'], data.label_names)
         kept, held = stratified_split(targets, test_frac, TEST_SEED, data.label_names, least)
         rows['train'], rows['test'] = ([rows['train'][index] for index in part] for part in (kept, held))
